@@ -1,0 +1,231 @@
+r"""How much each layer gives: SlimLLM's layer ratios (paper, section 3.5), met to a parameter budget.
+
+s_l is the mean cosine between the input and the output of decoder layer l. Of the n layers of highest s,
+
+    w = n softmax(alpha s),      ratio_l = ratio w_l
+
+and layer l loses round(ratio_l H) heads and round(ratio_l P) channels.
+
+The published code does not bound ratio_l and fails where a layer would lose every head. Here at least one KV
+group and one channel stay, and what a layer cannot give is given by the others.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import InputError
+from slimllm_ops.families import Branch, layer_shape
+
+# (sparsity, fraction of the layers that is pruned, alpha): what the paper publishes for LLaMA-7B.
+PUBLISHED = ((0.20, 0.81, 10.0), (0.50, 0.94, 7.0))
+BISECTIONS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSize:
+    """What a decoder layer is made of; parameters are counts of scalars."""
+
+    num_units: int  # KV groups
+    unit_parameters: int
+    num_channels: int
+    channel_parameters: int
+    # A recovery adds a bias to an output projection that had none.
+    attention_bias_parameters: int
+    mlp_bias_parameters: int
+    parameters: int
+
+    def removed_parameters(self, units: int, channels: int) -> int:
+        """Return how many parameters the layer has fewer without so many units and channels."""
+        added = self.attention_bias_parameters * (units > 0) + self.mlp_bias_parameters * (channels > 0)
+        return units * self.unit_parameters + channels * self.channel_parameters - added
+
+
+def measure_layer(checkpoint: Checkpoint, layer: int) -> LayerSize:
+    """Return what a decoder layer is made of, from the shapes of its tensors."""
+    prefix = checkpoint.layer_prefix(layer)
+    shapes = {
+        name.removeprefix(prefix): shape for name, shape in checkpoint.shapes(checkpoint.layer_names(layer)).items()
+    }
+    shape = layer_shape(checkpoint.config, layer)
+    attention, mlp = checkpoint.family.attention, checkpoint.family.mlp
+    return LayerSize(
+        num_units=shape.num_key_value_heads,
+        unit_parameters=_branch_parameters(shapes, attention) // shape.num_key_value_heads,
+        num_channels=shape.intermediate_size,
+        channel_parameters=_branch_parameters(shapes, mlp) // shape.intermediate_size,
+        attention_bias_parameters=_added_bias(shapes, attention),
+        mlp_bias_parameters=_added_bias(shapes, mlp),
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+    )
+
+
+def _branch_parameters(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
+    """Return how many parameters belong to a branch's units: all but the bias of its output projection."""
+    names = [f"{branch.module}.{name}.{kind}" for name in branch.inputs for kind in ("weight", "bias")]
+    return sum(math.prod(shapes[name]) for name in (*names, branch.output_weight) if name in shapes)
+
+
+def _added_bias(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
+    """Return how many parameters a recovery adds to a branch whose output projection has no bias yet."""
+    return 0 if branch.output_bias in shapes else shapes[branch.output_weight][0]
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """What one layer gives: its ratio by the paper's formula, and the units and channels to remove."""
+
+    ratio: float
+    units: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The budget of every layer, and a note where the paper's formula could not be followed to the letter."""
+
+    layers: tuple[LayerBudget, ...]
+    note: str = ""
+
+
+def published_settings(sparsity: float, num_layers: int) -> tuple[int, float]:
+    """Return (pruned layers, alpha) at a sparsity: a line through the two published settings, flat outside."""
+    (low, low_fraction, low_alpha), (high, high_fraction, high_alpha) = PUBLISHED
+    position = min(max((sparsity - low) / (high - low), 0.0), 1.0)
+    fraction = low_fraction + position * (high_fraction - low_fraction)
+    return max(1, round(fraction * num_layers)), low_alpha + position * (high_alpha - low_alpha)
+
+
+def layer_weights(similarities: Sequence[float], num_pruned: int, alpha: float) -> dict[int, float]:
+    """Return w_l = n softmax(alpha s)_l of the n most similar layers, in descending order of similarity."""
+    chosen = sorted(range(len(similarities)), key=lambda layer: -similarities[layer])[:num_pruned]
+    scores = torch.tensor([similarities[layer] for layer in chosen], dtype=torch.float64)
+    weights = num_pruned * torch.softmax(alpha * scores, dim=0)
+    return dict(zip(chosen, weights.tolist(), strict=True))
+
+
+def budget_by_ratio(
+    sizes: Sequence[LayerSize], similarities: Sequence[float], *, ratio: float, num_pruned: int, alpha: float
+) -> Budget:
+    """Follow the paper's own settings; where a layer cannot give its share, the others give it instead."""
+    weights = layer_weights(similarities, num_pruned, alpha)
+    asked = sum(
+        sizes[layer].unit_parameters * round(ratio * weight * sizes[layer].num_units)
+        + sizes[layer].channel_parameters * round(ratio * weight * sizes[layer].num_channels)
+        for layer, weight in weights.items()
+    )
+    layers = _round_ratio(sizes, weights, ratio)
+    given = sum(
+        size.unit_parameters * layer.units + size.channel_parameters * layer.channels
+        for size, layer in zip(sizes, layers, strict=True)
+    )
+    if given == asked:
+        return Budget(layers)
+    target = _removed(sizes, layers) + asked - given
+    met = _meet(sizes, weights, target)
+    if met is None:
+        raise InputError(
+            f"ratio {ratio:g} over {num_pruned} layers (alpha {alpha:g}) asks for {asked:,} parameters, more than "
+            f"these layers have beyond one head and one channel each: lower --ratio or raise --pruned-layers"
+        )
+    return Budget(met, "some layers cannot give their share and keep one head or channel: others give it")
+
+
+def budget_by_sparsity(
+    sizes: Sequence[LayerSize],
+    similarities: Sequence[float],
+    *,
+    sparsity: float,
+    num_pruned: int,
+    alpha: float,
+) -> Budget:
+    """Solve for the ratio that removes `sparsity` of the layers' parameters, then make it exact by channels.
+
+    The result is within one channel below the target. Where `num_pruned` layers cannot give so much,
+    more layers are pruned, and the note says so.
+
+    Raises:
+        InputError: all layers together cannot give so much with one KV group and one channel left in each.
+    """
+    target = int(sparsity * sum(size.parameters for size in sizes))
+    for pruned in range(num_pruned, len(sizes) + 1):
+        weights = layer_weights(similarities, pruned, alpha)
+        layers = _meet(sizes, weights, target)
+        if layers is not None:
+            note = f"{num_pruned} layers cannot give so much: {pruned} are pruned" if pruned > num_pruned else ""
+            return Budget(layers, note)
+    most = sum(size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes)
+    reachable = most / sum(size.parameters for size in sizes)
+    raise InputError(
+        f"sparsity {sparsity:g} is not reachable: with one head (KV group) and one channel left in every layer "
+        f"it is {reachable:.3f}; ask for less"
+    )
+
+
+def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) -> tuple[LayerBudget, ...] | None:
+    """Return the budget that removes `target` parameters, less than a channel short, or None if none does."""
+    # At this ratio every pruned layer is down to one unit and one channel.
+    low, high = 0.0, 1.0 / max(min(weights.values()), 1e-300)
+    if _removed(sizes, _round_ratio(sizes, weights, high)) < target:
+        return None
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if _removed(sizes, _round_ratio(sizes, weights, middle)) <= target:
+            low = middle
+        else:
+            high = middle
+    layers = list(_round_ratio(sizes, weights, low))
+    above = _round_ratio(sizes, weights, high)
+    missing = target - _removed(sizes, layers)
+    # Just above `low` one or several layers lose one more unit: each does, in turn, as far as the target allows.
+    for layer in weights:
+        missing -= _take(sizes[layer], layers, layer, missing, units=above[layer].units)
+    _fill_with_channels(sizes, list(weights), layers, missing)
+    return tuple(layers)
+
+
+def _fill_with_channels(
+    sizes: Sequence[LayerSize], open_layers: list[int], layers: list[LayerBudget], missing: int
+) -> None:
+    """Remove channels, one per layer in turn, until no further one fits into what is missing."""
+    while open_layers:
+        still_open = []
+        for layer in open_layers:
+            channels = layers[layer].channels + 1
+            if channels < sizes[layer].num_channels:
+                taken = _take(sizes[layer], layers, layer, missing, channels=channels)
+                missing -= taken
+                still_open += [layer] * (taken > 0)
+        open_layers = still_open
+
+
+def _take(size: LayerSize, layers: list[LayerBudget], layer: int, missing: int, **counts: int) -> int:
+    """Raise a layer's counts if that removes no more than what is missing; return what it removed."""
+    more = replace(layers[layer], **counts)
+    gain = _removed_from(size, more) - _removed_from(size, layers[layer])
+    if not 0 < gain <= missing:
+        return 0
+    layers[layer] = more
+    return gain
+
+
+def _round_ratio(sizes: Sequence[LayerSize], weights: dict[int, float], ratio: float) -> tuple[LayerBudget, ...]:
+    """Round every layer's share, half to even as the published code does, within what the layer can give."""
+    layers = []
+    for layer, size in enumerate(sizes):
+        share = ratio * weights.get(layer, 0.0)
+        units = min(round(share * size.num_units), size.num_units - 1)
+        channels = min(round(share * size.num_channels), size.num_channels - 1)
+        layers.append(LayerBudget(share, units, channels))
+    return tuple(layers)
+
+
+def _removed_from(size: LayerSize, layer: LayerBudget) -> int:
+    return size.removed_parameters(layer.units, layer.channels)
+
+
+def _removed(sizes: Sequence[LayerSize], layers: Sequence[LayerBudget]) -> int:
+    return sum(_removed_from(size, layer) for size, layer in zip(sizes, layers, strict=True))

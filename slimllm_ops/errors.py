@@ -1,0 +1,20 @@
+"""Errors that a user can act on: each says what was asked, what was found and what to do, in one line.
+
+They are plain exceptions of one string, so they pickle and cross a cluster as they are.
+"""
+
+
+class InputError(ValueError):
+    """What the user asked for cannot be done as asked; the message says what to change."""
+
+
+class CheckpointError(InputError):
+    """A model directory is missing, incomplete, broken, or of a kind that cannot be read."""
+
+
+class NonFiniteError(InputError):
+    """Weights or activations hold NaN or infinity; the message names the layer."""
+
+
+class ReadBackError(RuntimeError):
+    """A checkpoint that was written does not compute what the run computed: a bug or a broken disk."""

@@ -1,0 +1,264 @@
+"""Hidden states that pass through a model one layer at a time, with only that layer's weights in memory.
+
+The model's own code runs: its masks, rotary tables and modules. Each branch is run once per layer and batch, with
+its output projection left out, so that the branch returns X, the projection's input. The output that the layer adds
+to the residual stream, dense or pruned, is then X[:, S] W + b, with no second forward pass.
+
+Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an output projection, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import CheckpointError, NonFiniteError
+from slimllm_ops.families import Branch
+from slimllm_ops.moments import Moments
+from slimllm_ops.plan import Decision
+from slimllm_ops.surgery import recovered_projection
+
+# Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
+LOGIT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a branch's activations leave behind: moments of X, and the sums of squares (D,) of its own input."""
+
+    moments: Moments
+    input_squares_D: Tensor
+
+    def merge(self, other: "Observation") -> "Observation":
+        """Return the observation of both sets of tokens."""
+        return Observation(self.moments.merge(other.moments), self.input_squares_D + other.input_squares_D)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A sum over tokens, and how many they are."""
+
+    total: float
+    count: int
+
+    def merge(self, other: "Mean") -> "Mean":
+        """Return the sum over both sets of tokens."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        """The mean."""
+        return self.total / self.count
+
+
+class LayerStream:
+    """The hidden states of batches of token blocks, on their way through a checkpoint.
+
+    Args:
+        checkpoint: the model that they pass.
+        batches: token ids, each (b, T), int64.
+        device: where the states are held and the layers run; on the CPU in float32, on a GPU in bfloat16.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, batches: list[Tensor], device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = compute_dtype(device)
+        self.batches = batches
+        self._model = _build_skeleton(checkpoint)
+        self._calls: list[dict[str, Any]] = []
+        self._layer: int | None = None
+        self._branch_outputs: list[Tensor] = []
+        self.hidden = self._embed()
+
+    @torch.inference_mode()
+    def forward(self, layer: int) -> Mean:
+        """Pass a whole layer; return the cosine between its input and output, summed over tokens."""
+        module = self._load(layer)
+        total, count = 0.0, 0
+        for index, before in enumerate(self.hidden):
+            after = module(before, **self._calls[layer])
+            total += float(functional.cosine_similarity(before.float(), after.float(), dim=-1).double().sum())
+            count += before.shape[0] * before.shape[1]
+            self.hidden[index] = after
+        if not _finite(total):
+            self._raise_non_finite(layer, "output")
+        return Mean(total, count)
+
+    @torch.inference_mode()
+    def observe(self, layer: int, branch: Branch) -> Observation:
+        """Run a branch up to its output projection, keep what came out, and return its moments."""
+        module = self._load(layer)
+        norm, part = module.get_submodule(branch.norm), module.get_submodule(branch.module)
+        call = self._calls[layer] if branch == self.checkpoint.family.attention else {}
+        observed: Observation | None = None
+        self._branch_outputs = []
+        with _without(part, branch.output):
+            for hidden in self.hidden:
+                normalised = norm(hidden)
+                output = part(normalised, **call)
+                x_bTP = output[0] if isinstance(output, tuple) else output
+                self._branch_outputs.append(x_bTP)
+                squares_D = normalised.flatten(0, 1).float().square().sum(dim=0).double()
+                seen = Observation(Moments.of(x_bTP.flatten(0, 1)), squares_D)
+                observed = seen if observed is None else observed.merge(seen)
+        assert observed is not None, "a stream without blocks has nothing to observe"
+        if not _finite(float(observed.moments.norm_P.sum())):
+            self._raise_non_finite(layer, branch.module)
+        return observed
+
+    @torch.inference_mode()
+    def apply(self, layer: int, branch: Branch, decision: Decision | None) -> None:
+        """Add the observed branch's output, pruned by `decision` or dense, to the residual stream."""
+        projection = cast(nn.Linear, self._load(layer).get_submodule(f"{branch.module}.{branch.output}"))
+        weight_DS: Tensor = projection.weight
+        bias_D: Tensor | None = projection.bias
+        kept_S: Tensor | None = None
+        if decision is not None:
+            weight_DS, bias_D = recovered_projection(weight_DS, bias_D, decision)
+            kept_S = decision.kept_rows(projection.weight.shape[1]).to(self.device)
+        for index, x_bTP in enumerate(self._branch_outputs):
+            kept = x_bTP if kept_S is None else x_bTP[..., kept_S]
+            self.hidden[index] = self.hidden[index] + functional.linear(kept, weight_DS, bias_D)
+        self._branch_outputs = []
+
+    @torch.inference_mode()
+    def negative_log_likelihood(self) -> Mean:
+        """Return the next tokens' negative log-likelihood, once every layer is passed."""
+        self._unload()
+        self._load_outside()
+        norm = self._model.get_submodule(self.checkpoint.family.final_norm)
+        head = self._model.get_output_embeddings()
+        total, count = 0.0, 0
+        for hidden, ids in zip(self.hidden, self.batches, strict=True):
+            states_ND = hidden[:, :-1].flatten(0, 1)
+            targets_N = ids[:, 1:].flatten().to(self.device)
+            pairs = zip(states_ND.split(LOGIT_TOKENS), targets_N.split(LOGIT_TOKENS), strict=True)
+            for states, targets in pairs:
+                logits_NV = head(norm(states)).float()
+                total += float(functional.cross_entropy(logits_NV, targets, reduction="sum").double())
+            count += len(targets_N)
+        self._drop_outside()
+        return Mean(total, count)
+
+    def weights(self, layer: int) -> dict[str, Tensor]:
+        """Return the tensors of the layer that is being passed, in the precision that it computes in."""
+        return dict(self._load(layer).named_parameters())
+
+    def _embed(self) -> list[Tensor]:
+        """Return the input of the first layer, and note how the model calls each of its layers."""
+        self._load_outside()
+        hidden = []
+        with torch.inference_mode(), _recorded(self._layers()) as calls:
+            for ids in self.batches:
+                if not self._calls:
+                    # One block's masks and rotary tables serve batches of any number of blocks of that length.
+                    self._model.base_model(input_ids=ids[:1].to(self.device), use_cache=False)
+                    self._calls = [call for _, call in calls]
+                calls.clear()
+                self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
+                hidden.append(calls[0][0])
+        self._drop_outside()
+        return hidden
+
+    def _layers(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self._model.get_submodule(self.checkpoint.family.layers))
+
+    def _load(self, layer: int) -> nn.Module:
+        """Return a layer with its weights; the layer before gives its memory back."""
+        module = self._layers()[layer]
+        if self._layer != layer:
+            self._unload()
+            self._assign(module, self.checkpoint.read_layer(layer), f"layer {layer}")
+            self._layer = layer
+        return module
+
+    def _unload(self) -> None:
+        if self._layer is not None:
+            self._layers()[self._layer].to("meta")
+        self._layer = None
+
+    def _load_outside(self) -> None:
+        """Load the embeddings, the final norm and the head."""
+        for part, tensors in self.checkpoint.read_outside().items():
+            self._assign(self._model.get_submodule(part), tensors, part)
+        self._model.tie_weights()
+
+    def _drop_outside(self) -> None:
+        for part in self.checkpoint.outside():
+            self._model.get_submodule(part).to("meta")
+        self._model.get_output_embeddings().to("meta")
+
+    def _assign(self, module: nn.Module, tensors: dict[str, Tensor], described: str) -> None:
+        expected = set(module.state_dict())
+        if missing := sorted(expected - set(tensors)):
+            raise CheckpointError(
+                f"{described} of {self.checkpoint.directory} has no {missing[0]}: the checkpoint is incomplete"
+            )
+        # Old checkpoints also store tables (`rotary_emb.inv_freq`) that the model now computes.
+        placed = {name: tensors[name].to(self.device, self.dtype) for name in expected}
+        try:
+            module.load_state_dict(placed, assign=True)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise CheckpointError(
+                f"{described} of {self.checkpoint.directory} does not fit its config.json: {reason}"
+            ) from error
+
+    def _raise_non_finite(self, layer: int, part: str) -> None:
+        raise NonFiniteError(
+            f"layer {layer}: the activations of {part} hold NaN or infinity: "
+            f"the weights of {self.checkpoint.directory} overflow {self.dtype}, or are damaged"
+        )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that layers compute in: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build the model without weights; buffers such as rotary tables are real."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa")
+    return model.eval()
+
+
+@contextmanager
+def _recorded(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Let every layer note its input and keyword arguments, and pass the input on unchanged."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def record(hidden: Tensor, **call: Any) -> Tensor:
+        calls.append((hidden, call))
+        return hidden
+
+    for layer in layers:
+        layer.forward = record
+    try:
+        yield calls
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def _without(module: nn.Module, name: str) -> Iterator[None]:
+    """Let a module return the input of one of its parts, the last that it runs."""
+    part = getattr(module, name)
+    setattr(module, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(module, name, part)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0

@@ -1,0 +1,39 @@
+"""Taking units out of a layer's tensors: whole rows into a branch, whole columns out of it."""
+
+from torch import Tensor
+
+from slimllm_ops.families import Branch, Family
+from slimllm_ops.plan import Decision, LayerPlan
+
+
+def prune_layer(tensors: dict[str, Tensor], family: Family, plan: LayerPlan) -> dict[str, Tensor]:
+    """Return a pruned layer's tensors, in the dtype of `tensors`, by names relative to the layer."""
+    pruned = dict(tensors)
+    for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
+        if decision is not None:
+            pruned |= _prune_branch(tensors, branch, decision)
+    return pruned
+
+
+def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Decision) -> tuple[Tensor, Tensor]:
+    """Return the output projection's new weight (D, S) and bias (D,), computed in the precision of `weight_DP`."""
+    kept_S = decision.kept_rows(weight_DP.shape[1]).to(weight_DP.device)
+    weight_DS = decision.recovery.restore(weight_DP[:, kept_S].T).T
+    recovered_D = decision.recovery.bias_D.to(weight_DP)
+    return weight_DS.contiguous(), recovered_D if bias_D is None else recovered_D + bias_D
+
+
+def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision) -> dict[str, Tensor]:
+    pruned = {}
+    for name in branch.inputs:
+        for kind in ("weight", "bias"):
+            key = f"{branch.module}.{name}.{kind}"
+            if key in tensors:
+                pruned[key] = tensors[key][decision.kept_rows(len(tensors[key]))]
+    stored = tensors[branch.output_weight]
+    bias_D = tensors.get(branch.output_bias)
+    # The recovery is computed in float32 and rounded once, to what the source is stored in.
+    weight_DS, new_bias_D = recovered_projection(stored.float(), None if bias_D is None else bias_D.float(), decision)
+    pruned[branch.output_weight] = weight_DS.to(stored.dtype)
+    pruned[branch.output_bias] = new_bias_D.to(stored.dtype)
+    return pruned
