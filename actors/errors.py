@@ -1,0 +1,5 @@
+"""Errors of a group of shards; each pickles, and names the shard it is about."""
+
+
+class ShardError(RuntimeError):
+    """A shard died, could not be placed, or did not answer in time; the message says which, and what to do."""

@@ -1,0 +1,139 @@
+"""A Ray session: a local Ray sized to the machine, or a connection to a cluster that is already there."""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import ray
+
+CONNECT_SECONDS = 10.0
+# On CPUs one worker computes with a group of cores: fewer copies of the hidden layer's weights and of the moments.
+CPUS_PER_WORKER = 4
+
+
+class ClusterError(ValueError):
+    """The cluster is not there, or lacks what was asked for; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node has."""
+
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cluster has, node by node."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
+
+    def room(self, cpus: int, gpus: float) -> int:
+        """Return how many workers of so many CPUs and GPUs each the nodes have room for."""
+        return sum(min(node.cpus // cpus, int(node.gpus / gpus) if gpus else node.cpus) for node in self.nodes)
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many workers run, and what each of them takes."""
+
+    num_workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+
+
+@contextmanager
+def session(address: str | None, packages: Sequence[ModuleType]) -> Iterator[Resources]:
+    """Connect to the Ray at `address`, or start a local one, for as long as the context lasts.
+
+    Inside a Ray job, or where the program has already connected, that connection is used and left open.
+
+    Args:
+        address: "host:port" of a cluster's head, "auto", or None for a local Ray (or the job's own cluster).
+        packages: packages that the workers import; a cluster that is connected to receives them.
+
+    Raises:
+        ClusterError: nothing answers at the address.
+    """
+    if ray.is_initialized():
+        yield _resources()
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(include_dashboard=False, **quiet)
+    else:
+        _require_answer(address)
+        try:
+            ray.init(address, runtime_env={"py_modules": list(packages)}, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ClusterError(
+                f"the Ray at {address} cannot be used: {reason}; check --address, and that RAY_AUTH_MODE and the "
+                f"versions of Ray and Python are the same on both sides"
+            ) from error
+    try:
+        yield _resources()
+    finally:
+        ray.shutdown()
+
+
+def plan_workers(resources: Resources, num_workers: int | None, gpus_per_worker: float | None) -> WorkerPlan:
+    """Return how many workers run and what each takes: one per GPU where there are any, else one per 4 cores.
+
+    Raises:
+        ClusterError: the cluster has less than was asked for.
+    """
+    if gpus_per_worker is None:
+        gpus_per_worker = 1.0 if resources.gpus else 0.0
+    room = resources.room(1, gpus_per_worker)
+    if num_workers is None:
+        by_cores = max(1, sum(node.cpus // CPUS_PER_WORKER for node in resources.nodes))
+        num_workers = room if gpus_per_worker else by_cores
+    if not 0 < num_workers <= room:
+        raise ClusterError(
+            f"{max(num_workers, 1)} workers of {gpus_per_worker:g} GPUs were asked for, the cluster has room for "
+            f"{room}: {len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs; "
+            f"lower --workers or --gpus-per-worker (0 computes on CPUs)"
+        )
+    cpus = resources.cpus // num_workers
+    while resources.room(cpus, gpus_per_worker) < num_workers:
+        cpus -= 1
+    return WorkerPlan(num_workers, cpus, gpus_per_worker)
+
+
+def _require_answer(address: str) -> None:
+    """Knock at host:port first: Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        if address == "auto":
+            return
+        raise ClusterError(f"--address {address!r} is not host:port, nor auto: pass the address of the head node")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray answers at {address} ({error}): start one there with `ray start --head`, or leave --address out"
+        ) from error
+
+
+def _resources() -> Resources:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple(Node(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive)
+    return Resources(nodes)
