@@ -1,0 +1,114 @@
+"""What a run is asked to do: one frozen value, checked when it is made."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+METHODS = ("slimllm",)
+
+
+class ConfigError(ValueError):
+    """A setting is out of range, unknown, or contradicts another; the message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """The settings of `prune`; the command line's options of the same names, and the keys of a `--config` file.
+
+    Raises:
+        ConfigError: a setting is out of range or contradicts another.
+    """
+
+    model: str | None = None
+    output: str | None = None
+    overwrite: bool = False
+    method: str = "slimllm"
+    sparsity: float | None = None
+    ratio: float | None = None
+    pruned_layers: int | None = None
+    alpha: float | None = None
+    keep_lowest: float = 0.01
+    calibration: str | None = None
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+    evaluate: tuple[str, ...] = ()
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    address: str | None = None
+    experiment: str = "slimllm"
+    tracking_uri: str | None = None
+    run_name: str | None = None
+    register: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every setting that can be checked without the model."""
+        object.__setattr__(self, "evaluate", tuple(self.evaluate))
+        _require(self.method in METHODS, f"method {self.method!r} is unknown: choose one of {', '.join(METHODS)}")
+        _require(
+            self.sparsity is None or self.ratio is None,
+            "sparsity and ratio were both given: sparsity solves for the ratio, so give one of them",
+        )
+        for name in ("sparsity", "ratio"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 < value < 1,
+                f"{name} is {value}: it must lie between 0 and 1, both excluded",
+            )
+        _require(0 <= self.keep_lowest < 1, f"keep_lowest is {self.keep_lowest}: it must lie in [0, 1)")
+        for name in ("samples", "sequence_length", "workers", "pruned_layers"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}: it must be at least 1")
+        _require(self.sequence_length >= 2, "sequence_length is 1: a block must have two tokens at least")
+        _require(
+            self.gpus_per_worker is None or self.gpus_per_worker >= 0,
+            f"gpus_per_worker is {self.gpus_per_worker}: it cannot be negative",
+        )
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """The sparsity to meet: .2 by default, None where the paper's own ratio was given."""
+        if self.ratio is not None:
+            return None
+        return 0.2 if self.sparsity is None else self.sparsity
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return the settings of a TOML file, with the names of `PruneConfig`'s fields; dashes count as underscores.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
+    """
+    try:
+        read = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not TOML: {error}") from error
+    settings = {key.replace("-", "_"): value for key, value in read.items()}
+    known = {field.name: field for field in fields(PruneConfig)}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"config file {path} has an unknown key {key!r}; known are: {', '.join(sorted(known))}")
+        _require_type(path, key, value, str(known[key].type))
+    return settings
+
+
+def _require_type(path: Path, key: str, value: Any, annotation: str) -> None:
+    """Check a TOML value against a field's annotation; TOML writes whole floats as integers."""
+    expected = {
+        "str": (str,),
+        "bool": (bool,),
+        "int": (int,),
+        "float": (float, int),
+        "tuple[str, ...]": (list,),
+    }[annotation.removesuffix(" | None").removeprefix("<class '").removesuffix("'>")]
+    is_list_of_text = not isinstance(value, list) or all(isinstance(item, str) for item in value)
+    if type(value) not in expected or not is_list_of_text:
+        raise ConfigError(f"config file {path}: {key} is {value!r}, expected {annotation}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)

@@ -1,0 +1,43 @@
+"""Text or token files to token blocks: what calibration and held-out evaluation read.
+
+Shapes: B blocks of T tokens. A text is tokenised with the model's own tokenizer and cut into blocks that do
+not overlap (``text.py``); a table with an ``input_ids`` column holds blocks already, and is taken as it is.
+"""
+
+from pathlib import Path
+
+from orchestrator.data.blocks import DataError, TextOptions, TokenBlocks, check_fits, freeze, save_blocks
+from orchestrator.data.files import local_file, read_rows, table_columns
+from orchestrator.data.text import read_text
+
+__all__ = ["DataError", "TextOptions", "TokenBlocks", "load_tokens", "save_blocks"]
+
+
+def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int, options: TextOptions) -> TokenBlocks:
+    """Load token blocks for a model.
+
+    Args:
+        spec: ``builtin:calibration`` or ``builtin:heldout``; a ``.txt`` file; a ``.jsonl``, ``.parquet`` or
+            ``.arrow`` file with a ``text`` column; a ``.parquet`` or ``.arrow`` file with ``input_ids`` rows
+            (which win over a ``text`` column); or a dataset on the hub with a ``text`` column,
+            ``name[:config[:split]]``, whose split is train where none is given.
+        model_dir: Where the model's tokenizer is; not looked at for token files.
+        vocab_size: The model's, which bounds the token ids.
+        max_length: Tokens that the model takes in a sequence (``max_position_embeddings``).
+        options: How blocks are drawn from a text.
+
+    Returns:
+        At least one block.
+
+    Raises:
+        DataError: In one line, whatever is wrong with the source, the tokenizer or the tokens.
+    """
+    path = local_file(spec)
+    if path is not None and "input_ids" in table_columns(path):
+        ids_BT = read_rows(path)
+        found, source_digest = len(ids_BT), None
+    else:
+        length = min(options.sequence_length, max_length)
+        ids_BT, found, source_digest = read_text(spec, path, model_dir, length, options)
+    check_fits(spec, ids_BT, vocab_size, max_length)
+    return freeze(spec, ids_BT, found, source_digest)

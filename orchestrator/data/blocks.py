@@ -1,0 +1,97 @@
+"""The values: how blocks are drawn, the blocks, their digest, and the file they are saved in."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+
+class DataError(ValueError):
+    """The text or tokens asked for cannot be used: what was asked, what was found, what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How blocks are drawn from a text; token files are taken whole.
+
+    Attributes:
+        samples: Blocks to keep; a text that has fewer gives all of them.
+        sequence_length: Tokens per block, at most; a model that takes fewer shortens the blocks.
+        seed: Chooses the kept blocks.
+    """
+
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise DataError(f"{name} is {value}: give at least {least}")
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Token blocks and where they come from.
+
+    Attributes:
+        spec: What was asked for.
+        input_ids_BT: int32, C-contiguous and read-only (it may be a memory-mapped file).
+        digest: sha256 of the shape and the bytes of ``input_ids_BT``, and of nothing else.
+        found: Blocks that were there to draw from; fewer than the samples asked means that all were taken.
+        source_digest: sha256 of the text read, whatever the tokenizer; None for token files.
+    """
+
+    spec: str
+    input_ids_BT: np.ndarray = field(repr=False, compare=False)
+    digest: str
+    found: int
+    source_digest: str | None = None
+
+
+def freeze(spec: str, ids_BT: np.ndarray, found: int, source_digest: str | None) -> TokenBlocks:
+    """Token blocks with their digest, which nobody can make untrue by writing to them."""
+    ids_BT = np.ascontiguousarray(ids_BT, dtype=np.int32)
+    ids_BT.flags.writeable = False
+    digest = hashlib.sha256("{}x{}\n".format(*ids_BT.shape).encode())
+    digest.update(ids_BT.astype("<i4", copy=False).reshape(-1).data)
+    return TokenBlocks(spec, ids_BT, digest.hexdigest(), found, source_digest)
+
+
+def check_fits(spec: str, ids_BT: np.ndarray, vocab_size: int, max_length: int) -> None:
+    """Raise unless a model with this vocabulary and sequence length takes the blocks."""
+    length = ids_BT.shape[1]
+    if length > max_length:
+        raise DataError(f"{spec}: blocks of {length} tokens, the model takes {max_length}: cut them shorter")
+    low, high = int(ids_BT.min()), int(ids_BT.max())
+    if low >= 0 and high < vocab_size:
+        return
+    worst, position = (high, ids_BT.argmax()) if high >= vocab_size else (low, ids_BT.argmin())
+    raise DataError(
+        f"{spec}: token id {worst} in row {int(position) // length}, the model's vocabulary has {vocab_size} "
+        f"(0 to {vocab_size - 1}): use tokens of this model's own tokenizer"
+    )
+
+
+def save_blocks(blocks: TokenBlocks, path: Path) -> None:
+    """Write blocks as an Arrow IPC file that ``load_tokens`` maps into memory without a copy.
+
+    Args:
+        blocks: What to write.
+        path: A file named ``*.arrow``; it appears whole or not at all.
+
+    Raises:
+        DataError: The file has another extension, by which it could not be read back.
+    """
+    if path.suffix != ".arrow":
+        raise DataError(f"{path}: token blocks are saved as .arrow files: name it {path.stem}.arrow")
+    values = pa.array(blocks.input_ids_BT.reshape(-1))
+    rows = pa.FixedSizeListArray.from_arrays(values, blocks.input_ids_BT.shape[1])
+    batch = pa.record_batch([rows], names=["input_ids"])
+    # Replaced, not overwritten: the blocks may be mapped from this very file, and truncating it kills.
+    partial = path.with_name(path.name + ".partial")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    partial.replace(path)

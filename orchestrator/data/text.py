@@ -1,0 +1,144 @@
+"""Text to token blocks, in bounded memory and time.
+
+Special tokens are the tokenizer's default: with each document, as the model met documents in its training,
+and once for a whole ``.txt``, which is one running text. Nothing else is put between documents.
+
+Only the first ``_POOL`` blocks for each one asked are read, so a source of any size takes the same time. A
+uniform random subset of them is kept (a reservoir: memory holds no more), in the order of the text.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from orchestrator.data.blocks import DataError, TextOptions
+from orchestrator.data.documents import read_documents
+from orchestrator.data.files import explained
+
+_POOL = 16  # 128 blocks of 2048 are drawn from 4 million tokens: a broad choice, and 5 to 10 s of tokenising
+_PIECE_CHARACTERS = 1 << 16  # of a .txt; a tokenizer works on the pieces of a batch in parallel
+_BATCH_CHARACTERS = 1 << 20
+
+
+def read_text(
+    spec: str, path: Path | None, model_dir: Path, length: int, options: TextOptions
+) -> tuple[np.ndarray, int, str]:
+    """Blocks drawn from a text, how many there were to draw from, and the digest of the text read."""
+    tokenizer = _load_tokenizer(spec, model_dir)
+    text_hash = hashlib.sha256()
+    if path is not None and path.suffix == ".txt":
+        pieces = _hashed(_text_pieces(path), text_hash, end=b"")
+        tokens: Iterator[np.ndarray] = chain(
+            _encode(tokenizer, islice(pieces, 1), add_special_tokens=True),
+            _encode(tokenizer, pieces, add_special_tokens=False),
+        )
+    else:
+        documents = (text for text in read_documents(spec, path) if text)
+        tokens = _encode(tokenizer, _hashed(documents, text_hash, end=b"\0"), add_special_tokens=True)
+    ids_BT, found = draw_blocks(spec, tokens, length, options)
+    return ids_BT, found, text_hash.hexdigest()
+
+
+def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
+    remedy = "add its files, or give token blocks (input_ids in a .parquet or .arrow file), which need none"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{spec} is text, and {model_dir} has no tokenizer that loads: {remedy}") from error
+    # Of many families a folder with no tokenizer files loads as an empty tokenizer, which drops every word.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise DataError(f"{spec} is text, and the tokenizer in {model_dir} has no vocabulary: {remedy}")
+    return tokenizer
+
+
+def _text_pieces(path: Path) -> Iterator[str]:
+    """A text in pieces which together are the text, blank lines included."""
+    rest = ""
+    with explained(path), path.open(encoding="utf-8-sig") as file:
+        while read := file.read(_PIECE_CHARACTERS):
+            rest += read
+            if cut := _last_line_start(rest):
+                yield rest[:cut]
+                rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _last_line_start(text: str) -> int:
+    """Where the last line that starts with a word begins: tokens seldom reach over it, often over blanks."""
+    end = len(text)
+    while (newline := text.rfind("\n", 0, end)) >= 0:
+        if newline + 1 < len(text) and not text[newline + 1].isspace():
+            return newline + 1
+        end = newline
+    return len(text) if len(text) >= _BATCH_CHARACTERS else 0  # a line without end is cut anywhere
+
+
+def _hashed(texts: Iterable[str], text_hash: Any, end: bytes) -> Iterator[str]:
+    for text in texts:
+        text_hash.update(text.encode() + end)
+        yield text
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, add_special_tokens: bool
+) -> Iterator[np.ndarray]:
+    """The token ids of the texts in their order, one array for each batch of texts."""
+    for batch in _batches(texts):
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # else it warns of documents longer than the model's sequences
+        )
+        yield np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def draw_blocks(spec: str, tokens: Iterable[np.ndarray], length: int, options: TextOptions) -> tuple[np.ndarray, int]:
+    """A random subset of the blocks of a stream of tokens, and how many there were to draw from."""
+    generator = np.random.default_rng(options.seed)
+    kept: dict[int, tuple[int, np.ndarray]] = {}
+    rest = np.empty(0, dtype=np.int32)
+    found, limit = 0, _POOL * options.samples
+    for chunk in tokens:
+        rest = np.concatenate([rest, chunk])
+        whole = min(len(rest) // length, limit - found)
+        for block in rest[: whole * length].reshape(whole, length):
+            slot = found if found < options.samples else int(generator.integers(found + 1))
+            if slot < options.samples:
+                kept[slot] = (found, block.copy())  # a view would keep its whole chunk alive
+            found += 1
+        rest = rest[whole * length :]
+        if found == limit:
+            break
+    if not found:
+        _raise_too_short(spec, len(rest), length)
+    return np.stack([block for _, block in sorted(kept.values(), key=lambda pair: pair[0])]), found
+
+
+def _raise_too_short(spec: str, tokens: int, length: int) -> None:
+    if not tokens:
+        raise DataError(f"{spec}: no text in it, all documents are empty: give a source with text")
+    raise DataError(
+        f"{spec}: {tokens} tokens found, and one block needs {length}: "
+        f"give more text, or a sequence length of at most {tokens}"
+    )

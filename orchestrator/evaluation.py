@@ -1,0 +1,20 @@
+"""Perplexity on held-out blocks, sharded over the workers, a layer at a time."""
+
+import math
+
+from actors import ShardGroup
+from orchestrator.data import TokenBlocks
+from orchestrator.inputs import into_batches
+from orchestrator.progress import Reporter
+from slimllm_ops.checkpoint import Checkpoint
+
+
+def evaluate(shards: ShardGroup, model: Checkpoint, blocks: TokenBlocks, reporter: Reporter, stage: str) -> float:
+    """Return the perplexity of a model: exp of the mean negative log-likelihood per token."""
+    shards.open_stream(stage, str(model.directory), into_batches(blocks))
+    for layer in reporter.layers(stage, model.num_layers, blocks.input_ids_BT.size):
+        shards.forward(stage, layer)
+    loss = shards.negative_log_likelihood(stage)
+    shards.close_stream(stage)
+    # A model that is pruned to pieces can pass what a float holds.
+    return math.exp(loss) if loss < 700 else math.inf

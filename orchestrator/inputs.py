@@ -1,0 +1,92 @@
+"""What a run starts from: the model's directory and its token blocks, found and checked before anything starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from orchestrator import builtin
+from orchestrator.config import PruneConfig
+from orchestrator.data import TextOptions, TokenBlocks, load_tokens
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import CheckpointError
+
+BUILTIN_NAME = "builtin"
+BUILTIN_CALIBRATION = "builtin:calibration"
+BUILTIN_HELDOUT = "builtin:heldout"
+# The forward runs on batches of so many tokens, but on no fewer than so many batches where the data allow it,
+# so that there is work for several workers. Neither depends on the workers, so that sums do not either.
+BATCH_TOKENS = 4096
+MIN_BATCHES = 16
+DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICENSE*")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model and the data of a run."""
+
+    name: str
+    source: Checkpoint
+    calibration: TokenBlocks
+    held_out: tuple[TokenBlocks, ...]
+
+
+def load_inputs(config: PruneConfig) -> Inputs:
+    """Find the model, then its calibration and held-out blocks.
+
+    Raises:
+        CheckpointError: the model is missing, broken or unknown.
+        DataError: a specification of data does not give token blocks.
+    """
+    source = Checkpoint.open(resolve_model(config.model))
+    specs = config.evaluate or ((BUILTIN_HELDOUT,) if config.calibration is None else ())
+    return Inputs(
+        model_name(config.model),
+        source,
+        _load(config, source, config.calibration or BUILTIN_CALIBRATION),
+        tuple(_load(config, source, spec) for spec in specs),
+    )
+
+
+def model_name(model: str | None) -> str:
+    """Return what a model is called in paths and runs."""
+    return BUILTIN_NAME if model is None else Path(model).resolve().name
+
+
+def resolve_model(model: str | None) -> Path:
+    """Return the directory of a model: the built-in one, a local one, or a hub id's, downloaded if need be.
+
+    Raises:
+        CheckpointError: there is no such directory, and the hub cannot give it.
+    """
+    if model is None:
+        return builtin.MODEL_DIR
+    path = Path(model)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        return path.expanduser()
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), etag_timeout=10))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise CheckpointError(
+            f"{model} is no directory here, and as a hub id it could not be had ({type(error).__name__}): "
+            f"check the name and the network, or pass the directory of a downloaded model"
+        ) from error
+
+
+def into_batches(blocks: TokenBlocks) -> list[np.ndarray]:
+    """Cut blocks (B, T) into batches (b, T) by a rule that does not depend on the workers."""
+    ids_BT = blocks.input_ids_BT
+    size = max(1, min(BATCH_TOKENS // ids_BT.shape[1], len(ids_BT) // MIN_BATCHES))
+    return [ids_BT[start : start + size] for start in range(0, len(ids_BT), size)]
+
+
+def _load(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
+    return load_tokens(
+        spec,
+        model_dir=source.directory,
+        vocab_size=source.config.vocab_size,
+        max_length=source.config.max_position_embeddings,
+        options=TextOptions(samples=config.samples, sequence_length=config.sequence_length, seed=config.seed),
+    )

@@ -1,0 +1,59 @@
+"""The README.md of a pruned checkpoint: what it is, how it loads, and what pruning cost."""
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.inputs import Inputs
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pruned, slimllm]
+---
+
+# {name}, pruned by {sparsity:.1%}
+
+Pruned with [slimllm](https://arxiv.org/abs/2505.22689) (method `{method}`): heads and MLP channels are gone, layer by
+layer, and what is left is refitted. It loads in plain transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+```
+
+The flag lets it load `pruned_model.py`, a copy of which lies here; where slimllm is installed and `slimllm_ops` is
+imported, it is not needed.
+
+| | before | after |
+|---|---|---|
+| parameters | {parameters_before:,} | {parameters_after:,} |
+| parameters of the decoder layers | {layer_parameters_before:,} | {layer_parameters_after:,} |
+{perplexity}
+Calibrated on {tokens:,} tokens of `{calibration}` (digest `{digest}`), seed {seed}.
+`pruning/plan.json` has every decision and setting, `pruning/importance.parquet` the score of every unit.
+"""
+
+
+def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], totals: Any) -> None:
+    """Write README.md into a checkpoint's directory."""
+    rows = [
+        f"| perplexity on `{spec}` | {dense:.2f} | {pruned:.2f} |\n"
+        for spec, (dense, pruned) in totals.perplexity.items()
+    ]
+    card = CARD.format(
+        name=inputs.name,
+        sparsity=totals.sparsity,
+        method=params["method"],
+        parameters_before=totals.parameters_before,
+        parameters_after=totals.parameters_after,
+        layer_parameters_before=totals.layer_parameters_before,
+        layer_parameters_after=totals.layer_parameters_after,
+        perplexity="".join(rows),
+        tokens=totals.calibration_tokens,
+        calibration=inputs.calibration.spec,
+        digest=inputs.calibration.digest[:16],
+        seed=params["seed"],
+    )
+    (directory / "README.md").write_text(card)

@@ -1,0 +1,73 @@
+"""What a run tells while it goes: a bar on a terminal, plain lines elsewhere, and the seconds of every stage."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Where lines are printed instead of a bar, one every so many seconds is enough.
+LINE_SECONDS = 10.0
+
+
+class Reporter:
+    """Shows the stage, the layer, the rate and the time left on `console`; keeps the seconds of each stage."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.seconds: dict[str, float] = {}
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds spent inside to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def layers(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
+        """Yield the layers in order, showing how far they are; `tokens` pass each of them."""
+        with self.timed(stage):
+            shown = self._bar if self.console.is_terminal else self._lines
+            yield from shown(stage, num_layers, tokens)
+
+    def _bar(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("layers  {task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        start = time.perf_counter()
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(stage, total=num_layers, rate="")
+            for layer in range(num_layers):
+                yield layer
+                progress.update(task, advance=1, rate=_rate((layer + 1) * tokens, start))
+
+    def _lines(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
+        start = time.perf_counter()
+        told = start
+        for layer in range(num_layers):
+            yield layer
+            now = time.perf_counter()
+            done = layer + 1
+            if now - told > LINE_SECONDS or done == num_layers:
+                told = now
+                left = (now - start) / done * (num_layers - done)
+                self.note(f"{stage}: layer {done}/{num_layers}, {_rate(done * tokens, start)}, {left:.0f} s left")
+
+
+def _rate(layer_tokens: int, start: float) -> str:
+    return f"{layer_tokens / max(time.perf_counter() - start, 1e-9):,.0f} tokens/s per layer"

@@ -1,0 +1,223 @@
+"""What a run leaves beside the weights: the plan, the scores, figures, a model card, and the same in MLflow."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import WorkerPlan
+from orchestrator.config import PruneConfig
+from orchestrator.data import TokenBlocks
+from orchestrator.figures import LayerKept, ScoredUnits, draw_kept, draw_scores
+from orchestrator.inputs import Inputs
+from orchestrator.model_card import write_model_card
+from orchestrator.tracking import Run
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.families import layer_shape
+from slimllm_ops.plan import Decision, LayerPlan, Plan
+
+PACKAGES = ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """The figures of a whole run; perplexities are (dense, pruned) by specification of the held-out data."""
+
+    parameters_before: int
+    parameters_after: int
+    layer_parameters_before: int
+    layer_parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    perplexity: dict[str, tuple[float, float]]
+    calibration_tokens: int
+    seconds: dict[str, float]
+    peak_memory: dict[str, int]
+    read_back_error: float
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the decoder layers' parameters that is gone."""
+        return 1 - self.layer_parameters_after / self.layer_parameters_before
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Calibration tokens per second of the passes over the layers."""
+        passes = self.seconds["layer similarities"] + self.seconds["pruning"]
+        return self.calibration_tokens / passes
+
+    def metrics(self) -> dict[str, float]:
+        """Return the totals as metrics without a step."""
+        metrics = {
+            "sparsity": self.sparsity,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "layer_parameters_before": self.layer_parameters_before,
+            "layer_parameters_after": self.layer_parameters_after,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "tokens_per_second": self.tokens_per_second,
+            "read_back_error": self.read_back_error,
+        }
+        metrics |= {f"seconds/{stage.replace(',', '')}": value for stage, value in self.seconds.items()}
+        metrics |= {f"peak_memory_bytes/{kind}": value for kind, value in self.peak_memory.items()}
+        for number, (dense, pruned) in enumerate(self.perplexity.values()):
+            # One held-out set is the usual case, and keeps the plain name.
+            suffix = f"/{number}" if number else ""
+            metrics |= {f"perplexity_before{suffix}": dense, f"perplexity_after{suffix}": pruned}
+        return metrics
+
+
+def count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return how many parameters a checkpoint has in all, and in its decoder layers."""
+    layers = [name for layer in range(checkpoint.num_layers) for name in checkpoint.layer_names(layer)]
+    return checkpoint.num_parameters(list(checkpoint.files)), checkpoint.num_parameters(layers)
+
+
+def count_totals(
+    inputs: Inputs,
+    pruned: Checkpoint,
+    perplexity: dict[str, tuple[float, float]],
+    seconds: dict[str, float],
+    peak_memory: dict[str, int],
+    read_back_error: float,
+) -> Totals:
+    """Gather the figures of a run whose checkpoint is written."""
+    before, layers_before = count_parameters(inputs.source)
+    after, layers_after = count_parameters(pruned)
+    return Totals(
+        parameters_before=before,
+        parameters_after=after,
+        layer_parameters_before=layers_before,
+        layer_parameters_after=layers_after,
+        bytes_before=inputs.source.num_bytes(),
+        bytes_after=pruned.num_bytes(),
+        perplexity=perplexity,
+        calibration_tokens=inputs.calibration.input_ids_BT.size,
+        seconds=dict(seconds),
+        peak_memory=peak_memory,
+        read_back_error=read_back_error,
+    )
+
+
+def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:
+    """Return what the run was asked to do and what it ran on: enough to repeat it."""
+    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    return settings | {
+        "model": config.model or inputs.name,
+        "model_digest": inputs.source.digest(),
+        "calibration": inputs.calibration.spec,
+        "calibration_digest": inputs.calibration.digest,
+        "evaluate": ", ".join(blocks.spec for blocks in inputs.held_out),
+        "sparsity": config.target_sparsity,
+        "python_version": platform.python_version(),
+        **{f"{package}_version": version(package) for package in PACKAGES},
+        **asdict(workers),
+    }
+
+
+def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:
+    """Log the parameters and the digests of the data, before anything is computed."""
+    run.log_params({name: value for name, value in params.items() if value is not None})
+    _log_dataset(run, inputs.calibration, "calibration")
+    for blocks in inputs.held_out:
+        _log_dataset(run, blocks, "evaluation")
+
+
+def _log_dataset(run: Run, blocks: TokenBlocks, context: Literal["calibration", "evaluation"]) -> None:
+    num_blocks, length = blocks.input_ids_BT.shape
+    run.log_dataset(Path(blocks.spec).name, blocks.digest, context, blocks.spec, num_blocks, length)
+
+
+def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None:
+    """Log a layer's metrics, with step = layer."""
+    shape = layer_shape(source.config, layer)
+    kept = _layer_kept(source, layer, plan)
+    metrics = {
+        "cosine": plan.similarity,
+        "ratio": plan.ratio,
+        "heads_kept": kept.heads_kept,
+        "key_value_heads_kept": kept.heads_kept * shape.num_key_value_heads // shape.num_attention_heads,
+        "channels_kept": kept.channels_kept,
+        "attention_relative_error": _relative_error(plan.attention),
+        "mlp_relative_error": _relative_error(plan.mlp),
+    }
+    run.log_metrics(metrics, step=layer)
+
+
+def write_record(
+    directory: Path, params: dict[str, Any], inputs: Inputs, layers: Sequence[LayerPlan], totals: Totals
+) -> None:
+    """Write `pruning/` (plan, scores, figures) and the model card into a checkpoint's directory."""
+    pruning = directory / "pruning"
+    header = {"format": 1, "params": params, "totals": asdict(totals) | {"sparsity": totals.sparsity}}
+    Plan(header, tuple(layers)).write(pruning / "plan.json")
+    pq.write_table(importance_table(layers), pruning / "importance.parquet")
+    figures = pruning / "figures"
+    figures.mkdir()
+    kept = [_layer_kept(inputs.source, number, layer) for number, layer in enumerate(layers)]
+    draw_kept(kept, figures / "kept.png")
+    draw_scores(_scored(layers), figures / "scores.png")
+    write_model_card(directory, inputs, params, totals)
+
+
+def log_record(run: Run, directory: Path, name: str, totals: Totals) -> str | None:
+    """Log the totals, the record's files and the checkpoint; return the logged model's URI."""
+    run.log_metrics(totals.metrics())
+    run.log_artifacts(directory / "pruning", "pruning")
+    return run.log_checkpoint(directory, name, {"sparsity": totals.sparsity, "parameters": totals.parameters_after})
+
+
+def importance_table(layers: Sequence[LayerPlan]) -> pa.Table:
+    """Return a row per unit of every pruned module: layer, module, unit, score, kept."""
+    rows = [
+        {"layer": number, "module": module, "unit": unit, "score": score, "kept": unit in kept}
+        for number, layer in enumerate(layers)
+        for module, decision in _modules(layer)
+        for kept in [set(decision.kept)]
+        for unit, score in enumerate(decision.scores)
+    ]
+    schema = pa.schema(
+        [
+            ("layer", pa.int32()),
+            ("module", pa.string()),
+            ("unit", pa.int32()),
+            ("score", pa.float64()),
+            ("kept", pa.bool_()),
+        ]
+    )
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _modules(layer: LayerPlan) -> list[tuple[str, Decision]]:
+    modules = (("attention", layer.attention), ("mlp", layer.mlp))
+    return [(name, decision) for name, decision in modules if decision is not None]
+
+
+def _layer_kept(source: Checkpoint, layer: int, plan: LayerPlan) -> LayerKept:
+    shape = layer_shape(source.config, layer)
+    group = shape.num_attention_heads // shape.num_key_value_heads
+    return LayerKept(
+        layer=layer,
+        heads_kept=len(plan.attention.kept) * group if plan.attention else shape.num_attention_heads,
+        heads_total=shape.num_attention_heads,
+        channels_kept=len(plan.mlp.kept) if plan.mlp else shape.intermediate_size,
+        channels_total=shape.intermediate_size,
+    )
+
+
+def _scored(layers: Sequence[LayerPlan]) -> dict[str, list[ScoredUnits]]:
+    scored: dict[str, list[ScoredUnits]] = {"attention": [], "mlp": []}
+    for number, layer in enumerate(layers):
+        for module, decision in _modules(layer):
+            scored[module].append(ScoredUnits(layer=number, scores=decision.scores, kept=decision.kept))
+    return {module: units for module, units in scored.items() if units}
+
+
+def _relative_error(decision: Decision | None) -> float:
+    return 0.0 if decision is None else decision.recovery.relative_error

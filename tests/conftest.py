@@ -1,0 +1,91 @@
+"""What tests share: small models on disk, tokens for them, one local Ray and one MLflow store for the session."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models, data and recorded decisions beside the checkout; tests that need it may skip."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("needs the shared folder with real models beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for all tests, with more logical CPUs than the machine has, so that several workers fit."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow store for all tests: making a new one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a small random Llama and return its directory."""
+
+    def make(dtype: torch.dtype = torch.float32, max_shard_size: str = "50GB", **settings: object) -> Path:
+        defaults: dict[str, object] = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+            # Larger than usual, so that layers do something and their outputs differ.
+            "initializer_range": 0.15,
+        }
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**(defaults | settings))).to(dtype)
+        directory = tmp_path_factory.mktemp("model")
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mha_model(make_llama: Callable[..., Path]) -> Path:
+    """A random Llama whose every head has its own keys and values."""
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def gqa_model(make_llama: Callable[..., Path]) -> Path:
+    """A random Llama with two query heads to a key/value head."""
+    return make_llama(num_key_value_heads=2)
+
+
+@pytest.fixture(scope="session")
+def token_blocks() -> np.ndarray:
+    """Random token ids (24, 16) for the random models."""
+    return np.random.default_rng(0).integers(0, 97, size=(24, 16)).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory: pytest.TempPathFactory, token_blocks: np.ndarray) -> Path:
+    """The token blocks as a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
+    pq.write_table(pa.table({"input_ids": [row.tolist() for row in token_blocks]}), path)
+    return path
