@@ -18,3 +18,7 @@ class NonFiniteError(InputError):
 
 class ReadBackError(RuntimeError):
     """A checkpoint that was written does not compute what the run computed: a bug or a broken disk."""
+
+
+class SolveError(InputError):
+    """A system of equations has no solution that can be trusted; the message names it and its condition."""

@@ -1,0 +1,33 @@
+"""In which order the units of a module go, and what each removal costs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """An order of removal: the first unit goes first.
+
+    `costs` are what the removals cost, one after the other, in the order of `order`; their unit is the method's.
+    The last unit of a module is never removed, and its cost is not looked at.
+    """
+
+    order: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    @classmethod
+    def by_score(cls, scores: Tensor) -> "Ranking":
+        """Rank units by a score of each, the lowest first, at a cost of that score."""
+        values, order = torch.sort(scores, stable=True)
+        return cls(tuple(order.tolist()), tuple(values.tolist()))
+
+    def kept_after(self, num_removed: int) -> tuple[int, ...]:
+        """Return the units that are left, ascending."""
+        return tuple(sorted(self.order[num_removed:]))
+
+    def scores(self) -> tuple[float, ...]:
+        """Return each unit's cost of removal, by unit."""
+        by_unit = dict(zip(self.order, self.costs, strict=True))
+        return tuple(by_unit[unit] for unit in range(len(self.order)))
