@@ -2,6 +2,7 @@
 
 from actors.errors import ShardError
 from actors.group import ShardGroup
-from actors.shard import Shard
+from actors.pool import SolverPool, results
+from actors.shard import PROBED_TOKENS, Shard
 
-__all__ = ["Shard", "ShardError", "ShardGroup"]
+__all__ = ["PROBED_TOKENS", "Shard", "ShardError", "ShardGroup", "SolverPool", "results"]

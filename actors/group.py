@@ -3,55 +3,59 @@
 Results come in the order of the shards, and sums are made in a tree of that order, so nothing depends on timing.
 """
 
-import time
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
 
-from actors.errors import ShardError
 from actors.shard import Shard
-from slimllm_ops.errors import InputError
+from actors.waiting import get_in_order, get_one
 from slimllm_ops.families import Branch
 from slimllm_ops.plan import Decision
 from slimllm_ops.stream import Mean, compute_dtype
 
 START_SECONDS = 180.0
-CALL_SECONDS = 3600.0
-# Waiting is cut into pieces so that Ctrl-C is heard at once.
-POLL_SECONDS = 1.0
 
 
 class ShardGroup:
-    """Shards that are called together; close it, or use it as a context manager, and its actors end."""
+    """Shards that are called together; close it, or use it as a context manager, and its actors end.
 
-    def __init__(self, actors: list[Any], device: str) -> None:
-        self._actors = actors
-        self.compute_dtype = compute_dtype(torch.device(device))
+    The actors start when the first data are sent to them: a run that needs none starts none.
+    """
+
+    def __init__(
+        self, num_workers: int, cpus_per_worker: int, gpus_per_worker: float, reserved_cpus: float | None = None
+    ) -> None:
+        self._num_workers = num_workers
+        self._threads = cpus_per_worker
+        # What a worker holds in Ray's books may be less than what it computes with, to leave room for solves.
+        self._reserved_cpus = cpus_per_worker if reserved_cpus is None else reserved_cpus
+        self._gpus = gpus_per_worker
+        self._actors: list[Any] = []
+        self._device = "cuda" if gpus_per_worker else "cpu"
         # Of every stream, the shards that hold a share of it; a short text does not reach all of them.
         self._holders: dict[str, list[Any]] = {}
 
-    @classmethod
-    def start(cls, num_workers: int, cpus_per_worker: int, gpus_per_worker: float) -> "ShardGroup":
-        """Start `num_workers` actors and wait until every one of them is placed.
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the shards compute in."""
+        return compute_dtype(torch.device(self._device))
+
+    def start(self) -> None:
+        """Start the actors and wait until every one of them is placed; nothing where they run already.
 
         Raises:
             ShardError: they were not placed in time.
         """
+        if self._actors:
+            return
         remote = ray.remote(Shard).options(
-            num_cpus=cpus_per_worker, num_gpus=gpus_per_worker, max_restarts=0, max_task_retries=0
+            num_cpus=self._reserved_cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0
         )
-        device = "cuda" if gpus_per_worker else "cpu"
-        group = cls([remote.remote(device, cpus_per_worker) for _ in range(num_workers)], device)
-        try:
-            group._wait([actor.peak_memory.remote() for actor in group._actors], START_SECONDS)
-        except BaseException:
-            group.close()
-            raise
-        return group
+        self._actors = [remote.remote(self._device, self._threads) for _ in range(self._num_workers)]
+        get_in_order([actor.peak_memory.remote() for actor in self._actors], START_SECONDS)
 
     def __enter__(self) -> "ShardGroup":
         return self
@@ -67,9 +71,10 @@ class ShardGroup:
 
     def open_stream(self, name: str, model_dir: str, batches: list[np.ndarray]) -> None:
         """Spread batches of token blocks, each (b, T) int32, over the shards, in order and evenly."""
+        self.start()
         shares = [share for share in _split_evenly(batches, len(self._actors)) if share]
         self._holders[name] = self._actors[: len(shares)]
-        self._wait(
+        get_in_order(
             [
                 actor.open_stream.remote(name, model_dir, share)
                 for actor, share in zip(self._holders[name], shares, strict=True)
@@ -78,11 +83,11 @@ class ShardGroup:
 
     def close_stream(self, name: str) -> None:
         """Give a stream's memory back."""
-        self._wait([actor.close_stream.remote(name) for actor in self._holders.pop(name)])
+        get_in_order([actor.close_stream.remote(name) for actor in self._holders.pop(name)])
 
     def forward(self, name: str, layer: int) -> float:
         """Pass a whole layer; return the mean cosine of its input and output."""
-        return _mean(self._wait([actor.forward.remote(name, layer) for actor in self._holders[name]]))
+        return _mean(get_in_order([actor.forward.remote(name, layer) for actor in self._holders[name]]))
 
     def observe(self, name: str, layer: int, branch: Branch) -> ray.ObjectRef:
         """Run a branch up to its output projection; return a reference to the merged moments."""
@@ -92,33 +97,33 @@ class ShardGroup:
 
     def decide_heads(self, name: str, layer: int, observed: ray.ObjectRef, **counts: Any) -> Decision:
         """Decide a layer's attention, where its moments were merged."""
-        return self._ask(self._holders[name][0].decide_heads.remote(name, layer, observed, **counts))
+        return get_one(self._holders[name][0].decide_heads.remote(name, layer, observed, **counts))
 
     def decide_channels(self, name: str, layer: int, observed: ray.ObjectRef, **counts: Any) -> Decision:
         """Decide a layer's MLP, where its moments were merged."""
-        return self._ask(self._holders[name][0].decide_channels.remote(name, layer, observed, **counts))
+        return get_one(self._holders[name][0].decide_channels.remote(name, layer, observed, **counts))
 
-    def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> None:
-        """Add the observed branch's output, pruned or dense, to the hidden states of every shard."""
+    def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> float:
+        """Add the observed branch's output, pruned or dense, to every shard's hidden states; return E|h|^2."""
         shared = ray.put(decision)
-        self._wait([actor.apply.remote(name, layer, branch, shared) for actor in self._holders[name]])
+        return _mean(get_in_order([actor.apply.remote(name, layer, branch, shared) for actor in self._holders[name]]))
 
     def negative_log_likelihood(self, name: str) -> float:
         """Return the mean negative log-likelihood per token of a stream that has passed every layer."""
-        return _mean(self._wait([actor.negative_log_likelihood.remote(name) for actor in self._holders[name]]))
+        return _mean(get_in_order([actor.negative_log_likelihood.remote(name) for actor in self._holders[name]]))
 
     def probe(self, name: str) -> np.ndarray:
         """Return the hidden states (T', D) of a stream's first tokens."""
-        return self._ask(self._holders[name][0].probe.remote(name))
+        return get_one(self._holders[name][0].probe.remote(name))
 
     def probed_ids(self, name: str) -> np.ndarray:
         """Return the ids (T',) of the tokens that `probe` shows."""
-        return self._ask(self._holders[name][0].probed_ids.remote(name))
+        return get_one(self._holders[name][0].probed_ids.remote(name))
 
     def peak_memory(self) -> dict[str, int]:
         """Return the highest peak of any shard, in bytes, for the host and for the GPU."""
-        peaks = self._wait([actor.peak_memory.remote() for actor in self._actors])
-        return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]}
+        peaks = get_in_order([actor.peak_memory.remote() for actor in self._actors])
+        return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
 
     def _merge(self, actors: list[Any], refs: list[ray.ObjectRef]) -> ray.ObjectRef:
         """Merge observations pairwise, on the actors; only neighbours in the shards' order are ever added."""
@@ -130,40 +135,6 @@ class ShardGroup:
             ]
             pairs = merged + pairs[len(merged) * 2 :]
         return pairs[0][1]
-
-    def _ask(self, ref: ray.ObjectRef) -> Any:
-        return self._wait([ref])[0]
-
-    def _wait(self, refs: list[ray.ObjectRef], seconds: float = CALL_SECONDS) -> list[Any]:
-        """Return all results in order; the first error is raised at once, without waiting for the others."""
-        deadline = time.monotonic() + seconds
-        pending = list(refs)
-        while pending:
-            done, pending = ray.wait(pending, timeout=POLL_SECONDS)
-            for ref in done:
-                _get(ref)
-            if pending and time.monotonic() > deadline:
-                raise ShardError(
-                    f"{len(pending)} of {len(refs)} workers did not answer within {seconds:.0f} s: "
-                    f"the cluster is overloaded, or has no room for so many workers"
-                )
-        return [_get(ref) for ref in refs]
-
-
-def _get(ref: ray.ObjectRef) -> Any:
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        # What a shard raised for the user is raised here as it was; anything else keeps its remote traceback.
-        cause: BaseException = error
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, InputError):
-            raise cause from None
-        raise
-    except RayActorError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ShardError(f"a worker died: {reason}; was its node lost, or out of memory?") from error
 
 
 def _split_evenly(batches: list[np.ndarray], num_shares: int) -> list[list[np.ndarray]]:

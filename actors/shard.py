@@ -4,7 +4,6 @@ What a method returns is a function of its arguments and of the decisions applie
 """
 
 import resource
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +11,13 @@ import torch
 
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch, layer_shape
-from slimllm_ops.moments import PackedMoments
+from slimllm_ops.observation import PackedObservation
 from slimllm_ops.paper import decide_channels, decide_heads
 from slimllm_ops.plan import Decision
-from slimllm_ops.stream import LayerStream, Mean, Observation
+from slimllm_ops.stream import LayerStream, Mean
 
 # The read-back of a checkpoint compares the states of so many first tokens: causal, so they need no others.
 PROBED_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class PackedObservation:
-    """An observation as it travels between processes."""
-
-    moments: PackedMoments
-    input_squares_D: np.ndarray
-
-    @classmethod
-    def of(cls, observation: Observation) -> "PackedObservation":
-        """Pack an observation."""
-        return cls(observation.moments.to_numpy(), observation.input_squares_D.cpu().numpy())
-
-    def unpack(self, device: torch.device) -> Observation:
-        """Return the observation again, on a device."""
-        squares_D = torch.from_numpy(self.input_squares_D.copy()).to(device)
-        return Observation(self.moments.unpack().to(device), squares_D)
 
 
 class Shard:
@@ -98,9 +79,9 @@ class Shard:
             keep_lowest=keep_lowest,
         )
 
-    def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> None:
-        """Add the observed branch's output, pruned or dense, to the hidden states."""
-        self._streams[name].apply(layer, branch, decision)
+    def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> Mean:
+        """Add the observed branch's output, pruned or dense, to the hidden states; return their summed squares."""
+        return self._streams[name].apply(layer, branch, decision)
 
     def probe(self, name: str) -> np.ndarray:
         """Return the hidden states (T', D) of the first tokens of the first block."""

@@ -1,7 +1,10 @@
 """A Ray session: a local Ray sized to the machine, or a connection to a cluster that is already there."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +14,8 @@ from typing import Any
 import ray
 
 CONNECT_SECONDS = 10.0
+HEALTH_SECONDS = 30.0
+AS_THE_CLUSTER = "check --address, and that RAY_AUTH_MODE and the versions of Ray and Python are those of the cluster"
 # On CPUs one worker computes with a group of cores: fewer copies of the hidden layer's weights and of the moments.
 CPUS_PER_WORKER = 4
 
@@ -50,11 +55,30 @@ class Resources:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How many workers run, and what each of them takes."""
+    """How many workers run, and what each computes with.
+
+    Solves run beside the workers. So a worker reserves half of its CPUs only, though it computes with all of them,
+    and a solve takes what one worker left: of its CPUs, and of its GPU where it does not want a whole one.
+    """
 
     num_workers: int
     cpus_per_worker: int
     gpus_per_worker: float
+
+    @property
+    def reserved_cpus(self) -> float:
+        """The CPUs that a worker holds in Ray's books; Ray knows fractions below one only."""
+        return self.cpus_per_worker // 2 if self.cpus_per_worker > 1 else 0.5
+
+    @property
+    def cpus_per_solve(self) -> int:
+        """The CPUs that a solve holds and computes with."""
+        return max(1, self.cpus_per_worker - int(self.reserved_cpus))
+
+    @property
+    def gpus_per_solve(self) -> float:
+        """The share of a GPU that a solve asks for; 0 where workers leave none, and solves run on CPUs."""
+        return round(1 - self.gpus_per_worker, 6) if 0 < self.gpus_per_worker < 1 else 0.0
 
 
 @contextmanager
@@ -77,17 +101,17 @@ def session(address: str | None, packages: Sequence[ModuleType]) -> Iterator[Res
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(include_dashboard=False, **quiet)
+        with _sigterm_handler_kept():
+            # "local" starts one of its own, where None would join whatever Ray last ran on this machine.
+            ray.init("local", include_dashboard=False, **quiet)
     else:
         _require_answer(address)
         try:
-            ray.init(address, runtime_env={"py_modules": list(packages)}, **quiet)
+            with _sigterm_handler_kept():
+                ray.init(address, runtime_env={"py_modules": list(packages)}, **quiet)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ClusterError(
-                f"the Ray at {address} cannot be used: {reason}; check --address, and that RAY_AUTH_MODE and the "
-                f"versions of Ray and Python are the same on both sides"
-            ) from error
+            raise ClusterError(f"the Ray at {address} cannot be used: {reason}; {AS_THE_CLUSTER}") from error
     try:
         yield _resources()
     finally:
@@ -118,8 +142,19 @@ def plan_workers(resources: Resources, num_workers: int | None, gpus_per_worker:
     return WorkerPlan(num_workers, cpus, gpus_per_worker)
 
 
+@contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """Keep the program's own SIGTERM handler, which `ray.init` replaces by one that ends the process at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler):
+            signal.signal(signal.SIGTERM, handler)
+
+
 def _require_answer(address: str) -> None:
-    """Knock at host:port first: Ray itself would wait for minutes."""
+    """Knock at the address first: Ray itself would wait for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         if address == "auto":
@@ -127,10 +162,28 @@ def _require_answer(address: str) -> None:
         raise ClusterError(f"--address {address!r} is not host:port, nor auto: pass the address of the head node")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ClusterError(
             f"no Ray answers at {address} ({error}): start one there with `ray start --head`, or leave --address out"
         ) from error
+    if not address.startswith("ray://"):
+        _require_healthy(address)
+
+
+def _require_healthy(address: str) -> None:
+    """Ask whether it is Ray that answers, and whether it lets us in.
+
+    A process of its own asks: Ray's client complains on stderr every second until it gives up.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_SECONDS, check=False)
+        found = (answer.stdout + answer.stderr).strip().splitlines() or ["unhealthy"]
+        healthy, reason = answer.returncode == 0, found[-1].partition(" Note: ")[0]
+    except subprocess.TimeoutExpired:
+        healthy, reason = False, f"no answer within {HEALTH_SECONDS:.0f} s"
+    if not healthy:
+        raise ClusterError(f"what answers at {address} is no Ray for us ({reason}); {AS_THE_CLUSTER}")
 
 
 def _resources() -> Resources:

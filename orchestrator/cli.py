@@ -1,6 +1,7 @@
 """The command line: `slimllm prune` and what comes beside it."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,13 @@ import click
 # The imports behind these names take seconds; `--help` does not wait for them.
 from orchestrator.config import METHODS, ConfigError, PruneConfig, read_config_file
 
+LOST_WORKER = 1
 INTERRUPTED = 130
+TERMINATED = 143
+
+
+class _Terminated(SystemExit):
+    """SIGTERM arrived: the run ends as after Ctrl-C, its actors and its record too."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,7 +32,13 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--output", metavar="DIR", help="Where the checkpoint goes. [pruned/<model>-<sparsity>]"),
         click.option("--overwrite", is_flag=True, default=None, help="Replace an output that is not empty."),
-        click.option("--sparsity", type=float, metavar="F", help="Fraction of the layers' parameters to remove. [.2]"),
+        click.option(
+            "--sparsity",
+            type=float,
+            multiple=True,
+            metavar="F",
+            help="Fraction of the layers' parameters to remove; repeatable. [.2]",
+        ),
         click.option("--method", type=click.Choice(METHODS), help="How units are chosen and recovered. [slimllm]"),
         click.option("--ratio", type=float, metavar="F", help="The paper's pruning ratio, instead of --sparsity."),
         click.option("--pruned-layers", type=int, metavar="N", help="How many layers are pruned (the paper's n)."),
@@ -65,30 +78,39 @@ def prune(config_file: Path | None, **flags: Any) -> None:
 
 
 def _run_pipeline(config: PruneConfig) -> None:
-    """Run; what the user can mend ends in one line and exit code 2, a lost worker in 1, Ctrl-C in 130."""
+    """Run; what the user can mend ends in one line and code 2, a lost worker in 1, Ctrl-C in 130, SIGTERM in 143."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Its warnings are about configs (ids of special tokens, say) that pruning takes over as they are.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        from actors import ShardError
-        from orchestrator.pipeline import USER_ERRORS
-        from orchestrator.pipeline import prune as run
-        from orchestrator.summary import print_summary
+        _run_and_explain(config)
     except KeyboardInterrupt:
-        _exit_interrupted()
+        _exit_with("interrupted; no checkpoint was written", INTERRUPTED)
+    except _Terminated:
+        _exit_with("terminated; no checkpoint was written", TERMINATED)
+
+
+def _run_and_explain(config: PruneConfig) -> None:
+    from actors import ShardError
+    from orchestrator.pipeline import USER_ERRORS
+    from orchestrator.pipeline import prune as run
+    from orchestrator.summary import print_summary
+    from slimllm_ops.errors import ReadBackError
+
     try:
-        print_summary(run(config))
+        result = run(config)
     except USER_ERRORS as error:
         _exit_with(error)
-    except ShardError as error:
-        _exit_with(error, code=1)
-    except KeyboardInterrupt:
-        _exit_interrupted()
+    except (ShardError, ReadBackError) as error:
+        _exit_with(error, LOST_WORKER)
+    print_summary(result)
 
 
-def _exit_with(error: Exception, code: int = 2) -> NoReturn:
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise _Terminated(TERMINATED)
+
+
+def _exit_with(error: Exception | str, code: int = 2) -> NoReturn:
     click.echo(f"slimllm: {' '.join(str(error).split())}", err=True)
     sys.exit(code)
-
-
-def _exit_interrupted() -> NoReturn:
-    click.echo("slimllm: interrupted; no checkpoint was written", err=True)
-    sys.exit(INTERRUPTED)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-METHODS = ("slimllm",)
+METHODS = ("slimllm", "gram")
 
 
 class ConfigError(ValueError):
@@ -24,7 +24,9 @@ class PruneConfig:
     output: str | None = None
     overwrite: bool = False
     method: str = "slimllm"
-    sparsity: float | None = None
+    sparsity: tuple[float, ...] = ()
+    refine: bool = False
+    moments: str | None = None
     ratio: float | None = None
     pruned_layers: int | None = None
     alpha: float | None = None
@@ -45,17 +47,17 @@ class PruneConfig:
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the model."""
         object.__setattr__(self, "evaluate", tuple(self.evaluate))
+        # One sparsity is the usual case, and may be given as a plain number.
+        sparsity = (self.sparsity,) if isinstance(self.sparsity, int | float) else tuple(self.sparsity)
+        object.__setattr__(self, "sparsity", sparsity)
         _require(self.method in METHODS, f"method {self.method!r} is unknown: choose one of {', '.join(METHODS)}")
-        _require(
-            self.sparsity is None or self.ratio is None,
-            "sparsity and ratio were both given: sparsity solves for the ratio, so give one of them",
-        )
-        for name in ("sparsity", "ratio"):
-            value = getattr(self, name)
-            _require(
-                value is None or 0 < value < 1,
-                f"{name} is {value}: it must lie between 0 and 1, both excluded",
-            )
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name, values in (("sparsity", self.sparsity), ("ratio", () if self.ratio is None else (self.ratio,))):
+            for value in values:
+                _require(0 < value < 1, f"{name} is {value}: it must lie between 0 and 1, both excluded")
         _require(0 <= self.keep_lowest < 1, f"keep_lowest is {self.keep_lowest}: it must lie in [0, 1)")
         for name in ("samples", "sequence_length", "workers", "pruned_layers"):
             value = getattr(self, name)
@@ -66,12 +68,26 @@ class PruneConfig:
             f"gpus_per_worker is {self.gpus_per_worker}: it cannot be negative",
         )
 
+    def _check_combinations(self) -> None:
+        _require(
+            not self.sparsity or self.ratio is None,
+            "sparsity and ratio were both given: sparsity solves for the ratio, so give one of them",
+        )
+        _require(len(set(self.sparsity)) == len(self.sparsity), "a sparsity was given twice: give each once")
+        if self.method == "slimllm":
+            for name in ("refine", "moments"):
+                _require(not getattr(self, name), f"{name} belongs to --method gram: add that, or leave {name} out")
+        else:
+            for name in ("ratio", "pruned_layers", "alpha"):
+                _require(
+                    getattr(self, name) is None,
+                    f"{name} belongs to --method slimllm: {self.method} meets a sparsity by error alone",
+                )
+
     @property
-    def target_sparsity(self) -> float | None:
-        """The sparsity to meet: .2 by default, None where the paper's own ratio was given."""
-        if self.ratio is not None:
-            return None
-        return 0.2 if self.sparsity is None else self.sparsity
+    def targets(self) -> tuple[float | None, ...]:
+        """The sparsities to meet: .2 by default, None where the paper's own ratio was given."""
+        return (None,) if self.ratio is not None else self.sparsity or (0.2,)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -84,6 +100,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         read = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist") from error
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}; pass a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not TOML: {error}") from error
     settings = {key.replace("-", "_"): value for key, value in read.items()}
@@ -103,9 +121,11 @@ def _require_type(path: Path, key: str, value: Any, annotation: str) -> None:
         "int": (int,),
         "float": (float, int),
         "tuple[str, ...]": (list,),
+        "tuple[float, ...]": (list, float),
     }[annotation.removesuffix(" | None").removeprefix("<class '").removesuffix("'>")]
-    is_list_of_text = not isinstance(value, list) or all(isinstance(item, str) for item in value)
-    if type(value) not in expected or not is_list_of_text:
+    items = value if isinstance(value, list) else []
+    kinds = (str,) if "str" in annotation else (int, float)
+    if type(value) not in expected or not all(type(item) in kinds for item in items):
         raise ConfigError(f"config file {path}: {key} is {value!r}, expected {annotation}")
 
 

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from orchestrator import builtin
 from orchestrator.config import PruneConfig
 from orchestrator.data import TextOptions, TokenBlocks, load_tokens
+from slimllm_ops.allocation import measure_layer, require_reachable
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError
 
@@ -32,15 +33,25 @@ class Inputs:
     calibration: TokenBlocks
     held_out: tuple[TokenBlocks, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the calibration data."""
+        return self.calibration.input_ids_BT.size
+
 
 def load_inputs(config: PruneConfig) -> Inputs:
     """Find the model, then its calibration and held-out blocks.
 
     Raises:
         CheckpointError: the model is missing, broken or unknown.
+        InputError: a sparsity is more than the model can give.
         DataError: a specification of data does not give token blocks.
     """
     source = Checkpoint.open(resolve_model(config.model))
+    sizes = [measure_layer(source, layer) for layer in range(source.num_layers)]
+    for sparsity in config.targets:
+        if sparsity is not None:
+            require_reachable(sizes, sparsity)
     specs = config.evaluate or ((BUILTIN_HELDOUT,) if config.calibration is None else ())
     return Inputs(
         model_name(config.model),

@@ -1,7 +1,8 @@
 """The paper's order: layer by layer, attention first, each module seeing what the pruned ones before it leave."""
 
-from actors import ShardGroup
-from orchestrator.config import PruneConfig
+from orchestrator.inputs import into_batches
+from orchestrator.job import Job, Probe, Target
+from orchestrator.record import log_layer
 from slimllm_ops.allocation import (
     Budget,
     LayerBudget,
@@ -10,20 +11,34 @@ from slimllm_ops.allocation import (
     measure_layer,
     published_settings,
 )
-from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch
-from slimllm_ops.plan import Decision
+from slimllm_ops.plan import Decision, LayerPlan
 
-PRUNED = "pruned"
+DENSE, PRUNED = "dense", "pruned"
 
 
-def allocate(config: PruneConfig, source: Checkpoint, similarities: list[float]) -> Budget:
-    """Return what every layer gives, by the paper's own knobs or to meet a sparsity."""
-    sizes = [measure_layer(source, layer) for layer in range(source.num_layers)]
-    sparsity = config.target_sparsity
-    # With the paper's own ratio, its settings at 20 % stand in for what was not given.
-    num_pruned, alpha = published_settings(sparsity or config.ratio or 0.0, source.num_layers)
-    num_pruned = min(config.pruned_layers or num_pruned, source.num_layers)
+def prune_layerwise(job: Job, targets: list[Target]) -> list[Probe]:
+    """Prune by the paper's method, a pass over the layers for each target after one that measures similarities."""
+    similarities = measure_similarities(job)
+    return [_prune_model(job, target, similarities) for target in targets]
+
+
+def measure_similarities(job: Job) -> list[float]:
+    """Return s_l, the mean cosine between the input and the output of every layer of the dense model."""
+    job.shards.open_stream(DENSE, str(job.source.directory), into_batches(job.inputs.calibration))
+    layers = job.reporter.layers("layer similarities", job.source.num_layers, job.inputs.num_tokens)
+    similarities = [job.shards.forward(DENSE, layer) for layer in layers]
+    job.shards.close_stream(DENSE)
+    return similarities
+
+
+def allocate(job: Job, similarities: list[float], sparsity: float | None) -> Budget:
+    """Return what every layer gives, to meet a sparsity or, where that is None, by the paper's own ratio."""
+    config, num_layers = job.config, job.source.num_layers
+    sizes = [measure_layer(job.source, layer) for layer in range(num_layers)]
+    # With the paper's own ratio, its published settings stand in for what was not given.
+    num_pruned, alpha = published_settings(sparsity or config.ratio or 0.0, num_layers)
+    num_pruned = min(config.pruned_layers or num_pruned, num_layers)
     alpha = alpha if config.alpha is None else config.alpha
     if sparsity is not None:
         return budget_by_sparsity(sizes, similarities, sparsity=sparsity, num_pruned=num_pruned, alpha=alpha)
@@ -31,29 +46,46 @@ def allocate(config: PruneConfig, source: Checkpoint, similarities: list[float])
     return budget_by_ratio(sizes, similarities, ratio=config.ratio, num_pruned=num_pruned, alpha=alpha)
 
 
-def prune_layer(
-    shards: ShardGroup, source: Checkpoint, layer: int, share: LayerBudget, keep_lowest: float
-) -> tuple[Decision | None, Decision | None]:
+def _prune_model(job: Job, target: Target, similarities: list[float]) -> Probe:
+    budget = allocate(job, similarities, target.sparsity)
+    if budget.note:
+        job.reporter.note(budget.note)
+    job.shards.open_stream(PRUNED, str(job.source.directory), into_batches(job.inputs.calibration))
+    states = [job.shards.probe(PRUNED)]
+    for layer in job.reporter.layers("pruning", job.source.num_layers, job.inputs.num_tokens):
+        attention, mlp = _prune_layer(job, layer, budget.layers[layer])
+        plan = LayerPlan(attention, mlp, similarities[layer], budget.layers[layer].ratio)
+        target.writer.commit(plan)
+        log_layer(target.run, job.source, layer, plan)
+        states.append(job.shards.probe(PRUNED))
+    probe = Probe(job.shards.probed_ids(PRUNED), states)
+    job.shards.close_stream(PRUNED)
+    return probe
+
+
+def _prune_layer(job: Job, layer: int, share: LayerBudget) -> tuple[Decision | None, Decision | None]:
     """Observe, decide and apply a layer's attention, then its MLP; None where a module stays whole."""
     if not share.units and not share.channels:
-        shards.forward(PRUNED, layer)
+        job.shards.forward(PRUNED, layer)
         return None, None
-    attention = _prune_attention(shards, source.family.attention, layer, share.units)
-    mlp = _prune_mlp(shards, source.family.mlp, layer, share.channels, keep_lowest)
-    return attention, mlp
+    attention = _prune_attention(job, job.source.family.attention, layer, share.units)
+    return attention, _prune_mlp(job, job.source.family.mlp, layer, share.channels)
 
 
-def _prune_attention(shards: ShardGroup, branch: Branch, layer: int, num_removed: int) -> Decision | None:
-    observed = shards.observe(PRUNED, layer, branch)
-    heads = shards.decide_heads(PRUNED, layer, observed, num_removed=num_removed) if num_removed else None
-    shards.apply(PRUNED, layer, branch, heads)
+def _prune_attention(job: Job, branch: Branch, layer: int, num_removed: int) -> Decision | None:
+    observed = job.shards.observe(PRUNED, layer, branch)
+    heads = None
+    if num_removed:
+        heads = job.shards.decide_heads(PRUNED, layer, observed, num_removed=num_removed)
+    job.shards.apply(PRUNED, layer, branch, heads)
     return heads
 
 
-def _prune_mlp(shards: ShardGroup, branch: Branch, layer: int, num_removed: int, keep_lowest: float) -> Decision | None:
-    observed = shards.observe(PRUNED, layer, branch)
+def _prune_mlp(job: Job, branch: Branch, layer: int, num_removed: int) -> Decision | None:
+    observed = job.shards.observe(PRUNED, layer, branch)
     channels = None
     if num_removed:
-        channels = shards.decide_channels(PRUNED, layer, observed, num_removed=num_removed, keep_lowest=keep_lowest)
-    shards.apply(PRUNED, layer, branch, channels)
+        keep_lowest = job.config.keep_lowest
+        channels = job.shards.decide_channels(PRUNED, layer, observed, num_removed=num_removed, keep_lowest=keep_lowest)
+    job.shards.apply(PRUNED, layer, branch, channels)
     return channels

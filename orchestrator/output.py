@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.config import ConfigError
@@ -17,10 +17,14 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
         ConfigError: the output exists and is not empty, or its place cannot be written to.
     """
     require_free(output, overwrite)
+    # Of a name such as "." the place beside it is known only once it is absolute.
+    output = output.absolute()
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
+        _remove_empty(made)
         raise ConfigError(f"output {output} cannot be written: {error.strerror}; choose another --output") from error
     try:
         staging.chmod(0o755)
@@ -28,6 +32,7 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
         _replace(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        _remove_empty(made)
 
 
 def require_free(output: Path, overwrite: bool) -> None:
@@ -40,6 +45,13 @@ def require_free(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {output} is a file: choose another --output")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ConfigError(f"output {output} is not empty: choose another --output, or pass --overwrite to replace it")
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove directories in order as long as they are empty; after a success they are not."""
+    with suppress(OSError):
+        for directory in directories:
+            directory.rmdir()
 
 
 def _replace(staging: Path, output: Path) -> None:

@@ -1,59 +1,77 @@
-"""The story of a run, from a model and text to a pruned checkpoint and its record."""
+"""The story of a run, from a model and text to pruned checkpoints and their record."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import actors
 import slimllm_ops
-from actors import ShardGroup
-from cluster import ClusterError, plan_workers, session
+from actors import ShardGroup, SolverPool
+from cluster import ClusterError, WorkerPlan, plan_workers, session
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
 from orchestrator.evaluation import evaluate
-from orchestrator.inputs import Inputs, into_batches, load_inputs
-from orchestrator.layerwise import PRUNED, allocate, prune_layer
+from orchestrator.inputs import Inputs, load_inputs
+from orchestrator.job import Job, Probe, Target, open_targets
+from orchestrator.layerwise import prune_layerwise
+from orchestrator.one_pass import calibrate as observe_model
+from orchestrator.one_pass import prune_one_pass
 from orchestrator.output import staged
 from orchestrator.progress import Reporter
-from orchestrator.record import (
-    Totals,
-    count_totals,
-    log_inputs,
-    log_layer,
-    log_record,
-    run_params,
-    write_record,
-)
-from orchestrator.tracking import Run, TrackingError, TrackingOptions, tracked_run
+from orchestrator.record import Totals, count_totals, log_inputs, log_record, run_params, write_record
+from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError
-from slimllm_ops.plan import LayerPlan
+from slimllm_ops.moment_store import MomentStore
 from slimllm_ops.read_back import read_back
-from slimllm_ops.writer import CheckpointWriter
 
 # What whoever runs this can mend; everything else is a bug, or a machine that failed.
 USER_ERRORS = (ConfigError, DataError, InputError, ClusterError, TrackingError)
-DENSE = "dense"
+
+PRUNERS: dict[str, Callable[[Job, list[Target]], list[Probe]]] = {
+    "slimllm": prune_layerwise,
+    "gram": prune_one_pass,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedModel:
+    """One checkpoint that a run gave, and where MLflow has it (None: nowhere)."""
+
+    output: Path
+    totals: Totals
+    run_id: str | None
+    model_uri: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """What a run gave: the checkpoint's directory, its totals, and where MLflow has them (None: nowhere)."""
+    """What a run gave: a model for every sparsity that was asked for."""
 
     output: Path
-    totals: Totals
+    models: tuple[PrunedModel, ...]
     tracking_uri: str | None
     experiment_id: str | None
     run_id: str | None
-    model_uri: str | None
+
+    @property
+    def totals(self) -> Totals:
+        """The totals of the first model, the only one where one sparsity was asked for."""
+        return self.models[0].totals
+
+    @property
+    def model_uri(self) -> str | None:
+        """The logged model's URI of the first model."""
+        return self.models[0].model_uri
 
 
 def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     """Prune a model as a config asks; the command line ends here too.
 
     Raises:
-        ConfigError, DataError, CheckpointError, InputError, ClusterError, TrackingError: what was asked cannot be
-            done as asked; nothing is left behind.
+        ConfigError, DataError, InputError, ClusterError, TrackingError: what was asked cannot be done as asked;
+            nothing is left behind.
     """
     reporter = reporter or Reporter()
     with reporter.timed("inputs"):
@@ -67,72 +85,84 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         workers = plan_workers(resources, config.workers, config.gpus_per_worker)
         params = run_params(config, inputs, workers)
         log_inputs(run, params, inputs)
-        with reporter.timed("start workers"):
-            shards = ShardGroup.start(workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker)
-        with shards:
-            totals = _prune(config, inputs, params, shards, staging, run, reporter)
-        model_uri = log_record(run, staging, inputs.name, totals)
+        with (
+            open_targets(config.targets, staging, inputs.source, run) as targets,
+            _working(config, inputs, workers, staging, reporter) as job,
+        ):
+            probes = PRUNERS[config.method](job, targets)
+            models = [
+                _finish(job, target, probe, params, output / target.directory.relative_to(staging))
+                for target, probe in zip(targets, probes, strict=True)
+            ]
         return PruneResult(
             output=output,
-            totals=totals,
+            models=tuple(models),
             tracking_uri=run.tracking_uri,
             experiment_id=run.experiment_id,
             run_id=run.run_id,
-            model_uri=model_uri,
         )
+
+
+def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path:
+    """Pass the calibration data through a model once and keep the moments, for `prune` with `moments`.
+
+    Raises:
+        ConfigError, DataError, InputError, ClusterError: what was asked cannot be done as asked; nothing is left.
+    """
+    reporter = reporter or Reporter()
+    inputs = load_inputs(config)
+    output = Path(config.output or f"moments/{inputs.name}")
+    with (
+        staged(output, config.overwrite) as staging,
+        session(config.address, (actors, slimllm_ops)) as resources,
+        _working(
+            config,
+            inputs,
+            plan_workers(resources, config.workers, config.gpus_per_worker),
+            staging,
+            reporter,
+        ) as job,
+    ):
+        observe_model(job, MomentStore(staging))
+    return output
 
 
 def default_output(config: PruneConfig, name: str) -> str:
-    """Return where the checkpoint goes if the config does not say: pruned/<model>-<sparsity>."""
-    asked = f"ratio-{config.ratio:g}" if config.ratio is not None else f"{config.target_sparsity:g}"
-    return f"pruned/{name}-{asked}"
+    """Return where the checkpoints go if the config does not say: pruned/<model>-<sparsity>."""
+    if config.ratio is not None:
+        return f"pruned/{name}-ratio-{config.ratio:g}"
+    return f"pruned/{name}-" + "-".join(f"{sparsity:g}" for sparsity in config.targets)
 
 
-def _prune(
-    config: PruneConfig,
-    inputs: Inputs,
-    params: dict[str, Any],
-    shards: ShardGroup,
-    staging: Path,
-    run: Run,
-    reporter: Reporter,
-) -> Totals:
-    """Measure, allocate, prune, read back, evaluate, record."""
-    source = inputs.source
-    batches, tokens = into_batches(inputs.calibration), inputs.calibration.input_ids_BT.size
-    shards.open_stream(DENSE, str(source.directory), batches)
-    layers = reporter.layers("layer similarities", source.num_layers, tokens)
-    similarities = [shards.forward(DENSE, layer) for layer in layers]
-    shards.close_stream(DENSE)
-    budget = allocate(config, source, similarities)
-    if budget.note:
-        reporter.note(budget.note)
+@contextmanager
+def _working(
+    config: PruneConfig, inputs: Inputs, workers: WorkerPlan, staging: Path, reporter: Reporter
+) -> Iterator[Job]:
+    """Hold the workers of a run; they start when the first data are sent to them."""
+    pool = SolverPool(str(inputs.source.directory), workers.cpus_per_solve, workers.gpus_per_solve)
+    shards = ShardGroup(workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker, workers.reserved_cpus)
+    with shards:
+        yield Job(config, inputs, shards, pool, staging, reporter)
 
-    writer = CheckpointWriter(source, staging)
-    shards.open_stream(PRUNED, str(source.directory), batches)
-    ids, states = shards.probed_ids(PRUNED), [shards.probe(PRUNED)]
-    for layer in reporter.layers("pruning", source.num_layers, tokens):
-        decisions = prune_layer(shards, source, layer, budget.layers[layer], config.keep_lowest)
-        plan = LayerPlan(similarities[layer], budget.layers[layer].ratio, *decisions)
-        writer.commit(plan)
-        log_layer(run, source, layer, plan)
-        states.append(shards.probe(PRUNED))
-    shards.close_stream(PRUNED)
-    writer.finish()
-    pruned = Checkpoint.open(staging)
 
-    with reporter.timed("read back"):
-        error = read_back(pruned, ids, states, shards.compute_dtype)
+def _finish(job: Job, target: Target, probe: Probe, params: dict[str, object], output: Path) -> PrunedModel:
+    """Complete a target's checkpoint: read it back, evaluate, record, log."""
+    target.writer.finish()
+    pruned = Checkpoint.open(target.directory)
+    with job.reporter.timed("read back"):
+        error = read_back(pruned, probe.ids_T, probe.states_TD, job.shards.compute_dtype)
     perplexity = {
         blocks.spec: (
-            evaluate(shards, source, blocks, reporter, "perplexity, dense"),
-            evaluate(shards, pruned, blocks, reporter, "perplexity, pruned"),
+            job.dense_perplexity(blocks),
+            evaluate(job.shards, pruned, blocks, job.reporter, "perplexity, pruned"),
         )
-        for blocks in inputs.held_out
+        for blocks in job.inputs.held_out
     }
-    totals = count_totals(inputs, pruned, perplexity, reporter.seconds, shards.peak_memory(), error)
-    write_record(staging, params, inputs, writer.layers, totals)
-    return totals
+    totals = count_totals(job.inputs, pruned, perplexity, job.reporter.seconds, job.shards.peak_memory(), error)
+    params = params | {"sparsity": target.sparsity}
+    write_record(target.directory, params, job.inputs, target.writer.layers, totals)
+    model_uri = log_record(target.run, target.directory, job.inputs.name, totals)
+    return PrunedModel(output=output, totals=totals, run_id=target.run.run_id, model_uri=model_uri)
 
 
 def _tracking(config: PruneConfig) -> TrackingOptions:

@@ -21,6 +21,8 @@ from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import layer_shape
 from slimllm_ops.plan import Decision, LayerPlan, Plan
 
+# The stages that pass the calibration data through the layers.
+CALIBRATION_STAGES = ("layer similarities", "pruning", "calibrating", "refining")
 PACKAGES = ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")
 
 
@@ -48,8 +50,8 @@ class Totals:
     @property
     def tokens_per_second(self) -> float:
         """Calibration tokens per second of the passes over the layers."""
-        passes = self.seconds["layer similarities"] + self.seconds["pruning"]
-        return self.calibration_tokens / passes
+        passes = [self.seconds[stage] for stage in CALIBRATION_STAGES if stage in self.seconds]
+        return self.calibration_tokens / sum(passes) if passes else 0.0
 
     def metrics(self) -> dict[str, float]:
         """Return the totals as metrics without a step."""
@@ -114,7 +116,7 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         "calibration": inputs.calibration.spec,
         "calibration_digest": inputs.calibration.digest,
         "evaluate": ", ".join(blocks.spec for blocks in inputs.held_out),
-        "sparsity": config.target_sparsity,
+        "sparsity": ", ".join(f"{sparsity:g}" for sparsity in config.targets if sparsity is not None) or None,
         "python_version": platform.python_version(),
         **{f"{package}_version": version(package) for package in PACKAGES},
         **asdict(workers),
@@ -138,15 +140,16 @@ def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None
     """Log a layer's metrics, with step = layer."""
     shape = layer_shape(source.config, layer)
     kept = _layer_kept(source, layer, plan)
-    metrics = {
-        "cosine": plan.similarity,
-        "ratio": plan.ratio,
+    metrics: dict[str, float] = {
         "heads_kept": kept.heads_kept,
         "key_value_heads_kept": kept.heads_kept * shape.num_key_value_heads // shape.num_attention_heads,
         "channels_kept": kept.channels_kept,
         "attention_relative_error": _relative_error(plan.attention),
         "mlp_relative_error": _relative_error(plan.mlp),
     }
+    # Only the paper's method measures similarities and follows ratios.
+    if plan.similarity is not None and plan.ratio is not None:
+        metrics |= {"cosine": plan.similarity, "ratio": plan.ratio}
     run.log_metrics(metrics, step=layer)
 
 
@@ -220,4 +223,4 @@ def _scored(layers: Sequence[LayerPlan]) -> dict[str, list[ScoredUnits]]:
 
 
 def _relative_error(decision: Decision | None) -> float:
-    return 0.0 if decision is None else decision.recovery.relative_error
+    return 0.0 if decision is None else decision.relative_error

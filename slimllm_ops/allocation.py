@@ -22,7 +22,6 @@ from slimllm_ops.families import Branch, layer_shape
 
 # (sparsity, fraction of the layers that is pruned, alpha): what the paper publishes for LLaMA-7B.
 PUBLISHED = ((0.20, 0.81, 10.0), (0.50, 0.94, 7.0))
-BISECTIONS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +156,26 @@ def budget_by_sparsity(
         if layers is not None:
             note = f"{num_pruned} layers cannot give so much: {pruned} are pruned" if pruned > num_pruned else ""
             return Budget(layers, note)
-    most = sum(size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes)
-    reachable = most / sum(size.parameters for size in sizes)
-    raise InputError(
+    raise _unreachable(sizes, sparsity)
+
+
+def require_reachable(sizes: Sequence[LayerSize], sparsity: float) -> None:
+    """Raise unless so much can be removed with one KV group and one channel left in every layer.
+
+    Raises:
+        InputError: it cannot; the message says how much can.
+    """
+    if int(sparsity * sum(size.parameters for size in sizes)) > _most_removable(sizes):
+        raise _unreachable(sizes, sparsity)
+
+
+def _most_removable(sizes: Sequence[LayerSize]) -> int:
+    return sum(size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes)
+
+
+def _unreachable(sizes: Sequence[LayerSize], sparsity: float) -> InputError:
+    reachable = _most_removable(sizes) / sum(size.parameters for size in sizes)
+    return InputError(
         f"sparsity {sparsity:g} is not reachable: with one head (KV group) and one channel left in every layer "
         f"it is {reachable:.3f}; ask for less"
     )
@@ -171,8 +187,8 @@ def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) ->
     low, high = 0.0, 1.0 / max(min(weights.values()), 1e-300)
     if _removed(sizes, _round_ratio(sizes, weights, high)) < target:
         return None
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
+    # Until no number lies between: weights span many orders of magnitude where alpha is large.
+    while low < (middle := (low + high) / 2) < high:
         if _removed(sizes, _round_ratio(sizes, weights, middle)) <= target:
             low = middle
         else:

@@ -145,6 +145,12 @@ class Checkpoint:
                     f"{self.directory} has no tensors of layer {layer}, though its config.json names "
                     f"{self.num_layers} layers: the checkpoint is incomplete"
                 )
+            for branch in (self.family.attention, self.family.mlp):
+                for name in (*branch.input_weights, branch.output_weight):
+                    if not self.has(layer, name):
+                        raise CheckpointError(
+                            f"layer {layer} of {self.directory} has no {name}: the checkpoint is incomplete"
+                        )
 
 
 def _read_config(directory: Path) -> PretrainedConfig:
@@ -154,11 +160,14 @@ def _read_config(directory: Path) -> PretrainedConfig:
         raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face model directory")
     try:
         described = json.loads((directory / "config.json").read_text())
+        if not isinstance(described, dict):
+            raise ValueError(f"it holds a {type(described).__name__}, expected an object")
     except ValueError as error:
         raise CheckpointError(f"{directory / 'config.json'} is not valid JSON: {error}") from error
     try:
         return AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError) as error:
+    # Any: transformers and its validators raise a dozen kinds, and a config that they refuse is always the cause.
+    except Exception as error:
         kind = described.get("model_type") or described.get("architectures") or "no model_type"
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -169,7 +178,10 @@ def _read_config(directory: Path) -> PretrainedConfig:
 def _locate_tensors(directory: Path) -> dict[str, str]:
     """Return which file holds which tensor, having opened every file."""
     if (directory / INDEX).is_file():
-        expected = json.loads((directory / INDEX).read_text())["weight_map"]
+        try:
+            expected = json.loads((directory / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{directory / INDEX} is truncated or broken: download it again") from error
         file_names = sorted(set(expected.values()))
     elif (directory / SINGLE).is_file():
         expected, file_names = None, [SINGLE]

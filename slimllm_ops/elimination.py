@@ -115,9 +115,7 @@ def _eliminate_single(inverse_PP: Tensor, gram_PP: Tensor) -> Ranking:
     return Ranking(tuple(torch.cat(order).tolist()), tuple(torch.cat(costs).tolist()))
 
 
-def _eliminate_block(
-    inverse_PP: Tensor, gram_PP: Tensor, size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _eliminate_block(inverse_PP: Tensor, gram_PP: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Eliminate `size` inputs; return which, at what cost, and the block's U^T, M^T and V V^T."""
     u_BP = inverse_PP.new_zeros(size, len(inverse_PP))
     m_BP, vv_BB = torch.zeros_like(u_BP), inverse_PP.new_zeros(size, size)

@@ -9,10 +9,10 @@ from torch import Tensor
 from slimllm_ops.channels import choose_channels
 from slimllm_ops.families import Branch
 from slimllm_ops.heads import choose_heads
+from slimllm_ops.observation import Observation
 from slimllm_ops.plan import Decision
 from slimllm_ops.projection import Projection
 from slimllm_ops.recovery import fit_line
-from slimllm_ops.stream import Observation
 
 
 @torch.inference_mode()
@@ -45,4 +45,4 @@ def _recover(projection: Projection, kept: tuple[int, ...], scores: Tensor) -> D
     width = len(projection.weight_PD) // len(scores)
     kept_S = (torch.tensor(kept)[:, None] * width + torch.arange(width)).flatten()
     line = fit_line(projection, kept_S.to(scores.device))
-    return Decision(kept, tuple(scores.tolist()), line.cpu())
+    return Decision(kept, tuple(scores.tolist()), line.cpu(), line.relative_error)

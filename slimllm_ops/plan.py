@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimllm_ops.least_squares import Refit
 from slimllm_ops.recovery import Line
+
+Recovery = Line | Refit
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,13 @@ class Decision:
     """What one module (attention or MLP) becomes: the units that stay, ascending, and what recovers the rest.
 
     Units are KV groups or channels; `scores` has one for each of the dense module's, as the method defines it.
+    A decision that was read from a plan has no recovery where that is a refit, whose weights are the checkpoint's.
     """
 
     kept: tuple[int, ...]
     scores: tuple[float, ...]
-    recovery: Line
+    recovery: Recovery | None
+    relative_error: float
 
     @property
     def num_units(self) -> int:
@@ -40,12 +45,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One decoder layer: its similarity s_l, its ratio, and its decisions; None leaves a module whole."""
+    """One decoder layer: its decisions; None leaves a module whole.
 
-    similarity: float
-    ratio: float
+    The paper's method allocates by the layer's similarity s_l and its ratio; other methods have none.
+    """
+
     attention: Decision | None = None
     mlp: Decision | None = None
+    similarity: float | None = None
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Plan:
         """Read a plan that `write` wrote."""
         header = json.loads(path.read_text())
         layers = tuple(
-            LayerPlan(layer["similarity"], layer["ratio"], _parse(layer["attention"]), _parse(layer["mlp"]))
+            LayerPlan(_parse(layer["attention"]), _parse(layer["mlp"]), layer["similarity"], layer["ratio"])
             for layer in header.pop("layers")
         )
         return cls(header, layers)
@@ -82,20 +90,22 @@ def _describe_layer(layer: LayerPlan) -> dict[str, Any]:
 def _describe(decision: Decision | None) -> dict[str, Any] | None:
     if decision is None:
         return None
-    line = decision.recovery
-    return {
+    described = {
         "kept": list(decision.kept),
         "scores": list(decision.scores),
-        "relative_error": line.relative_error,
-        "scale": line.scale_D.tolist(),
-        "bias": line.bias_D.tolist(),
+        "relative_error": decision.relative_error,
     }
+    if isinstance(decision.recovery, Line):
+        described["scale"] = decision.recovery.scale_D.tolist()
+        described["bias"] = decision.recovery.bias_D.tolist()
+    return described
 
 
 def _parse(described: dict[str, Any] | None) -> Decision | None:
     if described is None:
         return None
-    scale_D = torch.tensor(described["scale"], dtype=torch.float64)
-    bias_D = torch.tensor(described["bias"], dtype=torch.float64)
-    line = Line(scale_D, bias_D, described["relative_error"])
-    return Decision(tuple(described["kept"]), tuple(described["scores"]), line)
+    line = None
+    if "scale" in described:
+        scale_D = torch.tensor(described["scale"], dtype=torch.float64)
+        line = Line(scale_D, torch.tensor(described["bias"], dtype=torch.float64), described["relative_error"])
+    return Decision(tuple(described["kept"]), tuple(described["scores"]), line, described["relative_error"])

@@ -38,23 +38,32 @@ def read_back(
     ids = torch.from_numpy(ids_T.astype(np.int64))[None]
     stream = LayerStream(checkpoint, [ids], torch.device("cpu"))
     expected = [torch.from_numpy(state_TD.copy())[None] for state_TD in states_TD]
-    worst = _require_close(stream.hidden[0], expected[0], expected[0], "the embedding", tolerance)
+    # A state is rounded after each branch: beside a large state, a small addition is seen less sharply.
+    rounding = torch.finfo(computed_in).eps
+    worst = _require_close(stream.hidden[0], expected[0], expected[0], "the embedding", tolerance, rounding)
     for layer in range(checkpoint.num_layers):
         stream.hidden = [expected[layer]]
         stream.forward(layer)
         added = expected[layer + 1] - expected[layer]
-        error = _require_close(stream.hidden[0], expected[layer + 1], added, f"layer {layer}", tolerance)
+        error = _require_close(stream.hidden[0], expected[layer + 1], added, f"layer {layer}", tolerance, rounding)
         worst = max(worst, error)
     return worst
 
 
 def _require_close(
-    found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, described: str, tolerance: float
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    added: torch.Tensor,
+    described: str,
+    tolerance: float,
+    rounding: float,
 ) -> float:
-    error = float((found - expected).norm() / scale.norm())
-    if not error <= tolerance:
+    """Return the error relative to what was added; it is 0 where nothing was added and nothing differs."""
+    error, scale = float((found - expected).norm()), float(added.norm())
+    allowed = tolerance * scale + rounding * float(expected.norm())
+    if not error <= allowed:
         raise ReadBackError(
-            f"{described} as written differs by {error:.2g} (relative) from what the run computed, where rounding "
-            f"explains {tolerance:.2g}: the disk is at fault, or this is a bug worth reporting"
+            f"{described} as written differs by {error:.2g} from what the run computed, where rounding "
+            f"explains {allowed:.2g}: the disk is at fault, or this is a bug worth reporting"
         )
-    return error
+    return error / scale if scale else 0.0

@@ -22,23 +22,12 @@ from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, NonFiniteError
 from slimllm_ops.families import Branch
 from slimllm_ops.moments import Moments
-from slimllm_ops.plan import Decision
+from slimllm_ops.observation import Observation
+from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.surgery import recovered_projection
 
 # Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
 LOGIT_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a branch's activations leave behind: moments of X, and the sums of squares (D,) of its own input."""
-
-    moments: Moments
-    input_squares_D: Tensor
-
-    def merge(self, other: "Observation") -> "Observation":
-        """Return the observation of both sets of tokens."""
-        return Observation(self.moments.merge(other.moments), self.input_squares_D + other.input_squares_D)
 
 
 @dataclass(frozen=True)
@@ -95,28 +84,32 @@ class LayerStream:
     @torch.inference_mode()
     def observe(self, layer: int, branch: Branch) -> Observation:
         """Run a branch up to its output projection, keep what came out, and return its moments."""
-        module = self._load(layer)
-        norm, part = module.get_submodule(branch.norm), module.get_submodule(branch.module)
-        call = self._calls[layer] if branch == self.checkpoint.family.attention else {}
         observed: Observation | None = None
-        self._branch_outputs = []
-        with _without(part, branch.output):
-            for hidden in self.hidden:
-                normalised = norm(hidden)
-                output = part(normalised, **call)
-                x_bTP = output[0] if isinstance(output, tuple) else output
-                self._branch_outputs.append(x_bTP)
-                squares_D = normalised.flatten(0, 1).float().square().sum(dim=0).double()
-                seen = Observation(Moments.of(x_bTP.flatten(0, 1)), squares_D)
-                observed = seen if observed is None else observed.merge(seen)
+        for normalised, x_bTP in self._run(layer, branch):
+            squares_D = normalised.flatten(0, 1).float().square().sum(dim=0).double()
+            seen = Observation(Moments.of(x_bTP.flatten(0, 1)), squares_D)
+            observed = seen if observed is None else observed.merge(seen)
         assert observed is not None, "a stream without blocks has nothing to observe"
         if not _finite(float(observed.moments.norm_P.sum())):
             self._raise_non_finite(layer, branch.module)
         return observed
 
     @torch.inference_mode()
-    def apply(self, layer: int, branch: Branch, decision: Decision | None) -> None:
-        """Add the observed branch's output, pruned by `decision` or dense, to the residual stream."""
+    def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
+        """Pass a layer as a plan leaves it, without a look at its moments."""
+        family = self.checkpoint.family
+        for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
+            for _ in self._run(layer, branch):
+                pass
+            self.apply(layer, branch, decision)
+
+    @torch.inference_mode()
+    def apply(self, layer: int, branch: Branch, decision: Decision | None) -> Mean:
+        """Add the observed branch's output, pruned by `decision` or dense, to the residual stream.
+
+        Returns:
+            The squared norm of the states that result, summed over tokens.
+        """
         projection = cast(nn.Linear, self._load(layer).get_submodule(f"{branch.module}.{branch.output}"))
         weight_DS: Tensor = projection.weight
         bias_D: Tensor | None = projection.bias
@@ -124,10 +117,15 @@ class LayerStream:
         if decision is not None:
             weight_DS, bias_D = recovered_projection(weight_DS, bias_D, decision)
             kept_S = decision.kept_rows(projection.weight.shape[1]).to(self.device)
+        power, count = 0.0, 0
         for index, x_bTP in enumerate(self._branch_outputs):
             kept = x_bTP if kept_S is None else x_bTP[..., kept_S]
-            self.hidden[index] = self.hidden[index] + functional.linear(kept, weight_DS, bias_D)
+            hidden = self.hidden[index] + functional.linear(kept, weight_DS, bias_D)
+            power += float(hidden.float().square().sum(dim=-1).double().sum())
+            count += hidden.shape[0] * hidden.shape[1]
+            self.hidden[index] = hidden
         self._branch_outputs = []
+        return Mean(power, count)
 
     @torch.inference_mode()
     def negative_log_likelihood(self) -> Mean:
@@ -151,6 +149,20 @@ class LayerStream:
     def weights(self, layer: int) -> dict[str, Tensor]:
         """Return the tensors of the layer that is being passed, in the precision that it computes in."""
         return dict(self._load(layer).named_parameters())
+
+    def _run(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run a branch up to its output projection; yield its input (b, T, D) and what came out (b, T, P)."""
+        module = self._load(layer)
+        norm, part = module.get_submodule(branch.norm), module.get_submodule(branch.module)
+        call = self._calls[layer] if branch == self.checkpoint.family.attention else {}
+        self._branch_outputs = []
+        with _without(part, branch.output):
+            for hidden in self.hidden:
+                normalised = norm(hidden)
+                output = part(normalised, **call)
+                x_bTP = output[0] if isinstance(output, tuple) else output
+                self._branch_outputs.append(x_bTP)
+                yield normalised, x_bTP
 
     def _embed(self) -> list[Tensor]:
         """Return the input of the first layer, and note how the model calls each of its layers."""
@@ -190,6 +202,9 @@ class LayerStream:
         for part, tensors in self.checkpoint.read_outside().items():
             self._assign(self._model.get_submodule(part), tensors, part)
         self._model.tie_weights()
+        for name, parameter in self._model.named_parameters():
+            if parameter.is_meta and not name.startswith(f"{self.checkpoint.family.layers}."):
+                raise CheckpointError(f"{self.checkpoint.directory} has no {name}: the checkpoint is incomplete")
 
     def _drop_outside(self) -> None:
         for part in self.checkpoint.outside():

@@ -17,6 +17,8 @@ def prune_layer(tensors: dict[str, Tensor], family: Family, plan: LayerPlan) -> 
 
 def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Decision) -> tuple[Tensor, Tensor]:
     """Return the output projection's new weight (D, S) and bias (D,), computed in the precision of `weight_DP`."""
+    if decision.recovery is None:
+        raise ValueError("this decision was read from a plan: the weights of its refit are in the checkpoint")
     kept_S = decision.kept_rows(weight_DP.shape[1]).to(weight_DP.device)
     weight_DS = decision.recovery.restore(weight_DP[:, kept_S].T).T
     recovered_D = decision.recovery.bias_D.to(weight_DP)

@@ -25,6 +25,7 @@ class CheckpointWriter:
     def __init__(self, source: Checkpoint, directory: Path) -> None:
         self._source = source
         self._directory = directory
+        directory.mkdir(exist_ok=True)
         self._weight_map: dict[str, str] = {}
         self._num_bytes = 0
         self.layers: list[LayerPlan] = []

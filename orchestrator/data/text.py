@@ -32,7 +32,7 @@ def read_text(
     tokenizer = _load_tokenizer(spec, model_dir)
     text_hash = hashlib.sha256()
     if path is not None and path.suffix == ".txt":
-        pieces = _hashed(_text_pieces(path), text_hash, end=b"")
+        pieces = _hashed(text_pieces(path), text_hash, end=b"")
         tokens: Iterator[np.ndarray] = chain(
             _encode(tokenizer, islice(pieces, 1), add_special_tokens=True),
             _encode(tokenizer, pieces, add_special_tokens=False),
@@ -56,7 +56,7 @@ def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _text_pieces(path: Path) -> Iterator[str]:
+def text_pieces(path: Path) -> Iterator[str]:
     """A text in pieces which together are the text, blank lines included."""
     rest = ""
     with explained(path), path.open(encoding="utf-8-sig") as file:

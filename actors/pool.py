@@ -1,0 +1,100 @@
+"""Solves on Ray: pure functions of one module's moments, run wherever a processor is free.
+
+A bounded number is under way, so that the moments in flight bound the memory, whatever the depth of the model.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors.waiting import get_in_order
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.families import Branch
+from slimllm_ops.methods import METHODS
+from slimllm_ops.observation import PackedObservation
+from slimllm_ops.one_pass import decide_module, eliminate_module, rank_module
+from slimllm_ops.plan import Decision
+from slimllm_ops.ranking import Ranking
+
+IN_FLIGHT = 3
+
+# Model directory, device, CPU threads: where a solve finds its weights and what it may use.
+Place = tuple[str, str, int]
+
+
+class SolverPool:
+    """Submits solves; results come back in the order of submission."""
+
+    def __init__(self, model_dir: str, cpus: int, gpus: float) -> None:
+        resources = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 1}
+        self._place = (model_dir, "cuda" if gpus else "cpu", cpus)
+        self._eliminate = ray.remote(_eliminate).options(**resources)
+        self._rank = ray.remote(_rank).options(**resources)
+        self._decide = ray.remote(_decide).options(**resources)
+
+    def eliminate(self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int) -> ray.ObjectRef:
+        """Eliminate a module from its merged moments; refers to its path and its output's variance."""
+        return self._eliminate.remote(self._place, layer, branch, observed, num_units)
+
+    def rank(self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int, method: str) -> ray.ObjectRef:
+        """Rank a module's units by a method; refers to a `Ranking`."""
+        return self._rank.remote(self._place, layer, branch, observed, num_units, method)
+
+    def decide(
+        self, layer: int, branch: Branch, observed: ray.ObjectRef, method: str, ranking: Ranking, removals: list[int]
+    ) -> ray.ObjectRef:
+        """Decide a module at several numbers of units removed; refers to a list of decisions."""
+        return self._decide.remote(self._place, layer, branch, observed, method, ranking, removals)
+
+
+def results(submissions: Iterable[tuple[ray.ObjectRef, ...]]) -> Iterator[list[Any]]:
+    """Yield the results of submissions in order; a further one is made only when an earlier one is done."""
+    waiting: deque[tuple[ray.ObjectRef, ...]] = deque()
+    for refs in submissions:
+        waiting.append(refs)
+        if len(waiting) >= IN_FLIGHT:
+            yield get_in_order(list(waiting.popleft()))
+    while waiting:
+        yield get_in_order(list(waiting.popleft()))
+
+
+def _eliminate(
+    place: Place, layer: int, branch: Branch, observed: PackedObservation, num_units: int
+) -> tuple[Ranking, float]:
+    return eliminate_module(_weight(place, layer, branch), observed, num_units, _described(layer, branch))
+
+
+def _rank(
+    place: Place, layer: int, branch: Branch, observed: PackedObservation, num_units: int, method: str
+) -> Ranking:
+    return rank_module(_weight(place, layer, branch), observed, num_units, METHODS[method])
+
+
+def _decide(
+    place: Place,
+    layer: int,
+    branch: Branch,
+    observed: PackedObservation,
+    method: str,
+    ranking: Ranking,
+    removals: list[int],
+) -> list[Decision | None]:
+    weight_DP = _weight(place, layer, branch)
+    return decide_module(weight_DP, observed, METHODS[method], ranking, removals, _described(layer, branch))
+
+
+def _weight(place: Place, layer: int, branch: Branch) -> torch.Tensor:
+    """Read the output projection's weight onto the device that this task was given."""
+    model_dir, device, threads = place
+    torch.set_num_threads(threads)
+    checkpoint = Checkpoint.open(Path(model_dir))
+    name = checkpoint.layer_prefix(layer) + branch.output_weight
+    return checkpoint.read([name])[name].to(device, torch.float32)
+
+
+def _described(layer: int, branch: Branch) -> str:
+    return f"layer {layer}, {branch.module}"

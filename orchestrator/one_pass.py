@@ -1,0 +1,215 @@
+"""One forward pass of the dense model, and from its moments models of any method at any number of sparsities.
+
+No barrier: while the shards observe a layer, solves of the layers before run wherever a processor is free.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import torch
+
+from actors import PROBED_TOKENS, SolverPool, results
+from orchestrator.inputs import Inputs, into_batches
+from orchestrator.job import Job, Probe, Target
+from orchestrator.record import log_layer
+from slimllm_ops.allocation import measure_layer
+from slimllm_ops.budget import Candidate
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.families import Branch, layer_shape
+from slimllm_ops.methods import METHODS
+from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
+from slimllm_ops.plan import LayerPlan
+from slimllm_ops.stream import LayerStream
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Every module's candidate for a method, layer by layer, attention before the MLP."""
+
+    method: str
+    candidates: list[Candidate]
+
+    def removals(self, targets: Sequence[int]) -> list[list[int]]:
+        """Return, for every module, how many units it gives at each target of removed parameters.
+
+        Raises:
+            InputError: a target is not reachable.
+        """
+        spent = [METHODS[self.method].spend(self.candidates, target) for target in targets]
+        return [list(counts) for counts in zip(*spent, strict=True)]
+
+
+def prune_one_pass(job: Job, targets: list[Target]) -> list[Probe]:
+    """Prune by `gram` to every target, from moments that are given or from one pass over the dense model."""
+    with _moments(job) as store:
+        ranked = rank_modules(job.pool, job.source, store, job.config.method)
+        return write_models(job, store, ranked, targets)
+
+
+def calibrate(job: Job, store: MomentStore) -> None:
+    """Pass the calibration data through the dense model once; keep every layer's moments and elimination paths."""
+    for layer, solved in enumerate(results(_observe_layers(job))):
+        attention, mlp, attention_path, mlp_path, power = solved
+        store.save(layer, LayerPaths(ModulePath(*attention_path), ModulePath(*mlp_path), power), attention, mlp)
+    store.seal(moments_of(job.inputs))
+
+
+def moments_of(inputs: Inputs) -> dict[str, Any]:
+    """Return what identifies moments: the digests of the weights and of the calibration tokens."""
+    return {
+        "model": inputs.name,
+        "model_digest": inputs.source.digest(),
+        "calibration": inputs.calibration.spec,
+        "calibration_digest": inputs.calibration.digest,
+        "calibration_tokens": inputs.num_tokens,
+    }
+
+
+def write_models(job: Job, store: MomentStore, ranked: Ranked, targets: list[Target]) -> list[Probe]:
+    """Decide and write every target's model, layer by layer; each layer's moments are read once for all of them."""
+    asked = [target_parameters(job.source, target.sparsity) for target in targets]
+    witness = _Witness(job.source, len(targets))
+    decided = decide_layers(job.pool, job.source, store, ranked, asked)
+    for layer in job.reporter.layers("deciding", job.source.num_layers, job.inputs.num_tokens):
+        for number, (target, plan) in enumerate(zip(targets, next(decided), strict=True)):
+            target.writer.commit(plan)
+            log_layer(target.run, job.source, layer, plan)
+            witness.forward(number, layer, plan)
+    return witness.probes()
+
+
+class _Witness:
+    """Passes a few tokens through every target's pruned layers as decided, for the read-back of what was written.
+
+    No shard does so, since the moments are of the dense model. One layer's weights serve all targets.
+    """
+
+    def __init__(self, source: Checkpoint, num_targets: int) -> None:
+        num_tokens = min(PROBED_TOKENS, source.config.max_position_embeddings)
+        generator = torch.Generator().manual_seed(0)
+        ids_1T = torch.randint(source.config.vocab_size, (1, num_tokens), generator=generator)
+        self._ids_T = ids_1T[0].numpy()
+        self._stream = LayerStream(source, [ids_1T], torch.device("cpu"))
+        self._states = [[self._stream.hidden[0]] for _ in range(num_targets)]
+
+    def forward(self, target: int, layer: int, plan: LayerPlan) -> None:
+        """Pass a layer as a target's plan leaves it."""
+        self._stream.hidden = [self._states[target][-1]]
+        self._stream.forward_pruned(layer, plan)
+        self._states[target].append(self._stream.hidden[0])
+
+    def probes(self) -> list[Probe]:
+        """Return every target's states."""
+        return [Probe(self._ids_T, [state[0].numpy() for state in states]) for states in self._states]
+
+
+@contextmanager
+def _moments(job: Job) -> Iterator[MomentStore]:
+    """Give the moments that the config names, or those of a pass that is made now and not kept."""
+    if job.config.moments is not None:
+        yield MomentStore(Path(job.config.moments))
+        return
+    with TemporaryDirectory(dir=job.staging, prefix="moments.") as directory:
+        store = MomentStore(Path(directory))
+        calibrate(job, store)
+        yield store
+
+
+def _observe_layers(job: Job) -> Iterator[tuple[Any, ...]]:
+    """Observe layer by layer; yield references to a layer's moments and to the solves that were begun on them."""
+    source, shards, pool = job.source, job.shards, job.pool
+    attention, mlp = source.family.attention, source.family.mlp
+    shards.open_stream(DENSE, str(source.directory), into_batches(job.inputs.calibration))
+    for layer in job.reporter.layers("calibrating", source.num_layers, job.inputs.num_tokens):
+        shape = layer_shape(source.config, layer)
+        attention_ref = shards.observe(DENSE, layer, attention)
+        attention_path = pool.eliminate(layer, attention, attention_ref, shape.num_key_value_heads)
+        shards.apply(DENSE, layer, attention, None)
+        mlp_ref = shards.observe(DENSE, layer, mlp)
+        mlp_path = pool.eliminate(layer, mlp, mlp_ref, shape.intermediate_size)
+        power = shards.apply(DENSE, layer, mlp, None)
+        yield attention_ref, mlp_ref, attention_path, mlp_path, ray.put(power)
+    shards.close_stream(DENSE)
+
+
+def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, method: str) -> Ranked:
+    """Rank every module's units by a method; gram's ranking was kept with the moments."""
+    paths = [store.load_paths(layer) for layer in range(source.num_layers)]
+    if METHODS[method].rank is METHODS["gram"].rank:
+        rankings = [[path.attention.ranking, path.mlp.ranking] for path in paths]
+    else:
+        rankings = list(results(_submit_rankings(pool, source, store, method)))
+    candidates = []
+    for layer, (path, (attention, mlp)) in enumerate(zip(paths, rankings, strict=True)):
+        size = measure_layer(source, layer)
+        modules = (
+            (attention, size.unit_parameters, size.attention_bias_parameters, path.attention.output_variance),
+            (mlp, size.channel_parameters, size.mlp_bias_parameters, path.mlp.output_variance),
+        )
+        candidates += [
+            Candidate(
+                layer=layer,
+                ranking=ranking,
+                unit_parameters=unit_parameters,
+                bias_parameters=bias_parameters,
+                output_variance=output_variance,
+                stream_power=path.stream_power,
+            )
+            for ranking, unit_parameters, bias_parameters, output_variance in modules
+        ]
+    return Ranked(method, candidates)
+
+
+def decide_layers(
+    pool: SolverPool, source: Checkpoint, store: MomentStore, ranked: Ranked, targets: Sequence[int]
+) -> Iterator[list[LayerPlan]]:
+    """Yield, layer by layer, the layer's plan at each target of removed parameters."""
+    submissions = _submit_decisions(pool, source, store, ranked, ranked.removals(targets))
+    for attention, mlp in results(submissions):
+        yield [LayerPlan(attention=a, mlp=m) for a, m in zip(attention, mlp, strict=True)]
+
+
+def target_parameters(source: Checkpoint, sparsity: float | None) -> int:
+    """Return how many parameters a sparsity removes from the decoder layers."""
+    assert sparsity is not None, "a config with a ratio is refused for one-pass methods"
+    return int(sparsity * sum(measure_layer(source, layer).parameters for layer in range(source.num_layers)))
+
+
+def _submit_rankings(
+    pool: SolverPool, source: Checkpoint, store: MomentStore, method: str
+) -> Iterator[tuple[ray.ObjectRef, ...]]:
+    for layer in range(source.num_layers):
+        shape = layer_shape(source.config, layer)
+        units = (shape.num_key_value_heads, shape.intermediate_size)
+        yield tuple(
+            pool.rank(layer, branch, ray.put(store.load_moments(layer, module)), num_units, method)
+            for (module, branch), num_units in zip(_branches(source), units, strict=True)
+        )
+
+
+def _submit_decisions(
+    pool: SolverPool, source: Checkpoint, store: MomentStore, ranked: Ranked, removals: list[list[int]]
+) -> Iterator[tuple[ray.ObjectRef, ...]]:
+    for layer in range(source.num_layers):
+        yield tuple(
+            pool.decide(
+                layer,
+                branch,
+                ray.put(store.load_moments(layer, module)),
+                ranked.method,
+                ranked.candidates[2 * layer + number].ranking,
+                removals[2 * layer + number],
+            )
+            for number, (module, branch) in enumerate(_branches(source))
+        )
+
+
+def _branches(source: Checkpoint) -> tuple[tuple[str, Branch], tuple[str, Branch]]:
+    return ("attention", source.family.attention), ("mlp", source.family.mlp)

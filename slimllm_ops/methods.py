@@ -1,0 +1,140 @@
+"""One-pass methods: small functions from a module's moments and weights to a decision.
+
+A method ranks the units of every module, spends a budget over all modules, and recovers what the kept units can.
+All of them see the same moments of the dense model, so one pass over the calibration data serves any number of
+methods and sparsities. To add one, write its three functions and a row of `METHODS` (docs/methods.md).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimllm_ops.budget import (
+    Candidate,
+    spend_by_depth,
+    spend_by_error,
+    spend_by_standard_score,
+    spend_evenly,
+)
+from slimllm_ops.elimination import eliminate
+from slimllm_ops.least_squares import refit
+from slimllm_ops.plan import Recovery
+from slimllm_ops.projection import Projection
+from slimllm_ops.ranking import Ranking
+from slimllm_ops.recovery import Line
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: how units are ranked, how a budget is spent, what is recovered, and whose it is."""
+
+    name: str
+    rank: Callable[[Projection, int], Ranking]
+    spend: Callable[[Sequence[Candidate], int], list[int]]
+    recover: Callable[[Projection, Tensor], Recovery]
+    source: str
+    differs: str
+
+
+def rank_by_fluctuation(projection: Projection, num_units: int) -> Ranking:
+    """Score inputs by var(X_c) ||W_c||^2, FLAP's weighted input fluctuation; a head by the mean of its inputs."""
+    variance_P = projection.covariance_PP.diagonal()
+    return _by_unit(variance_P * projection.weight_PD.square().sum(dim=1), num_units)
+
+
+def rank_by_wanda(projection: Projection, num_units: int) -> Ranking:
+    """Score inputs by |X_c| sum_j |W_cj|, Wanda's metric summed over the outputs."""
+    return _by_unit(projection.moments.norm_P * projection.weight_PD.abs().sum(dim=1), num_units)
+
+
+def rank_by_magnitude(projection: Projection, num_units: int) -> Ranking:
+    """Score inputs by the norm of their weights."""
+    return _by_unit(projection.weight_PD.norm(dim=1), num_units)
+
+
+def rank_at_random(projection: Projection, num_units: int) -> Ranking:
+    """Rank units at random, differently for weights that differ, the same for the same ones."""
+    seed = int(projection.weight_PD.double().abs().sum().item() * 1e6) % 2**31
+    return Ranking.by_score(torch.rand(num_units, generator=torch.Generator().manual_seed(seed)))
+
+
+def compensate_mean(projection: Projection, kept_S: Tensor) -> Line:
+    """Add the mean of what is removed to the bias, FLAP's compensation; weights stay as they are."""
+    moments, weight_PD = projection.moments, projection.weight_PD
+    bias_D = moments.mean_P @ weight_PD - moments.mean_P[kept_S] @ weight_PD[kept_S]
+    return Line(torch.ones_like(bias_D), bias_D, _error_of_removal(projection, kept_S))
+
+
+def leave(projection: Projection, kept_S: Tensor) -> Line:
+    """Recover nothing."""
+    zeros_D = torch.zeros_like(projection.weight_PD[0])
+    return Line(torch.ones_like(zeros_D), zeros_D, _error_of_removal(projection, kept_S))
+
+
+def _by_unit(scores_P: Tensor, num_units: int) -> Ranking:
+    return Ranking.by_score(scores_P.unflatten(0, (num_units, -1)).mean(dim=1).cpu())
+
+
+def _error_of_removal(projection: Projection, kept_S: Tensor) -> float:
+    """Return the variance of what the removed inputs contributed, relative to the output's."""
+    removed_P = torch.ones(len(projection.weight_PD), dtype=torch.bool, device=kept_S.device)
+    removed_P[kept_S] = False
+    weight_RD = projection.weight_PD[removed_P]
+    lost = (weight_RD * (projection.covariance_PP[removed_P][:, removed_P] @ weight_RD)).sum()
+    total = float(projection.variance_D.sum())
+    return float(lost) / total if total > 0 else 0.0
+
+
+_HEADS = "whole heads (KV groups) and channels; moments of the dense model in one pass"
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "gram",
+            eliminate,
+            spend_by_error,
+            refit,
+            "slimllm: backward elimination, least squares, one budget by error",
+            "",
+        ),
+        Method(
+            "flap",
+            rank_by_fluctuation,
+            spend_by_standard_score,
+            compensate_mean,
+            "FLAP (An et al., AAAI 2024): WIFV metric, adaptive structure, bias compensation",
+            _HEADS,
+        ),
+        Method(
+            "fasp",
+            rank_by_wanda,
+            spend_evenly,
+            refit,
+            "FASP (Hu et al. 2025): Wanda-like column metric, least-squares restoration, uniform ratio",
+            f"{_HEADS}, where FASP takes single rows of the values",
+        ),
+        Method(
+            "slimgpt",
+            eliminate,
+            spend_by_depth,
+            refit,
+            "SlimGPT (Ling et al., NeurIPS 2024): greedy brain-surgeon elimination, ratio logarithmic in depth",
+            f"{_HEADS}, where SlimGPT goes layer by layer",
+        ),
+        Method(
+            "wanda-sp",
+            rank_by_wanda,
+            spend_evenly,
+            leave,
+            "Wanda-sp (Sun et al., ICLR 2024, structured as in FLAP): |W| |X| by column, uniform ratio",
+            _HEADS,
+        ),
+        Method(
+            "magnitude", rank_by_magnitude, spend_evenly, leave, "norm of the output weights, uniform ratio", _HEADS
+        ),
+        Method("random", rank_at_random, spend_evenly, leave, "units at random, uniform ratio", _HEADS),
+    )
+}

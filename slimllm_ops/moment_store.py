@@ -1,0 +1,139 @@
+"""Moments on disk: a calibration pass that is kept, a layer a file, so that pruning needs no forward pass.
+
+MOMENTS/moments.json            which model and data they are of, by digest
+MOMENTS/layer-00000.safetensors     for attention and mlp: count, mean, scatter (block rows of its triangle),
+input_squares, and gram's elimination path: order, costs
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from slimllm_ops.errors import InputError
+from slimllm_ops.moments import PackedMoments
+from slimllm_ops.observation import PackedObservation
+from slimllm_ops.ranking import Ranking
+
+FORMAT = 1
+MANIFEST = "moments.json"
+MODULES = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class ModulePath:
+    """A module's elimination path, and the variance of its output, tr(W^T C W)."""
+
+    ranking: Ranking
+    output_variance: float
+
+
+@dataclass(frozen=True)
+class LayerPaths:
+    """The paths of a decoder layer's modules; `stream_power` is E|h|^2 of the layer's output."""
+
+    attention: ModulePath
+    mlp: ModulePath
+    stream_power: float
+
+
+class MomentStore:
+    """A directory of moments, written layer by layer and read the same way."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def save(self, layer: int, paths: LayerPaths, attention: PackedObservation, mlp: PackedObservation) -> None:
+        """Write a layer's file."""
+        arrays = {"stream_power": np.array([paths.stream_power])}
+        for module, path, observed in (("attention", paths.attention, attention), ("mlp", paths.mlp, mlp)):
+            packed = _pack(path, observed)
+            arrays |= {f"{module}.{name}": np.ascontiguousarray(array) for name, array in packed.items()}
+        save_file(arrays, self._path(layer))
+
+    def load_paths(self, layer: int) -> LayerPaths:
+        """Read a layer's paths, and nothing of its moments.
+
+        Raises:
+            InputError: the file is missing or broken.
+        """
+        with self._opened(layer) as file:
+            attention, mlp = (
+                ModulePath(
+                    Ranking(tuple(_list(file, f"{module}.order")), tuple(_list(file, f"{module}.costs"))),
+                    _list(file, f"{module}.output_variance")[0],
+                )
+                for module in MODULES
+            )
+            return LayerPaths(attention, mlp, _list(file, "stream_power")[0])
+
+    def load_moments(self, layer: int, module: str) -> PackedObservation:
+        """Read the moments of a layer's "attention" or "mlp".
+
+        Raises:
+            InputError: the file is missing or broken.
+        """
+        with self._opened(layer) as file:
+            names = [name for name in file.keys() if name.startswith(f"{module}.scatter.")]  # noqa: SIM118
+            rows = tuple(file.get_tensor(f"{module}.scatter.{number}") for number in range(len(names)))
+            count = int(_list(file, f"{module}.count")[0])
+            moments = PackedMoments(count, file.get_tensor(f"{module}.mean"), rows)
+            return PackedObservation(moments, file.get_tensor(f"{module}.input_squares"))
+
+    @contextmanager
+    def _opened(self, layer: int) -> Iterator[safe_open]:
+        path = self._path(layer)
+        try:
+            with safe_open(path, framework="np") as file:
+                yield file
+        except (FileNotFoundError, SafetensorError) as error:
+            raise InputError(f"{path} is missing or broken ({error}): run `slimllm calibrate` again") from error
+
+    def seal(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest, last: without it the moments are not whole."""
+        (self.directory / MANIFEST).write_text(json.dumps({"format": FORMAT} | manifest, indent=1))
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what the moments are of.
+
+        Raises:
+            InputError: there are no whole moments of this format here.
+        """
+        path = self.directory / MANIFEST
+        if not path.is_file():
+            raise InputError(f"{self.directory} holds no moments ({MANIFEST} is missing): run `slimllm calibrate`")
+        try:
+            manifest = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}): run `slimllm calibrate` again") from error
+        if manifest.get("format") != FORMAT:
+            raise InputError(
+                f"{path} has format {manifest.get('format')}, expected {FORMAT}: run `slimllm calibrate` again"
+            )
+        return manifest
+
+    def _path(self, layer: int) -> Path:
+        return self.directory / f"layer-{layer:05d}.safetensors"
+
+
+def _pack(path: ModulePath, observed: PackedObservation) -> dict[str, np.ndarray]:
+    moments = observed.moments
+    arrays = {
+        "count": np.array([moments.count]),
+        "mean": moments.mean_P,
+        "input_squares": observed.input_squares_D,
+        "order": np.array(path.ranking.order),
+        "costs": np.array(path.ranking.costs),
+        "output_variance": np.array([path.output_variance]),
+    }
+    return arrays | {f"scatter.{number}": row for number, row in enumerate(moments.rows)}
+
+
+def _list(file: safe_open, name: str) -> list[Any]:
+    return file.get_tensor(name).tolist()
