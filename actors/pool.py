@@ -14,7 +14,7 @@ import torch
 from actors.waiting import get_in_order
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch
-from slimllm_ops.methods import METHODS
+from slimllm_ops.methods import Method
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.one_pass import decide_module, eliminate_module, rank_module
 from slimllm_ops.plan import Decision
@@ -40,12 +40,12 @@ class SolverPool:
         """Eliminate a module from its merged moments; refers to its path and its output's variance."""
         return self._eliminate.remote(self._place, layer, branch, observed, num_units)
 
-    def rank(self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int, method: str) -> ray.ObjectRef:
+    def rank(self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int, method: Method) -> ray.ObjectRef:
         """Rank a module's units by a method; refers to a `Ranking`."""
         return self._rank.remote(self._place, layer, branch, observed, num_units, method)
 
     def decide(
-        self, layer: int, branch: Branch, observed: ray.ObjectRef, method: str, ranking: Ranking, removals: list[int]
+        self, layer: int, branch: Branch, observed: ray.ObjectRef, method: Method, ranking: Ranking, removals: list[int]
     ) -> ray.ObjectRef:
         """Decide a module at several numbers of units removed; refers to a list of decisions."""
         return self._decide.remote(self._place, layer, branch, observed, method, ranking, removals)
@@ -69,9 +69,9 @@ def _eliminate(
 
 
 def _rank(
-    place: Place, layer: int, branch: Branch, observed: PackedObservation, num_units: int, method: str
+    place: Place, layer: int, branch: Branch, observed: PackedObservation, num_units: int, method: Method
 ) -> Ranking:
-    return rank_module(_weight(place, layer, branch), observed, num_units, METHODS[method])
+    return rank_module(_weight(place, layer, branch), observed, num_units, method)
 
 
 def _decide(
@@ -79,12 +79,12 @@ def _decide(
     layer: int,
     branch: Branch,
     observed: PackedObservation,
-    method: str,
+    method: Method,
     ranking: Ranking,
     removals: list[int],
 ) -> list[Decision | None]:
     weight_DP = _weight(place, layer, branch)
-    return decide_module(weight_DP, observed, METHODS[method], ranking, removals, _described(layer, branch))
+    return decide_module(weight_DP, observed, method, ranking, removals, _described(layer, branch))
 
 
 def _weight(place: Place, layer: int, branch: Branch) -> torch.Tensor:

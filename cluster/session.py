@@ -92,9 +92,10 @@ def session(address: str | None, packages: Sequence[ModuleType]) -> Iterator[Res
         packages: packages that the workers import; a cluster that is connected to receives them.
 
     Raises:
-        ClusterError: nothing answers at the address.
+        ClusterError: nothing answers at the address, or the program is connected to another one.
     """
     if ray.is_initialized():
+        _require_connected_to(address)
         yield _resources()
         return
     address = address or os.environ.get("RAY_ADDRESS")
@@ -140,6 +141,15 @@ def plan_workers(resources: Resources, num_workers: int | None, gpus_per_worker:
     while resources.room(cpus, gpus_per_worker) < num_workers:
         cpus -= 1
     return WorkerPlan(num_workers, cpus, gpus_per_worker)
+
+
+def _require_connected_to(address: str | None) -> None:
+    connected = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", connected):
+        raise ClusterError(
+            f"the address {address} was asked for, but this program is already connected to the Ray at {connected}: "
+            f"leave the address out, or call ray.shutdown() first"
+        )
 
 
 @contextmanager

@@ -27,84 +27,116 @@ def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""
 
 
-def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of `prune`; an option left out is None, so that a config file's value stands."""
-    options = [
-        click.option("--output", metavar="DIR", help="Where the checkpoint goes. [pruned/<model>-<sparsity>]"),
-        click.option("--overwrite", is_flag=True, default=None, help="Replace an output that is not empty."),
-        click.option(
-            "--sparsity",
-            type=float,
-            multiple=True,
-            metavar="F",
-            help="Fraction of the layers' parameters to remove; repeatable. [.2]",
-        ),
-        click.option("--method", type=click.Choice(METHODS), help="How units are chosen and recovered. [slimllm]"),
-        click.option("--ratio", type=float, metavar="F", help="The paper's pruning ratio, instead of --sparsity."),
-        click.option("--pruned-layers", type=int, metavar="N", help="How many layers are pruned (the paper's n)."),
-        click.option("--alpha", type=float, metavar="F", help="How sharply ratios follow similarity (the paper's)."),
-        click.option("--keep-lowest", type=float, metavar="F", help="Tail of lowest channels that stays. [.01]"),
-        click.option("--calibration", metavar="SPEC", help="Calibration text or tokens. [builtin:calibration]"),
-        click.option("--samples", type=int, metavar="N", help="Blocks of calibration text. [128]"),
-        click.option("--sequence-length", type=int, metavar="N", help="Tokens per block, at most. [2048]"),
-        click.option("--seed", type=int, metavar="N", help="Chooses the blocks of a text. [0]"),
-        click.option("--evaluate", multiple=True, metavar="SPEC", help="Held-out text or tokens; repeatable."),
-        click.option("--workers", type=int, metavar="N", help="Ray actors. [one per GPU, or per 4 cores]"),
-        click.option("--gpus-per-worker", type=float, metavar="F", help="GPUs of each. [1 where there are any]"),
-        click.option("--address", metavar="ADDR", help="Head of a Ray cluster, host:port. [a local Ray]"),
-        click.option("--experiment", metavar="NAME", help="MLflow experiment. [slimllm]"),
-        click.option("--tracking-uri", metavar="URI", help="MLflow store. [sqlite:///mlflow.db]"),
-        click.option("--run-name", metavar="NAME", help="Name of the MLflow run."),
-        click.option("--register", metavar="NAME", help="Register the checkpoint under this name."),
-        click.option("--config", "config_file", type=Path, metavar="FILE.toml", help="Settings; flags win."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+# Every option once; one that is left out is None or (), so that a config file's value stands.
+OPTIONS = {
+    "output": click.option("--output", metavar="DIR", help="Where the result goes. [pruned/<model>-<sparsity>]"),
+    "overwrite": click.option("--overwrite", is_flag=True, default=None, help="Replace an output that is not empty."),
+    "sparsity": click.option(
+        "--sparsity", type=float, multiple=True, metavar="F", help="Fraction of the layers to remove; repeatable. [.2]"
+    ),
+    "method": click.option("--method", type=click.Choice(METHODS), help="How units are chosen. [slimllm]"),
+    "refine": click.option("--refine", is_flag=True, default=None, help="gram: refit against the dense stream."),
+    "moments": click.option("--moments", metavar="DIR", help="gram: what `slimllm calibrate` kept, for no pass."),
+    "ratio": click.option("--ratio", type=float, metavar="F", help="The paper's pruning ratio, not a sparsity."),
+    "pruned_layers": click.option("--pruned-layers", type=int, metavar="N", help="Layers that are pruned (paper)."),
+    "alpha": click.option("--alpha", type=float, metavar="F", help="How ratios follow similarity (paper)."),
+    "keep_lowest": click.option("--keep-lowest", type=float, metavar="F", help="Tail of channels that stays. [.01]"),
+    "calibration": click.option("--calibration", metavar="SPEC", help="Text or tokens. [builtin:calibration]"),
+    "samples": click.option("--samples", type=int, metavar="N", help="Blocks of calibration text. [128]"),
+    "sequence_length": click.option("--sequence-length", type=int, metavar="N", help="Tokens per block. [2048]"),
+    "seed": click.option("--seed", type=int, metavar="N", help="Chooses the blocks of a text. [0]"),
+    "evaluate": click.option("--evaluate", multiple=True, metavar="SPEC", help="Held-out text; repeatable."),
+    "workers": click.option("--workers", type=int, metavar="N", help="Ray actors. [one per GPU or per 4 cores]"),
+    "gpus_per_worker": click.option("--gpus-per-worker", type=float, metavar="F", help="GPUs of each. [1, if any]"),
+    "address": click.option("--address", metavar="ADDR", help="Head of a Ray cluster, host:port. [a local Ray]"),
+    "experiment": click.option("--experiment", metavar="NAME", help="MLflow experiment. [slimllm]"),
+    "tracking_uri": click.option("--tracking-uri", metavar="URI", help="MLflow store. [sqlite:///mlflow.db]"),
+    "run_name": click.option("--run-name", metavar="NAME", help="Name of the MLflow run."),
+    "register": click.option("--register", metavar="NAME", help="Register the checkpoint under this name."),
+    "config": click.option("--config", "config_file", type=Path, metavar="FILE.toml", help="Settings; flags win."),
+}
+DATA = ("calibration", "samples", "sequence_length", "seed")
+CLUSTER = ("workers", "gpus_per_worker", "address")
+
+
+def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add options to a command, in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            command = OPTIONS[name](command)
+        return command
+
+    return add
 
 
 @main.command()
 @click.argument("model", required=False)
-@prune_options
+@with_options(*OPTIONS)
 def prune(config_file: Path | None, **flags: Any) -> None:
     """Prune MODEL, a directory or hub id; without one, the built-in model."""
+    config = _configure(config_file, flags)
+    _run(lambda: _prune(config))
+
+
+@main.command()
+@click.argument("model", required=False)
+@with_options("output", "overwrite", *DATA, *CLUSTER, "config")
+def calibrate(config_file: Path | None, **flags: Any) -> None:
+    """Keep MODEL's moments, for `prune --method gram --moments` at any sparsity with no forward pass."""
+    config = _configure(config_file, flags)
+    _run(lambda: _calibrate(config))
+
+
+def _configure(config_file: Path | None, flags: dict[str, Any]) -> PruneConfig:
     try:
         settings = read_config_file(config_file) if config_file else {}
         settings |= {name: value for name, value in flags.items() if value not in (None, ())}
-        config = PruneConfig(**settings)
+        return PruneConfig(**settings)
     except ConfigError as error:
         _exit_with(error)
-    _run_pipeline(config)
 
 
-def _run_pipeline(config: PruneConfig) -> None:
+def _prune(config: PruneConfig) -> None:
+    from orchestrator.pipeline import prune as run
+    from orchestrator.summary import print_summary
+
+    print_summary(run(config))
+
+
+def _calibrate(config: PruneConfig) -> None:
+    from orchestrator.pipeline import calibrate as run
+
+    moments = run(config)
+    click.echo(f"moments: {moments}")
+    click.echo(f"to prune from them: slimllm prune {config.model or ''} --method gram --moments {moments}")
+
+
+def _run(action: Callable[[], None]) -> None:
     """Run; what the user can mend ends in one line and code 2, a lost worker in 1, Ctrl-C in 130, SIGTERM in 143."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Its warnings are about configs (ids of special tokens, say) that pruning takes over as they are.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        _run_and_explain(config)
+        _explain(action)
     except KeyboardInterrupt:
         _exit_with("interrupted; no checkpoint was written", INTERRUPTED)
     except _Terminated:
         _exit_with("terminated; no checkpoint was written", TERMINATED)
 
 
-def _run_and_explain(config: PruneConfig) -> None:
+def _explain(action: Callable[[], None]) -> None:
     from actors import ShardError
     from orchestrator.pipeline import USER_ERRORS
-    from orchestrator.pipeline import prune as run
-    from orchestrator.summary import print_summary
     from slimllm_ops.errors import ReadBackError
 
     try:
-        result = run(config)
+        action()
     except USER_ERRORS as error:
         _exit_with(error)
     except (ShardError, ReadBackError) as error:
         _exit_with(error, LOST_WORKER)
-    print_summary(result)
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

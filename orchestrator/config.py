@@ -68,12 +68,15 @@ class PruneConfig:
             f"gpus_per_worker is {self.gpus_per_worker}: it cannot be negative",
         )
 
-    def _check_combinations(self) -> None:
+    def _check_targets(self) -> None:
         _require(
             not self.sparsity or self.ratio is None,
             "sparsity and ratio were both given: sparsity solves for the ratio, so give one of them",
         )
         _require(len(set(self.sparsity)) == len(self.sparsity), "a sparsity was given twice: give each once")
+
+    def _check_combinations(self) -> None:
+        self._check_targets()
         if self.method == "slimllm":
             for name in ("refine", "moments"):
                 _require(not getattr(self, name), f"{name} belongs to --method gram: add that, or leave {name} out")
@@ -90,8 +93,31 @@ class PruneConfig:
         return (None,) if self.ratio is not None else self.sparsity or (0.2,)
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the settings of a TOML file, with the names of `PruneConfig`'s fields; dashes count as underscores.
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(PruneConfig):
+    """The settings of `compare`: those of `prune`, the methods that take part (all by default), and what is kept.
+
+    `ratio`, `pruned_layers`, `alpha` and `keep_lowest` are for `slimllm`, which is always one of them.
+    """
+
+    methods: tuple[str, ...] = ()
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every setting that can be checked without the model."""
+        object.__setattr__(self, "methods", tuple(self.methods))
+        super().__post_init__()
+
+    def _check_combinations(self) -> None:
+        self._check_targets()
+        _require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
+        _require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
+        for name in ("refine", "moments", "register"):
+            _require(not getattr(self, name), f"{name} is a setting of prune: leave it out of a comparison")
+
+
+def read_config_file(path: Path, kind: type[PruneConfig] = PruneConfig) -> dict[str, Any]:
+    """Return the settings of a TOML file, with the names of a config's fields; dashes count as underscores.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
@@ -105,11 +131,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not TOML: {error}") from error
     settings = {key.replace("-", "_"): value for key, value in read.items()}
-    known = {field.name: field for field in fields(PruneConfig)}
+    known = {field.name: field for field in fields(kind)}
     for key, value in settings.items():
         if key not in known:
             raise ConfigError(f"config file {path} has an unknown key {key!r}; known are: {', '.join(sorted(known))}")
-        _require_type(path, key, value, str(known[key].type))
+        annotation = known[key].type
+        _require_type(path, key, value, annotation.__name__ if isinstance(annotation, type) else str(annotation))
     return settings
 
 
@@ -122,7 +149,7 @@ def _require_type(path: Path, key: str, value: Any, annotation: str) -> None:
         "float": (float, int),
         "tuple[str, ...]": (list,),
         "tuple[float, ...]": (list, float),
-    }[annotation.removesuffix(" | None").removeprefix("<class '").removesuffix("'>")]
+    }[annotation.removesuffix(" | None")]
     items = value if isinstance(value, list) else []
     kinds = (str,) if "str" in annotation else (int, float)
     if type(value) not in expected or not all(type(item) in kinds for item in items):

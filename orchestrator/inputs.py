@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub import snapshot_download
@@ -12,7 +13,8 @@ from orchestrator.config import PruneConfig
 from orchestrator.data import TextOptions, TokenBlocks, load_tokens
 from slimllm_ops.allocation import measure_layer, require_reachable
 from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.errors import CheckpointError
+from slimllm_ops.errors import CheckpointError, InputError
+from slimllm_ops.moment_store import MomentStore
 
 BUILTIN_NAME = "builtin"
 BUILTIN_CALIBRATION = "builtin:calibration"
@@ -25,18 +27,45 @@ DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICE
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What calibration data a run rests on; the blocks themselves only where they pass the model in this run."""
+
+    spec: str
+    digest: str
+    num_blocks: int
+    block_length: int
+    blocks: TokenBlocks | None = None
+
+    @classmethod
+    def of(cls, blocks: TokenBlocks) -> "Calibration":
+        """Describe blocks that are at hand."""
+        num_blocks, block_length = blocks.input_ids_BT.shape
+        return cls(blocks.spec, blocks.digest, num_blocks, block_length, blocks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all."""
+        return self.num_blocks * self.block_length
+
+    def describe(self) -> dict[str, Any]:
+        """Return all but the blocks, as a manifest has it."""
+        return {name: getattr(self, name) for name in ("spec", "digest", "num_blocks", "block_length")}
+
+
+@dataclass(frozen=True)
 class Inputs:
     """The model and the data of a run."""
 
     name: str
     source: Checkpoint
-    calibration: TokenBlocks
+    source_digest: str
+    calibration: Calibration
     held_out: tuple[TokenBlocks, ...]
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the calibration data."""
-        return self.calibration.input_ids_BT.size
+    def calibration_batches(self) -> list[np.ndarray]:
+        """Return the calibration blocks in the batches that they are sent and computed in."""
+        assert self.calibration.blocks is not None, "moments that were kept stand for the blocks in this run"
+        return into_batches(self.calibration.blocks)
 
 
 def load_inputs(config: PruneConfig) -> Inputs:
@@ -52,13 +81,38 @@ def load_inputs(config: PruneConfig) -> Inputs:
     for sparsity in config.targets:
         if sparsity is not None:
             require_reachable(sizes, sparsity)
-    specs = config.evaluate or ((BUILTIN_HELDOUT,) if config.calibration is None else ())
+    defaults = (BUILTIN_HELDOUT,) if config.calibration is None and config.moments is None else ()
+    specs = config.evaluate or defaults
+    digest = source.digest()
     return Inputs(
         model_name(config.model),
         source,
-        _load(config, source, config.calibration or BUILTIN_CALIBRATION),
+        digest,
+        _load_calibration(config, source, digest),
         tuple(_load(config, source, spec) for spec in specs),
     )
+
+
+def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str) -> Calibration:
+    """Load the calibration blocks; where moments were kept and no other pass is made, take what those rest on."""
+    if config.moments is None:
+        return Calibration.of(_load(config, source, config.calibration or BUILTIN_CALIBRATION))
+    manifest = MomentStore(Path(config.moments)).manifest()
+    if manifest["model_digest"] != digest:
+        raise InputError(
+            f"the moments in {config.moments} are of {manifest['model']} with weights {manifest['model_digest'][:12]}, "
+            f"{source.directory} has {digest[:12]}: run `slimllm calibrate` on this model"
+        )
+    kept = Calibration(**manifest["calibration"])
+    if not config.refine:
+        return kept
+    blocks = Calibration.of(_load(config, source, config.calibration or kept.spec))
+    if blocks.digest != kept.digest:
+        raise InputError(
+            f"the moments in {config.moments} are of other calibration tokens ({kept.spec}, {kept.digest[:12]}) than "
+            f"those to refine on ({blocks.spec}, {blocks.digest[:12]}): pass the same --calibration"
+        )
+    return blocks
 
 
 def model_name(model: str | None) -> str:

@@ -71,8 +71,14 @@ def open_targets(
     with ExitStack() as stack:
         targets = []
         for sparsity in sparsities:
-            name = f"sparsity-{sparsity:.2f}" if sparsity == round(sparsity or 0, 2) else f"sparsity-{sparsity:g}"
+            assert sparsity is not None, "a ratio is one target"
+            name = target_name(sparsity)
             directory = staging / name
             child = stack.enter_context(run.child(name, directory / "pruning" / "metrics.jsonl"))
             targets.append(Target(sparsity, directory, child, CheckpointWriter(source, directory)))
         yield targets
+
+
+def target_name(sparsity: float) -> str:
+    """Return what a target is called in paths and runs."""
+    return f"sparsity-{sparsity:.2f}" if sparsity == round(sparsity, 2) else f"sparsity-{sparsity:g}"

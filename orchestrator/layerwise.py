@@ -1,6 +1,5 @@
 """The paper's order: layer by layer, attention first, each module seeing what the pruned ones before it leave."""
 
-from orchestrator.inputs import into_batches
 from orchestrator.job import Job, Probe, Target
 from orchestrator.record import log_layer
 from slimllm_ops.allocation import (
@@ -25,8 +24,8 @@ def prune_layerwise(job: Job, targets: list[Target]) -> list[Probe]:
 
 def measure_similarities(job: Job) -> list[float]:
     """Return s_l, the mean cosine between the input and the output of every layer of the dense model."""
-    job.shards.open_stream(DENSE, str(job.source.directory), into_batches(job.inputs.calibration))
-    layers = job.reporter.layers("layer similarities", job.source.num_layers, job.inputs.num_tokens)
+    job.shards.open_stream(DENSE, str(job.source.directory), job.inputs.calibration_batches())
+    layers = job.reporter.layers("layer similarities", job.source.num_layers, job.inputs.calibration.num_tokens)
     similarities = [job.shards.forward(DENSE, layer) for layer in layers]
     job.shards.close_stream(DENSE)
     return similarities
@@ -50,9 +49,9 @@ def _prune_model(job: Job, target: Target, similarities: list[float]) -> Probe:
     budget = allocate(job, similarities, target.sparsity)
     if budget.note:
         job.reporter.note(budget.note)
-    job.shards.open_stream(PRUNED, str(job.source.directory), into_batches(job.inputs.calibration))
+    job.shards.open_stream(PRUNED, str(job.source.directory), job.inputs.calibration_batches())
     states = [job.shards.probe(PRUNED)]
-    for layer in job.reporter.layers("pruning", job.source.num_layers, job.inputs.num_tokens):
+    for layer in job.reporter.layers("pruning", job.source.num_layers, job.inputs.calibration.num_tokens):
         attention, mlp = _prune_layer(job, layer, budget.layers[layer])
         plan = LayerPlan(attention, mlp, similarities[layer], budget.layers[layer].ratio)
         target.writer.commit(plan)

@@ -14,14 +14,14 @@ import ray
 import torch
 
 from actors import PROBED_TOKENS, SolverPool, results
-from orchestrator.inputs import Inputs, into_batches
+from orchestrator.inputs import Inputs
 from orchestrator.job import Job, Probe, Target
 from orchestrator.record import log_layer
 from slimllm_ops.allocation import measure_layer
 from slimllm_ops.budget import Candidate
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch, layer_shape
-from slimllm_ops.methods import METHODS
+from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
 from slimllm_ops.plan import LayerPlan
 from slimllm_ops.stream import LayerStream
@@ -33,7 +33,7 @@ DENSE = "dense"
 class Ranked:
     """Every module's candidate for a method, layer by layer, attention before the MLP."""
 
-    method: str
+    method: Method
     candidates: list[Candidate]
 
     def removals(self, targets: Sequence[int]) -> list[list[int]]:
@@ -42,14 +42,14 @@ class Ranked:
         Raises:
             InputError: a target is not reachable.
         """
-        spent = [METHODS[self.method].spend(self.candidates, target) for target in targets]
+        spent = [self.method.spend(self.candidates, target) for target in targets]
         return [list(counts) for counts in zip(*spent, strict=True)]
 
 
 def prune_one_pass(job: Job, targets: list[Target]) -> list[Probe]:
     """Prune by `gram` to every target, from moments that are given or from one pass over the dense model."""
-    with _moments(job) as store:
-        ranked = rank_modules(job.pool, job.source, store, job.config.method)
+    with open_moments(job) as store:
+        ranked = rank_modules(job.pool, job.source, store, METHODS[job.config.method])
         return write_models(job, store, ranked, targets)
 
 
@@ -65,10 +65,8 @@ def moments_of(inputs: Inputs) -> dict[str, Any]:
     """Return what identifies moments: the digests of the weights and of the calibration tokens."""
     return {
         "model": inputs.name,
-        "model_digest": inputs.source.digest(),
-        "calibration": inputs.calibration.spec,
-        "calibration_digest": inputs.calibration.digest,
-        "calibration_tokens": inputs.num_tokens,
+        "model_digest": inputs.source_digest,
+        "calibration": inputs.calibration.describe(),
     }
 
 
@@ -77,7 +75,7 @@ def write_models(job: Job, store: MomentStore, ranked: Ranked, targets: list[Tar
     asked = [target_parameters(job.source, target.sparsity) for target in targets]
     witness = _Witness(job.source, len(targets))
     decided = decide_layers(job.pool, job.source, store, ranked, asked)
-    for layer in job.reporter.layers("deciding", job.source.num_layers, job.inputs.num_tokens):
+    for layer in job.reporter.layers("deciding", job.source.num_layers, job.inputs.calibration.num_tokens):
         for number, (target, plan) in enumerate(zip(targets, next(decided), strict=True)):
             target.writer.commit(plan)
             log_layer(target.run, job.source, layer, plan)
@@ -111,7 +109,7 @@ class _Witness:
 
 
 @contextmanager
-def _moments(job: Job) -> Iterator[MomentStore]:
+def open_moments(job: Job) -> Iterator[MomentStore]:
     """Give the moments that the config names, or those of a pass that is made now and not kept."""
     if job.config.moments is not None:
         yield MomentStore(Path(job.config.moments))
@@ -126,8 +124,8 @@ def _observe_layers(job: Job) -> Iterator[tuple[Any, ...]]:
     """Observe layer by layer; yield references to a layer's moments and to the solves that were begun on them."""
     source, shards, pool = job.source, job.shards, job.pool
     attention, mlp = source.family.attention, source.family.mlp
-    shards.open_stream(DENSE, str(source.directory), into_batches(job.inputs.calibration))
-    for layer in job.reporter.layers("calibrating", source.num_layers, job.inputs.num_tokens):
+    shards.open_stream(DENSE, str(source.directory), job.inputs.calibration_batches())
+    for layer in job.reporter.layers("calibrating", source.num_layers, job.inputs.calibration.num_tokens):
         shape = layer_shape(source.config, layer)
         attention_ref = shards.observe(DENSE, layer, attention)
         attention_path = pool.eliminate(layer, attention, attention_ref, shape.num_key_value_heads)
@@ -139,10 +137,10 @@ def _observe_layers(job: Job) -> Iterator[tuple[Any, ...]]:
     shards.close_stream(DENSE)
 
 
-def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, method: str) -> Ranked:
+def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method) -> Ranked:
     """Rank every module's units by a method; gram's ranking was kept with the moments."""
     paths = [store.load_paths(layer) for layer in range(source.num_layers)]
-    if METHODS[method].rank is METHODS["gram"].rank:
+    if method.rank is METHODS["gram"].rank:
         rankings = [[path.attention.ranking, path.mlp.ranking] for path in paths]
     else:
         rankings = list(results(_submit_rankings(pool, source, store, method)))
@@ -179,11 +177,11 @@ def decide_layers(
 def target_parameters(source: Checkpoint, sparsity: float | None) -> int:
     """Return how many parameters a sparsity removes from the decoder layers."""
     assert sparsity is not None, "a config with a ratio is refused for one-pass methods"
-    return int(sparsity * sum(measure_layer(source, layer).parameters for layer in range(source.num_layers)))
+    return round(sparsity * sum(measure_layer(source, layer).parameters for layer in range(source.num_layers)))
 
 
 def _submit_rankings(
-    pool: SolverPool, source: Checkpoint, store: MomentStore, method: str
+    pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method
 ) -> Iterator[tuple[ray.ObjectRef, ...]]:
     for layer in range(source.num_layers):
         shape = layer_shape(source.config, layer)

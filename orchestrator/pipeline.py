@@ -80,14 +80,14 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     with (
         staged(output, config.overwrite) as staging,
         session(config.address, (actors, slimllm_ops)) as resources,
-        tracked_run(_tracking(config), staging / "pruning" / "metrics.jsonl", reporter.warn) as run,
+        tracked_run(tracking_options(config), staging / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = plan_workers(resources, config.workers, config.gpus_per_worker)
         params = run_params(config, inputs, workers)
         log_inputs(run, params, inputs)
         with (
             open_targets(config.targets, staging, inputs.source, run) as targets,
-            _working(config, inputs, workers, staging, reporter) as job,
+            working(config, inputs, workers, staging, reporter) as job,
         ):
             probes = PRUNERS[config.method](job, targets)
             models = [
@@ -115,7 +115,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path:
     with (
         staged(output, config.overwrite) as staging,
         session(config.address, (actors, slimllm_ops)) as resources,
-        _working(
+        working(
             config,
             inputs,
             plan_workers(resources, config.workers, config.gpus_per_worker),
@@ -135,7 +135,7 @@ def default_output(config: PruneConfig, name: str) -> str:
 
 
 @contextmanager
-def _working(
+def working(
     config: PruneConfig, inputs: Inputs, workers: WorkerPlan, staging: Path, reporter: Reporter
 ) -> Iterator[Job]:
     """Hold the workers of a run; they start when the first data are sent to them."""
@@ -145,8 +145,8 @@ def _working(
         yield Job(config, inputs, shards, pool, staging, reporter)
 
 
-def _finish(job: Job, target: Target, probe: Probe, params: dict[str, object], output: Path) -> PrunedModel:
-    """Complete a target's checkpoint: read it back, evaluate, record, log."""
+def complete(job: Job, target: Target, probe: Probe) -> Totals:
+    """Finish a target's checkpoint, read it back, measure its perplexity and count what changed."""
     target.writer.finish()
     pruned = Checkpoint.open(target.directory)
     with job.reporter.timed("read back"):
@@ -158,14 +158,19 @@ def _finish(job: Job, target: Target, probe: Probe, params: dict[str, object], o
         )
         for blocks in job.inputs.held_out
     }
-    totals = count_totals(job.inputs, pruned, perplexity, job.reporter.seconds, job.shards.peak_memory(), error)
-    params = params | {"sparsity": target.sparsity}
-    write_record(target.directory, params, job.inputs, target.writer.layers, totals)
+    return count_totals(job.inputs, pruned, perplexity, job.reporter.seconds, job.shards.peak_memory(), error)
+
+
+def _finish(job: Job, target: Target, probe: Probe, params: dict[str, object], output: Path) -> PrunedModel:
+    """Complete a target's checkpoint, write its record and log it."""
+    totals = complete(job, target, probe)
+    write_record(target.directory, params | {"sparsity": target.sparsity}, job.inputs, target.writer.layers, totals)
     model_uri = log_record(target.run, target.directory, job.inputs.name, totals)
     return PrunedModel(output=output, totals=totals, run_id=target.run.run_id, model_uri=model_uri)
 
 
-def _tracking(config: PruneConfig) -> TrackingOptions:
+def tracking_options(config: PruneConfig) -> TrackingOptions:
+    """Return where a config's run is logged."""
     return TrackingOptions(
         experiment=config.experiment,
         tracking_uri=config.tracking_uri,

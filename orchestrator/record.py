@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
-from orchestrator.data import TokenBlocks
 from orchestrator.figures import LayerKept, ScoredUnits, draw_kept, draw_scores
 from orchestrator.inputs import Inputs
 from orchestrator.model_card import write_model_card
@@ -100,7 +99,7 @@ def count_totals(
         bytes_before=inputs.source.num_bytes(),
         bytes_after=pruned.num_bytes(),
         perplexity=perplexity,
-        calibration_tokens=inputs.calibration.input_ids_BT.size,
+        calibration_tokens=inputs.calibration.num_tokens,
         seconds=dict(seconds),
         peak_memory=peak_memory,
         read_back_error=read_back_error,
@@ -112,7 +111,7 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
     settings = {name: value for name, value in asdict(config).items() if value is not None}
     return settings | {
         "model": config.model or inputs.name,
-        "model_digest": inputs.source.digest(),
+        "model_digest": inputs.source_digest,
         "calibration": inputs.calibration.spec,
         "calibration_digest": inputs.calibration.digest,
         "evaluate": ", ".join(blocks.spec for blocks in inputs.held_out),
@@ -126,14 +125,23 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:
     """Log the parameters and the digests of the data, before anything is computed."""
     run.log_params({name: value for name, value in params.items() if value is not None})
-    _log_dataset(run, inputs.calibration, "calibration")
+    calibration = inputs.calibration
+    _log_dataset(
+        run, "calibration", calibration.spec, calibration.digest, calibration.num_blocks, calibration.block_length
+    )
     for blocks in inputs.held_out:
-        _log_dataset(run, blocks, "evaluation")
+        _log_dataset(run, "evaluation", blocks.spec, blocks.digest, *blocks.input_ids_BT.shape)
 
 
-def _log_dataset(run: Run, blocks: TokenBlocks, context: Literal["calibration", "evaluation"]) -> None:
-    num_blocks, length = blocks.input_ids_BT.shape
-    run.log_dataset(Path(blocks.spec).name, blocks.digest, context, blocks.spec, num_blocks, length)
+def _log_dataset(
+    run: Run,
+    context: Literal["calibration", "evaluation"],
+    spec: str,
+    digest: str,
+    num_blocks: int,
+    length: int,
+) -> None:
+    run.log_dataset(Path(spec).name, digest, context, spec, num_blocks, length)
 
 
 def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None:

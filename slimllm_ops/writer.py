@@ -55,6 +55,8 @@ class CheckpointWriter:
         name = f"model-{number + 1:05d}-of-{self._source.num_layers + 1:05d}.safetensors"
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, self._directory / name, metadata={"format": "pt"})
+        # safetensors gives its files to their owner alone; a model is read by whoever may read its directory.
+        (self._directory / name).chmod(0o644)
         self._weight_map |= dict.fromkeys(contiguous, name)
         self._num_bytes += sum(tensor.nbytes for tensor in contiguous.values())
 

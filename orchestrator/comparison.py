@@ -1,0 +1,264 @@
+"""Methods side by side: one model, one set of calibration blocks, the same number of parameters left by all.
+
+`slimllm` goes layer by layer, as published. All other methods share one pass over the calibration data. The paper's
+own ratio removes what it removes: then `slimllm` goes first, and the others remove exactly as much.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import actors
+import slimllm_ops
+from cluster import plan_workers, session
+from orchestrator.comparison_table import DENSE, Row, gap_fraction, write_table
+from orchestrator.config import CompareConfig, ConfigError
+from orchestrator.inputs import Inputs, load_inputs
+from orchestrator.job import Job, Probe, Target, target_name
+from orchestrator.layerwise import prune_layerwise
+from orchestrator.one_pass import open_moments, rank_modules, write_models
+from orchestrator.output import staged
+from orchestrator.pipeline import complete, tracking_options, working
+from orchestrator.progress import Reporter
+from orchestrator.record import Totals, count_parameters, log_inputs, run_params, write_record
+from orchestrator.tracking import Run, tracked_run
+from slimllm_ops.methods import METHODS, Method
+from slimllm_ops.moment_store import MomentStore
+from slimllm_ops.writer import CheckpointWriter
+
+# Every gap is a fraction of this method's.
+REFERENCE = "slimllm"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method as it takes part: from a job and the moments of the dense model, it writes every target's model."""
+
+    name: str
+    source: str
+    prune: Callable[[Job, MomentStore, list[Target]], list[Probe]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a comparison gave: a row per model and held-out data, the dense model's first."""
+
+    output: Path
+    rows: tuple[Row, ...]
+    tracking_uri: str | None
+    experiment_id: str | None
+    run_id: str | None
+
+
+@dataclass
+class _Board:
+    """The rows so far, and what those to come are measured by."""
+
+    inputs: Inputs
+    dense: dict[str, float]
+    rows: list[Row] = field(default_factory=list)
+    # The reference's totals by the number of the target.
+    reference: list[Totals] = field(default_factory=list)
+
+    def enter(self, contestant: Contestant, target: int, totals: Totals, seconds: float) -> list[Row]:
+        """Add a model's rows, one for each set of held-out blocks; return them."""
+        if contestant.name == REFERENCE:
+            self.reference.append(totals)
+        entered = [
+            Row(
+                method=contestant.name,
+                source=contestant.source,
+                sparsity=totals.sparsity,
+                parameters=totals.parameters_after,
+                data=data,
+                perplexity=pruned,
+                loss=math.log(pruned),
+                gap=gap_fraction(*map(math.log, (pruned, dense, self.reference[target].perplexity[data][1]))),
+                seconds=seconds,
+            )
+            for data, (dense, pruned) in totals.perplexity.items()
+        ]
+        self.rows += entered
+        return entered
+
+    def enter_dense(self) -> None:
+        """Add the dense model's rows."""
+        parameters, _ = count_parameters(self.inputs.source)
+        for data, perplexity in self.dense.items():
+            values = {"perplexity": perplexity, "loss": math.log(perplexity), "gap": 0.0, "seconds": 0.0}
+            self.rows.append(
+                Row(method=DENSE, source="the model given", sparsity=0.0, parameters=parameters, data=data, **values)
+            )
+
+
+def compare(
+    config: CompareConfig, reporter: Reporter | None = None, others: Sequence[Contestant] | None = None
+) -> Comparison:
+    """Compare methods on a model as a config asks; the command line ends here too.
+
+    Args:
+        config: the model, the data, the sparsities or the paper's ratio, and the names of methods.
+        reporter: where progress is told.
+        others: what takes part beside `slimllm`, in place of the methods that the config names.
+
+    Raises:
+        ConfigError, DataError, InputError, ClusterError, TrackingError: what was asked cannot be done as asked;
+            nothing is left behind.
+    """
+    reporter = reporter or Reporter()
+    chosen = [LAYER_BY_LAYER, *(choose(config.methods) if others is None else others)]
+    inputs = load_inputs(config)
+    if not inputs.held_out:
+        raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
+    output = Path(config.output or f"comparisons/{inputs.name}")
+    with (
+        staged(output, config.overwrite) as staging,
+        session(config.address, (actors, slimllm_ops)) as resources,
+        tracked_run(tracking_options(config), staging / "metrics.jsonl", reporter.warn) as run,
+        TemporaryDirectory(dir=staging, prefix="work.") as work,
+    ):
+        workers = plan_workers(resources, config.workers, config.gpus_per_worker)
+        params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
+        log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
+        with working(config, inputs, workers, Path(work), reporter) as job:
+            rows, calibration_seconds = _run_all(job, run, params, chosen)
+        _publish(rows, params, inputs, calibration_seconds, Path(work), run)
+        return Comparison(
+            output=output,
+            rows=tuple(rows),
+            tracking_uri=run.tracking_uri,
+            experiment_id=run.experiment_id,
+            run_id=run.run_id,
+        )
+
+
+def choose(names: Sequence[str]) -> list[Contestant]:
+    """Return what takes part beside `slimllm`, by name; all there is where no name is given.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    known = {one.name: one for one in contestants()}
+    for name in names:
+        if name not in known and name != REFERENCE:
+            raise ConfigError(f"method {name!r} is unknown: choose among {', '.join([REFERENCE, *known])}")
+    return [one for name, one in known.items() if name in names or not names]
+
+
+def contestants() -> list[Contestant]:
+    """Return every method beside `slimllm`: the rows of `METHODS`, a user's own among them, and gram refined."""
+    rows = [one_pass(method) for method in METHODS.values()]
+    return [*rows[:1], *REFINED, *rows[1:]]
+
+
+def one_pass(method: Method) -> Contestant:
+    """Return a row of `METHODS` as it takes part."""
+
+    def prune(job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
+        return write_models(job, store, rank_modules(job.pool, job.source, store, method), targets)
+
+    return Contestant(method.name, method.source, prune)
+
+
+def _prune_layer_by_layer(job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
+    return prune_layerwise(job, targets)
+
+
+LAYER_BY_LAYER = Contestant(REFERENCE, "SlimLLM (Guo et al., ICML 2025), as published", _prune_layer_by_layer)
+REFINED: tuple[Contestant, ...] = ()
+
+
+def _run_all(job: Job, run: Run, params: dict[str, object], chosen: Sequence[Contestant]) -> tuple[list[Row], float]:
+    """Let all take part, one after the other; return their rows and the seconds of the pass that they share."""
+    board = _Board(job.inputs, {blocks.spec: job.dense_perplexity(blocks) for blocks in job.inputs.held_out})
+    board.enter_dense()
+    run.log_metrics({f"dense_{name}": value for name, value in _metrics(board.rows).items()})
+    start = time.perf_counter()
+    with open_moments(job) as store:
+        calibration_seconds = time.perf_counter() - start
+        run.log_metrics({"calibration_seconds": calibration_seconds})
+        for contestant in chosen:
+            _run_one(job, run, params, store, contestant, board)
+    return board.rows, calibration_seconds
+
+
+def _run_one(
+    job: Job, run: Run, params: dict[str, object], store: MomentStore, contestant: Contestant, board: _Board
+) -> None:
+    """Write a method's models, measure them, and remove them unless they are to be kept."""
+    # A reporter of its own: the seconds of a kept checkpoint's record are those of this method.
+    job = replace(job, reporter=Reporter(job.reporter.console))
+    with _open_targets(job, run, contestant.name, _sparsities(job, board.reference)) as targets:
+        start = time.perf_counter()
+        probes = contestant.prune(job, store, targets)
+        seconds = (time.perf_counter() - start) / len(targets)
+        for number, (target, probe) in enumerate(zip(targets, probes, strict=True)):
+            totals = complete(job, target, probe)
+            rows = board.enter(contestant, number, totals, seconds)
+            asked = params | {"method": contestant.name, "source": contestant.source, "sparsity": target.sparsity}
+            target.run.log_params({name: value for name, value in asked.items() if value is not None})
+            target.run.log_metrics(_metrics(rows))
+            if job.config.keep_checkpoints:
+                (target.directory / "pruning").mkdir()
+                write_record(target.directory, asked, job.inputs, target.writer.layers, totals)
+            else:
+                shutil.rmtree(target.directory)
+
+
+def _sparsities(job: Job, reference: Sequence[Totals]) -> Sequence[float | None]:
+    """Return what each model is to lose: with the paper's ratio, just what that made `slimllm` lose."""
+    if job.config.ratio is None or not reference:
+        return job.config.targets
+    return [totals.sparsity for totals in reference]
+
+
+@contextmanager
+def _open_targets(job: Job, run: Run, method: str, sparsities: Sequence[float | None]) -> Iterator[list[Target]]:
+    """Give every model of a method a directory and a child of the run, all in the run's journal."""
+    with ExitStack() as stack:
+        targets = []
+        for sparsity in sparsities:
+            name = f"{method}-{target_name(sparsity) if sparsity is not None else f'ratio-{job.config.ratio:g}'}"
+            directory = job.staging / "checkpoints" / name
+            directory.parent.mkdir(exist_ok=True)
+            child = stack.enter_context(run.child(name))
+            targets.append(Target(sparsity, directory, child, CheckpointWriter(job.source, directory)))
+        yield targets
+
+
+def _metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """Return a model's rows as metrics; of several sets of held-out blocks, the first keeps the plain names."""
+    first = rows[0]
+    metrics = {"sparsity": first.sparsity, "parameters": first.parameters, "seconds": first.seconds}
+    for number, row in enumerate(rows):
+        suffix = f"/{number}" if number else ""
+        metrics |= {f"perplexity{suffix}": row.perplexity, f"loss{suffix}": row.loss, f"gap{suffix}": row.gap}
+    return metrics
+
+
+def _publish(
+    rows: Sequence[Row], params: dict[str, object], inputs: Inputs, calibration_seconds: float, work: Path, run: Run
+) -> None:
+    """Write the tables and figures, log them, and move them into the output; the kept checkpoints too."""
+    header = {
+        "model": inputs.name,
+        "model_digest": inputs.source_digest,
+        "calibration": inputs.calibration.spec,
+        "calibration_digest": inputs.calibration.digest,
+        "calibration_tokens": inputs.calibration.num_tokens,
+        "calibration_seconds": calibration_seconds,
+        "params": {name: value for name, value in params.items() if name not in ("method", "output")},
+    }
+    results = work / "results"
+    results.mkdir()
+    write_table(rows, header, results)
+    run.log_artifacts(results)
+    for path in results.iterdir():
+        path.rename(work.parent / path.name)
+    if any((checkpoints := work / "checkpoints").iterdir()):
+        checkpoints.rename(work.parent / "checkpoints")
