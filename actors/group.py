@@ -10,7 +10,7 @@ import numpy as np
 import ray
 import torch
 
-from actors.shard import Shard
+from actors.shard import Refitted, Shard
 from actors.waiting import get_in_order, get_one
 from slimllm_ops.families import Branch
 from slimllm_ops.plan import Decision
@@ -71,12 +71,15 @@ class ShardGroup:
 
     def open_stream(self, name: str, model_dir: str, batches: list[np.ndarray]) -> None:
         """Spread batches of token blocks, each (b, T) int32, over the shards, in order and evenly."""
+        self._open(name, batches, "open_stream", model_dir)
+
+    def _open(self, name: str, batches: list[np.ndarray], method: str, *directories: str) -> None:
         self.start()
         shares = [share for share in _split_evenly(batches, len(self._actors)) if share]
         self._holders[name] = self._actors[: len(shares)]
         get_in_order(
             [
-                actor.open_stream.remote(name, model_dir, share)
+                getattr(actor, method).remote(name, *directories, share)
                 for actor, share in zip(self._holders[name], shares, strict=True)
             ]
         )
@@ -111,6 +114,26 @@ class ShardGroup:
     def negative_log_likelihood(self, name: str) -> float:
         """Return the mean negative log-likelihood per token of a stream that has passed every layer."""
         return _mean(get_in_order([actor.negative_log_likelihood.remote(name) for actor in self._holders[name]]))
+
+    def open_refinement(self, name: str, dense_dir: str, pruned_dir: str, batches: list[np.ndarray]) -> None:
+        """Spread batches over the shards, each to pass the dense and the pruned model side by side."""
+        self._open(name, batches, "open_refinement", dense_dir, pruned_dir)
+
+    def alignment(self, name: str, layer: int, branch: Branch) -> np.ndarray:
+        """Observe both streams' inputs of a branch, align every shard's pruned one, and return the map (D, D)."""
+        actors = self._holders[name]
+        observed = self._merge(actors, [actor.observe_inputs.remote(name, layer, branch) for actor in actors])
+        solved = actors[0].solve_alignment.remote(observed)
+        get_in_order([actor.align.remote(name, layer, branch, solved) for actor in actors])
+        return get_one(solved)
+
+    def refit(self, name: str, layer: int, branch: Branch) -> Refitted:
+        """Observe a branch's target, refit its output projection in every shard's pruned stream, and return it."""
+        actors = self._holders[name]
+        observed = self._merge(actors, [actor.observe_targets.remote(name, layer, branch) for actor in actors])
+        solved = actors[0].solve_refit.remote(name, layer, branch, observed)
+        get_in_order([actor.apply_refit.remote(name, layer, branch, solved) for actor in actors])
+        return get_one(solved)
 
     def probe(self, name: str) -> np.ndarray:
         """Return the hidden states (T', D) of a stream's first tokens."""

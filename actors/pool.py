@@ -40,7 +40,9 @@ class SolverPool:
         """Eliminate a module from its merged moments; refers to its path and its output's variance."""
         return self._eliminate.remote(self._place, layer, branch, observed, num_units)
 
-    def rank(self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int, method: Method) -> ray.ObjectRef:
+    def rank(
+        self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int, method: Method
+    ) -> ray.ObjectRef:
         """Rank a module's units by a method; refers to a `Ranking`."""
         return self._rank.remote(self._place, layer, branch, observed, num_units, method)
 

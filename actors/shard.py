@@ -14,10 +14,15 @@ from slimllm_ops.families import Branch, layer_shape
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.paper import decide_channels, decide_heads
 from slimllm_ops.plan import Decision
+from slimllm_ops.refinement import RefinementStream, solve_alignment, solve_refit
 from slimllm_ops.stream import LayerStream, Mean
 
 # The read-back of a checkpoint compares the states of so many first tokens: causal, so they need no others.
 PROBED_TOKENS = 64
+
+
+# A branch's output projection: weight (D, S), and bias (D,) where it has one.
+Refitted = tuple[np.ndarray, np.ndarray | None]
 
 
 class Shard:
@@ -32,6 +37,7 @@ class Shard:
         torch.set_num_threads(threads)
         self._device = torch.device(device)
         self._streams: dict[str, LayerStream] = {}
+        self._refinements: dict[str, RefinementStream] = {}
 
     def open_stream(self, name: str, model_dir: str, batches: list[np.ndarray]) -> None:
         """Embed batches of token blocks, each (b, T) int32, as the input of a model's first layer."""
@@ -42,6 +48,7 @@ class Shard:
     def close_stream(self, name: str) -> None:
         """Give a stream's memory back."""
         del self._streams[name]
+        self._refinements.pop(name, None)
 
     def forward(self, name: str, layer: int) -> Mean:
         """Pass a whole layer; return the summed cosine of its input and output."""
@@ -82,6 +89,44 @@ class Shard:
     def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> Mean:
         """Add the observed branch's output, pruned or dense, to the hidden states; return their summed squares."""
         return self._streams[name].apply(layer, branch, decision)
+
+    def open_refinement(self, name: str, dense_dir: str, pruned_dir: str, batches: list[np.ndarray]) -> None:
+        """Embed batches of token blocks in the dense and in the pruned model, side by side."""
+        self.open_stream(name, pruned_dir, batches)
+        tensors = self._streams[name].batches
+        dense = LayerStream(Checkpoint.open(Path(dense_dir)), tensors, self._device)
+        self._refinements[name] = RefinementStream(dense, self._streams[name])
+
+    def observe_inputs(self, name: str, layer: int, branch: Branch) -> PackedObservation:
+        """Return the joint moments of a branch's input in the pruned stream, and of what the dense one adds."""
+        return PackedObservation.of(self._refinements[name].observe_inputs(layer, branch))
+
+    def solve_alignment(self, observed: PackedObservation) -> np.ndarray:
+        """Return the map (D, D) that brings a branch's input nearest to the dense one's."""
+        return solve_alignment(observed.unpack(self._device).moments).float().cpu().numpy()
+
+    def align(self, name: str, layer: int, branch: Branch, alignment_DD: np.ndarray) -> None:
+        """Fold an alignment into a branch's input projections."""
+        alignment = torch.from_numpy(alignment_DD.copy()).to(self._device)
+        self._refinements[name].align(layer, branch, alignment)
+
+    def observe_targets(self, name: str, layer: int, branch: Branch) -> PackedObservation:
+        """Run a branch in both streams; return the joint moments of its kept inputs and its target."""
+        return PackedObservation.of(self._refinements[name].observe_targets(layer, branch))
+
+    def solve_refit(self, name: str, layer: int, branch: Branch, observed: PackedObservation) -> Refitted:
+        """Return a branch's new output projection: weight (D, S), bias (D,) or None."""
+        projection = self._streams[name].projection(layer, branch)
+        moments = observed.unpack(self._device).moments
+        weight_SD, bias_D = solve_refit(moments, projection.weight.T, projection.bias is not None)
+        weight_DS = weight_SD.T.float().cpu().contiguous().numpy()
+        return weight_DS, None if bias_D is None else bias_D.float().cpu().numpy()
+
+    def apply_refit(self, name: str, layer: int, branch: Branch, refitted: Refitted) -> None:
+        """Add a branch's refitted output to the pruned stream; the dense one goes on."""
+        weight_DS, bias_D = (None if part is None else torch.from_numpy(part.copy()) for part in refitted)
+        assert weight_DS is not None
+        self._refinements[name].apply(layer, branch, weight_DS, bias_D)
 
     def probe(self, name: str) -> np.ndarray:
         """Return the hidden states (T', D) of the first tokens of the first block."""

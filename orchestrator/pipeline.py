@@ -20,6 +20,7 @@ from orchestrator.one_pass import prune_one_pass
 from orchestrator.output import staged
 from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_totals, log_inputs, log_record, run_params, write_record
+from orchestrator.refine import refine_model
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError
@@ -146,8 +147,10 @@ def working(
 
 
 def complete(job: Job, target: Target, probe: Probe) -> Totals:
-    """Finish a target's checkpoint, read it back, measure its perplexity and count what changed."""
+    """Finish a target's checkpoint, refine it if asked to, read it back, measure its perplexity, count what changed."""
     target.writer.finish()
+    if job.config.refine:
+        probe = refine_model(job, target)
     pruned = Checkpoint.open(target.directory)
     with job.reporter.timed("read back"):
         error = read_back(pruned, probe.ids_T, probe.states_TD, job.shards.compute_dtype)

@@ -110,7 +110,7 @@ class LayerStream:
         Returns:
             The squared norm of the states that result, summed over tokens.
         """
-        projection = cast(nn.Linear, self._load(layer).get_submodule(f"{branch.module}.{branch.output}"))
+        projection = self.projection(layer, branch)
         weight_DS: Tensor = projection.weight
         bias_D: Tensor | None = projection.bias
         kept_S: Tensor | None = None
@@ -126,6 +126,24 @@ class LayerStream:
             self.hidden[index] = hidden
         self._branch_outputs = []
         return Mean(power, count)
+
+    @torch.inference_mode()
+    def normalise(self, layer: int, branch: Branch, hidden: Tensor) -> Tensor:
+        """Return a branch's input (b, T, D) from the residual stream's states (b, T, D)."""
+        return self._load(layer).get_submodule(branch.norm)(hidden)
+
+    @torch.inference_mode()
+    def run_branch(self, layer: int, branch: Branch, normalised: Tensor) -> Tensor:
+        """Return what enters a branch's output projection (b, T, P), from the branch's input (b, T, D)."""
+        part = self._load(layer).get_submodule(branch.module)
+        call = self._calls[layer] if branch == self.checkpoint.family.attention else {}
+        with _without(part, branch.output):
+            output = part(normalised, **call)
+        return output[0] if isinstance(output, tuple) else output
+
+    def projection(self, layer: int, branch: Branch) -> nn.Linear:
+        """Return a branch's output projection, with its weights."""
+        return cast(nn.Linear, self._load(layer).get_submodule(f"{branch.module}.{branch.output}"))
 
     @torch.inference_mode()
     def negative_log_likelihood(self) -> Mean:
@@ -152,17 +170,12 @@ class LayerStream:
 
     def _run(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         """Run a branch up to its output projection; yield its input (b, T, D) and what came out (b, T, P)."""
-        module = self._load(layer)
-        norm, part = module.get_submodule(branch.norm), module.get_submodule(branch.module)
-        call = self._calls[layer] if branch == self.checkpoint.family.attention else {}
         self._branch_outputs = []
-        with _without(part, branch.output):
-            for hidden in self.hidden:
-                normalised = norm(hidden)
-                output = part(normalised, **call)
-                x_bTP = output[0] if isinstance(output, tuple) else output
-                self._branch_outputs.append(x_bTP)
-                yield normalised, x_bTP
+        for hidden in self.hidden:
+            normalised = self.normalise(layer, branch, hidden)
+            x_bTP = self.run_branch(layer, branch, normalised)
+            self._branch_outputs.append(x_bTP)
+            yield normalised, x_bTP
 
     def _embed(self) -> list[Tensor]:
         """Return the input of the first layer, and note how the model calls each of its layers."""

@@ -89,6 +89,17 @@ class CheckpointWriter:
         (self._directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def replace_layer(checkpoint: Checkpoint, layer: int, tensors: dict[str, Tensor]) -> None:
+    """Write a layer of a pruned checkpoint anew, in its shard's place; shapes and dtypes stay as they were."""
+    named = {checkpoint.layer_prefix(layer) + name: tensor.contiguous() for name, tensor in tensors.items()}
+    shard = checkpoint.directory / checkpoint.files[next(iter(named))]
+    # Beside it first: a worker may still read the old one.
+    partial = shard.with_suffix(".partial")
+    save_file(named, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
+    partial.replace(shard)
+
+
 def _per_layer(source: Checkpoint, plans: list[LayerPlan]) -> dict[str, list[int] | list[bool]]:
     """Return the numbers of each layer that the pruned model's config adds to the dense one's."""
     shapes = [layer_shape(source.config, layer) for layer in range(len(plans))]

@@ -1,0 +1,148 @@
+r"""A second pass that corrects a pruned model towards the dense stream, layer by layer.
+
+Two streams run side by side, the dense model's states h and the pruned one's h'. For each branch, with u and u' the
+two streams' normalised inputs,
+
+    align    M = I + (U'^T U' + d I)^-1 U'^T (U - U'),     folded into the projections into the branch: W_in M^T
+    refit    t = X W + m ((h_after - h'_before) - X W)
+             W_new = W_S + (C_SS + d I)^-1 (C_St - C_SS W_S),     bias = E t - E x_S^T W_new
+
+so that the branch sees what it saw in the dense model as nearly as a linear map allows, and its output brings the
+residual stream back to the dense one's. X is the dense branch run on the pruned stream's input, x_S the pruned and
+aligned branch's. A module that stayed whole has no bias: it is refitted with moments that are not centred.
+
+m = .75 and the full alignment were the best constants over all models tried (docs/method.md); m = 1 overfits where
+calibration tokens are few.
+
+Shapes: N tokens, D hidden size, S kept inputs of an output projection.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slimllm_ops.elimination import RIDGE, factorise
+from slimllm_ops.families import Branch
+from slimllm_ops.moments import Moments
+from slimllm_ops.observation import Observation
+from slimllm_ops.stream import LayerStream
+
+MIX = 0.75
+
+
+class RefinementStream:
+    """The dense and the pruned model's hidden states over the same blocks."""
+
+    def __init__(self, dense: LayerStream, pruned: LayerStream) -> None:
+        self._dense = dense
+        self.pruned = pruned
+        self._dense_after: list[Tensor] = []
+        self._kept_inputs: list[Tensor] = []
+
+    @torch.inference_mode()
+    def observe_inputs(self, layer: int, branch: Branch) -> Observation:
+        """Return the joint moments of [u', u - u'] (N, 2 D)."""
+        return _merged(torch.cat([pruned, dense - pruned], dim=-1) for dense, pruned in self._normalised(layer, branch))
+
+    @torch.inference_mode()
+    def align(self, layer: int, branch: Branch, alignment_DD: Tensor) -> None:
+        """Fold an alignment into the pruned branch's input projections."""
+        for name, weight in self.pruned.weights(layer).items():
+            if name in branch.input_weights:
+                weight.copy_(fold(weight, alignment_DD))
+
+    @torch.inference_mode()
+    def observe_targets(self, layer: int, branch: Branch) -> Observation:
+        """Run the branch in both streams; return the joint moments of [x_S, t] (N, S + D)."""
+        self._dense_after, self._kept_inputs = [], []
+        return _merged(self._targets(layer, branch))
+
+    @torch.inference_mode()
+    def apply(self, layer: int, branch: Branch, weight_DS: Tensor, bias_D: Tensor | None) -> None:
+        """Add the refitted branch's output to the pruned stream, and let the dense one go on."""
+        weight_DS = weight_DS.to(self.pruned.device, self.pruned.dtype)
+        bias_D = None if bias_D is None else bias_D.to(weight_DS)
+        self.pruned.hidden = [
+            hidden + functional.linear(x_bTS, weight_DS, bias_D)
+            for hidden, x_bTS in zip(self.pruned.hidden, self._kept_inputs, strict=True)
+        ]
+        self._dense.hidden = self._dense_after
+        self._dense_after, self._kept_inputs = [], []
+
+    def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
+        for dense, pruned in zip(self._dense.hidden, self.pruned.hidden, strict=True):
+            yield self._dense.normalise(layer, branch, dense), self.pruned.normalise(layer, branch, pruned)
+
+    def _targets(self, layer: int, branch: Branch) -> Iterator[Tensor]:
+        projection = self._dense.projection(layer, branch)
+        states = zip(self._dense.hidden, self.pruned.hidden, self._normalised(layer, branch), strict=True)
+        for dense, pruned, (dense_input, pruned_input) in states:
+            dense_after = dense + projection(self._dense.run_branch(layer, branch, dense_input))
+            whole = projection(self._dense.run_branch(layer, branch, pruned_input))
+            kept = self.pruned.run_branch(layer, branch, pruned_input)
+            target = whole + MIX * ((dense_after - pruned) - whole)
+            self._dense_after.append(dense_after)
+            self._kept_inputs.append(kept)
+            yield torch.cat([kept, target], dim=-1)
+
+
+@torch.inference_mode()
+def solve_alignment(moments: Moments) -> Tensor:
+    """Return M (D, D) from the joint moments of [u', u - u'].
+
+    Raises:
+        SolveError: the pruned stream's moments cannot be factorised.
+    """
+    second = _second_moment(moments)
+    size = len(second) // 2
+    regular_DD = second[:size, :size].clone()
+    regular_DD.diagonal().add_(RIDGE * regular_DD.diagonal().mean())
+    correction_DD = torch.cholesky_solve(second[:size, size:], factorise(regular_DD))
+    return torch.eye(size, dtype=second.dtype, device=second.device) + correction_DD
+
+
+@torch.inference_mode()
+def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the new weight (S, D) and bias (D,) from the joint moments of [x_S, t].
+
+    Args:
+        moments: of x_S beside t.
+        weight_SD: the weight that the ridge holds the new one to.
+        with_bias: whether the projection has a bias, and so whether the moments are centred.
+
+    Raises:
+        SolveError: the kept inputs' moments cannot be factorised.
+    """
+    kept = len(weight_SD)
+    joint = moments.covariance_PP if with_bias else _second_moment(moments)
+    weight_SD = weight_SD.to(joint)
+    regular_SS = joint[:kept, :kept].clone()
+    regular_SS.diagonal().add_(RIDGE * float(regular_SS.diagonal().mean()) or 1.0)
+    missing_SD = joint[:kept, kept:] - joint[:kept, :kept] @ weight_SD
+    new_SD = weight_SD + torch.cholesky_solve(missing_SD, factorise(regular_SS))
+    if not with_bias:
+        return new_SD, None
+    return new_SD, moments.mean_P[kept:] - moments.mean_P[:kept] @ new_SD
+
+
+def fold(weight: Tensor, alignment_DD: Tensor) -> Tensor:
+    """Return W_in M^T: what a projection's weight (out, D) is when its input is aligned first."""
+    return (weight.to(alignment_DD) @ alignment_DD.T).to(weight)
+
+
+def _merged(batches: Iterable[Tensor]) -> Observation:
+    """Return the moments of the rows of all batches (b, T, ...), one after the other."""
+    observed: Observation | None = None
+    for batch in batches:
+        rows = batch.flatten(0, 1)
+        seen = Observation(Moments.of(rows), rows.float().square().sum(dim=0).double())
+        observed = seen if observed is None else observed.merge(seen)
+    assert observed is not None, "a stream without blocks has nothing to observe"
+    return observed
+
+
+def _second_moment(moments: Moments) -> Tensor:
+    """Return E[x x^T], not centred."""
+    return moments.covariance_PP + torch.outer(moments.mean_P, moments.mean_P)
