@@ -47,8 +47,8 @@ def choose_channels(
     """
     scores_P = channel_scores(projection, input_norm_D, input_weights_PD)
     order = torch.argsort(scores_P, stable=True).tolist()
-    # Where little is left, the tail gives way first: no more than P - num_removed channels can stay.
-    tail = min(round(keep_lowest * len(order)), len(order) - num_removed)
+    # Where little is left, the tail gives way first: the highest score stays whatever goes.
+    tail = min(round(keep_lowest * len(order)), len(order) - num_removed - 1)
     kept = order[:tail] + order[tail + num_removed :]
     return ChannelChoice(tuple(sorted(kept)), scores_P)
 

@@ -1,0 +1,187 @@
+"""The paper's equations over raw activations, as slow and plain as they read: what the fast code is compared with.
+
+Everything is float64 NumPy, and nothing here uses moments. Shapes: N tokens, P inputs of an output projection,
+D hidden size, H units (heads, or KV groups with all their query heads), S inputs kept.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from slimllm_ops.moments import Moments
+from slimllm_ops.plan import Decision, LayerPlan
+from slimllm_ops.projection import Projection
+from slimllm_ops.recovery import Line
+
+
+def random_activations(
+    seed: int, tokens: int = 200, width: int = 24, hidden: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return correlated inputs x (N, P) with means that dwarf some spreads, and a weight (P, D)."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(width, width)) * rng.uniform(0.2, 2.0, size=width)
+    x_NP = rng.normal(size=(tokens, width)) @ mixing + rng.normal(size=width) * 5
+    return x_NP, rng.normal(size=(width, hidden))
+
+
+def projection_of(x_NP: np.ndarray, weight_PD: np.ndarray) -> Projection:
+    """Return what the code under test knows of the same activations."""
+    return Projection.of(Moments.of(torch.from_numpy(x_NP)), torch.from_numpy(weight_PD).T)
+
+
+def exact_projection(x_NP: np.ndarray, weight_PD: np.ndarray) -> Projection:
+    """Return the same with a scatter summed in float64; what observes activations multiplies in float32."""
+    x, weight = torch.from_numpy(x_NP), torch.from_numpy(weight_PD)
+    centred = x - x.mean(dim=0)
+    return Projection(Moments(len(x), x.mean(dim=0), centred.T @ centred), weight)
+
+
+def unit_columns(unit: int, width: int) -> slice:
+    """Return the inputs that belong to a unit, which lie side by side."""
+    return slice(unit * width, (unit + 1) * width)
+
+
+def unit_outputs(x_NP: np.ndarray, weight_PD: np.ndarray, num_units: int) -> np.ndarray:
+    """Return what each unit alone adds to the output, (N, D, H)."""
+    width = x_NP.shape[1] // num_units
+    columns = [unit_columns(unit, width) for unit in range(num_units)]
+    return np.stack([x_NP[:, part] @ weight_PD[part] for part in columns], axis=-1)
+
+
+def unit_covariances(x_NP: np.ndarray, weight_PD: np.ndarray, num_units: int) -> np.ndarray:
+    """Return the covariances (D, H, H) of the units' outputs, one output dim after the other."""
+    outputs_NDH = unit_outputs(x_NP, weight_PD, num_units)
+    return np.stack([np.cov(outputs_NDH[:, dim], rowvar=False, bias=True) for dim in range(weight_PD.shape[1])])
+
+
+def similarity(x_NP: np.ndarray, weight_PD: np.ndarray, num_units: int, kept: Sequence[int]) -> float:
+    """Return the absolute correlation of the kept units' output with the whole one, summed over output dims."""
+    outputs_NDH = unit_outputs(x_NP, weight_PD, num_units)
+    whole_ND = outputs_NDH.sum(axis=-1)
+    kept_ND = outputs_NDH[:, :, list(kept)].sum(axis=-1)
+    return sum(abs(np.corrcoef(kept_ND[:, j], whole_ND[:, j])[0, 1]) for j in range(whole_ND.shape[1]))
+
+
+def choose_heads(
+    x_NP: np.ndarray, weight_PD: np.ndarray, num_units: int, num_removed: int
+) -> tuple[list[int], list[int], list[float]]:
+    """Return the kept units after and before the exchange, and the similarity after each accepted exchange."""
+
+    def similarity_of(kept: Sequence[int]) -> float:
+        return similarity(x_NP, weight_PD, num_units, kept)
+
+    units = range(num_units)
+    scores = [similarity_of([other for other in units if other != unit]) for unit in units]
+    most_prunable = sorted(units, key=lambda unit: -scores[unit])
+    dropped, kept = most_prunable[:num_removed], most_prunable[num_removed:]
+    before, path = sorted(kept), [similarity_of(kept)]
+    for candidate in dropped:
+        trials = [[*kept[:slot], candidate, *kept[slot + 1 :]] for slot in range(len(kept))]
+        best = max(trials, key=similarity_of)
+        if similarity_of(best) > path[-1]:
+            kept = best
+            path.append(similarity_of(best))
+    return sorted(kept), before, path
+
+
+def channel_scores(
+    x_NP: np.ndarray, weight_PD: np.ndarray, input_ND: np.ndarray, input_weights_PD: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Return the score of each channel, by the general eigenvalue problem of the output's covariance."""
+    output_ND = x_NP @ weight_PD
+    eigenvalues_D, directions_DD = np.linalg.eig(np.cov(output_ND, rowvar=False, bias=True))
+    magnitude_D = np.abs(eigenvalues_D)
+    f_D = 1 / (1 + np.exp(-magnitude_D / magnitude_D.mean()))
+    input_norm_D = np.array([math.sqrt(sum(value**2 for value in feature)) for feature in input_ND.T])
+    scores = []
+    for channel in range(len(weight_PD)):
+        score = sum(np.linalg.norm(weight_PD_in[channel] * input_norm_D) for weight_PD_in in input_weights_PD)
+        along_D = np.array([weight_PD[channel] @ direction for direction in directions_DD.T])
+        scores.append(score + np.linalg.norm(x_NP[:, channel]) * np.linalg.norm(along_D * f_D))
+    return np.array(scores)
+
+
+def fit_lines(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the slope and intercept (D,) of each full output dim over the kept part's, by polynomial fitting."""
+    y_ND, part_ND = x_NP @ weight_PD, x_NP[:, list(kept_S)] @ weight_PD[list(kept_S)]
+    lines = [np.polyfit(part_ND[:, j], y_ND[:, j], deg=1) for j in range(y_ND.shape[1])]
+    return np.array([line[0] for line in lines]), np.array([line[1] for line in lines])
+
+
+def unexplained_fraction(
+    x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int], scale_D: np.ndarray, bias_D: np.ndarray
+) -> float:
+    """Return the squared residual of the recovered output over the output's squared deviation from its mean."""
+    y_ND = x_NP @ weight_PD
+    recovered_ND = (x_NP[:, list(kept_S)] @ weight_PD[list(kept_S)]) * scale_D + bias_D
+    return float(((y_ND - recovered_ND) ** 2).sum() / ((y_ND - y_ND.mean(axis=0)) ** 2).sum())
+
+
+def ridge_fit(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int], d: float) -> np.ndarray:
+    """Return the weight (S, D) of the kept inputs that fits the whole output, held to the dense weight by a ridge d.
+
+    The ridge is so many further rows of data: |X_c (W - V)|^2 / N + d |W - V|^2, V without the removed inputs.
+    """
+    rows_MP = np.concatenate([(x_NP - x_NP.mean(axis=0)) / math.sqrt(len(x_NP)), math.sqrt(d) * np.eye(len(weight_PD))])
+    return np.linalg.lstsq(rows_MP[:, list(kept_S)], rows_MP @ weight_PD, rcond=None)[0]
+
+
+def ridge_residual(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int], d: float) -> float:
+    """Return what is left of the ridge's objective with only these inputs kept."""
+    fitted_PD = np.zeros_like(weight_PD)
+    fitted_PD[list(kept_S)] = ridge_fit(x_NP, weight_PD, kept_S, d)
+    lost_ND = (x_NP - x_NP.mean(axis=0)) @ (weight_PD - fitted_PD)
+    return float((lost_ND**2).sum() / len(x_NP) + d * ((weight_PD - fitted_PD) ** 2).sum())
+
+
+def random_decision(seed: int, kept: Sequence[int], num_units: int, hidden: int = 32) -> Decision:
+    """Return a decision whose line is far from the identity in every output dim."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_D, bias_D = torch.randn(2, hidden, generator=generator, dtype=torch.float64)
+    scores = torch.rand(num_units, generator=generator, dtype=torch.float64)
+    return Decision(tuple(kept), tuple(scores.tolist()), Line(scale_D, bias_D, 0.1 / 3), relative_error=0.1 / 3)
+
+
+def masked_model(directory: Path, plans: Sequence[LayerPlan]) -> PreTrainedModel:
+    """Return the dense model with what each plan removes multiplied by zero, and its lines put into the weights."""
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for layer, plan in zip(model.model.layers, plans, strict=True):
+        for projection, decision in ((layer.self_attn.o_proj, plan.attention), (layer.mlp.down_proj, plan.mlp)):
+            if decision is not None:
+                _mask(projection, decision, list(range(projection.in_features)))
+    return model
+
+
+def mask_again(model: PreTrainedModel, plans: Sequence[LayerPlan], further: Sequence[LayerPlan]) -> PreTrainedModel:
+    """Mask a model that `masked_model` masked by `plans` by plans that were made for what those left."""
+    for layer, plan, more in zip(model.model.layers, plans, further, strict=True):
+        modules = (
+            (layer.self_attn.o_proj, plan.attention, more.attention),
+            (layer.mlp.down_proj, plan.mlp, more.mlp),
+        )
+        for projection, first, second in modules:
+            if second is not None:
+                whole = list(range(projection.in_features))
+                _mask(projection, second, whole if first is None else kept_columns(first, len(whole)))
+    return model
+
+
+def kept_columns(decision: Decision, num_columns: int) -> list[int]:
+    """Return the inputs of an output projection that stay, unit after unit."""
+    width = num_columns // len(decision.scores)
+    return [unit * width + column for unit in decision.kept for column in range(width)]
+
+
+@torch.no_grad()
+def _mask(projection: torch.nn.Linear, decision: Decision, columns: list[int]) -> None:
+    """Mask a decision about those of a projection's inputs that are left."""
+    kept = [columns[index] for index in kept_columns(decision, len(columns))]
+    gone = [column for column in range(projection.in_features) if column not in kept]
+    projection.weight[:, gone] = 0
+    projection.weight *= decision.recovery.scale_D[:, None].float()
+    bias_D = decision.recovery.bias_D.float()
+    projection.bias = torch.nn.Parameter(bias_D if projection.bias is None else projection.bias + bias_D)

@@ -1,0 +1,86 @@
+"""What a layer of a model becomes, decided from the stream's observation, against raw activations of the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.paper import decide_channels, decide_heads
+from slimllm_ops.plan import Decision
+from slimllm_ops.stream import LayerStream
+from tests.slimllm_ops import naive
+
+LAYER = 1
+
+
+def activations(directory: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return what enters each projection of a layer of the whole model, as rows."""
+    model = LlamaForCausalLM.from_pretrained(directory).eval()
+    entered: dict[str, np.ndarray] = {}
+
+    def noter(name: str) -> Callable[..., None]:
+        def note(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+            entered[name] = arguments[0].flatten(0, 1).double().numpy()
+
+        return note
+
+    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        model.model.layers[LAYER].get_submodule(name).register_forward_pre_hook(noter(name))
+    with torch.inference_mode():
+        model(ids)
+    return entered
+
+
+def assert_recovers(decision: Decision, x_NP: np.ndarray, weight_PD: np.ndarray) -> None:
+    kept = naive.kept_columns(decision, x_NP.shape[1])
+    scale_D, bias_D = naive.fit_lines(x_NP, weight_PD, kept)
+    np.testing.assert_allclose(decision.recovery.scale_D, scale_D, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(decision.recovery.bias_D, bias_D, rtol=1e-4, atol=1e-4)
+    measured = naive.unexplained_fraction(x_NP, weight_PD, kept, scale_D, bias_D)
+    assert decision.relative_error == pytest.approx(measured, rel=1e-4)
+
+
+@pytest.fixture
+def stream(model_dir: Path, ids: torch.Tensor) -> LayerStream:
+    stream = LayerStream(Checkpoint.open(model_dir), list(ids.split(7)), torch.device("cpu"))
+    for layer in range(LAYER):
+        stream.forward(layer)
+    return stream
+
+
+def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_dir: Path, ids: torch.Tensor) -> None:
+    num_units = stream.checkpoint.config.num_key_value_heads
+    branch = stream.checkpoint.family.attention
+    observed = stream.observe(LAYER, branch)
+    x_NP = activations(model_dir, ids)["self_attn.o_proj"]
+    weight_PD = stream.checkpoint.read_layer(LAYER)["self_attn.o_proj.weight"].T.double().numpy()
+    for num_removed in range(1, num_units):
+        decision = decide_heads(stream.weights(LAYER), branch, observed, num_units=num_units, num_removed=num_removed)
+        expected, _, _ = naive.choose_heads(x_NP, weight_PD, num_units, num_removed)
+        assert list(decision.kept) == expected
+        assert (decision.num_units, decision.num_removed) == (num_units, num_removed)
+        assert_recovers(decision, x_NP, weight_PD)
+
+
+def test_the_kept_channels_are_those_of_raw_activations(
+    stream: LayerStream, model_dir: Path, ids: torch.Tensor
+) -> None:
+    family = stream.checkpoint.family
+    stream.observe(LAYER, family.attention)
+    stream.apply(LAYER, family.attention, None)
+    observed = stream.observe(LAYER, family.mlp)
+    decision = decide_channels(stream.weights(LAYER), family.mlp, observed, num_removed=17, keep_lowest=0.05)
+
+    entered, weights = activations(model_dir, ids), stream.checkpoint.read_layer(LAYER)
+    weight_PD = weights["mlp.down_proj.weight"].T.double().numpy()
+    inputs = [weights[f"mlp.{name}.weight"].double().numpy() for name in ("gate_proj", "up_proj")]
+    scores = naive.channel_scores(entered["mlp.down_proj"], weight_PD, entered["mlp.gate_proj"], inputs)
+    np.testing.assert_allclose(decision.scores, scores, rtol=1e-4)
+    ascending = np.argsort(scores, kind="stable").tolist()
+    # 5 % of 48 channels are 2.4.
+    assert list(decision.kept) == sorted(ascending[:2] + ascending[2 + 17 :])
+    assert_recovers(decision, entered["mlp.down_proj"], weight_PD)

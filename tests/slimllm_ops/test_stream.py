@@ -1,0 +1,267 @@
+"""Hidden states that pass a model layer by layer are those of the whole model, each branch being run once."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from slimllm_ops import stream as stream_module
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.plan import LayerPlan
+from slimllm_ops.stream import LayerStream
+from tests.slimllm_ops.naive import masked_model, random_decision
+
+CPU = torch.device("cpu")
+NUM_LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def batches(ids: torch.Tensor) -> list[torch.Tensor]:
+    """Batches of unequal size, as the last one of a shard is."""
+    return [ids[:3], ids[3:5]]
+
+
+@pytest.fixture
+def stream(model_dir: Path, batches: list[torch.Tensor]) -> LayerStream:
+    return LayerStream(Checkpoint.open(model_dir), batches, CPU)
+
+
+class Whole:
+    """What the whole model computes: each layer's output, and what enters its modules."""
+
+    def __init__(self, model: LlamaForCausalLM, batches: list[torch.Tensor]) -> None:
+        self.entered: dict[str, list[torch.Tensor]] = {}
+        self.states: list[list[torch.Tensor]] = []
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(self._noter(name), with_kwargs=True)
+        with torch.inference_mode():
+            outputs = [model(ids, labels=ids, output_hidden_states=True) for ids in batches]
+        # Transformers gives the normalised state in the last one's place.
+        self.states = [[output.hidden_states[layer] for output in outputs] for layer in range(NUM_LAYERS)]
+        self.states.append(self.entered["model.norm"])
+        self.losses = [float(output.loss) for output in outputs]
+
+    def _noter(self, name: str) -> Any:
+        def note(module: torch.nn.Module, arguments: tuple, keywords: dict) -> None:
+            given = (*arguments, *keywords.values())
+            self.entered.setdefault(name, []).append(given[0])
+
+        return note
+
+
+def whole(directory: Path, batches: list[torch.Tensor]) -> Whole:
+    return Whole(LlamaForCausalLM.from_pretrained(directory).eval(), batches)
+
+
+def assert_states(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-6) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_states_are_the_whole_models_after_every_layer(
+    stream: LayerStream, model_dir: Path, batches: list[torch.Tensor]
+) -> None:
+    expected = whole(model_dir, batches)
+    assert_states(stream.hidden, expected.states[0])
+    for layer in range(NUM_LAYERS):
+        stream.forward(layer)
+        assert_states(stream.hidden, expected.states[layer + 1])
+
+
+def test_the_likelihood_is_the_whole_models_loss(
+    stream: LayerStream, model_dir: Path, batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Less than a batch's tokens, so that logits are computed in parts, as they are for real models.
+    monkeypatch.setattr(stream_module, "LOGIT_TOKENS", 7)
+    for layer in range(NUM_LAYERS):
+        stream.forward(layer)
+    found = stream.negative_log_likelihood()
+    counts = [ids.shape[0] * (ids.shape[1] - 1) for ids in batches]
+    losses = whole(model_dir, batches).losses
+    assert found.count == sum(counts)
+    assert found.value == pytest.approx(np.average(losses, weights=counts), rel=1e-6)
+
+
+def test_similarity_is_the_mean_cosine_of_a_layers_input_and_output(
+    stream: LayerStream, model_dir: Path, batches: list[torch.Tensor]
+) -> None:
+    states = [torch.cat(state).double().flatten(0, 1).numpy() for state in whole(model_dir, batches).states]
+    for layer in range(NUM_LAYERS):
+        before, after = states[layer], states[layer + 1]
+        cosines = [a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in zip(before, after, strict=True)]
+        found = stream.forward(layer)
+        assert found.count == len(cosines)
+        assert found.value == pytest.approx(np.mean(cosines), rel=1e-6)
+
+
+def test_what_is_observed_are_the_moments_of_what_enters_the_output_projection(
+    stream: LayerStream, model_dir: Path, batches: list[torch.Tensor]
+) -> None:
+    entered = whole(model_dir, batches).entered
+    family = stream.checkpoint.family
+    for layer in range(NUM_LAYERS):
+        for branch in (family.attention, family.mlp):
+            observed = stream.observe(layer, branch)
+            prefix = f"model.layers.{layer}.{branch.module}"
+            x_NP = torch.cat(entered[f"{prefix}.{branch.output}"]).double().flatten(0, 1).numpy()
+            input_ND = torch.cat(entered[f"{prefix}.{branch.inputs[0]}"]).double().flatten(0, 1).numpy()
+            covariance_PP = np.cov(x_NP, rowvar=False, bias=True)
+            assert observed.moments.count == len(x_NP)
+            np.testing.assert_allclose(observed.moments.mean_P, x_NP.mean(axis=0), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                observed.moments.covariance_PP, covariance_PP, atol=1e-6 * np.abs(covariance_PP).max()
+            )
+            np.testing.assert_allclose(observed.input_squares_D, (input_ND**2).sum(axis=0), rtol=1e-5)
+            stream.apply(layer, branch, None)
+
+
+def test_observations_of_shards_merge_to_that_of_all_tokens(model_dir: Path, batches: list[torch.Tensor]) -> None:
+    checkpoint = Checkpoint.open(model_dir)
+    branch = checkpoint.family.attention
+    one, other = (LayerStream(checkpoint, [ids], CPU).observe(0, branch) for ids in batches)
+    together = LayerStream(checkpoint, batches, CPU).observe(0, branch)
+    merged = one.merge(other)
+    assert merged.moments.count == together.moments.count
+    torch.testing.assert_close(merged.moments.mean_P, together.moments.mean_P, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(merged.moments.scatter_PP, together.moments.scatter_PP, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged.input_squares_D, together.input_squares_D, rtol=1e-6, atol=0)
+
+
+def test_observing_and_applying_nothing_is_passing_the_layer(
+    stream: LayerStream, model_dir: Path, batches: list[torch.Tensor]
+) -> None:
+    expected = whole(model_dir, batches)
+    for layer in range(NUM_LAYERS):
+        for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
+            stream.observe(layer, branch)
+            stream.apply(layer, branch, None)
+        assert_states(stream.hidden, expected.states[layer + 1], tolerance=2e-6)
+
+
+def plans_for(stream: LayerStream) -> list[LayerPlan]:
+    """Return plans that prune both branches, one, the other."""
+    num_kv_heads = stream.checkpoint.config.num_key_value_heads
+    heads = {4: (0, 3), 2: (1,)}[num_kv_heads]
+    channels = range(1, 48, 2)
+    return [
+        LayerPlan(attention=random_decision(0, heads, num_kv_heads), mlp=random_decision(1, channels, 48)),
+        LayerPlan(mlp=random_decision(2, channels, 48)),
+        LayerPlan(attention=random_decision(3, heads, num_kv_heads)),
+    ]
+
+
+def test_applying_decisions_gives_the_states_of_the_masked_model(
+    stream: LayerStream, model_dir: Path, batches: list[torch.Tensor]
+) -> None:
+    plans = plans_for(stream)
+    family = stream.checkpoint.family
+    expected = Whole(masked_model(model_dir, plans), batches)
+    for layer, plan in enumerate(plans):
+        for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
+            stream.observe(layer, branch)
+            power = stream.apply(layer, branch, decision)
+        assert_states(stream.hidden, expected.states[layer + 1], tolerance=1e-5)
+        squares = torch.cat(expected.states[layer + 1]).double().square().sum(dim=-1)
+        assert power.count == squares.numel()
+        assert power.value == pytest.approx(float(squares.mean()), rel=1e-5)
+
+
+def test_passing_a_layer_pruned_is_observing_and_applying(stream: LayerStream, model_dir: Path) -> None:
+    observing = LayerStream(stream.checkpoint, stream.batches, CPU)
+    for layer, plan in enumerate(plans_for(stream)):
+        stream.forward_pruned(layer, plan)
+        for branch, decision in (
+            (stream.checkpoint.family.attention, plan.attention),
+            (stream.checkpoint.family.mlp, plan.mlp),
+        ):
+            observing.observe(layer, branch)
+            observing.apply(layer, branch, decision)
+        assert all(torch.equal(one, other) for one, other in zip(stream.hidden, observing.hidden, strict=True))
+
+
+def test_each_branch_is_run_once_for_every_layer_and_batch(stream: LayerStream, batches: list[torch.Tensor]) -> None:
+    runs: Counter[tuple[int, str]] = Counter()
+
+    def count(layer: int, name: str) -> Any:
+        return lambda *_: runs.update([(layer, name)])
+
+    for index, layer in enumerate(stream._layers()):
+        for name in ("self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj"):
+            layer.get_submodule(name).register_forward_pre_hook(count(index, name))
+    decision = random_decision(0, range(24), 48)
+    for layer in range(NUM_LAYERS):
+        stream.observe(layer, stream.checkpoint.family.attention)
+        stream.apply(layer, stream.checkpoint.family.attention, None)
+        stream.observe(layer, stream.checkpoint.family.mlp)
+        stream.apply(layer, stream.checkpoint.family.mlp, decision)
+    # The output projections are left out of the branches: only their weights are used.
+    assert runs == {(layer, name): len(batches) for layer in range(NUM_LAYERS) for name in ("self_attn", "mlp")}
+
+
+def test_a_layer_is_read_once(stream: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[int] = Counter()
+    original = Checkpoint.read_layer
+
+    def counted(self: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+        read[layer] += 1
+        return original(self, layer)
+
+    monkeypatch.setattr(Checkpoint, "read_layer", counted)
+    for layer in range(NUM_LAYERS):
+        for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
+            stream.observe(layer, branch)
+            stream.weights(layer)
+            stream.apply(layer, branch, None)
+    assert read == {0: 1, 1: 1, 2: 1}
+
+
+def test_only_the_layer_that_is_passed_has_weights(stream: LayerStream) -> None:
+    def in_memory() -> set[str]:
+        names = {name for name, parameter in stream._model.named_parameters() if not parameter.is_meta}
+        return {".".join(name.split(".")[:3]) for name in names}
+
+    assert in_memory() == set()
+    for layer in range(NUM_LAYERS):
+        stream.forward(layer)
+        assert in_memory() == {f"model.layers.{layer}"}
+    stream.negative_log_likelihood()
+    assert in_memory() == set()
+
+
+def test_a_layers_weights_are_those_of_the_checkpoint(stream: LayerStream) -> None:
+    stored = stream.checkpoint.read_layer(1)
+    weights = stream.weights(1)
+    assert set(weights) == set(stored)
+    assert all(torch.equal(weights[name], stored[name]) for name in stored)
+
+
+def test_states_may_be_passed_again(stream: LayerStream) -> None:
+    stream.forward(0)
+    first = [state.clone() for state in stream.hidden]
+    again = LayerStream(stream.checkpoint, stream.batches, CPU)
+    again.forward(0)
+    assert all(torch.equal(one, other) for one, other in zip(first, again.hidden, strict=True))
+
+
+@pytest.mark.parametrize("way", ["forward", "observe"])
+def test_activations_that_overflow_are_an_error_that_names_the_layer(
+    mha_model: Path, tmp_path: Path, batches: list[torch.Tensor], way: str
+) -> None:
+    directory = shutil.copytree(mha_model, tmp_path / "copy")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e38
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e38
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    stream = LayerStream(Checkpoint.open(directory), batches, CPU)
+    stream.forward(0)
+    arguments = {"forward": (), "observe": (stream.checkpoint.family.mlp,)}[way]
+    with pytest.raises(NonFiniteError, match=r"layer 1: the activations of .* hold NaN or infinity"):
+        getattr(stream, way)(1, *arguments)

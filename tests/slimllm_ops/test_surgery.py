@@ -1,0 +1,90 @@
+"""Surgery takes whole rows and columns out of a layer's tensors, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.least_squares import Refit
+from slimllm_ops.plan import Decision, LayerPlan
+from slimllm_ops.surgery import prune_layer
+from tests.slimllm_ops.naive import kept_columns, random_decision
+
+KEPT_CHANNELS = (0, 3, 4, 20, 47)
+
+
+def pruned(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[dict, dict, LayerPlan]:
+    """Return a layer's tensors before and after, and the plan that was followed."""
+    checkpoint = Checkpoint.open(directory)
+    num_units = checkpoint.config.num_key_value_heads
+    plan = LayerPlan(
+        attention=random_decision(0, (1, 3)[: num_units // 2], num_units), mlp=random_decision(1, KEPT_CHANNELS, 48)
+    )
+    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.read_layer(1).items()}
+    return tensors, prune_layer(tensors, checkpoint.family, plan), plan
+
+
+def test_rows_into_a_branch_go_with_their_units(model_dir: Path) -> None:
+    before, after, plan = pruned(model_dir)
+    branches = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+    for module, decision in (("self_attn", plan.attention), ("mlp", plan.mlp)):
+        names = [f"{module}.{name}.{kind}" for name in branches[module] for kind in ("weight", "bias")]
+        for name in set(names) & set(before):
+            # A unit has an equal share of the rows: its query heads, its key, its value; a channel has one.
+            rows = kept_columns(decision, len(before[name]))
+            assert torch.equal(after[name], before[name][rows])
+
+
+def test_columns_out_of_a_branch_go_and_the_rest_is_scaled(model_dir: Path) -> None:
+    before, after, plan = pruned(model_dir)
+    for name, decision in (("self_attn.o_proj", plan.attention), ("mlp.down_proj", plan.mlp)):
+        columns = kept_columns(decision, before[f"{name}.weight"].shape[1])
+        expected = before[f"{name}.weight"][:, columns].double() * decision.recovery.scale_D[:, None]
+        torch.testing.assert_close(after[f"{name}.weight"].double(), expected, rtol=1e-6, atol=0)
+        bias_D = decision.recovery.bias_D + before.get(f"{name}.bias", torch.zeros(32))
+        torch.testing.assert_close(after[f"{name}.bias"].double(), bias_D.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_all_else_stays(model_dir: Path) -> None:
+    before, after, _ = pruned(model_dir)
+    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        assert torch.equal(after[name], before[name])
+    assert set(after) == set(before) | {"self_attn.o_proj.bias", "mlp.down_proj.bias"}
+
+
+def test_a_refit_takes_the_place_of_the_kept_columns(biased_model: Path) -> None:
+    checkpoint = Checkpoint.open(biased_model)
+    tensors = checkpoint.read_layer(0)
+    weight_SD, bias_D = torch.randn(5, 32), torch.randn(32)
+    decision = Decision(KEPT_CHANNELS, (0.0,) * 48, Refit(weight_SD, bias_D, 0.5), relative_error=0.5)
+    after = prune_layer(tensors, checkpoint.family, LayerPlan(mlp=decision))
+    assert torch.equal(after["mlp.down_proj.weight"], weight_SD.T)
+    torch.testing.assert_close(after["mlp.down_proj.bias"], bias_D + tensors["mlp.down_proj.bias"])
+    assert torch.equal(after["mlp.up_proj.weight"], tensors["mlp.up_proj.weight"][list(KEPT_CHANNELS)])
+
+
+def test_a_decision_without_the_weights_of_its_refit_is_an_error(mha_model: Path) -> None:
+    checkpoint = Checkpoint.open(mha_model)
+    decision = Decision(KEPT_CHANNELS, (0.0,) * 48, None, relative_error=0.5)
+    with pytest.raises(ValueError, match="the weights of its refit are in the checkpoint"):
+        prune_layer(checkpoint.read_layer(0), checkpoint.family, LayerPlan(mlp=decision))
+
+
+def test_an_empty_plan_changes_nothing(mha_model: Path) -> None:
+    checkpoint = Checkpoint.open(mha_model)
+    tensors = checkpoint.read_layer(0)
+    assert prune_layer(tensors, checkpoint.family, LayerPlan()) == tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_recovery_is_rounded_once_to_the_dtype_of_the_source(model_dir: Path, dtype: torch.dtype) -> None:
+    before, after, plan = pruned(model_dir, dtype)
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    for name, decision in (("self_attn.o_proj", plan.attention), ("mlp.down_proj", plan.mlp)):
+        columns = kept_columns(decision, before[f"{name}.weight"].shape[1])
+        exact = before[f"{name}.weight"][:, columns].double() * decision.recovery.scale_D[:, None]
+        # Half a unit in the last place, and float32's own rounding before it.
+        torch.testing.assert_close(
+            after[f"{name}.weight"].double(), exact, rtol=0.5001 * torch.finfo(dtype).eps, atol=1e-7
+        )
