@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from slimllm_ops.channels import channel_scores, choose_channels
+from slimllm_ops.moments import Moments
 from slimllm_ops.projection import Projection
 from tests.slimllm_ops import naive
 from tests.slimllm_ops.naive import projection_of, random_activations

@@ -1,0 +1,115 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import SolveError
+from slimllm_ops.moments import Moments
+from slimllm_ops.refinement import MIX, RefinementStream, fold, solve_alignment, solve_refit
+from slimllm_ops.stream import LayerStream
+
+CPU = torch.device("cpu")
+
+
+def random_streams(num_tokens: int = 300, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of a branch in the pruned stream, and in the dense one: a linear map of it and noise."""
+    generator = torch.Generator().manual_seed(0)
+    pruned = torch.randn(num_tokens, size, generator=generator) + torch.randn(size, generator=generator)
+    dense = pruned @ torch.randn(size, size, generator=generator) + 0.1 * torch.randn(
+        num_tokens, size, generator=generator
+    )
+    return pruned, dense
+
+
+def test_the_alignment_is_ridge_regression_from_the_pruned_input_to_the_difference() -> None:
+    pruned, dense = random_streams()
+    found = solve_alignment(Moments.of(torch.cat([pruned, dense - pruned], dim=1)))
+
+    x, y = pruned.double().numpy(), (dense - pruned).double().numpy()
+    second = x.T @ x / len(x)
+    ridge = 0.01 * np.diag(second).mean()
+    expected = np.eye(6) + np.linalg.solve(second + ridge * np.eye(6), x.T @ y / len(x))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folded_projection_does_what_aligning_its_input_does() -> None:
+    torch.manual_seed(0)
+    weight, alignment, x = torch.randn(4, 6), torch.randn(6, 6), torch.randn(9, 6)
+    torch.testing.assert_close(x @ fold(weight, alignment).T, (x @ alignment) @ weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_refit_is_ridge_regression_held_to_the_weight_it_had(with_bias: bool) -> None:
+    kept, target = random_streams()
+    before = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    weight, bias = solve_refit(Moments.of(torch.cat([kept, target], dim=1)), before, with_bias)
+
+    x, t, w = kept.double().numpy(), target.double().numpy(), before.double().numpy()
+    centre = x.mean(0) if with_bias else 0.0
+    offset = t.mean(0) if with_bias else 0.0
+    second = (x - centre).T @ (x - centre) / len(x)
+    cross = (x - centre).T @ (t - offset) / len(x)
+    ridge = 0.01 * np.diag(second).mean()
+    expected = w + np.linalg.solve(second + ridge * np.eye(6), cross - second @ w)
+    np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-5, atol=1e-6)
+    if with_bias:
+        assert bias is not None
+        np.testing.assert_allclose(bias.numpy(), t.mean(0) - x.mean(0) @ expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert bias is None
+
+
+def test_moments_that_are_no_moments_are_refused() -> None:
+    broken = Moments(10, torch.zeros(4).double(), -torch.eye(4).double())
+    with pytest.raises(SolveError, match="eigenvalues"):
+        solve_alignment(broken)
+
+
+@pytest.fixture
+def streams(gqa_model: Path, token_blocks: np.ndarray) -> tuple[LayerStream, LayerStream]:
+    ids = torch.from_numpy(token_blocks.astype(np.int64))
+    checkpoint = Checkpoint.open(gqa_model)
+    return LayerStream(checkpoint, [ids], CPU), LayerStream(checkpoint, [ids], CPU)
+
+
+def test_a_model_that_is_the_dense_one_is_left_as_it_is(
+    streams: tuple[LayerStream, LayerStream], gqa_model: Path
+) -> None:
+    dense, pruned = streams
+    refinement = RefinementStream(dense, pruned)
+    family = dense.checkpoint.family
+    for layer in range(dense.checkpoint.num_layers):
+        before = {name: weight.clone() for name, weight in pruned.weights(layer).items()}
+        for branch in (family.attention, family.mlp):
+            alignment = solve_alignment(refinement.observe_inputs(layer, branch).moments)
+            torch.testing.assert_close(alignment, torch.eye(len(alignment)).double(), rtol=0, atol=1e-5)
+            refinement.align(layer, branch, alignment)
+            projection = pruned.projection(layer, branch)
+            moments = refinement.observe_targets(layer, branch).moments
+            weight, _ = solve_refit(moments, projection.weight.T, with_bias=False)
+            torch.testing.assert_close(weight.T.float(), before[branch.output_weight], rtol=1e-3, atol=1e-4)
+            refinement.apply(layer, branch, weight.T, None)
+    torch.testing.assert_close(pruned.hidden[0], dense.hidden[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_target_lies_between_the_whole_branch_and_the_dense_stream(
+    streams: tuple[LayerStream, LayerStream], make_llama: Callable[..., Path]
+) -> None:
+    dense, pruned = streams
+    branch = dense.checkpoint.family.mlp
+    pruned.hidden = [hidden + 0.1 for hidden in pruned.hidden]
+    refinement = RefinementStream(dense, pruned)
+    before, drifted = dense.hidden[0].clone(), pruned.hidden[0].clone()
+
+    moments = refinement.observe_targets(0, branch).moments
+
+    module = dense.projection(0, branch)
+    own = module(dense.run_branch(0, branch, dense.normalise(0, branch, before)))
+    whole = module(dense.run_branch(0, branch, dense.normalise(0, branch, drifted)))
+    target = whole + MIX * (before + own - drifted - whole)
+    torch.testing.assert_close(
+        moments.mean_P[-target.shape[-1] :], target.flatten(0, 1).double().mean(0), rtol=1e-4, atol=1e-5
+    )
