@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from orchestrator import builtin
 from orchestrator.config import PruneConfig
-from orchestrator.data import TextOptions, TokenBlocks, load_tokens
+from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from slimllm_ops.allocation import measure_layer, require_reachable
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError
@@ -89,7 +89,7 @@ def load_inputs(config: PruneConfig) -> Inputs:
         source,
         digest,
         _load_calibration(config, source, digest),
-        tuple(_load(config, source, spec) for spec in specs),
+        tuple(_load_held_out(config, source, spec) for spec in specs),
     )
 
 
@@ -130,7 +130,8 @@ def resolve_model(model: str | None) -> Path:
         return builtin.MODEL_DIR
     path = Path(model)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        return path.expanduser()
+        # Workers have working directories of their own.
+        return path.expanduser().absolute()
     try:
         return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), etag_timeout=10))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
@@ -145,6 +146,13 @@ def into_batches(blocks: TokenBlocks) -> list[np.ndarray]:
     ids_BT = blocks.input_ids_BT
     size = max(1, min(BATCH_TOKENS // ids_BT.shape[1], len(ids_BT) // MIN_BATCHES))
     return [ids_BT[start : start + size] for start in range(0, len(ids_BT), size)]
+
+
+def _load_held_out(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
+    blocks = _load(config, source, spec)
+    if blocks.input_ids_BT.shape[1] < 2:
+        raise DataError(f"{spec} has blocks of one token: a perplexity is of what follows, and needs two at least")
+    return blocks
 
 
 def _load(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:

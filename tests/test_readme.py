@@ -1,0 +1,116 @@
+"""Every command of the README runs as it stands there, on the built-in model and less text than it would take."""
+
+import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from orchestrator.builtin import MODEL_DIR, calibration_text, heldout_text
+from orchestrator.cli import OPTIONS, main
+
+README = Path(__file__).parents[1] / "README.md"
+SMALL = ["--samples", "4", "--sequence-length", "64", "--workers", "1"]
+
+
+def shell_lines() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+def slimllm_commands() -> list[str]:
+    return [line for line in shell_lines() if line.startswith(".venv/bin/slimllm ")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the README's examples name."""
+    folder = tmp_path_factory.mktemp("readme")
+    rows = [json.dumps({"text": text}) for text in calibration_text()[:20]]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    (folder / "heldout.txt").write_text("\n\n".join(heldout_text()[:5]))
+    (folder / "path" / "to").mkdir(parents=True)
+    (folder / "path" / "to" / "model").symlink_to(MODEL_DIR)
+    return folder
+
+
+def run_in(folder: Path, line: str, tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    words = [str(MODEL_DIR) if word == "MODEL" else word for word in shlex.split(line)[1:]]
+    result = CliRunner().invoke(main, words + SMALL, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("line", slimllm_commands())
+def test_every_slimllm_command_runs(
+    line: str, workplace: Path, local_ray: None, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in(workplace, line, tracking_uri, monkeypatch)
+
+
+def test_the_python_example_runs(
+    workplace: Path,
+    local_ray: None,
+    tracking_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    example = next(
+        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL) if "prune(" in block
+    )
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    small = "samples=4, sequence_length=64, workers=1, overwrite=True, "
+    exec(example.replace("PruneConfig(model", f"PruneConfig({small}model"), {})
+    assert "builtin:heldout" in capsys.readouterr().out
+
+
+def test_the_table_of_options_has_every_option() -> None:
+    table = README.read_text()
+    flags = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
+    missing = [flag for flag in flags.values() if f"{flag} " not in table and f"{flag}`" not in table]
+    assert not missing
+
+
+def test_the_make_targets_are_there_and_ci_runs_them() -> None:
+    makefile, ci = (README.parent / "Makefile").read_text(), (README.parent / ".ci" / "run").read_text()
+    for line in shell_lines():
+        if line.startswith("make "):
+            assert f"\n{line.removeprefix('make ')}:" in makefile
+            assert line in ci
+
+
+def test_the_mlflow_page_opens(tmp_path: Path) -> None:
+    line = next(line for line in shell_lines() if line.startswith(".venv/bin/mlflow"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", *shlex.split(line)[1:], "--port", str(port), "--workers", "1"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    try:
+        assert _answers(f"http://127.0.0.1:{port}/"), (tmp_path / "log").read_text()
+    finally:
+        # The server's own workers end with it.
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def _answers(url: str) -> bool:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as page:
+                return b"MLflow" in page.read()
+        except OSError:
+            time.sleep(0.5)
+    return False
