@@ -16,8 +16,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from orchestrator import tracking
 from orchestrator.tracking import TrackingError, TrackingOptions, replay, tracked_run
+from orchestrator.tracking import store as mlflow_store
 
 FIRST_RUN = """
 import sys
@@ -157,7 +157,7 @@ def test_artifacts_lie_beside_the_database(uri, client, journal, checkpoint, tmp
 
 
 def test_system_metrics_are_sampled(uri, client, journal, monkeypatch):
-    monkeypatch.setattr(tracking, "SAMPLING_SECONDS", 0.1)
+    monkeypatch.setattr(mlflow_store, "SAMPLING_SECONDS", 0.1)
     with tracked_run(TrackingOptions(tracking_uri=uri), journal) as run:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -438,7 +438,7 @@ def test_a_server_that_dies_costs_one_warning_and_nothing_of_the_run(server, uri
         run.log_metrics({"perplexity": 7.25})
         assert run.log_checkpoint(checkpoint, "tiny", {}) == "models:/served/1"
         run.log_artifacts(checkpoint, "files")
-        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == tracking.QUICK_SECONDS
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == mlflow_store.QUICK_SECONDS
         with run.child("inner"):
             pass
         assert warnings == []

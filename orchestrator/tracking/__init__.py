@@ -1,0 +1,18 @@
+"""A run in MLflow, with a journal beside it that is written first and is enough to log the run later.
+
+    with tracked_run(TrackingOptions(), output / "pruning" / "metrics.jsonl") as run:
+        run.log_params({"sparsity": 0.2})
+        run.log_metrics({"heads_kept": 24}, step=layer)
+        run.log_checkpoint(output, "pruned", params={"sparsity": 0.2})
+
+Whatever is logged is one event, a line of JSON in the journal. A line is told to MLflow by `_StoredRun.tell`,
+when it is logged and when it is replayed alike, so that both give the same run. A server that does not answer
+costs one warning: the run goes on, and `replay` logs it from the journal once the server is back.
+
+MLflow is imported at the first call (2 s). Every call names its run: there is no active run, no global URI.
+"""
+
+from orchestrator.tracking.options import TrackingError, TrackingOptions
+from orchestrator.tracking.run import Run, replay, tracked_run
+
+__all__ = ["Run", "TrackingError", "TrackingOptions", "replay", "tracked_run"]

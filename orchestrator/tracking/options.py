@@ -1,0 +1,39 @@
+"""Where a run is logged."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class TrackingError(ValueError):
+    """An option that cannot be used, whatever the server does; one line that says what to give instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingOptions:
+    """Where a run is logged.
+
+    Attributes:
+        experiment: MLflow experiment, created where it is missing.
+        tracking_uri: By default $MLFLOW_TRACKING_URI, or else `mlflow.db` in the working directory.
+        run_name: By default MLflow invents one.
+        register: Name under which the checkpoint becomes a model version; None registers nothing.
+    """
+
+    experiment: str = "slimllm"
+    tracking_uri: str | None = None
+    run_name: str | None = None
+    register: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.experiment.strip():
+            raise TrackingError("the experiment's name is empty: give a name")
+        # MLflow would say so too, but only after the checkpoint is uploaded.
+        if self.register is not None and (not self.register.strip() or set(self.register) & set("/:")):
+            raise TrackingError(f"the registered model's name is {self.register!r}: give one without '/' and ':'")
+
+    @property
+    def resolved_uri(self) -> str:
+        """The tracking URI with the default filled in."""
+        default = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default
