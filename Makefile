@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types builtin-model
+.PHONY: install demo test lint types ablation builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -23,6 +23,10 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+# What each step from SlimLLM to gram is worth, on the real models beside the checkout, in minutes.
+ablation: install
+	$(BIN)/python -m benchmarks.ablation
 
 # Trains the built-in model anew, in minutes: the result is committed, so nobody has to.
 builtin-model: install

@@ -13,9 +13,8 @@ def describe_machine() -> str:
     """Return the processor, cores, memory and versions in a line."""
     memory = psutil.virtual_memory().total / 2**30
     packages = ", ".join(f"{name} {version(name)}" for name in ("slimllm", "torch", "transformers", "ray", "mlflow"))
-    return (
-        f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, no GPU; Python {platform.python_version()}, {packages}"
-    )
+    hardware = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, no GPU"
+    return f"{hardware}; Python {platform.python_version()}, {packages}"
 
 
 def write_table(path: Path, title: str, machine: str, rows: Sequence[Sequence[str]]) -> None:

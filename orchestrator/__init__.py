@@ -1,8 +1,8 @@
-"""Driving a run: `from orchestrator import prune, PruneConfig`."""
+"""Driving a run: `from orchestrator import prune, PruneConfig`; many methods: `compare, CompareConfig`."""
 
-from orchestrator.config import PruneConfig
+from orchestrator.config import CompareConfig, PruneConfig
 
-__all__ = ["PruneConfig", "prune"]
+__all__ = ["CompareConfig", "PruneConfig", "compare", "prune"]
 
 
 def __getattr__(name: str) -> object:
@@ -11,4 +11,8 @@ def __getattr__(name: str) -> object:
         from orchestrator.pipeline import prune
 
         return prune
+    if name == "compare":
+        from orchestrator.comparison import compare
+
+        return compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,12 +5,14 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 # The imports behind these names take seconds; `--help` does not wait for them.
-from orchestrator.config import METHODS, ConfigError, PruneConfig, read_config_file
+from orchestrator.config import METHODS, CompareConfig, ConfigError, PruneConfig, read_config_file
+
+Config = TypeVar("Config", bound=PruneConfig)
 
 LOST_WORKER = 1
 INTERRUPTED = 130
@@ -57,6 +59,7 @@ OPTIONS = {
 }
 DATA = ("calibration", "samples", "sequence_length", "seed")
 CLUSTER = ("workers", "gpus_per_worker", "address")
+COMPARED = ("sparsity", "ratio", "pruned_layers", "alpha", "keep_lowest", *DATA, "evaluate", *CLUSTER)
 
 
 def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -75,7 +78,7 @@ def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
 @with_options(*OPTIONS)
 def prune(config_file: Path | None, **flags: Any) -> None:
     """Prune MODEL, a directory or hub id; without one, the built-in model."""
-    config = _configure(config_file, flags)
+    config = _configure(PruneConfig, config_file, flags)
     _run(lambda: _prune(config))
 
 
@@ -84,15 +87,26 @@ def prune(config_file: Path | None, **flags: Any) -> None:
 @with_options("output", "overwrite", *DATA, *CLUSTER, "config")
 def calibrate(config_file: Path | None, **flags: Any) -> None:
     """Keep MODEL's moments, for `prune --method gram --moments` at any sparsity with no forward pass."""
-    config = _configure(config_file, flags)
+    config = _configure(PruneConfig, config_file, flags)
     _run(lambda: _calibrate(config))
 
 
-def _configure(config_file: Path | None, flags: dict[str, Any]) -> PruneConfig:
+@main.command()
+@click.argument("model", required=False)
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="Beside slimllm; repeatable. [all there are]")
+@with_options("output", "overwrite", *COMPARED, "experiment", "tracking_uri", "run_name", "config")
+@click.option("--keep-checkpoints", is_flag=True, default=None, help="Keep every model that was measured.")
+def compare(config_file: Path | None, **flags: Any) -> None:
+    """Compare methods on MODEL, at the same parameter count and from the same calibration data."""
+    config = _configure(CompareConfig, config_file, flags)
+    _run(lambda: _compare(config))
+
+
+def _configure(kind: type[Config], config_file: Path | None, flags: dict[str, Any]) -> Config:
     try:
-        settings = read_config_file(config_file) if config_file else {}
+        settings = read_config_file(config_file, kind) if config_file else {}
         settings |= {name: value for name, value in flags.items() if value not in (None, ())}
-        return PruneConfig(**settings)
+        return kind(**settings)
     except ConfigError as error:
         _exit_with(error)
 
@@ -110,6 +124,13 @@ def _calibrate(config: PruneConfig) -> None:
     moments = run(config)
     click.echo(f"moments: {moments}")
     click.echo(f"to prune from them: slimllm prune {config.model or ''} --method gram --moments {moments}")
+
+
+def _compare(config: CompareConfig) -> None:
+    from orchestrator.comparison import compare as run
+    from orchestrator.summary import print_comparison
+
+    print_comparison(run(config))
 
 
 def _run(action: Callable[[], None]) -> None:

@@ -9,15 +9,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import actors
 import slimllm_ops
 from cluster import plan_workers, session
 from orchestrator.comparison_table import DENSE, Row, gap_fraction, write_table
-from orchestrator.config import CompareConfig, ConfigError
+from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.job import Job, Probe, Target, target_name
 from orchestrator.layerwise import prune_layerwise
@@ -33,15 +34,25 @@ from slimllm_ops.writer import CheckpointWriter
 
 # Every gap is a fraction of this method's.
 REFERENCE = "slimllm"
+# A config of gram has none of the paper's settings.
+GRAM_ONLY = {"method": "gram", "ratio": None, "pruned_layers": None, "alpha": None}
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A method as it takes part: from a job and the moments of the dense model, it writes every target's model."""
+    """A method as it takes part: from a job and the moments of the dense model, it writes every target's model.
+
+    Attributes:
+        name: what it is called.
+        source: whose method it is.
+        prune: writes the layers of every target.
+        refine: whether the models are refined after that.
+    """
 
     name: str
     source: str
     prune: Callable[[Job, MomentStore, list[Target]], list[Probe]]
+    refine: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,16 @@ class Comparison:
     tracking_uri: str | None
     experiment_id: str | None
     run_id: str | None
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """What all methods of a comparison share."""
+
+    job: Job
+    run: Run
+    params: dict[str, Any]
+    keep_checkpoints: bool
 
 
 @dataclass
@@ -97,21 +118,22 @@ class _Board:
 
 
 def compare(
-    config: CompareConfig, reporter: Reporter | None = None, others: Sequence[Contestant] | None = None
+    config: CompareConfig, reporter: Reporter | None = None, chosen: Sequence[Contestant] | None = None
 ) -> Comparison:
     """Compare methods on a model as a config asks; the command line ends here too.
 
     Args:
         config: the model, the data, the sparsities or the paper's ratio, and the names of methods.
         reporter: where progress is told.
-        others: what takes part beside `slimllm`, in place of the methods that the config names.
+        chosen: what takes part in place of the methods that the config names; `slimllm` must be the first.
 
     Raises:
         ConfigError, DataError, InputError, ClusterError, TrackingError: what was asked cannot be done as asked;
             nothing is left behind.
     """
     reporter = reporter or Reporter()
-    chosen = [LAYER_BY_LAYER, *(choose(config.methods) if others is None else others)]
+    chosen = choose(config.methods) if chosen is None else chosen
+    tracking = tracking_options(config)
     inputs = load_inputs(config)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
@@ -119,15 +141,15 @@ def compare(
     with (
         staged(output, config.overwrite) as staging,
         session(config.address, (actors, slimllm_ops)) as resources,
-        tracked_run(tracking_options(config), staging / "metrics.jsonl", reporter.warn) as run,
+        tracked_run(tracking, staging / "metrics.jsonl", reporter.warn) as run,
         TemporaryDirectory(dir=staging, prefix="work.") as work,
     ):
         workers = plan_workers(resources, config.workers, config.gpus_per_worker)
         params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
         log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
         with working(config, inputs, workers, Path(work), reporter) as job:
-            rows, calibration_seconds = _run_all(job, run, params, chosen)
-        _publish(rows, params, inputs, calibration_seconds, Path(work), run)
+            rows, seconds = _run_all(_Contest(job, run, params, config.keep_checkpoints), chosen)
+        _publish(rows, params, inputs, seconds, Path(work), run)
         return Comparison(
             output=output,
             rows=tuple(rows),
@@ -138,22 +160,22 @@ def compare(
 
 
 def choose(names: Sequence[str]) -> list[Contestant]:
-    """Return what takes part beside `slimllm`, by name; all there is where no name is given.
+    """Return what takes part, by name: `slimllm` first, and all there is where no name is given.
 
     Raises:
         ConfigError: a name is unknown.
     """
     known = {one.name: one for one in contestants()}
     for name in names:
-        if name not in known and name != REFERENCE:
-            raise ConfigError(f"method {name!r} is unknown: choose among {', '.join([REFERENCE, *known])}")
-    return [one for name, one in known.items() if name in names or not names]
+        if name not in known:
+            raise ConfigError(f"method {name!r} is unknown: choose among {', '.join(known)}")
+    return [one for name, one in known.items() if name in names or not names or name == REFERENCE]
 
 
 def contestants() -> list[Contestant]:
-    """Return every method beside `slimllm`: the rows of `METHODS`, a user's own among them, and gram refined."""
+    """Return every method: `slimllm`, the rows of `METHODS`, a user's own among them, and gram refined."""
     rows = [one_pass(method) for method in METHODS.values()]
-    return [*rows[:1], *REFINED, *rows[1:]]
+    return [LAYER_BY_LAYER, *rows[:1], REFINED, *rows[1:]]
 
 
 def one_pass(method: Method) -> Contestant:
@@ -170,44 +192,53 @@ def _prune_layer_by_layer(job: Job, store: MomentStore, targets: list[Target]) -
 
 
 LAYER_BY_LAYER = Contestant(REFERENCE, "SlimLLM (Guo et al., ICML 2025), as published", _prune_layer_by_layer)
-REFINED: tuple[Contestant, ...] = ()
+REFINED = replace(
+    one_pass(METHODS["gram"]), name="gram-refine", source="gram, then refined towards the dense stream", refine=True
+)
 
 
-def _run_all(job: Job, run: Run, params: dict[str, object], chosen: Sequence[Contestant]) -> tuple[list[Row], float]:
+def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row], float]:
     """Let all take part, one after the other; return their rows and the seconds of the pass that they share."""
+    job, run = contest.job, contest.run
     board = _Board(job.inputs, {blocks.spec: job.dense_perplexity(blocks) for blocks in job.inputs.held_out})
     board.enter_dense()
-    run.log_metrics({f"dense_{name}": value for name, value in _metrics(board.rows).items()})
+    run.log_metrics({f"dense_{name}": value for name, value in _losses(board.rows).items()})
     start = time.perf_counter()
     with open_moments(job) as store:
         calibration_seconds = time.perf_counter() - start
         run.log_metrics({"calibration_seconds": calibration_seconds})
         for contestant in chosen:
-            _run_one(job, run, params, store, contestant, board)
+            _run_one(contest, store, contestant, board)
     return board.rows, calibration_seconds
 
 
-def _run_one(
-    job: Job, run: Run, params: dict[str, object], store: MomentStore, contestant: Contestant, board: _Board
-) -> None:
+def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: _Board) -> None:
     """Write a method's models, measure them, and remove them unless they are to be kept."""
-    # A reporter of its own: the seconds of a kept checkpoint's record are those of this method.
-    job = replace(job, reporter=Reporter(job.reporter.console))
-    with _open_targets(job, run, contestant.name, _sparsities(job, board.reference)) as targets:
+    job = _job_of(contestant, contest.job)
+    with _open_targets(job, contest.run, contestant.name, _sparsities(contest.job, board.reference)) as targets:
         start = time.perf_counter()
         probes = contestant.prune(job, store, targets)
         seconds = (time.perf_counter() - start) / len(targets)
         for number, (target, probe) in enumerate(zip(targets, probes, strict=True)):
-            totals = complete(job, target, probe)
-            rows = board.enter(contestant, number, totals, seconds)
-            asked = params | {"method": contestant.name, "source": contestant.source, "sparsity": target.sparsity}
-            target.run.log_params({name: value for name, value in asked.items() if value is not None})
-            target.run.log_metrics(_metrics(rows))
-            if job.config.keep_checkpoints:
+            totals = complete(replace(job, reporter=job.reporter.continued()), target, probe)
+            asked = {"method": contestant.name, "source": contestant.source, "sparsity": target.sparsity}
+            params = {name: value for name, value in (contest.params | asked).items() if value is not None}
+            spent = seconds + totals.seconds.get("refining", 0.0)
+            _log(target.run, params, board.enter(contestant, number, totals, spent))
+            if contest.keep_checkpoints:
                 (target.directory / "pruning").mkdir()
-                write_record(target.directory, asked, job.inputs, target.writer.layers, totals)
+                write_record(target.directory, params, job.inputs, target.writer.layers, totals)
             else:
                 shutil.rmtree(target.directory)
+
+
+def _job_of(contestant: Contestant, job: Job) -> Job:
+    """Return the job with the settings that `prune` would be given, and a clock of the method's own."""
+    config = job.config
+    if contestant.refine:
+        shared = {item.name: getattr(config, item.name) for item in fields(PruneConfig)}
+        config = PruneConfig(**shared | GRAM_ONLY | {"refine": True})
+    return replace(job, config=config, reporter=Reporter(job.reporter.console))
 
 
 def _sparsities(job: Job, reference: Sequence[Totals]) -> Sequence[float | None]:
@@ -231,18 +262,27 @@ def _open_targets(job: Job, run: Run, method: str, sparsities: Sequence[float | 
         yield targets
 
 
-def _metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Return a model's rows as metrics; of several sets of held-out blocks, the first keeps the plain names."""
+def _log(run: Run, params: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Log what a model was made by, and its rows."""
     first = rows[0]
-    metrics = {"sparsity": first.sparsity, "parameters": first.parameters, "seconds": first.seconds}
-    for number, row in enumerate(rows):
-        suffix = f"/{number}" if number else ""
-        metrics |= {f"perplexity{suffix}": row.perplexity, f"loss{suffix}": row.loss, f"gap{suffix}": row.gap}
-    return metrics
+    run.log_params(params)
+    run.log_metrics({"sparsity": first.sparsity, "parameters": first.parameters, "seconds": first.seconds})
+    gaps = {f"gap{_suffix(number)}": row.gap for number, row in enumerate(rows)}
+    run.log_metrics(_losses(rows) | gaps)
+
+
+def _losses(rows: Sequence[Row]) -> dict[str, float]:
+    perplexities = {f"perplexity{_suffix(number)}": row.perplexity for number, row in enumerate(rows)}
+    return perplexities | {f"loss{_suffix(number)}": row.loss for number, row in enumerate(rows)}
+
+
+def _suffix(number: int) -> str:
+    """Return how the metrics of a set of held-out blocks end: of several sets, the first keeps the plain names."""
+    return f"/{number}" if number else ""
 
 
 def _publish(
-    rows: Sequence[Row], params: dict[str, object], inputs: Inputs, calibration_seconds: float, work: Path, run: Run
+    rows: Sequence[Row], params: dict[str, Any], inputs: Inputs, calibration_seconds: float, work: Path, run: Run
 ) -> None:
     """Write the tables and figures, log them, and move them into the output; the kept checkpoints too."""
     header = {

@@ -85,7 +85,9 @@ def as_markdown(rows: Sequence[Row], header: dict[str, Any]) -> str:
     for data in _data(rows):
         lines += ["", f"## {Path(data).name}", "", "| " + " | ".join(HEADINGS) + " |"]
         lines.append("|---|---|" + "--:|" * (len(HEADINGS) - 2))
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows if row.data == data]
+        # A bar within a cell (as in |W| |X|) would end it.
+        cells = [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows if row.data == data]
+        lines += ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join(lines) + "\n"
 
 

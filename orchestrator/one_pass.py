@@ -17,7 +17,7 @@ from actors import PROBED_TOKENS, SolverPool, results
 from orchestrator.inputs import Inputs
 from orchestrator.job import Job, Probe, Target
 from orchestrator.record import log_layer
-from slimllm_ops.allocation import measure_layer
+from slimllm_ops.allocation import measure_layer, parameters_to_remove
 from slimllm_ops.budget import Candidate
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch, layer_shape
@@ -177,7 +177,7 @@ def decide_layers(
 def target_parameters(source: Checkpoint, sparsity: float | None) -> int:
     """Return how many parameters a sparsity removes from the decoder layers."""
     assert sparsity is not None, "a config with a ratio is refused for one-pass methods"
-    return round(sparsity * sum(measure_layer(source, layer).parameters for layer in range(source.num_layers)))
+    return parameters_to_remove([measure_layer(source, layer) for layer in range(source.num_layers)], sparsity)
 
 
 def _submit_rankings(

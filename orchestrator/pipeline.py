@@ -75,13 +75,14 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
             nothing is left behind.
     """
     reporter = reporter or Reporter()
+    tracking = tracking_options(config)
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
     output = Path(config.output or default_output(config, inputs.name))
     with (
         staged(output, config.overwrite) as staging,
         session(config.address, (actors, slimllm_ops)) as resources,
-        tracked_run(tracking_options(config), staging / "pruning" / "metrics.jsonl", reporter.warn) as run,
+        tracked_run(tracking, staging / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = plan_workers(resources, config.workers, config.gpus_per_worker)
         params = run_params(config, inputs, workers)

@@ -18,6 +18,12 @@ class Reporter:
         self.console = console or Console(stderr=True, highlight=False)
         self.seconds: dict[str, float] = {}
 
+    def continued(self) -> "Reporter":
+        """Return another on the same console that goes on from this one's seconds, and leaves them as they are."""
+        reporter = Reporter(self.console)
+        reporter.seconds |= self.seconds
+        return reporter
+
     def note(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, soft_wrap=True, markup=False)

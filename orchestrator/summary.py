@@ -6,6 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.comparison import Comparison
+from orchestrator.comparison_table import print_table
 from orchestrator.pipeline import PruneResult
 
 
@@ -29,6 +31,20 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
         lines += [
             f"MLflow run {result.run_id}: {result.model_uri}",
             f"to look at it: mlflow ui --backend-store-uri {result.tracking_uri}",
+        ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print how the methods did, and the paths."""
+    console = console or Console(highlight=False)
+    print_table(comparison.rows, console)
+    lines = [f"table and figure: {comparison.output}"]
+    if comparison.tracking_uri is not None:
+        lines += [
+            f"MLflow run {comparison.run_id}, with a child for each model",
+            f"to look at it: mlflow ui --backend-store-uri {comparison.tracking_uri}",
         ]
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)

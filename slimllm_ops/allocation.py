@@ -90,6 +90,12 @@ class Budget:
     note: str = ""
 
 
+def parameters_to_remove(sizes: Sequence[LayerSize], sparsity: float) -> int:
+    """Return how many parameters a sparsity removes from decoder layers."""
+    # A sparsity that was computed from a count shall give that count again, whatever its last digit.
+    return int(sparsity * sum(size.parameters for size in sizes) + 1e-3)
+
+
 def published_settings(sparsity: float, num_layers: int) -> tuple[int, float]:
     """Return (pruned layers, alpha) at a sparsity: a line through the two published settings, flat outside."""
     (low, low_fraction, low_alpha), (high, high_fraction, high_alpha) = PUBLISHED
@@ -149,7 +155,7 @@ def budget_by_sparsity(
     Raises:
         InputError: all layers together cannot give so much with one KV group and one channel left in each.
     """
-    target = int(sparsity * sum(size.parameters for size in sizes))
+    target = parameters_to_remove(sizes, sparsity)
     for pruned in range(num_pruned, len(sizes) + 1):
         weights = layer_weights(similarities, pruned, alpha)
         layers = _meet(sizes, weights, target)

@@ -25,7 +25,7 @@ def shared() -> Path:
 def local_ray() -> Iterator[None]:
     """One Ray for all tests, with more logical CPUs than the machine has, so that several workers fit."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

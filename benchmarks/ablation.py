@@ -1,0 +1,186 @@
+"""What each step from SlimLLM to `gram` is worth: the table of benchmarks/results/ablation.md, by `make ablation`.
+
+Three small models, two settings of the paper each. Every model of a column has the parameters that the published
+method leaves at that setting, and is made from the same calibration tokens. The rows are contestants like any other:
+what is no method of its own is composed here, from the package's own steps.
+"""
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import actors
+import slimllm_ops
+from benchmarks.machine import describe_machine, write_table
+from cluster import session
+from orchestrator.comparison import LAYER_BY_LAYER, REFINED, Comparison, Contestant, compare, one_pass
+from orchestrator.config import CompareConfig
+from orchestrator.job import Job, Probe, Target
+from orchestrator.layerwise import prune_layerwise
+from orchestrator.one_pass import Ranked, rank_modules, write_models
+from slimllm_ops.budget import STREAM_WEIGHT, Candidate, spend_by_price
+from slimllm_ops.methods import METHODS
+from slimllm_ops.moment_store import MomentStore
+from slimllm_ops.plan import Decision, LayerPlan
+from slimllm_ops.ranking import Ranking
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+RESULT = ROOT / "benchmarks" / "results" / "ablation.md"
+
+TITLE = "What each step from SlimLLM to gram is worth"
+EXPLANATION = """\
+Gap to the dense model's held-out loss, as a fraction of the gap that the published SlimLLM leaves, at the same
+parameter count. Percentages are of all parameters, embeddings included. `make ablation` writes this file."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A column of the table: a model and the paper's settings."""
+
+    model: str
+    tokens: str
+    ratio: float
+    pruned_layers: int
+    alpha: float
+
+
+# The small models first: the last takes most of the time.
+SETTINGS = (
+    Setting("stories260k-mha", "stories260k", 0.25, 4, 10.0),
+    Setting("stories260k-mha", "stories260k", 0.55, 3, 7.0),
+    Setting("babyllama-mha", "babyllama", 0.25, 4, 10.0),
+    Setting("babyllama-mha", "babyllama", 0.55, 3, 7.0),
+    Setting("lab-llama-11m", "lab", 0.25, 6, 10.0),
+    Setting("lab-llama-11m", "lab", 0.55, 7, 7.0),
+)
+
+
+class PublishedChoice:
+    """SlimLLM as published, and what becomes of its choices when its later steps are replaced."""
+
+    def __init__(self) -> None:
+        self._layers: list[LayerPlan] = []
+
+    def prune(self, job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
+        """Prune as published, and remember what was kept."""
+        probes = prune_layerwise(job, targets)
+        self._layers = targets[0].writer.layers
+        return probes
+
+    def refit(self, job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
+        """Keep what the paper keeps, and recover by least squares from the dense model's moments, in one pass."""
+        return self._write(job, store, targets, lambda ranking, decision: _order_of(decision) if decision else ranking)
+
+    def eliminate(self, job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
+        """Keep as many units as the paper in every module, chosen by elimination."""
+        return self._write(job, store, targets, lambda ranking, decision: ranking)
+
+    def _write(
+        self,
+        job: Job,
+        store: MomentStore,
+        targets: list[Target],
+        rank: Callable[[Ranking, Decision | None], Ranking],
+    ) -> list[Probe]:
+        decisions = [decision for layer in self._layers for decision in (layer.attention, layer.mlp)]
+        counts = [decision.num_removed if decision else 0 for decision in decisions]
+        method = replace(METHODS["gram"], spend=lambda candidates, target: counts)
+        dense = rank_modules(job.pool, job.source, store, method)
+        candidates = [
+            replace(candidate, ranking=rank(candidate.ranking, decision))
+            for candidate, decision in zip(dense.candidates, decisions, strict=True)
+        ]
+        return write_models(job, store, Ranked(method, candidates), targets)
+
+
+def _order_of(decision: Decision) -> Ranking:
+    """Return an order in which what a decision removed goes first."""
+    order = sorted(range(decision.num_units), key=lambda unit: unit in decision.kept)
+    return Ranking(tuple(order), (0.0,) * len(order))
+
+
+def rows() -> list[tuple[str, Contestant]]:
+    """Return the table's rows: what each is called, and what takes part."""
+    published = PublishedChoice()
+    scales: dict[str, Callable[[Candidate], float]] = {
+        "budget over all layers, divided by the output's variance, tr(W^T C W)": lambda one: one.output_variance,
+        "budget, divided by the stream's power, E abs(h)^2": lambda one: one.stream_power,
+        "budget, divided by the geometric mean of the two": lambda one: math.sqrt(
+            one.output_variance * one.stream_power
+        ),
+    }
+    budgets = [(name, one_pass(replace(METHODS["gram"], spend=_spending_by(scale)))) for name, scale in scales.items()]
+    shares = f"the powers of {STREAM_WEIGHT:g} and {1 - STREAM_WEIGHT:g}"
+    named = [
+        ("SlimLLM, published", replace(LAYER_BY_LAYER, prune=published.prune)),
+        ("FLAP's metric and bias compensation", one_pass(METHODS["flap"])),
+        ("paper's choice + full least squares, one pass", Contestant("", "", published.refit)),
+        ("paper's counts + elimination order, one pass", Contestant("", "", published.eliminate)),
+        *budgets,
+        (f"budget, divided by the stream's and the output's to {shares} (`gram`)", one_pass(METHODS["gram"])),
+        ("`gram --refine`", REFINED),
+    ]
+    # Contestants are told apart by their names, and the first has the published method's.
+    return [named[0]] + [(name, replace(one, name=f"row-{n}")) for n, (name, one) in enumerate(named[1:], start=1)]
+
+
+def _spending_by(scale: Callable[[Candidate], float]) -> Callable[[Sequence[Candidate], int], list[int]]:
+    def price(candidate: Candidate, num_removed: int) -> float:
+        return candidate.ranking.costs[num_removed] / candidate.unit_parameters / max(scale(candidate), 1e-300)
+
+    return lambda candidates, target: spend_by_price(candidates, target, price)
+
+
+def measure(setting: Setting, contestants: Sequence[Contestant], work: Path) -> Comparison:
+    """Run a column."""
+    tokens = SHARED / "golden" / "tokens"
+    config = CompareConfig(
+        model=str(SHARED / "models" / setting.model),
+        ratio=setting.ratio,
+        pruned_layers=setting.pruned_layers,
+        alpha=setting.alpha,
+        calibration=str(tokens / f"{setting.tokens}.calibration.parquet"),
+        evaluate=(str(tokens / f"{setting.tokens}.heldout.parquet"),),
+        workers=1,
+        output=str(work / f"{setting.model}-{setting.ratio:g}"),
+        tracking_uri=f"sqlite:///{work / 'mlflow.db'}",
+    )
+    return compare(config, chosen=contestants)
+
+
+def tabulate(names: Sequence[str], columns: dict[Setting, Comparison]) -> list[list[str]]:
+    """Return the table's cells, the heading first."""
+    heading, table = [""], [["dense (loss)"], ["SlimLLM, published (loss)"], *([name] for name in names)]
+    for setting, comparison in columns.items():
+        dense, *models = comparison.rows
+        heading.append(f"{setting.model}, ratio {setting.ratio:g} ({1 - models[0].parameters / dense.parameters:.0%})")
+        gaps = [f"{row.gap:.3f}" if row.gap < 1 else f"{row.gap:.2f}" for row in models]
+        for line, cell in zip(table, [f"{dense.loss:.4f}", f"{models[0].loss:.4f}", *gaps], strict=True):
+            line.append(cell)
+    return [heading, *table]
+
+
+def main() -> None:
+    """Measure all columns, or those of some models; the file is written anew after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", help="only these models")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    settings = [one for one in SETTINGS if not arguments.models or one.model in arguments.models]
+    start = time.perf_counter()
+    columns: dict[Setting, Comparison] = {}
+    with tempfile.TemporaryDirectory() as work, session(None, (actors, slimllm_ops)):
+        for setting in settings:
+            named = rows()
+            columns[setting] = measure(setting, [contestant for _, contestant in named], Path(work))
+            spent = f"{(time.perf_counter() - start) / 60:.0f} minutes, one worker, on {describe_machine()}"
+            write_table(arguments.output, TITLE, f"{EXPLANATION}\n\n{spent}", tabulate([n for n, _ in named], columns))
+
+
+if __name__ == "__main__":
+    main()

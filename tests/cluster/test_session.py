@@ -1,0 +1,86 @@
+"""How many workers a cluster has room for, and which Ray a run is connected to."""
+
+import signal
+
+import pytest
+import ray
+
+from cluster import ClusterError, Node, Resources, plan_workers, session
+
+
+def cluster(*nodes: tuple[int, int]) -> Resources:
+    return Resources(tuple(Node(cpus, gpus) for cpus, gpus in nodes))
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "expected"),
+    [
+        # A worker for each four cores, at least one; all cores are used.
+        (cluster((1, 0)), (None, None), (1, 1, 0.0)),
+        (cluster((2, 0)), (None, None), (1, 2, 0.0)),
+        (cluster((16, 0)), (None, None), (4, 4, 0.0)),
+        (cluster((8, 0), (4, 0)), (None, None), (3, 4, 0.0)),
+        # A worker for each GPU where there are any.
+        (cluster((16, 2)), (None, None), (2, 8, 1.0)),
+        (cluster((16, 2)), (None, 0.5), (4, 4, 0.5)),
+        (cluster((16, 2)), (None, 0.0), (4, 4, 0.0)),
+        (cluster((16, 2)), (1, None), (1, 16, 1.0)),
+        # No worker is wider than its node.
+        (cluster((4, 0), (4, 0)), (1, None), (1, 4, 0.0)),
+        (cluster((6, 0), (2, 0)), (4, None), (4, 2, 0.0)),
+        (cluster((8, 0)), (5, None), (5, 1, 0.0)),
+    ],
+)
+def test_workers_are_as_many_and_as_wide_as_there_is_room(
+    resources: Resources, asked: tuple[int | None, float | None], expected: tuple[int, int, float]
+) -> None:
+    plan = plan_workers(resources, *asked)
+    assert (plan.num_workers, plan.cpus_per_worker, plan.gpus_per_worker) == expected
+    assert resources.room(plan.cpus_per_worker, plan.gpus_per_worker) >= plan.num_workers
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked"),
+    [
+        (cluster((2, 0)), (3, None)),
+        (cluster((2, 0)), (None, 1.0)),
+        (cluster((2, 0)), (1, 1.0)),
+        (cluster((16, 2)), (3, None)),
+        (cluster((16, 1), (16, 1)), (1, 2.0)),
+    ],
+)
+def test_more_than_there_is_room_for_is_refused(resources: Resources, asked: tuple[int | None, float | None]) -> None:
+    with pytest.raises(ClusterError, match=r"asked for, the cluster has room for \d: .* lower --workers"):
+        plan_workers(resources, *asked)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_connection_that_is_there_is_used_and_left_open() -> None:
+    address = ray.get_runtime_context().gcs_address
+    for asked in (None, "auto", address):
+        with session(asked, ()) as resources:
+            assert (resources.cpus, resources.gpus) == (8, 0)
+        assert ray.is_initialized()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_connection_to_another_ray_is_not_taken_for_the_one_asked_for() -> None:
+    with pytest.raises(ClusterError, match=r"10.1.2.3:6379 was asked for, but .* already connected"):
+        session("10.1.2.3:6379", ()).__enter__()
+
+
+def test_the_programs_own_sigterm_handler_outlives_the_start_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(signum: int, frame: object) -> None: ...
+
+    # What `ray.init` does to the handler, without the seconds that it takes.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *args, **kwargs: signal.signal(signal.SIGTERM, lambda *event: None))
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with session(None, ()):
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)

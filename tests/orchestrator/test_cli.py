@@ -1,0 +1,208 @@
+"""The command as it is run: in processes of its own, with files, signals and a cluster that is not ours."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from orchestrator import cli, pipeline
+from orchestrator.cli import main
+from orchestrator.config import PruneConfig
+from orchestrator.progress import Reporter
+from slimllm_ops.plan import Plan
+
+SLIMLLM = str(Path(sys.executable).with_name("slimllm"))
+# A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
+ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PruneConfig]:
+    """What `slimllm prune` would run with."""
+    seen: list[PruneConfig] = []
+    monkeypatch.setattr(cli, "_prune", seen.append)
+
+    def run(*arguments: object) -> PruneConfig:
+        result = CliRunner().invoke(main, ["prune", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return seen[-1]
+
+    return run
+
+
+def test_without_options_everything_is_the_default(configured: Callable[..., PruneConfig]) -> None:
+    assert configured() == PruneConfig()
+
+
+def test_every_option_is_a_setting(configured: Callable[..., PruneConfig]) -> None:
+    config = configured(
+        *("model", "--output", "o", "--overwrite", "--ratio", ".3", "--pruned-layers", 3, "--alpha", 7),
+        *("--keep-lowest", 0, "--calibration", "c", "--samples", 5, "--sequence-length", 64, "--seed", 1),
+        *("--evaluate", "a", "--evaluate", "b", "--workers", 2, "--gpus-per-worker", ".5", "--address", "h:1"),
+        *("--experiment", "e", "--tracking-uri", "u", "--run-name", "r", "--register", "n", "--method", "slimllm"),
+    )
+    assert config == PruneConfig(
+        **{"model": "model", "output": "o", "overwrite": True, "ratio": 0.3, "pruned_layers": 3, "alpha": 7},
+        **{"keep_lowest": 0, "calibration": "c", "samples": 5, "sequence_length": 64, "seed": 1},
+        **{"evaluate": ("a", "b"), "workers": 2, "gpus_per_worker": 0.5, "address": "h:1"},
+        **{"experiment": "e", "tracking_uri": "u", "run_name": "r", "register": "n", "method": "slimllm"},
+    )
+
+
+def test_flags_win_over_a_file(configured: Callable[..., PruneConfig], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "m"\nsparsity = 0.3\nworkers = 3\nevaluate = ["a"]\n')
+    config = configured("--config", file, "--sparsity", 0.4, "--evaluate", "b")
+    assert config == PruneConfig(model="m", sparsity=0.4, workers=3, evaluate=("b",))
+    assert configured("--config", file) == PruneConfig(model="m", sparsity=0.3, workers=3, evaluate=("a",))
+
+
+def test_help_is_quick_since_it_imports_neither_torch_nor_ray() -> None:
+    script = "import sys, orchestrator.cli; sys.exit(bool({'torch', 'ray', 'mlflow', 'datasets'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+# ---- A worker that dies
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(
+    gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killing(Reporter):
+        """Kills a worker when the first layer is pruned."""
+
+        def layers(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
+            for layer in super().layers(stage, num_layers, tokens):
+                yield layer
+                if stage == "pruning":
+                    shards = [p for p in psutil.Process().children(recursive=True) if "ray::Shard" in p.cmdline()[0]]
+                    os.kill(shards[-1].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(pipeline, "Reporter", Killing)
+    command = ["prune", str(gqa_model), "--calibration", str(token_file), "--tracking-uri", tracking_uri]
+    command += ["--output", str(tmp_path / "a" / "out"), "--workers", "2", "--run-name", "killed"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.splitlines()[-1].startswith("slimllm: a worker died: ")
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+    assert run_status(tracking_uri, "killed") == "FAILED"
+
+
+def run_status(uri: str, name: str) -> str:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("slimllm")
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    return run.info.status
+
+
+# ---- Processes of its own
+
+
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    # A session of its own, so that a signal to its process group is what Ctrl-C on a terminal is.
+    return subprocess.Popen(
+        [SLIMLLM, "prune", *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 130, "slimllm: interrupted"), (signal.SIGTERM, 143, "slimllm: terminated")],
+)
+def test_a_signal_ends_the_workers_and_the_run_and_leaves_no_output(
+    make_llama: Callable[..., Path],
+    token_file: Path,
+    tracking_uri: str,
+    tmp_path: Path,
+    sent: signal.Signals,
+    code: int,
+    said: str,
+) -> None:
+    model = make_llama(num_hidden_layers=60, hidden_size=16, intermediate_size=32)
+    data = ["--calibration", token_file, "--tracking-uri", tracking_uri, "--run-name", sent.name]
+    process = start(model, *data, "--output", tmp_path / "a" / "out")
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    assert first.startswith("layer similarities: ")
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert any("ray::Shard" in " ".join(child.cmdline()) for child in started)
+    # The kill program's manners: to the process. A terminal's: to all of its group.
+    if sent == signal.SIGTERM:
+        process.send_signal(sent)
+    else:
+        os.killpg(process.pid, sent)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert stderr.splitlines()[-1] == f"{said}; no checkpoint was written"
+    assert "Traceback" not in stderr
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
+    assert not list(tmp_path.iterdir())
+    assert run_status(tracking_uri, sent.name) == "KILLED"
+
+
+@pytest.fixture
+def other_cluster(tmp_path: Path) -> Iterator[str]:
+    """A Ray that somebody else started on this machine, in processes of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command += ["--node-ip-address=127.0.0.1", "--num-cpus=3", "--include-dashboard=false", "--disable-usage-stats"]
+    with (tmp_path / "ray.log").open("w") as log:
+        head = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
+            assert head.poll() is None, (tmp_path / "ray.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.terminate()
+        head.wait(timeout=30)
+
+
+def test_a_whole_run_from_a_file_on_another_cluster(
+    gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, other_cluster: str
+) -> None:
+    output = tmp_path / "out"
+    settings: dict[str, Any] = {
+        "model": str(gqa_model),
+        "output": str(output),
+        "calibration": str(token_file),
+        "tracking-uri": tracking_uri,
+        "address": other_cluster,
+        "run-name": "from a file",
+    }
+    file = tmp_path / "run.toml"
+    file.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()) + "sparsity = 0.9\n")
+    process = start("--config", file, "--sparsity", "0.4", "--workers", "2")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    lines = stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["layer similarities", "pruning"], stderr
+    assert f"checkpoint: {output}" in stdout
+    assert f"mlflow ui --backend-store-uri {tracking_uri}" in stdout
+    assert "parameters" in stdout
+    header = Plan.read(output / "pruning" / "plan.json").header
+    asked = {name: header["params"][name] for name in ("sparsity", "num_workers", "cpus_per_worker", "address")}
+    assert asked == {"sparsity": 0.4, "num_workers": 2, "cpus_per_worker": 1, "address": other_cluster}
+    assert run_status(tracking_uri, "from a file") == "FINISHED"

@@ -1,0 +1,62 @@
+"""What a run starts from: which model is meant, and how its data are cut for the workers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator import PruneConfig, inputs
+from orchestrator.data import TokenBlocks
+from orchestrator.inputs import into_batches, load_inputs, model_name, resolve_model
+from slimllm_ops.errors import CheckpointError, InputError
+
+
+def blocks(num_blocks: int, length: int) -> TokenBlocks:
+    ids_BT = np.arange(num_blocks * length, dtype=np.int32).reshape(num_blocks, length)
+    return TokenBlocks("spec", ids_BT, "digest", num_blocks)
+
+
+@pytest.mark.parametrize(("num_blocks", "length"), [(1, 8), (15, 8), (16, 8), (33, 8), (1000, 64), (5, 5000)])
+def test_batches_are_the_blocks_in_order_within_the_bounds(num_blocks: int, length: int) -> None:
+    given = blocks(num_blocks, length)
+    batches = into_batches(given)
+    assert np.array_equal(np.concatenate(batches), given.input_ids_BT)
+    assert len(batches) >= min(num_blocks, inputs.MIN_BATCHES)
+    assert all(len(batch) == 1 or batch.size <= inputs.BATCH_TOKENS for batch in batches)
+
+
+def test_a_model_is_called_by_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model_name(None) == "builtin"
+    assert model_name("org/some-model") == "some-model"
+    assert model_name(f"{tmp_path}/") == tmp_path.name
+    monkeypatch.chdir(tmp_path)
+    assert model_name(".") == tmp_path.name
+
+
+def test_a_directory_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("org/model") == Path("org/model")
+
+
+def test_a_hub_id_that_cannot_be_had_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(inputs, "snapshot_download", no_network)
+    with pytest.raises(CheckpointError, match=r"org/model is no directory.*pass the directory of a downloaded model"):
+        resolve_model("org/model")
+
+
+def test_all_the_data_are_loaded_for_the_model(gqa_model: Path, token_file: Path) -> None:
+    spec = str(token_file)
+    loaded = load_inputs(PruneConfig(model=str(gqa_model), calibration=spec, evaluate=(spec,)))
+    assert loaded.name == gqa_model.name
+    assert (loaded.calibration.num_blocks, loaded.calibration.block_length) == (24, 16)
+    assert [blocks.digest for blocks in loaded.held_out] == [loaded.calibration.digest]
+
+
+def test_a_sparsity_out_of_reach_is_known_before_anything_starts(gqa_model: Path, token_file: Path) -> None:
+    config = PruneConfig(model=str(gqa_model), calibration=str(token_file), sparsity=0.9)
+    with pytest.raises(InputError, match=r"sparsity 0.9 is not reachable.*one channel left.*ask for less"):
+        load_inputs(config)
