@@ -172,7 +172,7 @@ def _require_answer(address: str) -> None:
         raise ClusterError(f"--address {address!r} is not host:port, nor auto: pass the address of the head node")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ClusterError(
             f"no Ray answers at {address} ({error}): start one there with `ray start --head`, or leave --address out"
         ) from error

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator import pipeline
 from orchestrator.pipeline import PruneResult
-from orchestrator.tracking import Journal
+from orchestrator.tracking.journal import Journal
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import ReadBackError
 from slimllm_ops.plan import Plan
