@@ -76,7 +76,7 @@ def test_fewer_batches_than_workers_do(shards: ShardGroup, gqa_model: Path, batc
 
 
 def test_what_a_worker_raises_for_the_user_arrives_as_it_was(shards: ShardGroup, batches: list[np.ndarray]) -> None:
-    with pytest.raises(CheckpointError, match="^model directory /none does not exist") as raised:
+    with pytest.raises(CheckpointError, match=r"^model directory /none does not exist") as raised:
         shards.open_stream("none", "/none", batches)
     assert raised.type is CheckpointError
 

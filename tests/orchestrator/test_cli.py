@@ -136,7 +136,7 @@ def test_a_signal_ends_the_workers_and_the_run_and_leaves_no_output(
     code: int,
     said: str,
 ) -> None:
-    model = make_llama(num_hidden_layers=60, hidden_size=16, intermediate_size=32)
+    model = make_llama(num_hidden_layers=30, hidden_size=16, intermediate_size=32)
     data = ["--calibration", token_file, "--tracking-uri", tracking_uri, "--run-name", sent.name]
     process = start(model, *data, "--output", tmp_path / "a" / "out")
     assert process.stderr is not None

@@ -36,7 +36,7 @@ def test_a_model_is_called_by_its_directory(tmp_path: Path, monkeypatch: pytest.
 def test_a_directory_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("org/model") == Path("org/model")
+    assert resolve_model("org/model") == tmp_path / "org" / "model"
 
 
 def test_a_hub_id_that_cannot_be_had_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
