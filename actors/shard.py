@@ -3,6 +3,7 @@
 What a method returns is a function of its arguments and of the decisions applied so far, never of timing.
 """
 
+import os
 import resource
 from pathlib import Path
 
@@ -34,7 +35,8 @@ class Shard:
     """
 
     def __init__(self, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        # Ray may be told of more CPUs than there are.
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self._device = torch.device(device)
         self._streams: dict[str, LayerStream] = {}
         self._refinements: dict[str, RefinementStream] = {}
