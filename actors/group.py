@@ -13,6 +13,7 @@ import torch
 from actors.shard import Refitted, Shard
 from actors.waiting import get_in_order, get_one
 from slimllm_ops.families import Branch
+from slimllm_ops.moments import merge_tree
 from slimllm_ops.plan import Decision
 from slimllm_ops.stream import Mean, compute_dtype
 
@@ -96,7 +97,7 @@ class ShardGroup:
         """Run a branch up to its output projection; return a reference to the merged moments."""
         actors = self._holders[name]
         # Nobody waits here: moments stay on the cluster, and an error reaches whoever decides from them.
-        return self._merge(actors, [actor.observe.remote(name, layer, branch) for actor in actors])
+        return _merge(actors, [actor.observe.remote(name, layer, branch) for actor in actors])
 
     def decide_heads(self, name: str, layer: int, observed: ray.ObjectRef, **counts: Any) -> Decision:
         """Decide a layer's attention, where its moments were merged."""
@@ -122,7 +123,7 @@ class ShardGroup:
     def alignment(self, name: str, layer: int, branch: Branch) -> np.ndarray:
         """Observe both streams' inputs of a branch, align every shard's pruned one, and return the map (D, D)."""
         actors = self._holders[name]
-        observed = self._merge(actors, [actor.observe_inputs.remote(name, layer, branch) for actor in actors])
+        observed = _merge(actors, [actor.observe_inputs.remote(name, layer, branch) for actor in actors])
         solved = actors[0].solve_alignment.remote(observed)
         get_in_order([actor.align.remote(name, layer, branch, solved) for actor in actors])
         return get_one(solved)
@@ -130,7 +131,7 @@ class ShardGroup:
     def refit(self, name: str, layer: int, branch: Branch) -> Refitted:
         """Observe a branch's target, refit its output projection in every shard's pruned stream, and return it."""
         actors = self._holders[name]
-        observed = self._merge(actors, [actor.observe_targets.remote(name, layer, branch) for actor in actors])
+        observed = _merge(actors, [actor.observe_targets.remote(name, layer, branch) for actor in actors])
         solved = actors[0].solve_refit.remote(name, layer, branch, observed)
         get_in_order([actor.apply_refit.remote(name, layer, branch, solved) for actor in actors])
         return get_one(solved)
@@ -148,17 +149,6 @@ class ShardGroup:
         peaks = get_in_order([actor.peak_memory.remote() for actor in self._actors])
         return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
 
-    def _merge(self, actors: list[Any], refs: list[ray.ObjectRef]) -> ray.ObjectRef:
-        """Merge observations pairwise, on the actors; only neighbours in the shards' order are ever added."""
-        pairs = list(zip(actors, refs, strict=True))
-        while len(pairs) > 1:
-            merged = [
-                (pairs[i][0], pairs[i][0].merge.remote(pairs[i][1], pairs[i + 1][1]))
-                for i in range(0, len(pairs) - 1, 2)
-            ]
-            pairs = merged + pairs[len(merged) * 2 :]
-        return pairs[0][1]
-
 
 def _split_evenly(batches: list[np.ndarray], num_shares: int) -> list[list[np.ndarray]]:
     """Cut a list into contiguous shares whose lengths differ by one at most, the longer ones first."""
@@ -172,3 +162,13 @@ def _mean(parts: list[Mean]) -> float:
     for part in parts[1:]:
         total = total.merge(part)
     return total.value
+
+
+def _merge(actors: list[Any], refs: list[ray.ObjectRef]) -> ray.ObjectRef:
+    """Merge observations on the actors that hold them; only neighbours in the shards' order are ever added."""
+
+    def merge(left: tuple[Any, ray.ObjectRef], right: tuple[Any, ray.ObjectRef]) -> tuple[Any, ray.ObjectRef]:
+        actor, ref = left
+        return actor, actor.merge.remote(ref, right[1])
+
+    return merge_tree(list(zip(actors, refs, strict=True)), merge)[1]

@@ -12,8 +12,9 @@ large uncentred sums would lose what is left of it.
 Shapes: N tokens, P inputs of an output projection.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 # Rows of a triangle are multiplied in this many block rows: near half of the full product's work, while each
 # block stays large enough for the GEMM to run at its full rate.
 TRIANGLE_BLOCKS = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,14 @@ def symmetric_product(x_NP: Tensor) -> Tensor:
     return product_PP
 
 
-def merge_in_order(parts: Sequence[Moments]) -> Moments:
-    """Merge moments in a balanced tree whose order is that of `parts`, so that the sum has one value."""
+def merge_tree(parts: Sequence[T], merge: Callable[[T, T], T]) -> T:
+    """Merge parts pairwise in a balanced tree whose order is theirs alone, so that the sum has one value.
+
+    The parts are moments, or whatever stands for them: references to moments that lie elsewhere.
+    """
     level = list(parts)
     while len(level) > 1:
-        pairs = [level[i].merge(level[i + 1]) for i in range(0, len(level) - 1, 2)]
+        pairs = [merge(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
         level = pairs + level[len(pairs) * 2 :]
     return level[0]
 

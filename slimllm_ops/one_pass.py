@@ -10,7 +10,7 @@ from slimllm_ops.elimination import eliminate
 from slimllm_ops.errors import SolveError
 from slimllm_ops.methods import Method
 from slimllm_ops.observation import PackedObservation
-from slimllm_ops.plan import Decision
+from slimllm_ops.plan import Decision, unit_rows
 from slimllm_ops.projection import Projection
 from slimllm_ops.ranking import Ranking
 
@@ -74,8 +74,7 @@ def decide_module(
             decisions.append(None)
             continue
         kept = ranking.kept_after(num_removed)
-        width = weight_DP.shape[1] // len(ranking.order)
-        kept_S = (torch.tensor(kept)[:, None] * width + torch.arange(width)).flatten().to(weight_DP.device)
+        kept_S = unit_rows(kept, len(ranking.order), weight_DP.shape[1]).to(weight_DP.device)
         try:
             recovery = method.recover(projection, kept_S)
         except SolveError as error:

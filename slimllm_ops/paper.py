@@ -10,7 +10,7 @@ from slimllm_ops.channels import choose_channels
 from slimllm_ops.families import Branch
 from slimllm_ops.heads import choose_heads
 from slimllm_ops.observation import Observation
-from slimllm_ops.plan import Decision
+from slimllm_ops.plan import Decision, unit_rows
 from slimllm_ops.projection import Projection
 from slimllm_ops.recovery import fit_line
 
@@ -42,7 +42,6 @@ def decide_channels(
 
 
 def _recover(projection: Projection, kept: tuple[int, ...], scores: Tensor) -> Decision:
-    width = len(projection.weight_PD) // len(scores)
-    kept_S = (torch.tensor(kept)[:, None] * width + torch.arange(width)).flatten()
+    kept_S = unit_rows(kept, len(scores), len(projection.weight_PD))
     line = fit_line(projection, kept_S.to(scores.device))
     return Decision(kept, tuple(scores.tolist()), line.cpu(), line.relative_error)

@@ -1,6 +1,7 @@
 """Decisions as values: what each module becomes, and the plan from which a pruned model is rebuilt."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from slimllm_ops.least_squares import Refit
 from slimllm_ops.recovery import Line
 
 Recovery = Line | Refit
+
+
+def unit_rows(units: Sequence[int], num_units: int, num_rows: int) -> Tensor:
+    """Return the rows of some units, where each of `num_units` has an equal share of `num_rows`, side by side."""
+    width = num_rows // num_units
+    return (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,7 @@ class Decision:
 
     def kept_rows(self, num_rows: int) -> Tensor:
         """Return which of `num_rows` rows stay, where each unit has an equal share of them, side by side."""
-        width = num_rows // self.num_units
-        return (torch.tensor(self.kept)[:, None] * width + torch.arange(width)).flatten()
+        return unit_rows(self.kept, self.num_units, num_rows)
 
 
 @dataclass(frozen=True)

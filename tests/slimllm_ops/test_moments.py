@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimllm_ops.moments import Moments, PackedMoments, merge_in_order, symmetric_product
+from slimllm_ops.moments import Moments, PackedMoments, merge_tree, symmetric_product
 
 
 def rows(seed: int, count: int, width: int = 13, mean: float = 3.0) -> torch.Tensor:
@@ -59,13 +59,13 @@ def test_merging_commutes_and_associates_up_to_rounding(mean: float) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 8])
 def test_a_tree_of_merges_gives_the_moments_of_all_rows(parts: int) -> None:
     pieces = [rows(seed, 4 + seed) for seed in range(parts)]
-    merged = merge_in_order([Moments.of(piece) for piece in pieces])
+    merged = merge_tree([Moments.of(piece) for piece in pieces], Moments.merge)
     assert_same(merged, Moments.of(torch.cat(pieces)), relative=1e-6)
 
 
 def test_the_tree_has_one_order_so_that_the_sum_has_one_value() -> None:
     a, b, c, d, e = (Moments.of(rows(seed, 4 + seed)) for seed in range(5))
-    found = merge_in_order([a, b, c, d, e])
+    found = merge_tree([a, b, c, d, e], Moments.merge)
     expected = a.merge(b).merge(c.merge(d)).merge(e)
     assert torch.equal(found.scatter_PP, expected.scatter_PP)
     assert torch.equal(found.mean_P, expected.mean_P)
@@ -75,7 +75,7 @@ def test_centred_sums_beat_uncentred_ones_where_the_mean_dwarfs_the_spread() -> 
     x_NP = rows(2, 400, mean=1e4).float()
     exact_PP = np.cov(x_NP.numpy().astype(np.float64), rowvar=False, bias=True)
     shards = [Moments.of(part) for part in x_NP.split(100)]
-    centred = np.abs(merge_in_order(shards).covariance_PP.numpy() - exact_PP).max()
+    centred = np.abs(merge_tree(shards, Moments.merge).covariance_PP.numpy() - exact_PP).max()
     mean_P = x_NP.mean(dim=0)
     uncentred = np.abs(((x_NP.T @ x_NP) / len(x_NP) - mean_P[:, None] * mean_P).numpy() - exact_PP).max()
     assert centred < 1e-5

@@ -1,0 +1,112 @@
+"""One layer's decisions by moments against the published code's algorithm: `python -m benchmarks.speed`.
+
+Random correlated activations of 4096 tokens, 16 heads; hidden 1024 with 2816 channels, and twice as wide. Both sides
+start from the activations, make the same decisions (checked) and fit the recovery. Elimination, which the published
+method has no part of, is measured against a plain product of the same size.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+import numpy as np
+import torch
+
+from benchmarks.machine import describe_machine, write_table
+from benchmarks.naive import prune_channels, prune_heads
+from slimllm_ops import elimination
+from slimllm_ops.families import FAMILIES
+from slimllm_ops.moments import Moments
+from slimllm_ops.observation import Observation
+from slimllm_ops.paper import decide_channels, decide_heads
+from slimllm_ops.projection import Projection
+
+T = TypeVar("T")
+
+TOKENS, HEADS = 4096, 16
+SHAPES = ((1024, 2816), (2048, 5632))
+ATTENTION, MLP = FAMILIES[0].attention, FAMILIES[0].mlp
+
+
+@click.command()
+@click.option("--hidden", type=int, multiple=True, default=[1024, 2048])
+@click.option("--output", type=Path, default=Path("benchmarks/results/speed.md"))
+def main(hidden: tuple[int, ...], output: Path) -> None:
+    """Measure every step once per shape and write the table."""
+    rows = [["step", "published algorithm, s", "from moments, s", "ratio"]]
+    for size, channels in SHAPES:
+        if size in hidden:
+            rows += [_measure_heads(size), _measure_channels(size, channels), _measure_elimination(channels, size)]
+    write_table(output, "One layer: by moments against the published algorithm", describe_machine(), rows)
+
+
+def _measure_heads(hidden: int) -> list[str]:
+    x_NP, weight_PD = _activations(hidden), _weights(hidden, hidden)
+    slow, plain = _timed(lambda: prune_heads(x_NP, weight_PD, HEADS, HEADS // 4))
+    tensors = {ATTENTION.output_weight: torch.from_numpy(weight_PD.T.copy())}
+
+    def by_moments() -> list[int]:
+        observed = Observation(Moments.of(torch.from_numpy(x_NP)), torch.zeros(hidden))
+        decision = decide_heads(tensors, ATTENTION, observed, num_units=HEADS, num_removed=HEADS // 4)
+        return list(decision.kept)
+
+    return _row(f"attention, hidden {hidden}", slow, plain, by_moments)
+
+
+def _measure_channels(hidden: int, channels: int) -> list[str]:
+    x_NP, input_ND = _activations(channels), _activations(hidden)
+    weight_PD, gate_PD, up_PD = _weights(channels, hidden), _weights(channels, hidden), _weights(channels, hidden)
+    num_removed = channels // 5
+    slow, plain = _timed(lambda: prune_channels(x_NP, weight_PD, input_ND, (gate_PD, up_PD), num_removed))
+    into = dict(zip(MLP.input_weights, map(torch.from_numpy, (gate_PD, up_PD)), strict=True))
+    tensors = into | {MLP.output_weight: torch.from_numpy(weight_PD.T.copy())}
+
+    def by_moments() -> list[int]:
+        squares_D = torch.from_numpy(input_ND).double().square().sum(dim=0)
+        observed = Observation(Moments.of(torch.from_numpy(x_NP)), squares_D)
+        return list(decide_channels(tensors, MLP, observed, num_removed=num_removed, keep_lowest=0.01).kept)
+
+    return _row(f"MLP, hidden {hidden}, {channels} channels", slow, plain, by_moments)
+
+
+def _measure_elimination(channels: int, hidden: int) -> list[str]:
+    """Measure the whole elimination path against the machine's rate of products in float64."""
+    moments = Moments.of(torch.from_numpy(_activations(channels)))
+    projection = Projection.of(moments, torch.from_numpy(_weights(channels, hidden).T.copy()))
+    seconds, _ = _timed(lambda: elimination.eliminate(projection, channels))
+    square = torch.rand(channels, channels, dtype=torch.float64)
+    product_seconds, _ = _timed(lambda: square @ square)
+    # A^-1, W W^T and the blocks' updates of both, over a set that shrinks to nothing: 1 + D / P + 2 products.
+    work = 3 + hidden / channels
+    share = work * product_seconds / seconds
+    return [f"elimination of {channels} channels", "", f"{seconds:.1f}", f"{share:.0%} of the GEMM rate"]
+
+
+def _row(name: str, slow: float, plain: list[int], by_moments: Callable[[], list[int]]) -> list[str]:
+    fast, kept = _timed(by_moments)
+    if kept != plain:
+        raise SystemExit(f"{name}: decisions differ: {len(set(kept) ^ set(plain))} units")
+    return [name, f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.1f}"]
+
+
+def _timed(action: Callable[[], T]) -> tuple[float, T]:
+    start = time.perf_counter()
+    result = action()
+    return time.perf_counter() - start, result
+
+
+def _activations(width: int) -> np.ndarray:
+    rng = np.random.default_rng(width)
+    mixing = rng.normal(size=(width, width)).astype(np.float32) / np.sqrt(width)
+    spread = rng.uniform(0.2, 2.0, size=width).astype(np.float32)
+    return (rng.normal(size=(TOKENS, width)).astype(np.float32) @ mixing) * spread + spread
+
+
+def _weights(inputs: int, outputs: int) -> np.ndarray:
+    return (np.random.default_rng(inputs + outputs).normal(size=(inputs, outputs)) / np.sqrt(inputs)).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()
