@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types ablation builtin-model
+.PHONY: install demo test lint types ablation benchmarks builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -27,6 +27,14 @@ types: install
 # What each step from SlimLLM to gram is worth, on the real models beside the checkout, in minutes.
 ablation: install
 	$(BIN)/python -m benchmarks.ablation
+
+# Seconds and memory of whole runs and of one layer's decisions, on an otherwise idle machine.
+SHARED := ../shared
+benchmarks: install
+	$(BIN)/python -m benchmarks.stages $(SHARED)/models/lab-llama-11m \
+		--calibration $(SHARED)/golden/tokens/lab.calibration.parquet \
+		--evaluate $(SHARED)/golden/tokens/lab.heldout.parquet
+	$(BIN)/python -m benchmarks.speed
 
 # Trains the built-in model anew, in minutes: the result is committed, so nobody has to.
 builtin-model: install
