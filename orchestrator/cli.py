@@ -31,7 +31,9 @@ def main() -> None:
 
 # Every option once; one that is left out is None or (), so that a config file's value stands.
 OPTIONS = {
-    "output": click.option("--output", metavar="DIR", help="Where the result goes. [pruned/, moments/ or comparisons/<model>]"),
+    "output": click.option(
+        "--output", metavar="DIR", help="Where the result goes. [pruned/, moments/ or comparisons/<model>]"
+    ),
     "overwrite": click.option("--overwrite", is_flag=True, default=None, help="Replace an output that is not empty."),
     "sparsity": click.option(
         "--sparsity", type=float, multiple=True, metavar="F", help="Fraction of the layers to remove; repeatable. [.2]"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 BLUE, VERMILION, GREY, BAND = "#0072B2", "#D55E00", "#D9DCE0", "#F5F6F8"
 METHOD_COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 METHOD_MARKERS = "osD^vPX"
+# After as many methods as there are colours, the same colours come again with other dashes.
+METHOD_DASHES = ("-", ":", "--")
 SLOT_WIDTH = 0.8
 # Up to so many layers a count fits into its bar as it is, beyond it is turned.
 MAX_WIDE_SLOTS = 12
@@ -173,7 +175,8 @@ def draw_perplexity_over_sparsity(
         points = np.array(sorted(pair for pair in pairs if np.isfinite(pair[1]))).reshape(-1, 2)
         colour = METHOD_COLOURS[number % len(METHOD_COLOURS)]
         marker = METHOD_MARKERS[number % len(METHOD_MARKERS)]
-        axes.plot(*points.T, color=colour, marker=marker, markersize=6, linewidth=1.8, label=method)
+        dashes = METHOD_DASHES[number // len(METHOD_COLOURS) % len(METHOD_DASHES)]
+        axes.plot(*points.T, color=colour, linestyle=dashes, marker=marker, markersize=6, linewidth=1.8, label=method)
         highest = max([highest, *points[:, 1]])
     if highest > 5 * dense:
         axes.set_yscale("log")
@@ -185,7 +188,8 @@ def draw_perplexity_over_sparsity(
     axes.set_title("Perplexity over sparsity", fontsize=14, fontweight="bold", loc="left")
     axes.grid(color=GREY, linewidth=0.6, which="both")
     axes.set_axisbelow(True)
-    axes.legend(edgecolor="none")
+    # Beside the axes: whatever corner it took, some curve would run there.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     _save(figure, path)
 
 

@@ -173,3 +173,11 @@ def test_importing_and_drawing_leave_pyplot_alone(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_two_of_many_methods_are_drawn_alike(drawn, tmp_path):
+    curves = {f"method {number}": [(0.2, 5.0 + number), (0.4, 9.0 + number)] for number in range(9)}
+    draw_perplexity_over_sparsity(curves, 4.0, tmp_path / "perplexity.png")
+    lines = drawn[0].axes[0].get_lines()
+    styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+    assert len(styles) == len(lines) == 10
