@@ -44,9 +44,18 @@ def ridge(projection: Projection) -> float:
 
 def invert(projection: Projection) -> Tensor:
     """Return A = (C + d I)^-1, shape (P, P)."""
-    regular_PP = projection.covariance_PP.clone()
-    regular_PP.diagonal().add_(ridge(projection))
-    return torch.cholesky_inverse(factorise(regular_PP))
+    return torch.cholesky_inverse(factorise_with_ridge(projection.covariance_PP, ridge(projection)))
+
+
+def factorise_with_ridge(covariance_PP: Tensor, d: float) -> Tensor:
+    """Return the Cholesky factor of C + d I, leaving C as it is.
+
+    Raises:
+        SolveError: it is not positive definite.
+    """
+    regular_PP = covariance_PP.clone()
+    regular_PP.diagonal().add_(d)
+    return factorise(regular_PP)
 
 
 def factorise(regular_PP: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimllm_ops.elimination import factorise, ridge
+from slimllm_ops.elimination import factorise_with_ridge, ridge
 from slimllm_ops.projection import Projection
 
 
@@ -48,9 +48,8 @@ def refit(projection: Projection, kept_S: Tensor) -> Refit:
     covariance_SS = covariance_SP[:, kept_S]
     image_SD = covariance_SP @ weight_PD
     missing_SD = image_SD - covariance_SS @ weight_PD[kept_S]
-    regular_SS = covariance_SS.clone()
-    regular_SS.diagonal().add_(ridge(projection))
-    weight_SD = weight_PD[kept_S] + torch.cholesky_solve(missing_SD, factorise(regular_SS))
+    factor_SS = factorise_with_ridge(covariance_SS, ridge(projection))
+    weight_SD = weight_PD[kept_S] + torch.cholesky_solve(missing_SD, factor_SS)
     bias_D = moments.mean_P @ weight_PD - moments.mean_P[kept_S] @ weight_SD
     explained = (weight_SD * (2 * image_SD - covariance_SS @ weight_SD)).sum()
     total = float(projection.variance_D.sum())

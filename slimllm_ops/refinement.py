@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimllm_ops.elimination import RIDGE, factorise
+from slimllm_ops.elimination import RIDGE, factorise_with_ridge
 from slimllm_ops.families import Branch
 from slimllm_ops.moments import Moments
 from slimllm_ops.observation import Observation
@@ -97,9 +97,9 @@ def solve_alignment(moments: Moments) -> Tensor:
     """
     second = _second_moment(moments)
     size = len(second) // 2
-    regular_DD = second[:size, :size].clone()
-    regular_DD.diagonal().add_(RIDGE * regular_DD.diagonal().mean())
-    correction_DD = torch.cholesky_solve(second[:size, size:], factorise(regular_DD))
+    inputs_DD = second[:size, :size]
+    factor_DD = factorise_with_ridge(inputs_DD, RIDGE * float(inputs_DD.diagonal().mean()))
+    correction_DD = torch.cholesky_solve(second[:size, size:], factor_DD)
     return torch.eye(size, dtype=second.dtype, device=second.device) + correction_DD
 
 
@@ -118,10 +118,10 @@ def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[T
     kept = len(weight_SD)
     joint = moments.covariance_PP if with_bias else _second_moment(moments)
     weight_SD = weight_SD.to(joint)
-    regular_SS = joint[:kept, :kept].clone()
-    regular_SS.diagonal().add_(RIDGE * float(regular_SS.diagonal().mean()) or 1.0)
-    missing_SD = joint[:kept, kept:] - joint[:kept, :kept] @ weight_SD
-    new_SD = weight_SD + torch.cholesky_solve(missing_SD, factorise(regular_SS))
+    inputs_SS = joint[:kept, :kept]
+    factor_SS = factorise_with_ridge(inputs_SS, RIDGE * float(inputs_SS.diagonal().mean()) or 1.0)
+    missing_SD = joint[:kept, kept:] - inputs_SS @ weight_SD
+    new_SD = weight_SD + torch.cholesky_solve(missing_SD, factor_SS)
     if not with_bias:
         return new_SD, None
     return new_SD, moments.mean_P[kept:] - moments.mean_P[:kept] @ new_SD
