@@ -3,6 +3,7 @@
 Results come in the order of the shards, and sums are made in a tree of that order, so nothing depends on timing.
 """
 
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -99,6 +100,13 @@ class ShardGroup:
         # Nobody waits here: moments stay on the cluster, and an error reaches whoever decides from them.
         return _merge(actors, [actor.observe.remote(name, layer, branch) for actor in actors])
 
+    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+        """Pass a branch as it is; return references to the merged moments, and to E|h|^2 of what it leaves."""
+        actors = self._holders[name]
+        calls = [actor.observe_dense.options(num_returns=2).remote(name, layer, branch) for actor in actors]
+        observed, powers = zip(*calls, strict=True)
+        return _merge(actors, list(observed)), actors[0].mean.remote(*powers)
+
     def decide_heads(self, name: str, layer: int, observed: ray.ObjectRef, **counts: Any) -> Decision:
         """Decide a layer's attention, where its moments were merged."""
         return get_one(self._holders[name][0].decide_heads.remote(name, layer, observed, **counts))
@@ -158,10 +166,7 @@ def _split_evenly(batches: list[np.ndarray], num_shares: int) -> list[list[np.nd
 
 
 def _mean(parts: list[Mean]) -> float:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.merge(part)
-    return total.value
+    return reduce(Mean.merge, parts).value
 
 
 def _merge(actors: list[Any], refs: list[ray.ObjectRef]) -> ray.ObjectRef:

@@ -5,6 +5,7 @@ What a method returns is a function of its arguments and of the decisions applie
 
 import os
 import resource
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,20 @@ class Shard:
         return self._streams[name].forward(layer)
 
     def observe(self, name: str, layer: int, branch: Branch) -> PackedObservation:
-        """Run a branch up to its output projection; return the moments of what came out."""
-        return PackedObservation.of(self._streams[name].observe(layer, branch))
+        """Run a branch up to its output projection; return the moments of what came out, and hold it until `apply`."""
+        return self._streams[name].observe(layer, branch)
+
+    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[PackedObservation, Mean]:
+        """Pass a branch as it is; return its moments, and the summed squares of the states that it leaves."""
+        return self._streams[name].observe_dense(layer, branch)
+
+    def mean(self, *parts: Mean) -> float:
+        """Return the mean over all shards' tokens."""
+        return reduce(Mean.merge, parts).value
 
     def merge(self, left: PackedObservation, right: PackedObservation) -> PackedObservation:
         """Return the observation of both sets of tokens."""
-        return PackedObservation.of(left.unpack(self._device).merge(right.unpack(self._device)))
+        return left.merge(right)
 
     def decide_heads(self, name: str, layer: int, observed: PackedObservation, *, num_removed: int) -> Decision:
         """Decide a layer's attention (`slimllm_ops.paper`)."""
@@ -101,7 +110,7 @@ class Shard:
 
     def observe_inputs(self, name: str, layer: int, branch: Branch) -> PackedObservation:
         """Return the joint moments of a branch's input in the pruned stream, and of what the dense one adds."""
-        return PackedObservation.of(self._refinements[name].observe_inputs(layer, branch))
+        return self._refinements[name].observe_inputs(layer, branch)
 
     def solve_alignment(self, observed: PackedObservation) -> np.ndarray:
         """Return the map (D, D) that brings a branch's input nearest to the dense one's."""
@@ -114,7 +123,7 @@ class Shard:
 
     def observe_targets(self, name: str, layer: int, branch: Branch) -> PackedObservation:
         """Run a branch in both streams; return the joint moments of its kept inputs and its target."""
-        return PackedObservation.of(self._refinements[name].observe_targets(layer, branch))
+        return self._refinements[name].observe_targets(layer, branch)
 
     def solve_refit(self, name: str, layer: int, branch: Branch, observed: PackedObservation) -> Refitted:
         """Return a branch's new output projection: weight (D, S), bias (D,) or None."""

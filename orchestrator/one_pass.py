@@ -55,9 +55,12 @@ def prune_one_pass(job: Job, targets: list[Target]) -> list[Probe]:
 
 def calibrate(job: Job, store: MomentStore) -> None:
     """Pass the calibration data through the dense model once; keep every layer's moments and elimination paths."""
-    for layer, solved in enumerate(results(_observe_layers(job))):
-        attention, mlp, attention_path, mlp_path, power = solved
+    job.shards.open_stream(DENSE, str(job.source.directory), job.inputs.calibration_batches())
+    solved = results(_observe_layers(job))
+    for layer in job.reporter.layers("calibrating", job.source.num_layers, job.inputs.calibration.num_tokens):
+        attention, mlp, attention_path, mlp_path, power = next(solved)
         store.save(layer, LayerPaths(ModulePath(*attention_path), ModulePath(*mlp_path), power), attention, mlp)
+    job.shards.close_stream(DENSE)
     store.seal(moments_of(job.inputs))
 
 
@@ -121,20 +124,16 @@ def open_moments(job: Job) -> Iterator[MomentStore]:
 
 
 def _observe_layers(job: Job) -> Iterator[tuple[Any, ...]]:
-    """Observe layer by layer; yield references to a layer's moments and to the solves that were begun on them."""
+    """Send every layer's observation and solves on their way; yield references to what will come of them."""
     source, shards, pool = job.source, job.shards, job.pool
     attention, mlp = source.family.attention, source.family.mlp
-    shards.open_stream(DENSE, str(source.directory), job.inputs.calibration_batches())
-    for layer in job.reporter.layers("calibrating", source.num_layers, job.inputs.calibration.num_tokens):
+    for layer in range(source.num_layers):
         shape = layer_shape(source.config, layer)
-        attention_ref = shards.observe(DENSE, layer, attention)
+        attention_ref, _ = shards.observe_dense(DENSE, layer, attention)
         attention_path = pool.eliminate(layer, attention, attention_ref, shape.num_key_value_heads)
-        shards.apply(DENSE, layer, attention, None)
-        mlp_ref = shards.observe(DENSE, layer, mlp)
+        mlp_ref, power = shards.observe_dense(DENSE, layer, mlp)
         mlp_path = pool.eliminate(layer, mlp, mlp_ref, shape.intermediate_size)
-        power = shards.apply(DENSE, layer, mlp, None)
-        yield attention_ref, mlp_ref, attention_path, mlp_path, ray.put(power)
-    shards.close_stream(DENSE)
+        yield attention_ref, mlp_ref, attention_path, mlp_path, power
 
 
 def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method) -> Ranked:

@@ -70,17 +70,14 @@ class Checkpoint:
         names = [name for name in self.files if not name.startswith(f"{self.family.layers}.")]
         return sorted({name.rpartition(".")[0] for name in names})
 
-    def read_outside(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors outside the decoder layers as stored, by module and by name in it.
+    def read_module(self, module: str) -> dict[str, Tensor]:
+        """Return the tensors of a module outside the decoder layers as stored, by their names in it.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite.
         """
-        modules = {}
-        for module in self.outside():
-            tensors = self.read([name for name in self.files if name.rpartition(".")[0] == module])
-            modules[module] = self._require_finite(tensors, f"{module}.", module)
-        return modules
+        tensors = self.read([name for name in self.files if name.rpartition(".")[0] == module])
+        return self._require_finite(tensors, f"{module}.", module)
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Return one layer's tensors as stored, by their names relative to the layer.

@@ -92,12 +92,18 @@ def _eliminate_groups(inverse_PP: Tensor, weight_PD: Tensor, num_units: int) -> 
         inverse_PP = inverse_PP - column_Pw @ torch.linalg.solve(blocks_Hww[cheapest], column_Pw.T)
         stay = torch.ones(len(inverse_PP), dtype=torch.bool, device=inverse_PP.device)
         stay[rows] = False
-        weight_PD, inverse_PP = weight_PD[stay], inverse_PP[stay][:, stay]
+        weight_PD, inverse_PP = weight_PD[stay], _square_of(inverse_PP, stay)
     return Ranking(tuple(order), tuple(costs))
 
 
 def _block(matrix_PP: Tensor, row: int, column: int, width: int) -> Tensor:
     return matrix_PP[row * width : (row + 1) * width, column * width : (column + 1) * width]
+
+
+def _square_of(matrix_PP: Tensor, stay_P: Tensor) -> Tensor:
+    """Return the rows and columns that stay."""
+    kept_S = stay_P.nonzero()[:, 0]
+    return matrix_PP[kept_S[:, None], kept_S]
 
 
 def _eliminate_single(inverse_PP: Tensor, gram_PP: Tensor) -> Ranking:
@@ -118,9 +124,10 @@ def _eliminate_single(inverse_PP: Tensor, gram_PP: Tensor) -> Ranking:
         stay = torch.ones(len(left_P), dtype=torch.bool, device=left_P.device)
         stay[chosen_B] = False
         left_P, u_BP, m_BP = left_P[stay], u_BP[:, stay], m_BP[:, stay]
-        inverse_PP = inverse_PP[stay][:, stay] - u_BP.T @ u_BP
-        cross_PP = (m_BP - 0.5 * vv_BB @ u_BP).T @ u_BP
-        gram_PP = gram_PP[stay][:, stay] - cross_PP - cross_PP.T
+        # In place: the old and the new matrix are all that is ever held.
+        inverse_PP = _square_of(inverse_PP, stay).addmm_(u_BP.T, u_BP, alpha=-1)
+        half_BP = m_BP - 0.5 * vv_BB @ u_BP
+        gram_PP = _square_of(gram_PP, stay).addmm_(half_BP.T, u_BP, alpha=-1).addmm_(u_BP.T, half_BP, alpha=-1)
     return Ranking(tuple(torch.cat(order).tolist()), tuple(torch.cat(costs).tolist()))
 
 

@@ -44,9 +44,8 @@ def refit(projection: Projection, kept_S: Tensor) -> Refit:
         SolveError: the regularised covariance cannot be factorised.
     """
     moments, weight_PD = projection.moments, projection.weight_PD
-    covariance_SP = projection.covariance_PP[kept_S]
-    covariance_SS = covariance_SP[:, kept_S]
-    image_SD = covariance_SP @ weight_PD
+    covariance_SS = projection.covariance_PP[kept_S[:, None], kept_S]
+    image_SD = projection.image_PD[kept_S]
     missing_SD = image_SD - covariance_SS @ weight_PD[kept_S]
     factor_SS = factorise_with_ridge(covariance_SS, ridge(projection))
     weight_SD = weight_PD[kept_S] + torch.cholesky_solve(missing_SD, factor_SS)

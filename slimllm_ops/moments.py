@@ -2,6 +2,10 @@ r"""Moments of activations: count, mean and centred scatter, the only thing that
 
     scatter = sum_n (x_n - mean) (x_n - mean)^T
 
+Over batches they are summed about a shift s that is near the mean, with r = sum_n (x_n - s):
+
+    mean = s + r / n,      scatter = sum_n (x_n - s)(x_n - s)^T - r r^T / n
+
 Two sets of moments merge exactly (Chan, Golub, LeVeque 1979); with delta = mean_b - mean_a and n = n_a + n_b:
 
     mean = mean_a + delta n_b / n,      scatter = scatter_a + scatter_b + delta delta^T n_a n_b / n
@@ -9,7 +13,9 @@ Two sets of moments merge exactly (Chan, Golub, LeVeque 1979); with delta = mean
 Centring matters: language models have features whose mean dwarfs their spread, and the difference of two
 large uncentred sums would lose what is left of it.
 
-Shapes: N tokens, P inputs of an output projection.
+The scatter is symmetric: it is summed, travels and merges as the block rows of its upper triangle.
+
+Shapes: N tokens, P inputs of an output projection, p and q of them the rows and the columns of a block row.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,58 +30,43 @@ from torch import Tensor
 # block stays large enough for the GEMM to run at its full rate.
 TRIANGLE_BLOCKS = 8
 
+# A feature whose mean is more than so many standard deviations is centred even in bfloat16: nearly all its values
+# lie within a factor of two of the mean, where a subtraction is exact (Sterbenz 1974). Below, nothing is subtracted:
+# of the float32 sum, the square of this is what centring afterwards may lose.
+CENTRED_DEVIATIONS = 8.0
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean (P,) and centred scatter (P, P) of rows of activations, both float64 (float32 on GPU)."""
+    """Count, mean (P,) and covariance (P, P) of rows of activations, as solves use them; float64, float32 on GPU."""
 
     count: int
     mean_P: Tensor
-    scatter_PP: Tensor
+    covariance_PP: Tensor
 
     @classmethod
     def of(cls, x_NP: Tensor) -> "Moments":
         """Return the moments of the rows of `x_NP` (N, P), any floating dtype."""
-        precision = accumulation_dtype(x_NP.device)
-        mean_P = x_NP.to(precision).mean(dim=0)
-        centred_NP = (x_NP.to(precision) - mean_P).to(torch.float32)
-        return cls(len(x_NP), mean_P, symmetric_product(centred_NP).to(precision))
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Return the moments of both sets of rows together (Chan et al. 1979)."""
-        count = self.count + other.count
-        delta_P = other.mean_P - self.mean_P
-        scatter_PP = self.scatter_PP + other.scatter_PP
-        scatter_PP.addr_(delta_P, delta_P, alpha=self.count * other.count / count)
-        return Moments(count, self.mean_P + delta_P * (other.count / count), scatter_PP)
-
-    @property
-    def covariance_PP(self) -> Tensor:
-        """Covariance C = E[(x - mu)(x - mu)^T], shape (P, P)."""
-        return self.scatter_PP / self.count
+        total = MomentSum()
+        total.add(x_NP)
+        return total.packed().unpack()
 
     @property
     def norm_P(self) -> Tensor:
         """L2 norm over tokens of each uncentred column, shape (P,)."""
-        return (self.scatter_PP.diagonal() + self.count * self.mean_P.square()).clamp(min=0).sqrt()
+        return (self.count * (self.covariance_PP.diagonal() + self.mean_P.square())).clamp(min=0).sqrt()
 
     def to(self, device: torch.device) -> "Moments":
         """Return the same moments on `device`, in the precision that is summed in there."""
         precision = accumulation_dtype(device)
-        return Moments(self.count, self.mean_P.to(device, precision), self.scatter_PP.to(device, precision))
-
-    def to_numpy(self) -> "PackedMoments":
-        """Return the moments as NumPy arrays for travelling: the triangle's block rows only."""
-        scatter_PP = self.scatter_PP.cpu()
-        rows = tuple(scatter_PP[start:stop, start:].numpy() for start, stop in _block_rows(len(scatter_PP)))
-        return PackedMoments(self.count, self.mean_P.cpu().numpy(), rows)
+        return Moments(self.count, self.mean_P.to(device, precision), self.covariance_PP.to(device, precision))
 
 
 @dataclass(frozen=True)
 class PackedMoments:
-    """Moments as they travel between processes: NumPy, and of the symmetric scatter the upper triangle only.
+    """Count, mean (P,) and scatter as they travel between processes: NumPy, block rows (p, q) of the upper triangle.
 
     Ray shares NumPy arrays without a copy, where it copies tensors twice.
     """
@@ -84,32 +75,79 @@ class PackedMoments:
     mean_P: np.ndarray
     rows: tuple[np.ndarray, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """What travels, in bytes."""
+        return self.mean_P.nbytes + sum(row.nbytes for row in self.rows)
+
+    def is_finite(self) -> bool:
+        """Return whether no feature's mean or power is NaN or infinite."""
+        return bool(np.isfinite(self.mean_P).all() and all(np.isfinite(row.diagonal()).all() for row in self.rows))
+
+    def merge(self, other: "PackedMoments") -> "PackedMoments":
+        """Return the moments of both sets of rows together (Chan et al. 1979)."""
+        count = self.count + other.count
+        delta_P = other.mean_P - self.mean_P
+        weighted_P = delta_P * (self.count * other.count / count)
+        rows = []
+        for (start, stop), row, other_row in zip(_block_rows(len(delta_P)), self.rows, other.rows, strict=True):
+            merged_pq = np.outer(weighted_P[start:stop], delta_P[start:])
+            merged_pq += row
+            merged_pq += other_row
+            rows.append(merged_pq)
+        return PackedMoments(count, self.mean_P + delta_P * (other.count / count), tuple(rows))
+
     def unpack(self) -> Moments:
-        """Return the moments again, on the CPU, in memory of their own."""
+        """Return the moments for a solve, on the CPU, in memory of their own."""
+        # Received arrays are read-only views of shared memory.
         mean_P = torch.from_numpy(self.mean_P.copy())
-        scatter_PP = torch.empty(len(mean_P), len(mean_P), dtype=mean_P.dtype)
+        covariance_PP = torch.empty(len(mean_P), len(mean_P), dtype=mean_P.dtype)
         for (start, stop), row in zip(_block_rows(len(mean_P)), self.rows, strict=True):
-            # Received arrays are read-only views of shared memory: copied into the square at once.
-            block = torch.from_numpy(np.array(row, copy=True))
-            scatter_PP[start:stop, start:] = block
-            scatter_PP[start:, start:stop] = block.T
-        return Moments(self.count, mean_P, scatter_PP)
+            block_pq = torch.from_numpy(row / self.count)
+            covariance_PP[start:stop, start:] = block_pq
+            covariance_PP[start:, start:stop] = block_pq.T
+        return Moments(self.count, mean_P, covariance_PP)
+
+
+class MomentSum:
+    """Moments of batches of rows as they come: a triangle that products are added to, and nothing per token."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, x_NP: Tensor) -> None:
+        """Add rows (N, P), any floating dtype; bfloat16 is multiplied as it is, and summed in float32."""
+        if not self._count:
+            self._begin(x_NP)
+        shifted_NP = x_NP - self._shift_P.to(x_NP)
+        self._residual_P += shifted_NP.sum(dim=0, dtype=torch.promote_types(x_NP.dtype, torch.float32))
+        for (start, stop), row_pq in zip(_block_rows(x_NP.shape[1]), self._rows, strict=True):
+            row_pq += _product(shifted_NP[:, start:stop].T, shifted_NP[:, start:])
+        self._count += len(x_NP)
+
+    def packed(self) -> PackedMoments:
+        """Return the moments of all rows so far, as they travel; the sum itself goes on."""
+        offset_P = self._residual_P / self._count
+        rows = tuple(
+            torch.addr(row_pq, self._residual_P[start:stop], offset_P[start:], alpha=-1).cpu().numpy()
+            for (start, stop), row_pq in zip(_block_rows(len(offset_P)), self._rows, strict=True)
+        )
+        mean_P = self._shift_P.to(offset_P) + offset_P
+        return PackedMoments(self._count, mean_P.cpu().numpy(), rows)
+
+    def _begin(self, x_NP: Tensor) -> None:
+        """Take the shift from the first rows: all that matters is that it is near the mean of all."""
+        width, precision = x_NP.shape[1], accumulation_dtype(x_NP.device)
+        self._shift_P = _shift(x_NP)
+        self._residual_P = x_NP.new_zeros(width, dtype=precision)
+        self._rows = [
+            x_NP.new_zeros(stop - start, width - start, dtype=precision) for start, stop in _block_rows(width)
+        ]
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype that sums over tokens are kept in on `device`: float64, but float32 on a GPU."""
     return torch.float32 if device.type == "cuda" else torch.float64
-
-
-def symmetric_product(x_NP: Tensor) -> Tensor:
-    """Return x^T x (P, P), computed by the block rows of its upper triangle and mirrored."""
-    width = x_NP.shape[1]
-    product_PP = x_NP.new_empty(width, width)
-    for start, stop in _block_rows(width):
-        row = x_NP[:, start:stop].T @ x_NP[:, start:]
-        product_PP[start:stop, start:] = row
-        product_PP[start:, start:stop] = row.T
-    return product_PP
 
 
 def merge_tree(parts: Sequence[T], merge: Callable[[T, T], T]) -> T:
@@ -122,6 +160,24 @@ def merge_tree(parts: Sequence[T], merge: Callable[[T, T], T]) -> T:
         pairs = [merge(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
         level = pairs + level[len(pairs) * 2 :]
     return level[0]
+
+
+def _shift(x_NP: Tensor) -> Tensor:
+    """Return what to subtract from every row (P,), in the dtype of the rows."""
+    if x_NP.dtype != torch.bfloat16:
+        return x_NP.mean(dim=0)
+    mean_P = x_NP.mean(dim=0, dtype=torch.float32)
+    deviation_P = x_NP.float().std(dim=0, correction=0)
+    return torch.where(mean_P.abs() > CENTRED_DEVIATIONS * deviation_P, mean_P, 0.0).to(x_NP.dtype)
+
+
+def _product(left_pN: Tensor, right_Nq: Tensor) -> Tensor:
+    """Return the product (p, q); that of bfloat16 is exact but for its float32 sum."""
+    if left_pN.dtype != torch.bfloat16:
+        return left_pN @ right_Nq
+    if left_pN.device.type == "cuda":
+        return torch.mm(left_pN, right_Nq, out_dtype=torch.float32)
+    return left_pN.float() @ right_Nq.float()
 
 
 def _block_rows(width: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimllm_ops.moments import Moments, PackedMoments
+from slimllm_ops.moments import Moments, MomentSum, PackedMoments
 
 
 @dataclass(frozen=True)
@@ -16,24 +16,43 @@ class Observation:
     moments: Moments
     input_squares_D: Tensor
 
-    def merge(self, other: "Observation") -> "Observation":
-        """Return the observation of both sets of tokens."""
-        return Observation(self.moments.merge(other.moments), self.input_squares_D + other.input_squares_D)
-
 
 @dataclass(frozen=True)
 class PackedObservation:
-    """An observation in NumPy, of the symmetric scatter the upper triangle only."""
+    """An observation as it travels and merges, in NumPy."""
 
     moments: PackedMoments
     input_squares_D: np.ndarray
 
-    @classmethod
-    def of(cls, observation: Observation) -> "PackedObservation":
-        """Pack an observation."""
-        return cls(observation.moments.to_numpy(), observation.input_squares_D.cpu().numpy())
+    @property
+    def num_bytes(self) -> int:
+        """What travels, in bytes."""
+        return self.moments.num_bytes + self.input_squares_D.nbytes
+
+    def merge(self, other: "PackedObservation") -> "PackedObservation":
+        """Return the observation of both sets of tokens."""
+        return PackedObservation(self.moments.merge(other.moments), self.input_squares_D + other.input_squares_D)
 
     def unpack(self, device: torch.device) -> Observation:
-        """Return the observation again, on a device."""
+        """Return the observation for a decision, on a device."""
         squares_D = torch.from_numpy(self.input_squares_D.copy()).to(device)
         return Observation(self.moments.unpack().to(device), squares_D)
+
+
+class ObservationSum:
+    """An observation of batches of tokens as they come."""
+
+    def __init__(self) -> None:
+        self._moments = MomentSum()
+        self._squares_D: Tensor | None = None
+
+    def add(self, x_NP: Tensor, input_ND: Tensor) -> None:
+        """Add what enters a branch's output projection (N, P), and what entered the branch (N, D)."""
+        self._moments.add(x_NP)
+        squares_D = input_ND.float().square().sum(dim=0).double()
+        self._squares_D = squares_D if self._squares_D is None else self._squares_D + squares_D
+
+    def packed(self) -> PackedObservation:
+        """Return the observation of all tokens so far."""
+        assert self._squares_D is not None, "a stream without blocks has nothing to observe"
+        return PackedObservation(self._moments.packed(), self._squares_D.cpu().numpy())

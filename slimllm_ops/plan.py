@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class Decision:
         """How many units go."""
         return self.num_units - len(self.kept)
 
+    def recorded(self) -> "Decision":
+        """Return the decision as a plan keeps it: without the weights of a refit."""
+        return self if isinstance(self.recovery, Line) else replace(self, recovery=None)
+
     def kept_rows(self, num_rows: int) -> Tensor:
         """Return which of `num_rows` rows stay, where each unit has an equal share of them, side by side."""
         return unit_rows(self.kept, self.num_units, num_rows)
@@ -60,6 +64,11 @@ class LayerPlan:
     mlp: Decision | None = None
     similarity: float | None = None
     ratio: float | None = None
+
+    def recorded(self) -> "LayerPlan":
+        """Return the layer as a plan keeps it."""
+        attention = self.attention and self.attention.recorded()
+        return replace(self, attention=attention, mlp=self.mlp and self.mlp.recorded())
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ class Projection:
     def of(cls, moments: Moments, weight_DP: Tensor) -> "Projection":
         """Pair moments with the weight as PyTorch has it, on the weight's device."""
         moments = moments.to(weight_DP.device)
-        return cls(moments, weight_DP.T.to(moments.scatter_PP.dtype))
+        return cls(moments, weight_DP.T.to(moments.covariance_PP.dtype))
 
-    @cached_property
+    @property
     def covariance_PP(self) -> Tensor:
         """Covariance C of the input."""
         return self.moments.covariance_PP

@@ -26,7 +26,7 @@ from torch.nn import functional
 from slimllm_ops.elimination import RIDGE, factorise_with_ridge
 from slimllm_ops.families import Branch
 from slimllm_ops.moments import Moments
-from slimllm_ops.observation import Observation
+from slimllm_ops.observation import ObservationSum, PackedObservation
 from slimllm_ops.stream import LayerStream
 
 MIX = 0.75
@@ -38,13 +38,12 @@ class RefinementStream:
     def __init__(self, dense: LayerStream, pruned: LayerStream) -> None:
         self._dense = dense
         self.pruned = pruned
-        self._dense_after: list[Tensor] = []
-        self._kept_inputs: list[Tensor] = []
+        self._kept_inputs = pruned.store()
 
     @torch.inference_mode()
-    def observe_inputs(self, layer: int, branch: Branch) -> Observation:
+    def observe_inputs(self, layer: int, branch: Branch) -> PackedObservation:
         """Return the joint moments of [u', u - u'] (N, 2 D)."""
-        return _merged(torch.cat([pruned, dense - pruned], dim=-1) for dense, pruned in self._normalised(layer, branch))
+        return _summed(torch.cat([pruned, dense - pruned], dim=-1) for dense, pruned in self._normalised(layer, branch))
 
     @torch.inference_mode()
     def align(self, layer: int, branch: Branch, alignment_DD: Tensor) -> None:
@@ -54,22 +53,19 @@ class RefinementStream:
                 weight.copy_(fold(weight, alignment_DD))
 
     @torch.inference_mode()
-    def observe_targets(self, layer: int, branch: Branch) -> Observation:
-        """Run the branch in both streams; return the joint moments of [x_S, t] (N, S + D)."""
-        self._dense_after, self._kept_inputs = [], []
-        return _merged(self._targets(layer, branch))
+    def observe_targets(self, layer: int, branch: Branch) -> PackedObservation:
+        """Run the branch in both streams, the dense one passing it; return the joint moments of [x_S, t] (N, S + D)."""
+        self._kept_inputs = self.pruned.store()
+        return _summed(self._targets(layer, branch))
 
     @torch.inference_mode()
     def apply(self, layer: int, branch: Branch, weight_DS: Tensor, bias_D: Tensor | None) -> None:
-        """Add the refitted branch's output to the pruned stream, and let the dense one go on."""
+        """Add the refitted branch's output to the pruned stream; the dense one has gone on already."""
         weight_DS = weight_DS.to(self.pruned.device, self.pruned.dtype)
         bias_D = None if bias_D is None else bias_D.to(weight_DS)
-        self.pruned.hidden = [
-            hidden + functional.linear(x_bTS, weight_DS, bias_D)
-            for hidden, x_bTS in zip(self.pruned.hidden, self._kept_inputs, strict=True)
-        ]
-        self._dense.hidden = self._dense_after
-        self._dense_after, self._kept_inputs = [], []
+        for index, x_bTS in enumerate(self._kept_inputs):
+            self.pruned.hidden[index] = self.pruned.hidden[index] + functional.linear(x_bTS, weight_DS, bias_D)
+        self._kept_inputs = self.pruned.store()
 
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         for dense, pruned in zip(self._dense.hidden, self.pruned.hidden, strict=True):
@@ -78,12 +74,12 @@ class RefinementStream:
     def _targets(self, layer: int, branch: Branch) -> Iterator[Tensor]:
         projection = self._dense.projection(layer, branch)
         states = zip(self._dense.hidden, self.pruned.hidden, self._normalised(layer, branch), strict=True)
-        for dense, pruned, (dense_input, pruned_input) in states:
+        for index, (dense, pruned, (dense_input, pruned_input)) in enumerate(states):
             dense_after = dense + projection(self._dense.run_branch(layer, branch, dense_input))
             whole = projection(self._dense.run_branch(layer, branch, pruned_input))
             kept = self.pruned.run_branch(layer, branch, pruned_input)
             target = whole + MIX * ((dense_after - pruned) - whole)
-            self._dense_after.append(dense_after)
+            self._dense.hidden[index] = dense_after
             self._kept_inputs.append(kept)
             yield torch.cat([kept, target], dim=-1)
 
@@ -132,15 +128,12 @@ def fold(weight: Tensor, alignment_DD: Tensor) -> Tensor:
     return (weight.to(alignment_DD) @ alignment_DD.T).to(weight)
 
 
-def _merged(batches: Iterable[Tensor]) -> Observation:
+def _summed(batches: Iterable[Tensor]) -> PackedObservation:
     """Return the moments of the rows of all batches (b, T, ...), one after the other."""
-    observed: Observation | None = None
+    seen = ObservationSum()
     for batch in batches:
-        rows = batch.flatten(0, 1)
-        seen = Observation(Moments.of(rows), rows.float().square().sum(dim=0).double())
-        observed = seen if observed is None else observed.merge(seen)
-    assert observed is not None, "a stream without blocks has nothing to observe"
-    return observed
+        seen.add(batch.flatten(0, 1), batch.flatten(0, 1))
+    return seen.packed()
 
 
 def _second_moment(moments: Moments) -> Tensor:

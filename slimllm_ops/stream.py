@@ -7,7 +7,7 @@ to the residual stream, dense or pruned, is then X[:, S] W + b, with no second f
 Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an output projection, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, NonFiniteError
 from slimllm_ops.families import Branch
-from slimllm_ops.moments import Moments
-from slimllm_ops.observation import Observation
+from slimllm_ops.layer_reader import LayerReader
+from slimllm_ops.observation import ObservationSum, PackedObservation
 from slimllm_ops.plan import Decision, LayerPlan
+from slimllm_ops.states import States, StateStore
 from slimllm_ops.surgery import recovered_projection
 
 # Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
@@ -53,18 +54,23 @@ class LayerStream:
     Args:
         checkpoint: the model that they pass.
         batches: token ids, each (b, T), int64.
-        device: where the states are held and the layers run; on the CPU in float32, on a GPU in bfloat16.
+        device: where the layers run; on the CPU in float32, on a GPU in bfloat16.
+        store: makes what holds the batches' states; in the device's memory if it is not given.
     """
 
-    def __init__(self, checkpoint: Checkpoint, batches: list[Tensor], device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, batches: list[Tensor], device: torch.device, store: StateStore = list
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = compute_dtype(device)
         self.batches = batches
+        self.store = store
         self._model = _build_skeleton(checkpoint)
+        self._reader = LayerReader(checkpoint, self._place)
         self._calls: list[dict[str, Any]] = []
         self._layer: int | None = None
-        self._branch_outputs: list[Tensor] = []
+        self._branch_outputs = store()
         self.hidden = self._embed()
 
     @torch.inference_mode()
@@ -82,26 +88,36 @@ class LayerStream:
         return Mean(total, count)
 
     @torch.inference_mode()
-    def observe(self, layer: int, branch: Branch) -> Observation:
-        """Run a branch up to its output projection, keep what came out, and return its moments."""
-        observed: Observation | None = None
+    def observe(self, layer: int, branch: Branch) -> PackedObservation:
+        """Run a branch up to its output projection, hold what came out until `apply`, and return its moments."""
+        seen, self._branch_outputs = ObservationSum(), self.store()
         for normalised, x_bTP in self._run(layer, branch):
-            squares_D = normalised.flatten(0, 1).float().square().sum(dim=0).double()
-            seen = Observation(Moments.of(x_bTP.flatten(0, 1)), squares_D)
-            observed = seen if observed is None else observed.merge(seen)
-        assert observed is not None, "a stream without blocks has nothing to observe"
-        if not _finite(float(observed.moments.norm_P.sum())):
-            self._raise_non_finite(layer, branch.module)
-        return observed
+            seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
+            self._branch_outputs.append(x_bTP)
+        return self._require_finite(seen.packed(), layer, branch)
+
+    @torch.inference_mode()
+    def observe_dense(self, layer: int, branch: Branch) -> tuple[PackedObservation, Mean]:
+        """Pass a branch as it is and return its moments; nothing but the residual stream is held.
+
+        Returns:
+            The moments, and the squared norm of the states that result, summed over tokens.
+        """
+        seen, power = ObservationSum(), Mean(0.0, 0)
+        project = self._projected(layer, branch, None)
+        for index, (normalised, x_bTP) in enumerate(self._run(layer, branch)):
+            seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
+            power = power.merge(self._add(index, project(x_bTP)))
+        return self._require_finite(seen.packed(), layer, branch), power
 
     @torch.inference_mode()
     def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
         """Pass a layer as a plan leaves it, without a look at its moments."""
         family = self.checkpoint.family
         for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
-            for _ in self._run(layer, branch):
-                pass
-            self.apply(layer, branch, decision)
+            project = self._projected(layer, branch, decision)
+            for index, (_, x_bTP) in enumerate(self._run(layer, branch)):
+                self._add(index, project(x_bTP))
 
     @torch.inference_mode()
     def apply(self, layer: int, branch: Branch, decision: Decision | None) -> Mean:
@@ -110,22 +126,12 @@ class LayerStream:
         Returns:
             The squared norm of the states that result, summed over tokens.
         """
-        projection = self.projection(layer, branch)
-        weight_DS: Tensor = projection.weight
-        bias_D: Tensor | None = projection.bias
-        kept_S: Tensor | None = None
-        if decision is not None:
-            weight_DS, bias_D = recovered_projection(weight_DS, bias_D, decision)
-            kept_S = decision.kept_rows(projection.weight.shape[1]).to(self.device)
-        power, count = 0.0, 0
+        power = Mean(0.0, 0)
+        project = self._projected(layer, branch, decision)
         for index, x_bTP in enumerate(self._branch_outputs):
-            kept = x_bTP if kept_S is None else x_bTP[..., kept_S]
-            hidden = self.hidden[index] + functional.linear(kept, weight_DS, bias_D)
-            power += float(hidden.float().square().sum(dim=-1).double().sum())
-            count += hidden.shape[0] * hidden.shape[1]
-            self.hidden[index] = hidden
-        self._branch_outputs = []
-        return Mean(power, count)
+            power = power.merge(self._add(index, project(x_bTP)))
+        self._branch_outputs = self.store()
+        return power
 
     @torch.inference_mode()
     def normalise(self, layer: int, branch: Branch, hidden: Tensor) -> Tensor:
@@ -149,9 +155,11 @@ class LayerStream:
     def negative_log_likelihood(self) -> Mean:
         """Return the next tokens' negative log-likelihood, once every layer is passed."""
         self._unload()
-        self._load_outside()
         norm = self._model.get_submodule(self.checkpoint.family.final_norm)
         head = self._model.get_output_embeddings()
+        tied = self.checkpoint.config.tie_word_embeddings
+        self._load_module(norm, self.checkpoint.family.final_norm)
+        self._load_module(head, self._name_of(self._model.get_input_embeddings() if tied else head))
         total, count = 0.0, 0
         for hidden, ids in zip(self.hidden, self.batches, strict=True):
             states_ND = hidden[:, :-1].flatten(0, 1)
@@ -161,7 +169,8 @@ class LayerStream:
                 logits_NV = head(norm(states)).float()
                 total += float(functional.cross_entropy(logits_NV, targets, reduction="sum").double())
             count += len(targets_N)
-        self._drop_outside()
+        norm.to("meta")
+        head.to("meta")
         return Mean(total, count)
 
     def weights(self, layer: int) -> dict[str, Tensor]:
@@ -170,28 +179,78 @@ class LayerStream:
 
     def _run(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         """Run a branch up to its output projection; yield its input (b, T, D) and what came out (b, T, P)."""
-        self._branch_outputs = []
         for hidden in self.hidden:
             normalised = self.normalise(layer, branch, hidden)
-            x_bTP = self.run_branch(layer, branch, normalised)
-            self._branch_outputs.append(x_bTP)
-            yield normalised, x_bTP
+            yield normalised, self.run_branch(layer, branch, normalised)
 
-    def _embed(self) -> list[Tensor]:
+    def _projected(self, layer: int, branch: Branch, decision: Decision | None) -> Callable[[Tensor], Tensor]:
+        """Return what maps the input (b, T, P) of a branch's output projection to its output, dense or as decided."""
+        projection = self.projection(layer, branch)
+        weight_DS: Tensor = projection.weight
+        bias_D: Tensor | None = projection.bias
+        kept_S: Tensor | slice = slice(None)
+        if decision is not None:
+            weight_DS, bias_D = recovered_projection(weight_DS, bias_D, decision)
+            kept_S = decision.kept_rows(projection.weight.shape[1]).to(self.device)
+        return lambda x_bTP: functional.linear(x_bTP[..., kept_S], weight_DS, bias_D)
+
+    def _add(self, index: int, output: Tensor) -> Mean:
+        """Add a branch's output to a batch's states; return their squared norm, summed over tokens."""
+        hidden = self.hidden[index] + output
+        self.hidden[index] = hidden
+        power = float(hidden.float().square().sum(dim=-1).double().sum())
+        return Mean(power, hidden.shape[0] * hidden.shape[1])
+
+    def _embed(self) -> States:
         """Return the input of the first layer, and note how the model calls each of its layers."""
-        self._load_outside()
-        hidden = []
+        table_VD = self._load_embeddings()
+        embedding = cast(nn.Embedding, self._model.get_input_embeddings())
+        hidden = self.store()
         with torch.inference_mode(), _recorded(self._layers()) as calls:
             for ids in self.batches:
+                # The table stays as it is stored; the rows of this batch alone take the precision of the layers.
+                used, positions = ids.unique(return_inverse=True)
+                embedding.weight = nn.Parameter(self._place(table_VD[used]), requires_grad=False)
+                positions = positions.to(self.device)
                 if not self._calls:
                     # One block's masks and rotary tables serve batches of any number of blocks of that length.
-                    self._model.base_model(input_ids=ids[:1].to(self.device), use_cache=False)
+                    self._model.base_model(input_ids=positions[:1], use_cache=False)
                     self._calls = [call for _, call in calls]
                 calls.clear()
-                self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
+                self._model.base_model(input_ids=positions, use_cache=False)
                 hidden.append(calls[0][0])
-        self._drop_outside()
+        for name in self.checkpoint.outside():
+            self._model.get_submodule(name).to("meta")
         return hidden
+
+    def _load_embeddings(self) -> Tensor:
+        """Load what is outside the layers, but for the head; return the table of embeddings (V, D), as stored."""
+        embedding = cast(nn.Embedding, self._model.get_input_embeddings())
+        # The id that it names need not be among the rows of a batch; it matters to gradients alone.
+        embedding.padding_idx = None
+        apart = (embedding, self._model.get_output_embeddings())
+        for name in self._missing_outside():
+            raise CheckpointError(f"{self.checkpoint.directory} has no {name}: the checkpoint is incomplete")
+        for name in self.checkpoint.outside():
+            module = self._model.get_submodule(name)
+            if module not in apart:
+                self._load_module(module, name)
+        table_VD = self.checkpoint.read_module(self._name_of(embedding))["weight"]
+        if table_VD.shape != embedding.weight.shape:
+            raise CheckpointError(
+                f"the embeddings of {self.checkpoint.directory} do not fit its config.json: "
+                f"{tuple(table_VD.shape)} were found, {tuple(embedding.weight.shape)} expected"
+            )
+        return table_VD
+
+    def _missing_outside(self) -> list[str]:
+        """Return the names of parameters outside the decoder layers that the checkpoint lacks."""
+        names = [name for name, _ in self._model.named_parameters()]
+        layers = f"{self.checkpoint.family.layers}."
+        return [name for name in names if not name.startswith(layers) and name not in self.checkpoint.files]
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, one in self._model.named_modules() if one is module)
 
     def _layers(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self._model.get_submodule(self.checkpoint.family.layers))
@@ -201,7 +260,7 @@ class LayerStream:
         module = self._layers()[layer]
         if self._layer != layer:
             self._unload()
-            self._assign(module, self.checkpoint.read_layer(layer), f"layer {layer}")
+            self._assign(module, self._reader.read(layer), f"layer {layer}")
             self._layer = layer
         return module
 
@@ -210,19 +269,14 @@ class LayerStream:
             self._layers()[self._layer].to("meta")
         self._layer = None
 
-    def _load_outside(self) -> None:
-        """Load the embeddings, the final norm and the head."""
-        for part, tensors in self.checkpoint.read_outside().items():
-            self._assign(self._model.get_submodule(part), tensors, part)
-        self._model.tie_weights()
-        for name, parameter in self._model.named_parameters():
-            if parameter.is_meta and not name.startswith(f"{self.checkpoint.family.layers}."):
-                raise CheckpointError(f"{self.checkpoint.directory} has no {name}: the checkpoint is incomplete")
+    def _load_module(self, module: nn.Module, name: str) -> None:
+        """Load a module outside the layers with the tensors of that name."""
+        tensors = self.checkpoint.read_module(name)
+        self._assign(module, {key: self._place(tensor) for key, tensor in tensors.items()}, name)
 
-    def _drop_outside(self) -> None:
-        for part in self.checkpoint.outside():
-            self._model.get_submodule(part).to("meta")
-        self._model.get_output_embeddings().to("meta")
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Bring a tensor to where it computes, in the precision that it computes in."""
+        return tensor.to(self.device, self.dtype)
 
     def _assign(self, module: nn.Module, tensors: dict[str, Tensor], described: str) -> None:
         expected = set(module.state_dict())
@@ -231,14 +285,19 @@ class LayerStream:
                 f"{described} of {self.checkpoint.directory} has no {missing[0]}: the checkpoint is incomplete"
             )
         # Old checkpoints also store tables (`rotary_emb.inv_freq`) that the model now computes.
-        placed = {name: tensors[name].to(self.device, self.dtype) for name in expected}
+        wanted = {name: tensors[name] for name in expected}
         try:
-            module.load_state_dict(placed, assign=True)
+            module.load_state_dict(wanted, assign=True)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise CheckpointError(
                 f"{described} of {self.checkpoint.directory} does not fit its config.json: {reason}"
             ) from error
+
+    def _require_finite(self, observed: PackedObservation, layer: int, branch: Branch) -> PackedObservation:
+        if not observed.moments.is_finite():
+            self._raise_non_finite(layer, branch.module)
+        return observed
 
     def _raise_non_finite(self, layer: int, part: str) -> None:
         raise NonFiniteError(
@@ -256,6 +315,7 @@ def _build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """Build the model without weights; buffers such as rotary tables are real."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa")
+    model.tie_weights()
     return model.eval()
 
 

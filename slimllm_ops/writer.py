@@ -1,4 +1,4 @@
-"""Writing a pruned checkpoint as it comes: a layer a shard, the rest at the end."""
+"""Writing a pruned checkpoint as it comes: a layer a shard, then the embeddings, the final norm and the head."""
 
 import json
 import shutil
@@ -35,24 +35,23 @@ class CheckpointWriter:
         layer = len(self.layers)
         tensors = prune_layer(self._source.read_layer(layer), self._source.family, plan)
         prefix = self._source.layer_prefix(layer)
-        self._save({prefix + name: tensor for name, tensor in tensors.items()}, layer + 1)
-        self.layers.append(plan)
+        self._save({prefix + name: tensor for name, tensor in tensors.items()}, layer)
+        # What is written need not be held: the weights of a refit are as large as the layer.
+        self.layers.append(plan.recorded())
 
     def finish(self) -> None:
         """Write everything but the layers: embeddings, index, config, model code, tokenizer."""
-        outside = {
-            f"{module}.{name}": tensor
-            for module, tensors in self._source.read_outside().items()
-            for name, tensor in tensors.items()
-        }
-        self._save(outside, 0)
+        for number, module in enumerate(self._source.outside(), start=self._source.num_layers):
+            tensors = self._source.read_module(module)
+            self._save({f"{module}.{name}": tensor for name, tensor in tensors.items()}, number)
         index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._weight_map}
         self._write_json(INDEX, index)
         self._write_config()
         self._copy_files()
 
     def _save(self, tensors: dict[str, Tensor], number: int) -> None:
-        name = f"model-{number + 1:05d}-of-{self._source.num_layers + 1:05d}.safetensors"
+        num_shards = self._source.num_layers + len(self._source.outside())
+        name = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, self._directory / name, metadata={"format": "pt"})
         # safetensors gives its files to their owner alone; a model is read by whoever may read its directory.

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from slimllm_ops.moments import Moments
+from slimllm_ops.observation import ObservationSum, PackedObservation
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.projection import Projection
 from slimllm_ops.recovery import Line
@@ -37,7 +38,7 @@ def exact_projection(x_NP: np.ndarray, weight_PD: np.ndarray) -> Projection:
     """Return the same with a scatter summed in float64; what observes activations multiplies in float32."""
     x, weight = torch.from_numpy(x_NP), torch.from_numpy(weight_PD)
     centred = x - x.mean(dim=0)
-    return Projection(Moments(len(x), x.mean(dim=0), centred.T @ centred), weight)
+    return Projection(Moments(len(x), x.mean(dim=0), centred.T @ centred / len(x)), weight)
 
 
 def unit_columns(unit: int, width: int) -> slice:
@@ -136,6 +137,13 @@ def ridge_residual(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int
     fitted_PD[list(kept_S)] = ridge_fit(x_NP, weight_PD, kept_S, d)
     lost_ND = (x_NP - x_NP.mean(axis=0)) @ (weight_PD - fitted_PD)
     return float((lost_ND**2).sum() / len(x_NP) + d * ((weight_PD - fitted_PD) ** 2).sum())
+
+
+def observe(x_NP: torch.Tensor, input_ND: torch.Tensor | None = None) -> PackedObservation:
+    """Return the observation of rows that enter an output projection, and of those that entered its branch."""
+    seen = ObservationSum()
+    seen.add(x_NP, torch.zeros(len(x_NP), 4) if input_ND is None else input_ND)
+    return seen.packed()
 
 
 def random_decision(seed: int, kept: Sequence[int], num_units: int, hidden: int = 32) -> Decision:

@@ -67,8 +67,8 @@ def test_layers_and_the_rest_are_what_safetensors_reads(model_dir: Path) -> None
         for layer in range(checkpoint.num_layers)
         for name, tensor in checkpoint.read_layer(layer).items()
     }
-    for module, tensors in checkpoint.read_outside().items():
-        read |= {f"{module}.{name}": tensor for name, tensor in tensors.items()}
+    for module in checkpoint.outside():
+        read |= {f"{module}.{name}": tensor for name, tensor in checkpoint.read_module(module).items()}
     expected = load_all(model_dir)
     assert set(read) == set(expected)
     assert all(torch.equal(read[name], expected[name]) for name in expected)
@@ -221,7 +221,7 @@ def test_an_embedding_that_is_no_number_is_named(copy: Path) -> None:
     name = "model.embed_tokens.weight"
     change(copy, {name: load_file(copy / SINGLE)[name] * float("nan")})
     with pytest.raises(NonFiniteError, match=r"model\.embed_tokens .* holds NaN or infinity in weight"):
-        Checkpoint.open(copy).read_outside()
+        Checkpoint.open(copy).read_module("model.embed_tokens")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from slimllm_ops.elimination import ridge
 from slimllm_ops.errors import SolveError
 from slimllm_ops.least_squares import Refit, refit
 from slimllm_ops.methods import METHODS
-from slimllm_ops.moments import Moments
-from slimllm_ops.observation import Observation, PackedObservation
+from slimllm_ops.moments import PackedMoments
+from slimllm_ops.observation import PackedObservation
 from slimllm_ops.one_pass import decide_module, eliminate_module
 from slimllm_ops.ranking import Ranking
 from slimllm_ops.recovery import fit_line
-from tests.slimllm_ops.naive import exact_projection, projection_of, random_activations, ridge_fit
+from tests.slimllm_ops.naive import exact_projection, observe, projection_of, random_activations, ridge_fit
 
 KEPT = [[0], [1, 4, 20], list(range(12)), list(range(0, 24, 2)), [c for c in range(24) if c != 5]]
 
@@ -91,9 +91,8 @@ def test_a_refit_restores_its_own_weight_in_the_dtype_of_the_old_one() -> None:
 @pytest.fixture
 def indefinite() -> tuple[torch.Tensor, PackedObservation]:
     """Return a weight (D, P) and moments that no data have: a variance is negative."""
-    scatter_PP = 100 * torch.diag(torch.tensor([-0.5] + [1.0] * 7, dtype=torch.float64))
-    moments = Moments(100, torch.zeros(8, dtype=torch.float64), scatter_PP)
-    return torch.rand(4, 8), PackedObservation.of(Observation(moments, torch.zeros(4)))
+    rows = [np.array([[variance] + [0.0] * (7 - c)]) for c, variance in enumerate([-0.5] + [1.0] * 7)]
+    return torch.rand(4, 8), PackedObservation(PackedMoments(1, np.zeros(8), tuple(rows)), np.zeros(4))
 
 
 def test_an_elimination_that_fails_names_layer_module_condition_and_remedy(
@@ -120,7 +119,7 @@ def test_a_refit_that_fails_names_layer_module_condition_and_remedy(
 def test_decisions_at_several_counts_are_those_at_each() -> None:
     x_NP, weight_PD = random_activations(5)
     weight_DP = torch.from_numpy(weight_PD).T.float()
-    observed = PackedObservation.of(Observation(Moments.of(torch.from_numpy(x_NP)), torch.zeros(10)))
+    observed = observe(torch.from_numpy(x_NP))
     ranking, variance = eliminate_module(weight_DP, observed, 6, "")
     assert variance == pytest.approx((x_NP @ weight_PD).var(axis=0).sum(), rel=1e-5)
     together = decide_module(weight_DP, observed, METHODS["gram"], ranking, [0, 2, 5], "")

@@ -8,13 +8,11 @@ from slimllm_ops.budget import spend_evenly
 from slimllm_ops.elimination import eliminate
 from slimllm_ops.least_squares import Refit
 from slimllm_ops.methods import METHODS, Method, compensate_mean, leave
-from slimllm_ops.moments import Moments
-from slimllm_ops.observation import Observation, PackedObservation
 from slimllm_ops.one_pass import decide_module, rank_module
 from slimllm_ops.projection import Projection
 from slimllm_ops.ranking import Ranking
 from slimllm_ops.recovery import Line
-from tests.slimllm_ops.naive import exact_projection, random_activations, unit_columns
+from tests.slimllm_ops.naive import exact_projection, observe, random_activations, unit_columns
 
 KEPT = [[0], [1, 4, 20], list(range(12)), list(range(24))]
 
@@ -111,7 +109,7 @@ def test_a_user_s_method_is_three_functions_and_a_row() -> None:
     mine = Method("mine", rank_backwards, spend_evenly, halve, "a test", "all")
     x_NP, weight_PD = random_activations(5)
     weight_DP = torch.from_numpy(weight_PD).T.float()
-    observed = PackedObservation.of(Observation(Moments.of(torch.from_numpy(x_NP)), torch.zeros(10)))
+    observed = observe(torch.from_numpy(x_NP))
     ranking = rank_module(weight_DP, observed, 6, mine)
     assert ranking.order == (5, 4, 3, 2, 1, 0)
     none, decision = decide_module(weight_DP, observed, mine, ranking, [0, 2], "a module")

@@ -9,16 +9,15 @@ import torch
 
 from slimllm_ops.errors import InputError
 from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
-from slimllm_ops.moments import Moments
-from slimllm_ops.observation import Observation, PackedObservation
+from slimllm_ops.observation import PackedObservation
 from slimllm_ops.ranking import Ranking
+from tests.slimllm_ops.naive import observe
 
 
 def observed(seed: int, width: int) -> PackedObservation:
     generator = torch.Generator().manual_seed(seed)
     x_NP = torch.randn(100, width, generator=generator, dtype=torch.float64)
-    squares_D = torch.rand(10, generator=generator, dtype=torch.float64)
-    return PackedObservation.of(Observation(Moments.of(x_NP), squares_D))
+    return observe(x_NP, torch.rand(100, 10, generator=generator))
 
 
 def path_of(seed: int, units: int) -> ModulePath:
@@ -49,7 +48,7 @@ def test_what_is_read_is_what_was_written_to_the_last_bit(store: MomentStore, la
         assert read.moments.mean_P.dtype == np.float64
         assert len(read.moments.rows) == len(written.moments.rows)
         unpacked = read.unpack(torch.device("cpu")).moments
-        assert torch.equal(unpacked.scatter_PP, written.unpack(torch.device("cpu")).moments.scatter_PP)
+        assert torch.equal(unpacked.covariance_PP, written.unpack(torch.device("cpu")).moments.covariance_PP)
 
 
 def test_the_scatter_takes_half_the_room_of_the_square(store: MomentStore, tmp_path: Path) -> None:

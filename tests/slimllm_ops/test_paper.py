@@ -55,7 +55,7 @@ def stream(model_dir: Path, ids: torch.Tensor) -> LayerStream:
 def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_dir: Path, ids: torch.Tensor) -> None:
     num_units = stream.checkpoint.config.num_key_value_heads
     branch = stream.checkpoint.family.attention
-    observed = stream.observe(LAYER, branch)
+    observed = stream.observe(LAYER, branch).unpack(torch.device("cpu"))
     x_NP = activations(model_dir, ids)["self_attn.o_proj"]
     weight_PD = stream.checkpoint.read_layer(LAYER)["self_attn.o_proj.weight"].T.double().numpy()
     for num_removed in range(1, num_units):
@@ -72,7 +72,7 @@ def test_the_kept_channels_are_those_of_raw_activations(
     family = stream.checkpoint.family
     stream.observe(LAYER, family.attention)
     stream.apply(LAYER, family.attention, None)
-    observed = stream.observe(LAYER, family.mlp)
+    observed = stream.observe(LAYER, family.mlp).unpack(torch.device("cpu"))
     decision = decide_channels(stream.weights(LAYER), family.mlp, observed, num_removed=17, keep_lowest=0.05)
 
     entered, weights = activations(model_dir, ids), stream.checkpoint.read_layer(LAYER)

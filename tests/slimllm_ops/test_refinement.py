@@ -63,7 +63,7 @@ def test_the_refit_is_ridge_regression_held_to_the_weight_it_had(with_bias: bool
 
 
 def test_moments_that_are_no_moments_are_refused() -> None:
-    broken = Moments(10, torch.zeros(4).double(), -torch.eye(4).double())
+    broken = Moments(10, torch.zeros(4).double(), -0.1 * torch.eye(4).double())
     with pytest.raises(SolveError, match="eigenvalues"):
         solve_alignment(broken)
 
@@ -84,11 +84,11 @@ def test_a_model_that_is_the_dense_one_is_left_as_it_is(
     for layer in range(dense.checkpoint.num_layers):
         before = {name: weight.clone() for name, weight in pruned.weights(layer).items()}
         for branch in (family.attention, family.mlp):
-            alignment = solve_alignment(refinement.observe_inputs(layer, branch).moments)
+            alignment = solve_alignment(refinement.observe_inputs(layer, branch).moments.unpack())
             torch.testing.assert_close(alignment, torch.eye(len(alignment)).double(), rtol=0, atol=1e-5)
             refinement.align(layer, branch, alignment)
             projection = pruned.projection(layer, branch)
-            moments = refinement.observe_targets(layer, branch).moments
+            moments = refinement.observe_targets(layer, branch).moments.unpack()
             weight, _ = solve_refit(moments, projection.weight.T, with_bias=False)
             torch.testing.assert_close(weight.T.float(), before[branch.output_weight], rtol=1e-3, atol=1e-4)
             refinement.apply(layer, branch, weight.T, None)
@@ -104,7 +104,7 @@ def test_the_target_lies_between_the_whole_branch_and_the_dense_stream(
     refinement = RefinementStream(dense, pruned)
     before, drifted = dense.hidden[0].clone(), pruned.hidden[0].clone()
 
-    moments = refinement.observe_targets(0, branch).moments
+    moments = refinement.observe_targets(0, branch).moments.unpack()
 
     module = dense.projection(0, branch)
     own = module(dense.run_branch(0, branch, dense.normalise(0, branch, before)))

@@ -134,15 +134,16 @@ def test_every_layer_is_a_shard_and_the_index_names_every_tensor(mha_model: Path
     shards = {path.name: load_file(path) for path in directory.glob("*.safetensors")}
     assert index["weight_map"] == {name: shard for shard, tensors in shards.items() for name in tensors}
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in shards.values() for t in tensors.values())
-    assert sorted(shards) == [f"model-{number:05d}-of-00004.safetensors" for number in (1, 2, 3, 4)]
-    layers = [{name.split(".")[2] for name in shards[shard] if ".layers." in name} for shard in sorted(shards)]
-    assert layers == [set(), {"0"}, {"1"}, {"2"}]
+    assert sorted(shards) == [f"model-{number:05d}-of-00006.safetensors" for number in range(1, 7)]
+    held = [{".".join(name.split(".")[:3]) for name in shards[shard]} for shard in sorted(shards)]
+    layers = [{f"model.layers.{layer}"} for layer in range(3)]
+    assert held == [*layers, {"lm_head.weight"}, {"model.embed_tokens.weight"}, {"model.norm.weight"}]
 
 
 def test_a_layer_is_on_disk_when_it_is_committed(mha_model: Path, tmp_path: Path) -> None:
     writer = CheckpointWriter(Checkpoint.open(mha_model), tmp_path)
     writer.commit(plans_for(4)[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["model-00002-of-00004.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00006.safetensors"]
 
 
 def test_the_tokenizer_and_the_license_come_along_and_other_weights_do_not(mha_model: Path, tmp_path: Path) -> None:
