@@ -12,6 +12,7 @@ import ray
 import torch
 
 from actors.waiting import get_in_order
+from slimllm_ops.allocator import return_large_blocks
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch
 from slimllm_ops.methods import Method
@@ -91,6 +92,7 @@ def _decide(
 
 def _weight(place: Place, layer: int, branch: Branch) -> torch.Tensor:
     """Read the output projection's weight onto the device that this task was given."""
+    return_large_blocks()
     model_dir, device, threads = place
     torch.set_num_threads(threads)
     checkpoint = Checkpoint.open(Path(model_dir))

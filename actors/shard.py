@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from slimllm_ops.allocator import return_large_blocks
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch, layer_shape
 from slimllm_ops.observation import PackedObservation
@@ -36,6 +37,7 @@ class Shard:
     """
 
     def __init__(self, device: str, threads: int) -> None:
+        return_large_blocks()
         # Ray may be told of more CPUs than there are.
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self._device = torch.device(device)

@@ -1,0 +1,103 @@
+"""Checkpoints of random weights and tokens to pass through them: what a benchmark of memory or speed needs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from slimllm_ops.checkpoint import INDEX
+
+# Draws a matrix of so many rows and columns.
+Matrix = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The shape of a Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 32000
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of a decoder layer."""
+        kv_size = self.hidden * self.kv_heads // self.heads
+        return 2 * self.hidden * (self.hidden + kv_size + 1) + 3 * self.hidden * self.intermediate
+
+    def config(self) -> LlamaConfig:
+        """Return the config of a model of this shape."""
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+            architectures=["LlamaForCausalLM"],
+        )
+
+
+def write_model(directory: Path, shape: Shape, device: str = "cpu") -> Path:
+    """Write a bfloat16 checkpoint of random weights, a layer a shard, holding one layer at a time."""
+    directory.mkdir(parents=True)
+    shape.config().save_pretrained(directory)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        weight = torch.randn(rows, columns, generator=generator, device=device) / columns**0.5
+        return weight.bfloat16().cpu()
+
+    weight_map: dict[str, str] = {}
+    for number in range(shape.layers + 1):
+        tensors = _outside(shape, matrix) if number == shape.layers else _layer(shape, number, matrix)
+        name = f"model-{number + 1:05d}-of-{shape.layers + 1:05d}.safetensors"
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def write_tokens(path: Path, num_blocks: int, block_length: int, vocabulary: int = 32000) -> Path:
+    """Write random token blocks as Parquet."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, size=(num_blocks, block_length)).astype(np.int32)
+    pq.write_table(pa.table({"input_ids": list(ids)}), path)
+    return path
+
+
+def _layer(shape: Shape, layer: int, matrix: Matrix) -> dict[str, Tensor]:
+    hidden, kv_size = shape.hidden, shape.hidden * shape.kv_heads // shape.heads
+    tensors = {
+        "input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        "post_attention_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        "self_attn.q_proj.weight": matrix(hidden, hidden),
+        "self_attn.k_proj.weight": matrix(kv_size, hidden),
+        "self_attn.v_proj.weight": matrix(kv_size, hidden),
+        "self_attn.o_proj.weight": matrix(hidden, hidden),
+        "mlp.gate_proj.weight": matrix(shape.intermediate, hidden),
+        "mlp.up_proj.weight": matrix(shape.intermediate, hidden),
+        "mlp.down_proj.weight": matrix(hidden, shape.intermediate),
+    }
+    return {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _outside(shape: Shape, matrix: Matrix) -> dict[str, Tensor]:
+    return {
+        "model.embed_tokens.weight": matrix(shape.vocabulary, shape.hidden),
+        "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
+        "lm_head.weight": matrix(shape.vocabulary, shape.hidden),
+    }

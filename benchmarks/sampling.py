@@ -1,0 +1,77 @@
+"""Running the command line as a user does, and sampling the memory of its processes.
+
+USS, the memory that would come back if a process ended, since RSS counts what processes share once for each of them.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+import psutil
+
+SAMPLING_SECONDS = 0.1
+# What a process is, by the beginning of its title: Ray names a worker's process after what it runs.
+ROLES = {"ray::Shard": "worker", "ray::_": "solve"}
+
+
+@dataclass
+class Measured:
+    """What one command took: its seconds, and the peaks of USS in bytes, by role and of all processes together."""
+
+    seconds: float = 0.0
+    together: int = 0
+    peaks: dict[int, int] = field(default_factory=dict)
+    roles: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> int:
+        """The peak of the largest process."""
+        return max(self.peaks.values())
+
+    def peak(self, role: str) -> int:
+        """Return the peak of the largest process of a role; 0 where there was none."""
+        return max((self.peaks[pid] for pid, played in self.roles.items() if played == role), default=0)
+
+
+def run_slimllm(arguments: list[str]) -> Measured:
+    """Run `slimllm` with arguments, sampling its processes' memory; end with its message if it fails."""
+    command = [sys.executable, "-m", "orchestrator", *arguments]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    measured = Measured(roles={process.pid: "driver"})
+    sampler = threading.Thread(target=_sample, args=(process, measured))
+    sampler.start()
+    if process.wait():
+        raise SystemExit(f"{' '.join(command)} failed")
+    measured.seconds = time.perf_counter() - start
+    sampler.join()
+    return measured
+
+
+def _sample(process: subprocess.Popen[bytes], measured: Measured) -> None:
+    while process.poll() is None:
+        sizes = {one.pid: _uss(one, measured) for one in _family(process.pid)}
+        for pid, size in sizes.items():
+            measured.peaks[pid] = max(measured.peaks.get(pid, 0), size)
+        measured.together = max(measured.together, sum(sizes.values()))
+        time.sleep(SAMPLING_SECONDS)
+
+
+def _uss(process: psutil.Process, measured: Measured) -> int:
+    """Return a process's USS, noting its role."""
+    try:
+        title = " ".join(process.cmdline())
+        measured.roles |= {process.pid: role for start, role in ROLES.items() if title.startswith(start)}
+        return process.memory_full_info().uss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
