@@ -11,39 +11,40 @@ import numpy as np
 import ray
 import torch
 
+from actors.placement import START_SECONDS, Placement
+from actors.serving import Delivery
 from actors.shard import Refitted, Shard
 from actors.waiting import get_in_order, get_one
+from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch
 from slimllm_ops.moments import merge_tree
 from slimllm_ops.plan import Decision
 from slimllm_ops.stream import Mean, compute_dtype
-
-START_SECONDS = 180.0
 
 
 class ShardGroup:
     """Shards that are called together; close it, or use it as a context manager, and its actors end.
 
     The actors start when the first data are sent to them: a run that needs none starts none.
+
+    Args:
+        placement: where they run.
+        deliver: makes a checkpoint one that every node can read.
+        offload: let them hold hidden states in files.
     """
 
-    def __init__(
-        self, num_workers: int, cpus_per_worker: int, gpus_per_worker: float, reserved_cpus: float | None = None
-    ) -> None:
-        self._num_workers = num_workers
-        self._threads = cpus_per_worker
-        # What a worker holds in Ray's books may be less than what it computes with, to leave room for solves.
-        self._reserved_cpus = cpus_per_worker if reserved_cpus is None else reserved_cpus
-        self._gpus = gpus_per_worker
+    def __init__(self, placement: Placement, deliver: Delivery, offload: bool = False) -> None:
+        self._placement = placement
+        self._deliver = deliver
+        self._offload = offload
         self._actors: list[Any] = []
-        self._device = "cuda" if gpus_per_worker else "cpu"
         # Of every stream, the shards that hold a share of it; a short text does not reach all of them.
         self._holders: dict[str, list[Any]] = {}
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the shards compute in."""
-        return compute_dtype(torch.device(self._device))
+        return compute_dtype(torch.device(self._placement.device))
 
     def start(self) -> None:
         """Start the actors and wait until every one of them is placed; nothing where they run already.
@@ -53,10 +54,12 @@ class ShardGroup:
         """
         if self._actors:
             return
-        remote = ray.remote(Shard).options(
-            num_cpus=self._reserved_cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0
-        )
-        self._actors = [remote.remote(self._device, self._threads) for _ in range(self._num_workers)]
+        remote = ray.remote(max_restarts=0, max_task_retries=0)(Shard)
+        place = self._placement
+        self._actors = [
+            remote.options(**place.worker_options(number)).remote(place.device, place.cpus_per_worker, self._offload)
+            for number in range(place.num_workers)
+        ]
         get_in_order([actor.peak_memory.remote() for actor in self._actors], START_SECONDS)
 
     def __enter__(self) -> "ShardGroup":
@@ -71,17 +74,18 @@ class ShardGroup:
             ray.kill(actor)
         self._actors = []
 
-    def open_stream(self, name: str, model_dir: str, batches: list[np.ndarray]) -> None:
+    def open_stream(self, name: str, checkpoint: Checkpoint, batches: list[np.ndarray]) -> None:
         """Spread batches of token blocks, each (b, T) int32, over the shards, in order and evenly."""
-        self._open(name, batches, "open_stream", model_dir)
+        self._open(name, batches, "open_stream", checkpoint)
 
-    def _open(self, name: str, batches: list[np.ndarray], method: str, *directories: str) -> None:
+    def _open(self, name: str, batches: list[np.ndarray], method: str, *checkpoints: Checkpoint) -> None:
         self.start()
+        models = [ray.put(self._deliver(checkpoint)) for checkpoint in checkpoints]
         shares = [share for share in _split_evenly(batches, len(self._actors)) if share]
         self._holders[name] = self._actors[: len(shares)]
         get_in_order(
             [
-                getattr(actor, method).remote(name, *directories, share)
+                getattr(actor, method).remote(name, *models, share)
                 for actor, share in zip(self._holders[name], shares, strict=True)
             ]
         )
@@ -124,9 +128,9 @@ class ShardGroup:
         """Return the mean negative log-likelihood per token of a stream that has passed every layer."""
         return _mean(get_in_order([actor.negative_log_likelihood.remote(name) for actor in self._holders[name]]))
 
-    def open_refinement(self, name: str, dense_dir: str, pruned_dir: str, batches: list[np.ndarray]) -> None:
+    def open_refinement(self, name: str, dense: Checkpoint, pruned: Checkpoint, batches: list[np.ndarray]) -> None:
         """Spread batches over the shards, each to pass the dense and the pruned model side by side."""
-        self._open(name, batches, "open_refinement", dense_dir, pruned_dir)
+        self._open(name, batches, "open_refinement", dense, pruned)
 
     def alignment(self, name: str, layer: int, branch: Branch) -> np.ndarray:
         """Observe both streams' inputs of a branch, align every shard's pruned one, and return the map (D, D)."""

@@ -4,13 +4,14 @@ A bounded number is under way, so that the moments in flight bound the memory, w
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 
+from actors.placement import Placement
 from actors.waiting import get_in_order
 from slimllm_ops.allocator import return_large_blocks
 from slimllm_ops.checkpoint import Checkpoint
@@ -23,35 +24,48 @@ from slimllm_ops.ranking import Ranking
 
 IN_FLIGHT = 3
 
-# Model directory, device, CPU threads: where a solve finds its weights and what it may use.
-Place = tuple[str, str, int]
+
+@dataclass(frozen=True)
+class Workbench:
+    """Where a solve finds its weights, and what it may use."""
+
+    checkpoint: Checkpoint
+    device: str
+    threads: int
 
 
 class SolverPool:
-    """Submits solves; results come back in the order of submission."""
+    """Submits solves; results come back in the order of submission.
 
-    def __init__(self, model_dir: str, cpus: int, gpus: float) -> None:
-        resources = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 1}
-        self._place = (model_dir, "cuda" if gpus else "cpu", cpus)
-        self._eliminate = ray.remote(_eliminate).options(**resources)
-        self._rank = ray.remote(_rank).options(**resources)
-        self._decide = ray.remote(_decide).options(**resources)
+    Args:
+        checkpoint: the model whose moments are solved, as every node can read it.
+        placement: where they run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, placement: Placement) -> None:
+        self._placement = placement
+        self._bench = ray.put(Workbench(checkpoint, placement.device, placement.threads_per_solve))
 
     def eliminate(self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int) -> ray.ObjectRef:
         """Eliminate a module from its merged moments; refers to its path and its output's variance."""
-        return self._eliminate.remote(self._place, layer, branch, observed, num_units)
+        return self._submit(_eliminate, layer, branch, observed, num_units)
 
     def rank(
         self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int, method: Method
     ) -> ray.ObjectRef:
         """Rank a module's units by a method; refers to a `Ranking`."""
-        return self._rank.remote(self._place, layer, branch, observed, num_units, method)
+        return self._submit(_rank, layer, branch, observed, num_units, method)
 
     def decide(
         self, layer: int, branch: Branch, observed: ray.ObjectRef, method: Method, ranking: Ranking, removals: list[int]
     ) -> ray.ObjectRef:
         """Decide a module at several numbers of units removed; refers to a list of decisions."""
-        return self._decide.remote(self._place, layer, branch, observed, method, ranking, removals)
+        return self._submit(_decide, layer, branch, observed, method, ranking, removals)
+
+    def _submit(self, solve: Callable[..., Any], *arguments: Any) -> ray.ObjectRef:
+        # A solve is a pure function: one that is lost with its node is run again.
+        remote = ray.remote(max_retries=1)(solve)
+        return remote.options(**self._placement.solve_options()).remote(self._bench, *arguments)
 
 
 def results(submissions: Iterable[tuple[ray.ObjectRef, ...]]) -> Iterator[list[Any]]:
@@ -66,19 +80,19 @@ def results(submissions: Iterable[tuple[ray.ObjectRef, ...]]) -> Iterator[list[A
 
 
 def _eliminate(
-    place: Place, layer: int, branch: Branch, observed: PackedObservation, num_units: int
+    bench: Workbench, layer: int, branch: Branch, observed: PackedObservation, num_units: int
 ) -> tuple[Ranking, float]:
-    return eliminate_module(_weight(place, layer, branch), observed, num_units, _described(layer, branch))
+    return eliminate_module(_weight(bench, layer, branch), observed, num_units, _described(layer, branch))
 
 
 def _rank(
-    place: Place, layer: int, branch: Branch, observed: PackedObservation, num_units: int, method: Method
+    bench: Workbench, layer: int, branch: Branch, observed: PackedObservation, num_units: int, method: Method
 ) -> Ranking:
-    return rank_module(_weight(place, layer, branch), observed, num_units, method)
+    return rank_module(_weight(bench, layer, branch), observed, num_units, method)
 
 
 def _decide(
-    place: Place,
+    bench: Workbench,
     layer: int,
     branch: Branch,
     observed: PackedObservation,
@@ -86,18 +100,16 @@ def _decide(
     ranking: Ranking,
     removals: list[int],
 ) -> list[Decision | None]:
-    weight_DP = _weight(place, layer, branch)
+    weight_DP = _weight(bench, layer, branch)
     return decide_module(weight_DP, observed, method, ranking, removals, _described(layer, branch))
 
 
-def _weight(place: Place, layer: int, branch: Branch) -> torch.Tensor:
+def _weight(bench: Workbench, layer: int, branch: Branch) -> torch.Tensor:
     """Read the output projection's weight onto the device that this task was given."""
     return_large_blocks()
-    model_dir, device, threads = place
-    torch.set_num_threads(threads)
-    checkpoint = Checkpoint.open(Path(model_dir))
-    name = checkpoint.layer_prefix(layer) + branch.output_weight
-    return checkpoint.read([name])[name].to(device, torch.float32)
+    torch.set_num_threads(bench.threads)
+    name = bench.checkpoint.layer_prefix(layer) + branch.output_weight
+    return bench.checkpoint.read([name])[name].to(bench.device, torch.float32)
 
 
 def _described(layer: int, branch: Branch) -> str:

@@ -5,8 +5,9 @@ What a method returns is a function of its arguments and of the decisions applie
 
 import os
 import resource
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from slimllm_ops.observation import PackedObservation
 from slimllm_ops.paper import decide_channels, decide_heads
 from slimllm_ops.plan import Decision
 from slimllm_ops.refinement import RefinementStream, solve_alignment, solve_refit
+from slimllm_ops.states import SpilledStates, StateStore
 from slimllm_ops.stream import LayerStream, Mean
 
 # The read-back of a checkpoint compares the states of so many first tokens: causal, so they need no others.
@@ -34,21 +36,21 @@ class Shard:
     Args:
         device: "cpu" or "cuda".
         threads: CPU threads to compute with.
+        offload: hold hidden states in files of this node's temporary folder, not in memory.
     """
 
-    def __init__(self, device: str, threads: int) -> None:
+    def __init__(self, device: str, threads: int, offload: bool = False) -> None:
         return_large_blocks()
         # Ray may be told of more CPUs than there are.
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self._device = torch.device(device)
+        self._store: StateStore = partial(SpilledStates, Path(gettempdir()), self._device) if offload else list
         self._streams: dict[str, LayerStream] = {}
         self._refinements: dict[str, RefinementStream] = {}
 
-    def open_stream(self, name: str, model_dir: str, batches: list[np.ndarray]) -> None:
+    def open_stream(self, name: str, checkpoint: Checkpoint, batches: list[np.ndarray]) -> None:
         """Embed batches of token blocks, each (b, T) int32, as the input of a model's first layer."""
-        checkpoint = Checkpoint.open(Path(model_dir))
-        tensors = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
-        self._streams[name] = LayerStream(checkpoint, tensors, self._device)
+        self._streams[name] = self._stream(checkpoint, batches)
 
     def close_stream(self, name: str) -> None:
         """Give a stream's memory back."""
@@ -103,12 +105,10 @@ class Shard:
         """Add the observed branch's output, pruned or dense, to the hidden states; return their summed squares."""
         return self._streams[name].apply(layer, branch, decision)
 
-    def open_refinement(self, name: str, dense_dir: str, pruned_dir: str, batches: list[np.ndarray]) -> None:
+    def open_refinement(self, name: str, dense: Checkpoint, pruned: Checkpoint, batches: list[np.ndarray]) -> None:
         """Embed batches of token blocks in the dense and in the pruned model, side by side."""
-        self.open_stream(name, pruned_dir, batches)
-        tensors = self._streams[name].batches
-        dense = LayerStream(Checkpoint.open(Path(dense_dir)), tensors, self._device)
-        self._refinements[name] = RefinementStream(dense, self._streams[name])
+        self.open_stream(name, pruned, batches)
+        self._refinements[name] = RefinementStream(self._stream(dense, batches), self._streams[name])
 
     def observe_inputs(self, name: str, layer: int, branch: Branch) -> PackedObservation:
         """Return the joint moments of a branch's input in the pruned stream, and of what the dense one adds."""
@@ -156,6 +156,10 @@ class Shard:
     def peak_memory(self) -> dict[str, int]:
         """Return this process's peak resident memory, and its GPU's, in bytes."""
         return peak_memory(self._device)
+
+    def _stream(self, checkpoint: Checkpoint, batches: list[np.ndarray]) -> LayerStream:
+        tensors = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
+        return LayerStream(checkpoint, tensors, self._device, self._store)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

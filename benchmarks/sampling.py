@@ -63,7 +63,9 @@ def _uss(process: psutil.Process, measured: Measured) -> int:
     """Return a process's USS, noting its role."""
     try:
         title = " ".join(process.cmdline())
-        measured.roles |= {process.pid: role for start, role in ROLES.items() if title.startswith(start)}
+        for start, role in ROLES.items():
+            if title.startswith(start):
+                measured.roles[process.pid] = role
         return process.memory_full_info().uss
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return 0

@@ -37,6 +37,8 @@ class Resources:
     """What a cluster has, node by node."""
 
     nodes: tuple[Node, ...]
+    # Whether every node is the driver's own, and so sees its files.
+    local: bool = True
 
     @property
     def cpus(self) -> int:
@@ -55,30 +57,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How many workers run, and what each computes with.
-
-    Solves run beside the workers. So a worker reserves half of its CPUs only, though it computes with all of them,
-    and a solve takes what one worker left: of its CPUs, and of its GPU where it does not want a whole one.
-    """
+    """How many workers run, what each computes with, and whether the model's weights travel to them through Ray."""
 
     num_workers: int
     cpus_per_worker: int
     gpus_per_worker: float
-
-    @property
-    def reserved_cpus(self) -> float:
-        """The CPUs that a worker holds in Ray's books; Ray knows fractions below one only."""
-        return self.cpus_per_worker // 2 if self.cpus_per_worker > 1 else 0.5
-
-    @property
-    def cpus_per_solve(self) -> int:
-        """The CPUs that a solve holds and computes with."""
-        return max(1, self.cpus_per_worker - int(self.reserved_cpus))
-
-    @property
-    def gpus_per_solve(self) -> float:
-        """The share of a GPU that a solve asks for; 0 where workers leave none, and solves run on CPUs."""
-        return round(1 - self.gpus_per_worker, 6) if 0 < self.gpus_per_worker < 1 else 0.0
+    weights_travel: bool
 
 
 @contextmanager
@@ -119,8 +103,16 @@ def session(address: str | None, packages: Sequence[ModuleType]) -> Iterator[Res
         ray.shutdown()
 
 
-def plan_workers(resources: Resources, num_workers: int | None, gpus_per_worker: float | None) -> WorkerPlan:
+def plan_workers(
+    resources: Resources, num_workers: int | None, gpus_per_worker: float | None, shared_storage: bool = False
+) -> WorkerPlan:
     """Return how many workers run and what each takes: one per GPU where there are any, else one per 4 cores.
+
+    Args:
+        resources: what the cluster has.
+        num_workers: how many were asked for, or None.
+        gpus_per_worker: what was asked for, or None.
+        shared_storage: whether the driver's paths are those of every node.
 
     Raises:
         ClusterError: the cluster has less than was asked for.
@@ -140,7 +132,7 @@ def plan_workers(resources: Resources, num_workers: int | None, gpus_per_worker:
     cpus = resources.cpus // num_workers
     while resources.room(cpus, gpus_per_worker) < num_workers:
         cpus -= 1
-    return WorkerPlan(num_workers, cpus, gpus_per_worker)
+    return WorkerPlan(num_workers, cpus, gpus_per_worker, weights_travel=not (resources.local or shared_storage))
 
 
 def _require_connected_to(address: str | None) -> None:
@@ -197,6 +189,7 @@ def _require_healthy(address: str) -> None:
 
 
 def _resources() -> Resources:
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = tuple(Node(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive)
-    return Resources(nodes)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = tuple(Node(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))) for node in alive)
+    local = all(node["NodeID"] == ray.get_runtime_context().get_node_id() for node in alive)
+    return Resources(nodes, local)

@@ -52,7 +52,11 @@ OPTIONS = {
     "evaluate": click.option("--evaluate", multiple=True, metavar="SPEC", help="Held-out text; repeatable."),
     "workers": click.option("--workers", type=int, metavar="N", help="Ray actors. [one per GPU or per 4 cores]"),
     "gpus_per_worker": click.option("--gpus-per-worker", type=float, metavar="F", help="GPUs of each. [1, if any]"),
+    "offload": click.option("--offload", is_flag=True, default=None, help="Hold hidden states in files (TMPDIR)."),
     "address": click.option("--address", metavar="ADDR", help="Head of a Ray cluster, host:port. [a local Ray]"),
+    "shared_storage": click.option(
+        "--shared-storage", is_flag=True, default=None, help="Every node sees the driver's files."
+    ),
     "experiment": click.option("--experiment", metavar="NAME", help="MLflow experiment. [slimllm]"),
     "tracking_uri": click.option("--tracking-uri", metavar="URI", help="MLflow store. [sqlite:///mlflow.db]"),
     "run_name": click.option("--run-name", metavar="NAME", help="Name of the MLflow run."),
@@ -60,7 +64,7 @@ OPTIONS = {
     "config": click.option("--config", "config_file", type=Path, metavar="FILE.toml", help="Settings; flags win."),
 }
 DATA = ("calibration", "samples", "sequence_length", "seed")
-CLUSTER = ("workers", "gpus_per_worker", "address")
+CLUSTER = ("workers", "gpus_per_worker", "offload", "address", "shared_storage")
 COMPARED = ("sparsity", "ratio", "pruned_layers", "alpha", "keep_lowest", *DATA, "evaluate", *CLUSTER)
 
 
@@ -150,7 +154,7 @@ def _run(action: Callable[[], None]) -> None:
 
 
 def _explain(action: Callable[[], None]) -> None:
-    from actors import ShardError
+    from actors.errors import ShardError
     from orchestrator.pipeline import USER_ERRORS
     from slimllm_ops.errors import ReadBackError
 

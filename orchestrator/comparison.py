@@ -144,7 +144,7 @@ def compare(
         tracked_run(tracking, staging / "metrics.jsonl", reporter.warn) as run,
         TemporaryDirectory(dir=staging, prefix="work.") as work,
     ):
-        workers = plan_workers(resources, config.workers, config.gpus_per_worker)
+        workers = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
         params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
         log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
         with working(config, inputs, workers, Path(work), reporter) as job:

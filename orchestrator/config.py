@@ -38,6 +38,8 @@ class PruneConfig:
     evaluate: tuple[str, ...] = ()
     workers: int | None = None
     gpus_per_worker: float | None = None
+    offload: bool = False
+    shared_storage: bool = False
     address: str | None = None
     experiment: str = "slimllm"
     tracking_uri: str | None = None
@@ -64,8 +66,8 @@ class PruneConfig:
             _require(value is None or value >= 1, f"{name} is {value}: it must be at least 1")
         _require(self.sequence_length >= 2, "sequence_length is 1: a block must have two tokens at least")
         _require(
-            self.gpus_per_worker is None or self.gpus_per_worker >= 0,
-            f"gpus_per_worker is {self.gpus_per_worker}: it cannot be negative",
+            self.gpus_per_worker is None or 0 <= self.gpus_per_worker <= 1,
+            f"gpus_per_worker is {self.gpus_per_worker}: a worker computes on one GPU at most, so pass 0 to 1",
         )
 
     def _check_targets(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-from actors import ShardGroup
+from actors.group import ShardGroup
 from orchestrator.data import TokenBlocks
 from orchestrator.inputs import into_batches
 from orchestrator.progress import Reporter
@@ -16,7 +16,7 @@ def evaluate(shards: ShardGroup, model: Checkpoint, blocks: TokenBlocks, reporte
     Raises:
         NonFiniteError: a layer's activations, or the logits, hold NaN or infinity.
     """
-    shards.open_stream(stage, str(model.directory), into_batches(blocks))
+    shards.open_stream(stage, model, into_batches(blocks))
     for layer in reporter.layers(stage, model.num_layers, blocks.input_ids_BT.size):
         shards.forward(stage, layer)
     loss = shards.negative_log_likelihood(stage)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from actors import ShardGroup, SolverPool
+from actors.group import ShardGroup
+from actors.pool import SolverPool
 from orchestrator.config import PruneConfig
 from orchestrator.data import TokenBlocks
 from orchestrator.evaluation import evaluate

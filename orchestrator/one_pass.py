@@ -13,7 +13,8 @@ from typing import Any
 import ray
 import torch
 
-from actors import PROBED_TOKENS, SolverPool, results
+from actors.pool import SolverPool, results
+from actors.shard import PROBED_TOKENS
 from orchestrator.inputs import Inputs
 from orchestrator.job import Job, Probe, Target
 from orchestrator.record import log_layer
@@ -55,7 +56,7 @@ def prune_one_pass(job: Job, targets: list[Target]) -> list[Probe]:
 
 def calibrate(job: Job, store: MomentStore) -> None:
     """Pass the calibration data through the dense model once; keep every layer's moments and elimination paths."""
-    job.shards.open_stream(DENSE, str(job.source.directory), job.inputs.calibration_batches())
+    job.shards.open_stream(DENSE, job.source, job.inputs.calibration_batches())
     solved = results(_observe_layers(job))
     for layer in job.reporter.layers("calibrating", job.source.num_layers, job.inputs.calibration.num_tokens):
         attention, mlp, attention_path, mlp_path, power = next(solved)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import actors
 import slimllm_ops
-from actors import ShardGroup, SolverPool
+from actors.group import ShardGroup
+from actors.placement import Placement
+from actors.pool import SolverPool
+from actors.serving import shared_files, weight_server
 from cluster import ClusterError, WorkerPlan, plan_workers, session
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
@@ -22,6 +25,7 @@ from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_totals, log_inputs, log_record, run_params, write_record
 from orchestrator.refine import refine_model
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
+from slimllm_ops.allocator import return_large_blocks
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.moment_store import MomentStore
@@ -84,7 +88,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         session(config.address, (actors, slimllm_ops)) as resources,
         tracked_run(tracking, staging / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
-        workers = plan_workers(resources, config.workers, config.gpus_per_worker)
+        workers = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
         params = run_params(config, inputs, workers)
         log_inputs(run, params, inputs)
         with (
@@ -120,7 +124,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path:
         working(
             config,
             inputs,
-            plan_workers(resources, config.workers, config.gpus_per_worker),
+            plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage),
             staging,
             reporter,
         ) as job,
@@ -141,9 +145,13 @@ def working(
     config: PruneConfig, inputs: Inputs, workers: WorkerPlan, staging: Path, reporter: Reporter
 ) -> Iterator[Job]:
     """Hold the workers of a run; they start when the first data are sent to them."""
-    pool = SolverPool(str(inputs.source.directory), workers.cpus_per_solve, workers.gpus_per_solve)
-    shards = ShardGroup(workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker, workers.reserved_cpus)
-    with shards:
+    return_large_blocks()
+    with (
+        Placement(workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker) as placement,
+        weight_server() if workers.weights_travel else shared_files() as deliver,
+        ShardGroup(placement, deliver, config.offload) as shards,
+    ):
+        pool = SolverPool(deliver(inputs.source), placement)
         yield Job(config, inputs, shards, pool, staging, reporter)
 
 

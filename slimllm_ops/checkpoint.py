@@ -90,14 +90,7 @@ class Checkpoint:
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Return tensors by their full names, as stored; files are opened only for as long as it takes."""
-        tensors = {}
-        for file_name in sorted({self.files[name] for name in names}):
-            with _opened(self.directory / file_name) as file:
-                for name in names:
-                    if self.files[name] == file_name:
-                        # A copy, so that the mapped file's pages do not stay in this process's memory.
-                        tensors[name] = file.get_tensor(name).clone()
-        return tensors
+        return read_tensors(self.directory, {name: self.files[name] for name in names})
 
     def num_parameters(self, names: list[str]) -> int:
         """Return how many scalars tensors hold, without reading them."""
@@ -148,6 +141,22 @@ class Checkpoint:
                         raise CheckpointError(
                             f"layer {layer} of {self.directory} has no {name}: the checkpoint is incomplete"
                         )
+
+
+def read_tensors(directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
+    """Return tensors as stored, from a map of their names to files in a directory.
+
+    Raises:
+        CheckpointError: a file is missing or broken.
+    """
+    tensors = {}
+    for file_name in sorted(set(files.values())):
+        with _opened(directory / file_name) as file:
+            for name in files:
+                if files[name] == file_name:
+                    # A copy, so that the mapped file's pages do not stay in this process's memory.
+                    tensors[name] = file.get_tensor(name).clone()
+    return tensors
 
 
 def _read_config(directory: Path) -> PretrainedConfig:

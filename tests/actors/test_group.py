@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +13,31 @@ import psutil
 import pytest
 import torch
 
-from actors import Shard, ShardError, ShardGroup
-from actors import group as group_module
-from actors.group import _split_evenly
+from actors import placement as placement_module
+from actors.errors import ShardError
+from actors.group import ShardGroup, _split_evenly
+from actors.placement import Placement
+from actors.serving import shared_files
+from actors.shard import Shard
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, NonFiniteError
 
 NUM_WORKERS = 3
 
 
+@contextmanager
+def group_of(num_workers: int, cpus: int = 1) -> Iterator[ShardGroup]:
+    with (
+        Placement(num_workers, cpus, 0.0) as placement,
+        shared_files() as deliver,
+        ShardGroup(placement, deliver) as group,
+    ):
+        yield group
+
+
 @pytest.fixture(scope="module")
 def shards(local_ray: None) -> Iterator[ShardGroup]:
-    with ShardGroup(NUM_WORKERS, 1, 0.0) as group:
+    with group_of(NUM_WORKERS) as group:
         yield group
 
 
@@ -31,7 +46,7 @@ def alone(gqa_model: Path, batches: list[np.ndarray]) -> Shard:
     """The same data in one shard, in this process."""
     threads = torch.get_num_threads()
     shard = Shard("cpu", threads)
-    shard.open_stream("a", str(gqa_model), batches)
+    shard.open_stream("a", Checkpoint.open(gqa_model), batches)
     return shard
 
 
@@ -54,8 +69,9 @@ def test_shares_are_contiguous_and_even(count: int, shares: int) -> None:
 def test_a_group_computes_what_one_shard_computes(
     shards: ShardGroup, alone: Shard, gqa_model: Path, batches: list[np.ndarray]
 ) -> None:
-    shards.open_stream("a", str(gqa_model), batches)
-    family = Checkpoint.open(gqa_model).family
+    checkpoint = Checkpoint.open(gqa_model)
+    shards.open_stream("a", checkpoint, batches)
+    family = checkpoint.family
     assert shards.forward("a", 0) == pytest.approx(alone.forward("a", 0).value)
     observed = shards.observe("a", 1, family.attention)
     heads = shards.decide_heads("a", 1, observed, num_removed=1)
@@ -70,14 +86,18 @@ def test_a_group_computes_what_one_shard_computes(
 
 
 def test_fewer_batches_than_workers_do(shards: ShardGroup, gqa_model: Path, batches: list[np.ndarray]) -> None:
-    shards.open_stream("few", str(gqa_model), batches[:2])
+    shards.open_stream("few", Checkpoint.open(gqa_model), batches[:2])
     assert -1 <= shards.forward("few", 0) <= 1
     shards.close_stream("few")
 
 
-def test_what_a_worker_raises_for_the_user_arrives_as_it_was(shards: ShardGroup, batches: list[np.ndarray]) -> None:
-    with pytest.raises(CheckpointError, match=r"^model directory /none does not exist") as raised:
-        shards.open_stream("none", "/none", batches)
+def test_what_a_worker_raises_for_the_user_arrives_as_it_was(
+    shards: ShardGroup, gqa_model: Path, tmp_path: Path, batches: list[np.ndarray]
+) -> None:
+    checkpoint = Checkpoint.open(shutil.copytree(gqa_model, tmp_path / "model"))
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"^shard model.safetensors of .*model is missing") as raised:
+        shards.open_stream("none", checkpoint, batches)
     assert raised.type is CheckpointError
 
 
@@ -90,12 +110,10 @@ def test_errors_cross_a_cluster(error: Exception) -> None:
 def test_too_many_workers_for_the_cluster_are_not_waited_for_without_end(
     local_ray: None, gqa_model: Path, batches: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_module, "START_SECONDS", 1.0)
-    with (
-        pytest.raises(ShardError, match="1 of 1 workers did not answer within 1 s"),
-        ShardGroup(1, 1, 0.0, reserved_cpus=1000) as group,
-    ):
-        group.open_stream("a", str(gqa_model), batches)
+    monkeypatch.setattr(placement_module, "START_SECONDS", 1.0)
+    message = r"no room for 2 workers of 1000 CPUs and 0 GPUs within 1 s, .* free: .* lower --workers"
+    with pytest.raises(ShardError, match=message), group_of(2, cpus=1000) as group:
+        group.open_stream("a", Checkpoint.open(gqa_model), batches)
 
 
 def workers() -> list[psutil.Process]:
@@ -108,8 +126,8 @@ def test_a_worker_that_is_killed_is_told_of_at_once_and_closing_ends_the_others(
     local_ray: None, gqa_model: Path, batches: list[np.ndarray]
 ) -> None:
     others = {process.pid for process in workers()}
-    with ShardGroup(2, 1, 0.0) as group:
-        group.open_stream("a", str(gqa_model), batches)
+    with group_of(2) as group:
+        group.open_stream("a", Checkpoint.open(gqa_model), batches)
         mine = [process for process in workers() if process.pid not in others]
         assert len(mine) == 2
         os.kill(mine[1].pid, signal.SIGKILL)

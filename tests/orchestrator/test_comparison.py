@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors import ShardGroup
+from actors.group import ShardGroup
 from orchestrator import CompareConfig, compare
 from orchestrator.cli import main
 from orchestrator.comparison import Comparison

@@ -1,7 +1,9 @@
 """Hidden states that pass a model layer by layer are those of the whole model, each branch being run once."""
 
 import shutil
+import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,24 @@ def test_passing_a_layer_pruned_is_observing_and_applying(stream: LayerStream, m
         assert all(torch.equal(one, other) for one, other in zip(stream.hidden, observing.hidden, strict=True))
 
 
-def test_each_branch_is_run_once_for_every_layer_and_batch(stream: LayerStream, batches: list[torch.Tensor]) -> None:
+def pass_deciding(stream: LayerStream, layer: int) -> None:
+    """Pass a layer as `slimllm` does: what came out waits for its decision."""
+    stream.observe(layer, stream.checkpoint.family.attention)
+    stream.apply(layer, stream.checkpoint.family.attention, None)
+    stream.observe(layer, stream.checkpoint.family.mlp)
+    stream.apply(layer, stream.checkpoint.family.mlp, random_decision(0, range(24), 48))
+
+
+def pass_dense(stream: LayerStream, layer: int) -> None:
+    """Pass a layer as `gram` does: nothing waits."""
+    stream.observe_dense(layer, stream.checkpoint.family.attention)
+    stream.observe_dense(layer, stream.checkpoint.family.mlp)
+
+
+@pytest.mark.parametrize("pass_layer", [pass_deciding, pass_dense])
+def test_each_branch_is_run_once_for_every_layer_and_batch(
+    stream: LayerStream, batches: list[torch.Tensor], pass_layer: Callable[[LayerStream, int], None]
+) -> None:
     runs: Counter[tuple[int, str]] = Counter()
 
     def count(layer: int, name: str) -> Any:
@@ -195,14 +214,35 @@ def test_each_branch_is_run_once_for_every_layer_and_batch(stream: LayerStream, 
     for index, layer in enumerate(stream._layers()):
         for name in ("self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj"):
             layer.get_submodule(name).register_forward_pre_hook(count(index, name))
-    decision = random_decision(0, range(24), 48)
     for layer in range(NUM_LAYERS):
-        stream.observe(layer, stream.checkpoint.family.attention)
-        stream.apply(layer, stream.checkpoint.family.attention, None)
-        stream.observe(layer, stream.checkpoint.family.mlp)
-        stream.apply(layer, stream.checkpoint.family.mlp, decision)
+        pass_layer(stream, layer)
     # The output projections are left out of the branches: only their weights are used.
     assert runs == {(layer, name): len(batches) for layer in range(NUM_LAYERS) for name in ("self_attn", "mlp")}
+
+
+def test_observing_a_dense_branch_is_observing_and_applying_it(stream: LayerStream) -> None:
+    holding = LayerStream(stream.checkpoint, stream.batches, CPU)
+    for layer in range(NUM_LAYERS):
+        for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
+            observed, power = stream.observe_dense(layer, branch)
+            expected = holding.observe(layer, branch)
+            assert all(map(np.array_equal, observed.moments.rows, expected.moments.rows))
+            assert np.array_equal(observed.input_squares_D, expected.input_squares_D)
+            assert holding.apply(layer, branch, None) == power
+        assert all(torch.equal(one, other) for one, other in zip(stream.hidden, holding.hidden, strict=True))
+
+
+def test_the_next_layer_is_read_while_this_one_is_at_work(stream: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, original = [threading.Event() for _ in range(NUM_LAYERS)], Checkpoint.read_layer
+
+    def noted(self: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+        read[layer].set()
+        return original(self, layer)
+
+    monkeypatch.setattr(Checkpoint, "read_layer", noted)
+    stream.forward(0)
+    assert read[1].wait(timeout=10)
+    assert not read[2].is_set()
 
 
 def test_a_layer_is_read_once(stream: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,81 @@
+"""Where workers and solves run: a bundle of CPUs and a GPU for each worker, spread over the nodes."""
+
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.errors import ShardError
+
+START_SECONDS = 180.0
+
+
+class Placement:
+    """A run's share of the cluster, held from the first use until the context ends.
+
+    Solves run beside the workers. So a worker holds one half of its bundle in Ray's books, though it computes with all
+    of it, and solves hold the other half: a bundle runs one worker and one solve at a time.
+
+    Args:
+        num_workers: how many bundles.
+        cpus_per_worker: CPUs of each.
+        gpus_per_worker: GPUs of each, 0 or a fraction of one up to the whole.
+    """
+
+    def __init__(self, num_workers: int, cpus_per_worker: int, gpus_per_worker: float) -> None:
+        self.num_workers = num_workers
+        self.cpus_per_worker = cpus_per_worker
+        self.device = "cuda" if gpus_per_worker else "cpu"
+        self._gpus = gpus_per_worker
+        self._group: Any = None
+
+    @property
+    def worker_cpus(self) -> float:
+        """The CPUs that a worker holds in Ray's books; Ray knows fractions below one only."""
+        return self.cpus_per_worker // 2 if self.cpus_per_worker > 1 else 0.5
+
+    @property
+    def threads_per_solve(self) -> int:
+        """The CPU threads that a solve computes with."""
+        return max(1, self.cpus_per_worker - int(self.worker_cpus))
+
+    def worker_options(self, number: int) -> dict[str, Any]:
+        """Return what Ray is told of a worker: its resources, and the bundle that they come from."""
+        return self._options(self.worker_cpus, number)
+
+    def solve_options(self) -> dict[str, Any]:
+        """Return what Ray is told of a solve: its resources, from whichever bundle has them free."""
+        return self._options(self.cpus_per_worker - self.worker_cpus, -1)
+
+    def __enter__(self) -> "Placement":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the bundles back; what runs in them ends."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._group = None
+
+    def _options(self, cpus: float, bundle: int) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self._reserved(), placement_group_bundle_index=bundle)
+        return {"num_cpus": cpus, "num_gpus": self._gpus / 2, "scheduling_strategy": strategy}
+
+    def _reserved(self) -> Any:
+        """Return the bundles, reserved now if they were not.
+
+        Raises:
+            ShardError: the cluster did not give them in time.
+        """
+        if self._group is None:
+            bundle = {"CPU": float(self.cpus_per_worker)} | ({"GPU": self._gpus} if self._gpus else {})
+            group = placement_group([bundle] * self.num_workers, strategy="SPREAD")
+            if not group.wait(START_SECONDS):
+                remove_placement_group(group)
+                raise ShardError(
+                    f"the cluster gave no room for {self.num_workers} workers of {self.cpus_per_worker} CPUs and "
+                    f"{self._gpus:g} GPUs within {START_SECONDS:.0f} s, of {ray.available_resources()} that are free: "
+                    f"wait for what else runs there, or lower --workers or --gpus-per-worker"
+                )
+            self._group = group
+        return self._group

@@ -1,0 +1,110 @@
+"""Weights for nodes that do not see the driver's files: read beside the driver, and sent once to each node.
+
+A checkpoint that is served is one like any other to whoever reads it, a few tensors at a time. What was read lately
+stays in Ray's object store, so that the workers of a node share one copy.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
+
+from actors.waiting import CALL_SECONDS
+from slimllm_ops.checkpoint import Checkpoint, read_tensors
+
+# The layer in use and the next, of two models at most: whoever comes later reads them again.
+KEPT_READS = 4
+# Requests come from all workers at once, and each waits for the disk.
+THREADS = 4
+
+# Makes a checkpoint of the driver's one that every node can read.
+Delivery = Callable[[Checkpoint], Checkpoint]
+
+# A tensor's bytes, and what they are: NumPy has no bfloat16.
+Packed = tuple[np.ndarray, torch.dtype, tuple[int, ...]]
+
+
+class WeightServer:
+    """Reads checkpoints where their files are."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, ray.ObjectRef] = OrderedDict()
+
+    def locate(self, directory: Path, files: dict[str, str]) -> list[ray.ObjectRef]:
+        """Return a reference to packed tensors by name, in a list: Ray would fetch a bare one.
+
+        Args:
+            directory: the checkpoint's, on this node.
+            files: the tensors' names, and the files that hold them.
+
+        Raises:
+            CheckpointError: a file is missing or broken.
+        """
+        # A refined layer replaces its file: what was read before is then another's.
+        times = tuple(_modified(directory / file) for file in sorted(set(files.values())))
+        key = (directory, tuple(files), times)
+        reference = self._kept.get(key)
+        if reference is None:
+            packed = {name: _pack(tensor) for name, tensor in read_tensors(directory, files).items()}
+            reference = self._kept[key] = ray.put(packed)
+        while len(self._kept) > KEPT_READS:
+            self._kept.popitem(last=False)
+        return [reference]
+
+
+@dataclass(frozen=True)
+class ServedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors come from a server, wherever this one travels."""
+
+    server: Any
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, server: Any) -> "ServedCheckpoint":
+        """Serve a checkpoint."""
+        return cls(checkpoint.directory, checkpoint.config, checkpoint.family, checkpoint.files, server)
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """Return tensors by their full names, as stored."""
+        files = {name: self.files[name] for name in names}
+        (located,) = ray.get(self.server.locate.remote(self.directory, files), timeout=CALL_SECONDS)
+        return {name: _unpack(packed) for name, packed in ray.get(located, timeout=CALL_SECONDS).items()}
+
+
+@contextmanager
+def weight_server() -> Iterator[Delivery]:
+    """Run a server on the driver's node; give what makes a checkpoint one that it serves."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(WeightServer).options(num_cpus=0, max_concurrency=THREADS, scheduling_strategy=here)
+    server: Any = remote.remote()
+    try:
+        yield lambda checkpoint: ServedCheckpoint.of(checkpoint, server)
+    finally:
+        ray.kill(server)
+
+
+@contextmanager
+def shared_files() -> Iterator[Delivery]:
+    """Give what leaves a checkpoint as it is: every node finds its files by their paths."""
+    yield lambda checkpoint: checkpoint
+
+
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _pack(tensor: Tensor) -> Packed:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape)
+
+
+def _unpack(packed: Packed) -> Tensor:
+    content, dtype, shape = packed
+    # Received arrays are read-only views of shared memory, and weights may be changed in place.
+    return torch.from_numpy(content.copy()).view(dtype).view(shape)

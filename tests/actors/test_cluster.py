@@ -1,0 +1,80 @@
+"""On a cluster of three nodes: work is spread, weights reach nodes by themselves, and a run is what it is on one.
+
+The cluster runs in a process of its own, since this one is connected to the Ray of the other tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from orchestrator.config import PruneConfig
+from orchestrator.pipeline import prune
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("three-nodes")
+
+
+@pytest.fixture(scope="module")
+def seen(scratch: Path, gqa_model: Path, token_file: Path) -> dict[str, Any]:
+    """What was seen on three nodes."""
+    command = [sys.executable, "-m", "tests.actors.three_nodes", str(gqa_model), str(token_file), str(scratch)]
+    # Loopback only: the token that authentication wants would be written to the home folder.
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_workers_and_solves_are_spread_over_the_nodes(seen: dict[str, Any]) -> None:
+    assert len(set(seen["actors"])) == 3
+    assert len(set(seen["solves"])) == 3
+
+
+def test_weights_travel_unless_storage_is_said_to_be_shared(seen: dict[str, Any]) -> None:
+    assert seen["weights_travel, False"] is True
+    assert seen["weights_travel, True"] is False
+
+
+def test_weights_are_read_on_the_drivers_node_and_by_no_worker(seen: dict[str, Any]) -> None:
+    assert seen["server"] == seen["driver"]
+    assert seen["ranked"] == 48
+    assert seen["refused"] == "a worker read a file itself"
+
+
+def test_a_file_that_the_server_does_not_find_is_named(seen: dict[str, Any]) -> None:
+    assert seen["error"] == "shard model.safetensors of /none is missing: download it again"
+
+
+@pytest.mark.usefixtures("seen", "local_ray")
+@pytest.mark.parametrize("method", ["slimllm", "gram"])
+def test_a_run_on_three_nodes_writes_what_one_node_writes(
+    scratch: Path, tmp_path: Path, gqa_model: Path, token_file: Path, tracking_uri: str, method: str
+) -> None:
+    prune(
+        PruneConfig(
+            model=str(gqa_model),
+            calibration=str(token_file),
+            workers=3,
+            tracking_uri=tracking_uri,
+            output=str(tmp_path / "out"),
+            method=method,
+            sparsity=(0.3,),
+        )
+    )
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert names == sorted(path.name for path in (scratch / method).glob("*.safetensors"))
+    for name in names:
+        here, there = load_file(tmp_path / "out" / name), load_file(scratch / method / name)
+        assert here.keys() == there.keys()
+        for key in here:
+            assert here[key].equal(there[key]), key

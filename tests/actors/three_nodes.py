@@ -1,0 +1,129 @@
+"""What `test_cluster.py` runs in a process of its own: a cluster of three nodes, used as the driver uses one.
+
+    python -m tests.actors.three_nodes MODEL TOKENS SCRATCH
+
+Prints what it saw as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+from ray.cluster_utils import Cluster
+
+import actors
+import slimllm_ops
+from actors.group import ShardGroup
+from actors.placement import Placement
+from actors.pool import SolverPool, results
+from actors.serving import shared_files, weight_server
+from cluster import plan_workers, session
+from orchestrator.config import PruneConfig
+from orchestrator.inputs import Inputs, load_inputs
+from orchestrator.pipeline import prune
+from slimllm_ops.checkpoint import Checkpoint
+
+NODES = 3
+
+
+def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
+    """Use the cluster in parts, then for a whole run."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    for _ in range(NODES - 1):
+        cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    common = {"model": model, "calibration": tokens, "workers": NODES, "address": cluster.address}
+    seen: dict[str, Any] = {}
+    try:
+        with session(cluster.address, (actors, slimllm_ops)) as resources:
+            for shared in (False, True):
+                plan = plan_workers(resources, NODES, None, shared_storage=shared)
+                seen[f"weights_travel, {shared}"] = plan.weights_travel
+            inputs = load_inputs(PruneConfig(**common))
+            seen |= use_parts(inputs)
+        for method in ("slimllm", "gram"):
+            tracking = {"tracking_uri": f"sqlite:///{scratch}/mlflow.db", "output": f"{scratch}/{method}"}
+            prune(PruneConfig(**common, **tracking, method=method, sparsity=(0.3,)))
+    finally:
+        cluster.shutdown()
+    return seen
+
+
+def use_parts(inputs: Inputs) -> dict[str, Any]:
+    """Pass a layer and solve it, with weights that travel; then look at where everything ran."""
+    branch = inputs.source.family.mlp
+    with (
+        Placement(NODES, 2, 0.0) as placement,
+        weight_server() as deliver,
+        ShardGroup(placement, deliver) as shards,
+    ):
+        shards.start()
+        nodes = ray.get([actor.__ray_call__.remote(node_of) for actor in shards._actors])
+        solves = [ray.remote(sleeping_node).options(**placement.solve_options()).remote() for _ in range(NODES)]
+        served: Any = deliver(inputs.source)
+        ray.get([actor.__ray_call__.remote(refuse_files) for actor in shards._actors])
+        shards.open_stream("served", inputs.source, inputs.calibration_batches())
+        shards.forward("served", 0)
+        observed, power = shards.observe_dense("served", 1, branch)
+        pool = SolverPool(served, placement)
+        num_channels = inputs.source.config.intermediate_size
+        (ranking, _), _ = next(results([(pool.eliminate(1, branch, observed, num_channels), power)]))
+        return {
+            "actors": nodes,
+            "solves": ray.get(solves),
+            "driver": ray.get_runtime_context().get_node_id(),
+            "server": ray.get(served.server.__ray_call__.remote(node_of)),
+            "ranked": len(ranking.order),
+            "error": error_of_a_lost_file(shards, inputs),
+            "refused": refusal_of_paths(shards, inputs),
+        }
+
+
+def error_of_a_lost_file(shards: ShardGroup, inputs: Inputs) -> str:
+    """Return what a worker's reader says of a file that the server does not find."""
+    lost = Checkpoint(Path("/none"), inputs.source.config, inputs.source.family, inputs.source.files)
+    try:
+        shards.open_stream("lost", lost, inputs.calibration_batches())
+    except slimllm_ops.errors.CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def refusal_of_paths(shards: ShardGroup, inputs: Inputs) -> str:
+    """Return what comes of sending a checkpoint that reads files: that workers refuse it shows that they can."""
+    with shared_files() as deliver:
+        shards._deliver = deliver
+        try:
+            shards.open_stream("by path", inputs.source, inputs.calibration_batches())
+        except ray.exceptions.RayTaskError as error:
+            return str(error.cause)
+    return "no error"
+
+
+def node_of(_: object) -> str:
+    """Return the node that an actor runs on."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def sleeping_node() -> str:
+    """Return the node that a task runs on, having held it long enough for the others to need theirs."""
+    import time
+
+    time.sleep(1)
+    return ray.get_runtime_context().get_node_id()
+
+
+def refuse_files(_: object) -> None:
+    """Let an actor's process fail where it reads a checkpoint's file itself."""
+    import slimllm_ops.checkpoint
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("a worker read a file itself")
+
+    slimllm_ops.checkpoint.read_tensors = refuse
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
