@@ -3,6 +3,8 @@
 Results come in the order of the shards, and sums are made in a tree of that order, so nothing depends on timing.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -11,12 +13,15 @@ import numpy as np
 import ray
 import torch
 
+from actors.batching import BATCH_TOKENS, into_batches
 from actors.placement import START_SECONDS, Placement
 from actors.serving import Delivery
 from actors.shard import Refitted, Shard
 from actors.waiting import get_in_order, get_one
 from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import InputError
 from slimllm_ops.families import Branch
+from slimllm_ops.footprint import Footprint
 from slimllm_ops.moments import merge_tree
 from slimllm_ops.plan import Decision
 from slimllm_ops.stream import Mean, compute_dtype
@@ -30,12 +35,16 @@ class ShardGroup:
     Args:
         placement: where they run.
         deliver: makes a checkpoint one that every node can read.
+        note: told where memory is short.
         offload: let them hold hidden states in files.
     """
 
-    def __init__(self, placement: Placement, deliver: Delivery, offload: bool = False) -> None:
+    def __init__(
+        self, placement: Placement, deliver: Delivery, note: Callable[[str], None], *, offload: bool = False
+    ) -> None:
         self._placement = placement
         self._deliver = deliver
+        self._note = note
         self._offload = offload
         self._actors: list[Any] = []
         # Of every stream, the shards that hold a share of it; a short text does not reach all of them.
@@ -74,12 +83,27 @@ class ShardGroup:
             ray.kill(actor)
         self._actors = []
 
-    def open_stream(self, name: str, checkpoint: Checkpoint, batches: list[np.ndarray]) -> None:
-        """Spread batches of token blocks, each (b, T) int32, over the shards, in order and evenly."""
-        self._open(name, batches, "open_stream", checkpoint)
+    def open_stream(self, name: str, checkpoint: Checkpoint, blocks_BT: np.ndarray, *, deciding: bool = False) -> None:
+        """Spread token blocks (B, T), int32, over the shards, in order and evenly.
 
-    def _open(self, name: str, batches: list[np.ndarray], method: str, *checkpoints: Checkpoint) -> None:
+        Args:
+            name: what the stream is called from here on.
+            checkpoint: the model that they pass.
+            blocks_BT: the blocks.
+            deciding: whether branches will wait for decisions, so that their outputs are held.
+
+        Raises:
+            InputError: a worker has not the memory for it.
+        """
+        device = torch.device(self._placement.device)
+        footprint = Footprint.of(checkpoint, device, deciding=deciding)
+        self._open(name, blocks_BT, footprint, "open_stream", checkpoint)
+
+    def _open(
+        self, name: str, blocks_BT: np.ndarray, footprint: Footprint, method: str, *checkpoints: Checkpoint
+    ) -> None:
         self.start()
+        batches = into_batches(blocks_BT, self._tokens_at_once(footprint, blocks_BT))
         models = [ray.put(self._deliver(checkpoint)) for checkpoint in checkpoints]
         shares = [share for share in _split_evenly(batches, len(self._actors)) if share]
         self._holders[name] = self._actors[: len(shares)]
@@ -128,9 +152,10 @@ class ShardGroup:
         """Return the mean negative log-likelihood per token of a stream that has passed every layer."""
         return _mean(get_in_order([actor.negative_log_likelihood.remote(name) for actor in self._holders[name]]))
 
-    def open_refinement(self, name: str, dense: Checkpoint, pruned: Checkpoint, batches: list[np.ndarray]) -> None:
-        """Spread batches over the shards, each to pass the dense and the pruned model side by side."""
-        self._open(name, batches, "open_refinement", dense, pruned)
+    def open_refinement(self, name: str, dense: Checkpoint, pruned: Checkpoint, blocks_BT: np.ndarray) -> None:
+        """Spread blocks over the shards, each to pass the dense and the pruned model side by side."""
+        footprint = Footprint.of_refinement(dense, pruned, torch.device(self._placement.device))
+        self._open(name, blocks_BT, footprint, "open_refinement", dense, pruned)
 
     def alignment(self, name: str, layer: int, branch: Branch) -> np.ndarray:
         """Observe both streams' inputs of a branch, align every shard's pruned one, and return the map (D, D)."""
@@ -160,6 +185,30 @@ class ShardGroup:
         """Return the highest peak of any shard, in bytes, for the host and for the GPU."""
         peaks = get_in_order([actor.peak_memory.remote() for actor in self._actors])
         return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
+
+    def _tokens_at_once(self, footprint: Footprint, blocks_BT: np.ndarray) -> int:
+        """Return how many tokens a micro-batch has: as many as keep a processor busy, less where memory is short."""
+        num_workers, length = len(self._actors), blocks_BT.shape[1]
+        held_tokens = 0 if self._offload else -(-len(blocks_BT) // num_workers) * length
+        free = self._free_memory()
+        tokens = footprint.tokens_at_once(free, held_tokens)
+        if tokens < length:
+            held = footprint.states_per_token * held_tokens
+            needed = footprint.fixed + held + footprint.activations_per_token * length
+            raise InputError(
+                f"each of {num_workers} worker(s) needs {needed / 1e9:.1f} GB, {held / 1e9:.1f} of them for the hidden "
+                f"states of its tokens, and {free / 1e9:.1f} GB are free for it: add --offload, or workers on other "
+                f"nodes, or calibrate on fewer or shorter blocks"
+            )
+        if tokens < min(BATCH_TOKENS, blocks_BT.size):
+            self._note(f"micro-batches of {tokens // length * length} tokens: {free / 1e9:.1f} GB are free per worker")
+        return min(tokens, BATCH_TOKENS)
+
+    def _free_memory(self) -> int:
+        """Return the bytes that are free for one worker, where there are fewest; workers of a machine or GPU share."""
+        answers = get_in_order([actor.free_memory.remote() for actor in self._actors])
+        sharers = Counter(where for where, _ in answers)
+        return min(free // sharers[where] for where, free in answers)
 
 
 def _split_evenly(batches: list[np.ndarray], num_shares: int) -> list[list[np.ndarray]]:

@@ -13,9 +13,9 @@ import torch
 
 from actors.placement import Placement
 from actors.waiting import get_in_order
-from slimllm_ops.allocator import return_large_blocks
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch
+from slimllm_ops.memory import return_large_blocks
 from slimllm_ops.methods import Method
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.one_pass import decide_module, eliminate_module, rank_module

@@ -5,6 +5,7 @@ What a method returns is a function of its arguments and of the decisions applie
 
 import os
 import resource
+import socket
 from functools import partial, reduce
 from pathlib import Path
 from tempfile import gettempdir
@@ -12,9 +13,9 @@ from tempfile import gettempdir
 import numpy as np
 import torch
 
-from slimllm_ops.allocator import return_large_blocks
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch, layer_shape
+from slimllm_ops.memory import free_memory, return_large_blocks
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.paper import decide_channels, decide_heads
 from slimllm_ops.plan import Decision
@@ -152,6 +153,12 @@ class Shard:
     def negative_log_likelihood(self, name: str) -> Mean:
         """Return the summed negative log-likelihood of a stream that has passed every layer."""
         return self._streams[name].negative_log_likelihood()
+
+    def free_memory(self) -> tuple[str, int]:
+        """Return what memory states are held in (the machine's name, or the GPU's), and the bytes that are free."""
+        if self._device.type == "cuda":
+            return str(torch.cuda.get_device_properties(self._device).uuid), free_memory(self._device)
+        return socket.gethostname(), free_memory(self._device)
 
     def peak_memory(self) -> dict[str, int]:
         """Return this process's peak resident memory, and its GPU's, in bytes."""

@@ -4,7 +4,6 @@ import math
 
 from actors.group import ShardGroup
 from orchestrator.data import TokenBlocks
-from orchestrator.inputs import into_batches
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import NonFiniteError
@@ -16,7 +15,7 @@ def evaluate(shards: ShardGroup, model: Checkpoint, blocks: TokenBlocks, reporte
     Raises:
         NonFiniteError: a layer's activations, or the logits, hold NaN or infinity.
     """
-    shards.open_stream(stage, model, into_batches(blocks))
+    shards.open_stream(stage, model, blocks.input_ids_BT)
     for layer in reporter.layers(stage, model.num_layers, blocks.input_ids_BT.size):
         shards.forward(stage, layer)
     loss = shards.negative_log_likelihood(stage)

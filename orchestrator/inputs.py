@@ -19,10 +19,6 @@ from slimllm_ops.moment_store import MomentStore
 BUILTIN_NAME = "builtin"
 BUILTIN_CALIBRATION = "builtin:calibration"
 BUILTIN_HELDOUT = "builtin:heldout"
-# The forward runs on batches of so many tokens, but on no fewer than so many batches where the data allow it,
-# so that there is work for several workers. Neither depends on the workers, so that sums do not either.
-BATCH_TOKENS = 4096
-MIN_BATCHES = 16
 DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICENSE*")
 
 
@@ -62,10 +58,10 @@ class Inputs:
     calibration: Calibration
     held_out: tuple[TokenBlocks, ...]
 
-    def calibration_batches(self) -> list[np.ndarray]:
-        """Return the calibration blocks in the batches that they are sent and computed in."""
+    def calibration_blocks(self) -> np.ndarray:
+        """Return the calibration blocks (B, T), int32."""
         assert self.calibration.blocks is not None, "moments that were kept stand for the blocks in this run"
-        return into_batches(self.calibration.blocks)
+        return self.calibration.blocks.input_ids_BT
 
 
 def load_inputs(config: PruneConfig) -> Inputs:
@@ -139,13 +135,6 @@ def resolve_model(model: str | None) -> Path:
             f"{model} is no directory here, and as a hub id it could not be had ({type(error).__name__}): "
             f"check the name and the network, or pass the directory of a downloaded model"
         ) from error
-
-
-def into_batches(blocks: TokenBlocks) -> list[np.ndarray]:
-    """Cut blocks (B, T) into batches (b, T) by a rule that does not depend on the workers."""
-    ids_BT = blocks.input_ids_BT
-    size = max(1, min(BATCH_TOKENS // ids_BT.shape[1], len(ids_BT) // MIN_BATCHES))
-    return [ids_BT[start : start + size] for start in range(0, len(ids_BT), size)]
 
 
 def _load_held_out(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:

@@ -24,7 +24,7 @@ def prune_layerwise(job: Job, targets: list[Target]) -> list[Probe]:
 
 def measure_similarities(job: Job) -> list[float]:
     """Return s_l, the mean cosine between the input and the output of every layer of the dense model."""
-    job.shards.open_stream(DENSE, job.source, job.inputs.calibration_batches())
+    job.shards.open_stream(DENSE, job.source, job.inputs.calibration_blocks())
     layers = job.reporter.layers("layer similarities", job.source.num_layers, job.inputs.calibration.num_tokens)
     similarities = [job.shards.forward(DENSE, layer) for layer in layers]
     job.shards.close_stream(DENSE)
@@ -49,7 +49,7 @@ def _prune_model(job: Job, target: Target, similarities: list[float]) -> Probe:
     budget = allocate(job, similarities, target.sparsity)
     if budget.note:
         job.reporter.note(budget.note)
-    job.shards.open_stream(PRUNED, job.source, job.inputs.calibration_batches())
+    job.shards.open_stream(PRUNED, job.source, job.inputs.calibration_blocks(), deciding=True)
     states = [job.shards.probe(PRUNED)]
     for layer in job.reporter.layers("pruning", job.source.num_layers, job.inputs.calibration.num_tokens):
         attention, mlp = _prune_layer(job, layer, budget.layers[layer])

@@ -56,7 +56,7 @@ def prune_one_pass(job: Job, targets: list[Target]) -> list[Probe]:
 
 def calibrate(job: Job, store: MomentStore) -> None:
     """Pass the calibration data through the dense model once; keep every layer's moments and elimination paths."""
-    job.shards.open_stream(DENSE, job.source, job.inputs.calibration_batches())
+    job.shards.open_stream(DENSE, job.source, job.inputs.calibration_blocks())
     solved = results(_observe_layers(job))
     for layer in job.reporter.layers("calibrating", job.source.num_layers, job.inputs.calibration.num_tokens):
         attention, mlp, attention_path, mlp_path, power = next(solved)

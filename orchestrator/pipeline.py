@@ -25,9 +25,9 @@ from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_totals, log_inputs, log_record, run_params, write_record
 from orchestrator.refine import refine_model
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
-from slimllm_ops.allocator import return_large_blocks
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError
+from slimllm_ops.memory import return_large_blocks
 from slimllm_ops.moment_store import MomentStore
 from slimllm_ops.read_back import read_back
 
@@ -149,7 +149,7 @@ def working(
     with (
         Placement(workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker) as placement,
         weight_server() if workers.weights_travel else shared_files() as deliver,
-        ShardGroup(placement, deliver, config.offload) as shards,
+        ShardGroup(placement, deliver, reporter.note, offload=config.offload) as shards,
     ):
         pool = SolverPool(deliver(inputs.source), placement)
         yield Job(config, inputs, shards, pool, staging, reporter)

@@ -21,8 +21,7 @@ def refine_model(job: Job, target: Target) -> Probe:
         target: a checkpoint that is already whole.
     """
     source, pruned, shards = job.source, Checkpoint.open(target.directory), job.shards
-    batches = job.inputs.calibration_batches()
-    shards.open_refinement(REFINED, source, pruned, batches)
+    shards.open_refinement(REFINED, source, pruned, job.inputs.calibration_blocks())
     states = [shards.probe(REFINED)]
     for layer in job.reporter.layers("refining", source.num_layers, job.inputs.calibration.num_tokens):
         tensors = pruned.read_layer(layer)

@@ -11,26 +11,29 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 
 from actors import placement as placement_module
+from actors.batching import into_batches
 from actors.errors import ShardError
 from actors.group import ShardGroup, _split_evenly
 from actors.placement import Placement
 from actors.serving import shared_files
 from actors.shard import Shard
 from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.errors import CheckpointError, NonFiniteError
+from slimllm_ops.errors import CheckpointError, InputError, NonFiniteError
+from slimllm_ops.footprint import Footprint
 
 NUM_WORKERS = 3
 
 
 @contextmanager
-def group_of(num_workers: int, cpus: int = 1) -> Iterator[ShardGroup]:
+def group_of(num_workers: int, cpus: int = 1, notes: list[str] | None = None) -> Iterator[ShardGroup]:
     with (
         Placement(num_workers, cpus, 0.0) as placement,
         shared_files() as deliver,
-        ShardGroup(placement, deliver) as group,
+        ShardGroup(placement, deliver, notes.append if notes is not None else print) as group,
     ):
         yield group
 
@@ -42,17 +45,17 @@ def shards(local_ray: None) -> Iterator[ShardGroup]:
 
 
 @pytest.fixture(scope="module")
-def alone(gqa_model: Path, batches: list[np.ndarray]) -> Shard:
+def alone(gqa_model: Path, blocks_BT: np.ndarray) -> Shard:
     """The same data in one shard, in this process."""
     threads = torch.get_num_threads()
     shard = Shard("cpu", threads)
-    shard.open_stream("a", Checkpoint.open(gqa_model), batches)
+    shard.open_stream("a", Checkpoint.open(gqa_model), into_batches(blocks_BT))
     return shard
 
 
 @pytest.fixture(scope="module")
-def batches(token_blocks: np.ndarray) -> list[np.ndarray]:
-    return list(token_blocks[:10].reshape(5, 2, 16))
+def blocks_BT(token_blocks: np.ndarray) -> np.ndarray:
+    return token_blocks[:10]
 
 
 @pytest.mark.parametrize(("count", "shares"), [(7, 3), (3, 3), (2, 3), (6, 3), (1, 1)])
@@ -67,10 +70,10 @@ def test_shares_are_contiguous_and_even(count: int, shares: int) -> None:
 
 
 def test_a_group_computes_what_one_shard_computes(
-    shards: ShardGroup, alone: Shard, gqa_model: Path, batches: list[np.ndarray]
+    shards: ShardGroup, alone: Shard, gqa_model: Path, blocks_BT: np.ndarray
 ) -> None:
     checkpoint = Checkpoint.open(gqa_model)
-    shards.open_stream("a", checkpoint, batches)
+    shards.open_stream("a", checkpoint, blocks_BT)
     family = checkpoint.family
     assert shards.forward("a", 0) == pytest.approx(alone.forward("a", 0).value)
     observed = shards.observe("a", 1, family.attention)
@@ -85,19 +88,19 @@ def test_a_group_computes_what_one_shard_computes(
     shards.close_stream("a")
 
 
-def test_fewer_batches_than_workers_do(shards: ShardGroup, gqa_model: Path, batches: list[np.ndarray]) -> None:
-    shards.open_stream("few", Checkpoint.open(gqa_model), batches[:2])
+def test_fewer_batches_than_workers_do(shards: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray) -> None:
+    shards.open_stream("few", Checkpoint.open(gqa_model), blocks_BT[:2])
     assert -1 <= shards.forward("few", 0) <= 1
     shards.close_stream("few")
 
 
 def test_what_a_worker_raises_for_the_user_arrives_as_it_was(
-    shards: ShardGroup, gqa_model: Path, tmp_path: Path, batches: list[np.ndarray]
+    shards: ShardGroup, gqa_model: Path, tmp_path: Path, blocks_BT: np.ndarray
 ) -> None:
     checkpoint = Checkpoint.open(shutil.copytree(gqa_model, tmp_path / "model"))
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"^shard model.safetensors of .*model is missing") as raised:
-        shards.open_stream("none", checkpoint, batches)
+        shards.open_stream("none", checkpoint, blocks_BT)
     assert raised.type is CheckpointError
 
 
@@ -108,12 +111,12 @@ def test_errors_cross_a_cluster(error: Exception) -> None:
 
 
 def test_too_many_workers_for_the_cluster_are_not_waited_for_without_end(
-    local_ray: None, gqa_model: Path, batches: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+    local_ray: None, gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement_module, "START_SECONDS", 1.0)
     message = r"no room for 2 workers of 1000 CPUs and 0 GPUs within 1 s, .* free: .* lower --workers"
     with pytest.raises(ShardError, match=message), group_of(2, cpus=1000) as group:
-        group.open_stream("a", Checkpoint.open(gqa_model), batches)
+        group.open_stream("a", Checkpoint.open(gqa_model), blocks_BT)
 
 
 def workers() -> list[psutil.Process]:
@@ -123,11 +126,11 @@ def workers() -> list[psutil.Process]:
 
 
 def test_a_worker_that_is_killed_is_told_of_at_once_and_closing_ends_the_others(
-    local_ray: None, gqa_model: Path, batches: list[np.ndarray]
+    local_ray: None, gqa_model: Path, blocks_BT: np.ndarray
 ) -> None:
     others = {process.pid for process in workers()}
     with group_of(2) as group:
-        group.open_stream("a", Checkpoint.open(gqa_model), batches)
+        group.open_stream("a", Checkpoint.open(gqa_model), blocks_BT)
         mine = [process for process in workers() if process.pid not in others]
         assert len(mine) == 2
         os.kill(mine[1].pid, signal.SIGKILL)
@@ -135,3 +138,62 @@ def test_a_worker_that_is_killed_is_told_of_at_once_and_closing_ends_the_others(
             group.forward("a", 0)
     _, alive = psutil.wait_procs(mine, timeout=20)
     assert not alive
+
+
+def test_free_memory_is_shared_by_the_workers_of_a_machine(shards: ShardGroup) -> None:
+    shards.start()
+    assert shards._free_memory() == pytest.approx(psutil.virtual_memory().available / NUM_WORKERS, rel=0.2)
+
+
+def test_micro_batches_shrink_where_memory_is_short_and_it_is_said(
+    local_ray: None, gqa_model: Path, token_blocks: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, blocks_BT = Checkpoint.open(gqa_model), np.tile(token_blocks, (8, 1))
+    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=False)
+    notes: list[str] = []
+    with group_of(1, notes=notes) as group:
+        group.open_stream("enough", checkpoint, blocks_BT)
+        held = footprint.states_per_token * blocks_BT.size
+        free = footprint.fixed + held + 40 * footprint.activations_per_token
+        monkeypatch.setattr(group, "_free_memory", lambda: free)
+        group.open_stream("little", checkpoint, blocks_BT)
+        sizes = {
+            name: ray.get(group._actors[0].__ray_call__.remote(batch_sizes, name)) for name in ("enough", "little")
+        }
+        assert group.forward("little", 0) == pytest.approx(group.forward("enough", 0), rel=1e-6)
+    # 16 batches at least: 192 blocks of 16 tokens are 12 blocks a batch, and two blocks are within 40 tokens.
+    assert sizes == {"enough": [12] * 16, "little": [2] * 96}
+    assert notes == ["micro-batches of 32 tokens: 0.0 GB are free per worker"]
+
+
+def batch_sizes(shard: Shard, name: str) -> list[int]:
+    return [len(ids) for ids in shard._streams[name].batches]
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(
+    local_ray: None, gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(gqa_model)
+    fixed = Footprint.of(checkpoint, torch.device("cpu"), deciding=True).fixed
+    message = r"each of 1 worker\(s\) needs .* GB, .* for the hidden states .* are free for it: add --offload, or"
+    with group_of(1) as group:
+        monkeypatch.setattr(group, "_free_memory", lambda: fixed)
+        with pytest.raises(InputError, match=message):
+            group.open_stream("a", checkpoint, blocks_BT, deciding=True)
+
+
+def test_states_that_are_offloaded_need_no_memory(
+    local_ray: None, gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(gqa_model)
+    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=False)
+    with (
+        Placement(1, 1, 0.0) as placement,
+        shared_files() as deliver,
+        ShardGroup(placement, deliver, print, offload=True) as group,
+    ):
+        monkeypatch.setattr(group, "_free_memory", lambda: footprint.fixed + 16 * footprint.activations_per_token)
+        group.open_stream("a", checkpoint, blocks_BT)
+        states = ray.get(group._actors[0].__ray_call__.remote(lambda shard: type(shard._streams["a"].hidden).__name__))
+        assert -1 <= group.forward("a", 0) <= 1
+    assert states == "SpilledStates"

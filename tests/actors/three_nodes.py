@@ -30,9 +30,9 @@ NODES = 3
 
 def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
     """Use the cluster in parts, then for a whole run."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     for _ in range(NODES - 1):
-        cluster.add_node(num_cpus=2)
+        cluster.add_node(num_cpus=4)
     cluster.wait_for_nodes()
     common = {"model": model, "calibration": tokens, "workers": NODES, "address": cluster.address}
     seen: dict[str, Any] = {}
@@ -57,14 +57,14 @@ def use_parts(inputs: Inputs) -> dict[str, Any]:
     with (
         Placement(NODES, 2, 0.0) as placement,
         weight_server() as deliver,
-        ShardGroup(placement, deliver) as shards,
+        ShardGroup(placement, deliver, print) as shards,
     ):
         shards.start()
         nodes = ray.get([actor.__ray_call__.remote(node_of) for actor in shards._actors])
         solves = [ray.remote(sleeping_node).options(**placement.solve_options()).remote() for _ in range(NODES)]
         served: Any = deliver(inputs.source)
         ray.get([actor.__ray_call__.remote(refuse_files) for actor in shards._actors])
-        shards.open_stream("served", inputs.source, inputs.calibration_batches())
+        shards.open_stream("served", inputs.source, inputs.calibration_blocks())
         shards.forward("served", 0)
         observed, power = shards.observe_dense("served", 1, branch)
         pool = SolverPool(served, placement)
@@ -85,7 +85,7 @@ def error_of_a_lost_file(shards: ShardGroup, inputs: Inputs) -> str:
     """Return what a worker's reader says of a file that the server does not find."""
     lost = Checkpoint(Path("/none"), inputs.source.config, inputs.source.family, inputs.source.files)
     try:
-        shards.open_stream("lost", lost, inputs.calibration_batches())
+        shards.open_stream("lost", lost, inputs.calibration_blocks())
     except slimllm_ops.errors.CheckpointError as error:
         return str(error)
     return "no error"
@@ -96,7 +96,7 @@ def refusal_of_paths(shards: ShardGroup, inputs: Inputs) -> str:
     with shared_files() as deliver:
         shards._deliver = deliver
         try:
-            shards.open_stream("by path", inputs.source, inputs.calibration_batches())
+            shards.open_stream("by path", inputs.source, inputs.calibration_blocks())
         except ray.exceptions.RayTaskError as error:
             return str(error.cause)
     return "no error"

@@ -2,27 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from orchestrator import PruneConfig, inputs
-from orchestrator.data import TokenBlocks
-from orchestrator.inputs import into_batches, load_inputs, model_name, resolve_model
+from orchestrator.inputs import load_inputs, model_name, resolve_model
 from slimllm_ops.errors import CheckpointError, InputError
-
-
-def blocks(num_blocks: int, length: int) -> TokenBlocks:
-    ids_BT = np.arange(num_blocks * length, dtype=np.int32).reshape(num_blocks, length)
-    return TokenBlocks("spec", ids_BT, "digest", num_blocks)
-
-
-@pytest.mark.parametrize(("num_blocks", "length"), [(1, 8), (15, 8), (16, 8), (33, 8), (1000, 64), (5, 5000)])
-def test_batches_are_the_blocks_in_order_within_the_bounds(num_blocks: int, length: int) -> None:
-    given = blocks(num_blocks, length)
-    batches = into_batches(given)
-    assert np.array_equal(np.concatenate(batches), given.input_ids_BT)
-    assert len(batches) >= min(num_blocks, inputs.MIN_BATCHES)
-    assert all(len(batch) == 1 or batch.size <= inputs.BATCH_TOKENS for batch in batches)
 
 
 def test_a_model_is_called_by_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

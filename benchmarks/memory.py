@@ -1,0 +1,96 @@
+"""Peak memory of every process of a run, by depth, width and tokens: `python -m benchmarks.memory`.
+
+Random bfloat16 checkpoints, one worker on CPUs, so in float32. Peaks are of USS above that of the same run on a model
+of next to nothing, which is what the libraries take. Beside each stands what it may be: three layers, the moments and
+the decision or solve in flight, the hidden states, and the activations of one micro-batch.
+"""
+
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+
+from actors.batching import BATCH_TOKENS, MIN_BATCHES
+from benchmarks.machine import describe_machine, write_table
+from benchmarks.random_model import Shape, write_model, write_tokens
+from benchmarks.sampling import Measured, run_slimllm
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.footprint import Footprint
+
+BLOCK = 2048
+NOTHING = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=256)
+NARROW = {layers: Shape(hidden=1024, intermediate=2816, layers=layers, heads=16, kv_heads=4) for layers in (11, 22, 44)}
+WIDE = Shape(hidden=2048, intermediate=5632, layers=22, heads=16, kv_heads=4)
+METHODS = ("slimllm", "gram")
+
+
+@click.command()
+@click.option("--output", type=Path, default=Path("benchmarks/results/memory.md"))
+def main(output: Path) -> None:
+    """Run every case once and write the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        rows = [
+            ["model, method, tokens", "seconds", *(f"{role}, MB" for role in ("worker", "may be", "solve", "driver"))]
+        ]
+        for method in METHODS:
+            rows += [bench.row(shape, method, 4) for shape in (*NARROW.values(), WIDE)]
+            rows += [bench.row(NARROW[11], method, blocks) for blocks in (16, 64)]
+            rows.append(bench.row(NARROW[11], method, 64, "--offload"))
+    write_table(output, "Peak memory above the libraries', by depth, width and tokens", describe_machine(), rows)
+
+
+class Bench:
+    """Checkpoints, tokens and baselines in a folder, each made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._baselines: dict[str, Measured] = {}
+
+    def row(self, shape: Shape, method: str, num_blocks: int, *options: str) -> list[str]:
+        """Run a case and return its line of the table."""
+        if method not in self._baselines:
+            self._baselines[method] = self._run(NOTHING, method, 4)
+        base, measured = self._baselines[method], self._run(shape, method, num_blocks, *options)
+        above = [measured.peak(role) - base.peak(role) for role in ("worker", "solve", "driver")]
+        allowed = self._allowed(shape, method, num_blocks * BLOCK if not options else 0)
+        name = f"{shape.hidden} x {shape.layers}, {' '.join((method, *options))}, {num_blocks * BLOCK // 1024}k"
+        cells = [f"{size / 1e6:.0f}" for size in (above[0], allowed, above[1], above[2])]
+        if not measured.peak("solve"):
+            cells[2] = ""
+        print(name, cells, flush=True)
+        return [name, f"{measured.seconds:.0f}", *cells]
+
+    def _allowed(self, shape: Shape, method: str, tokens: int) -> int:
+        """Return what a worker may take above the libraries."""
+        footprint = Footprint.of(self._checkpoint(shape), torch.device("cpu"), deciding=method == "slimllm")
+        third_layer = footprint.layers // 2
+        at_once = max(BLOCK, min(BATCH_TOKENS, tokens // MIN_BATCHES))
+        transient = footprint.activations_per_token * at_once
+        return footprint.fixed + third_layer + footprint.states_per_token * tokens + transient
+
+    def _checkpoint(self, shape: Shape) -> Checkpoint:
+        directory = self._folder / f"{shape.hidden}-{shape.layers}"
+        return Checkpoint.open(directory if directory.exists() else write_model(directory, shape))
+
+    def _run(self, shape: Shape, method: str, num_blocks: int, *options: str) -> Measured:
+        tokens = self._folder / f"{num_blocks}-{shape.vocabulary}.parquet"
+        if not tokens.exists():
+            write_tokens(tokens, num_blocks, BLOCK, shape.vocabulary)
+        arguments = [
+            "prune",
+            str(self._checkpoint(shape).directory),
+            f"--method={method}",
+            f"--calibration={tokens}",
+            f"--output={self._folder / 'pruned'}",
+            "--overwrite",
+            "--workers=1",
+            f"--tracking-uri=sqlite:///{self._folder}/mlflow.db",
+            *options,
+        ]
+        return run_slimllm(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a worker needs, in bytes, by what it holds: why memory grows with neither the depth of a model nor its tokens.
+
+    two layers (one in use, the next read ahead)
+    moments of one module: their running sum, and the copy that travels
+    a decision, where the worker makes it: the covariance, and products of it with weights
+    states: the residual stream of every token, and X, a branch's activations, where they wait for a decision
+    activations of one micro-batch
+
+Shapes: D hidden size, P the larger input of an output projection.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.moments import TRIANGLE_BLOCKS, accumulation_dtype
+from slimllm_ops.stream import compute_dtype
+
+# Tensors of a micro-batch that are alive at once in a branch: (tokens, P) in the MLP, (tokens, D) in the attention.
+WIDE_ACTIVATIONS, NARROW_ACTIVATIONS = 5, 8
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one stream through a model takes."""
+
+    layers: int
+    moments: int
+    decision: int
+    states_per_token: int
+    activations_per_token: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, device: torch.device, *, deciding: bool) -> "Footprint":
+        """Return what a stream takes on a device.
+
+        Args:
+            checkpoint: the model that it passes.
+            device: where it computes.
+            deciding: whether its worker decides, so that a branch's activations wait for the decision.
+        """
+        values, sums = compute_dtype(device).itemsize, accumulation_dtype(device).itemsize
+        hidden, widest = checkpoint.config.hidden_size, _widest(checkpoint)
+        layers = [checkpoint.layer_names(layer) for layer in range(checkpoint.num_layers)]
+        return cls(
+            layers=2 * values * max(map(checkpoint.num_parameters, layers)),
+            moments=2 * _triangle(widest, sums),
+            decision=sums * (widest**2 + 5 * widest * hidden) if deciding else 0,
+            states_per_token=values * (hidden + (widest if deciding else 0)),
+            activations_per_token=values * (WIDE_ACTIVATIONS * widest + NARROW_ACTIVATIONS * hidden),
+        )
+
+    @classmethod
+    def of_refinement(cls, dense: Checkpoint, pruned: Checkpoint, device: torch.device) -> "Footprint":
+        """Return what the dense and the pruned stream take side by side, with the joint moments of their states."""
+        one, other = (cls.of(model, device, deciding=model is pruned) for model in (dense, pruned))
+        hidden, sums = dense.config.hidden_size, accumulation_dtype(device).itemsize
+        joint = max(_widest(pruned) + hidden, 2 * hidden)
+        return cls(
+            layers=one.layers + other.layers,
+            moments=2 * _triangle(joint, sums),
+            decision=3 * sums * joint**2,
+            states_per_token=one.states_per_token + other.states_per_token,
+            activations_per_token=one.activations_per_token + other.activations_per_token,
+        )
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on tokens."""
+        return self.layers + self.moments + self.decision
+
+    def tokens_at_once(self, free: int, held_tokens: int) -> int:
+        """Return how many tokens a micro-batch may have, where `free` bytes are there and so many tokens are held."""
+        return (free - self.fixed - self.states_per_token * held_tokens) // self.activations_per_token
+
+
+def _triangle(width: int, itemsize: int) -> int:
+    """Return the bytes of a square's upper triangle in block rows."""
+    return itemsize * width**2 * (TRIANGLE_BLOCKS + 1) // (2 * TRIANGLE_BLOCKS)
+
+
+def _widest(checkpoint: Checkpoint) -> int:
+    """Return the largest number of inputs of an output projection."""
+    outputs = (checkpoint.family.attention.output_weight, checkpoint.family.mlp.output_weight)
+    names = [checkpoint.layer_prefix(layer) + name for layer in range(checkpoint.num_layers) for name in outputs]
+    return max(shape[1] for shape in checkpoint.shapes(names).values())
