@@ -126,14 +126,14 @@ class ShardGroup:
         """Run a branch up to its output projection; return a reference to the merged moments."""
         actors = self._holders[name]
         # Nobody waits here: moments stay on the cluster, and an error reaches whoever decides from them.
-        return _merge(actors, [actor.observe.remote(name, layer, branch) for actor in actors])
+        return merge_on_actors(actors, [actor.observe.remote(name, layer, branch) for actor in actors])
 
     def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[ray.ObjectRef, ray.ObjectRef]:
         """Pass a branch as it is; return references to the merged moments, and to E|h|^2 of what it leaves."""
         actors = self._holders[name]
         calls = [actor.observe_dense.options(num_returns=2).remote(name, layer, branch) for actor in actors]
         observed, powers = zip(*calls, strict=True)
-        return _merge(actors, list(observed)), actors[0].mean.remote(*powers)
+        return merge_on_actors(actors, list(observed)), actors[0].mean.remote(*powers)
 
     def decide_heads(self, name: str, layer: int, observed: ray.ObjectRef, **counts: Any) -> Decision:
         """Decide a layer's attention, where its moments were merged."""
@@ -160,7 +160,7 @@ class ShardGroup:
     def alignment(self, name: str, layer: int, branch: Branch) -> np.ndarray:
         """Observe both streams' inputs of a branch, align every shard's pruned one, and return the map (D, D)."""
         actors = self._holders[name]
-        observed = _merge(actors, [actor.observe_inputs.remote(name, layer, branch) for actor in actors])
+        observed = merge_on_actors(actors, [actor.observe_inputs.remote(name, layer, branch) for actor in actors])
         solved = actors[0].solve_alignment.remote(observed)
         get_in_order([actor.align.remote(name, layer, branch, solved) for actor in actors])
         return get_one(solved)
@@ -168,7 +168,7 @@ class ShardGroup:
     def refit(self, name: str, layer: int, branch: Branch) -> Refitted:
         """Observe a branch's target, refit its output projection in every shard's pruned stream, and return it."""
         actors = self._holders[name]
-        observed = _merge(actors, [actor.observe_targets.remote(name, layer, branch) for actor in actors])
+        observed = merge_on_actors(actors, [actor.observe_targets.remote(name, layer, branch) for actor in actors])
         solved = actors[0].solve_refit.remote(name, layer, branch, observed)
         get_in_order([actor.apply_refit.remote(name, layer, branch, solved) for actor in actors])
         return get_one(solved)
@@ -222,7 +222,7 @@ def _mean(parts: list[Mean]) -> float:
     return reduce(Mean.merge, parts).value
 
 
-def _merge(actors: list[Any], refs: list[ray.ObjectRef]) -> ray.ObjectRef:
+def merge_on_actors(actors: list[Any], refs: list[ray.ObjectRef]) -> ray.ObjectRef:
     """Merge observations on the actors that hold them; only neighbours in the shards' order are ever added."""
 
     def merge(left: tuple[Any, ray.ObjectRef], right: tuple[Any, ray.ObjectRef]) -> tuple[Any, ray.ObjectRef]:

@@ -62,10 +62,13 @@ class SolverPool:
         """Decide a module at several numbers of units removed; refers to a list of decisions."""
         return self._submit(_decide, layer, branch, observed, method, ranking, removals)
 
-    def _submit(self, solve: Callable[..., Any], *arguments: Any) -> ray.ObjectRef:
+    def _submit(self, solve: Callable[..., Any], layer: int, branch: Branch, *arguments: Any) -> ray.ObjectRef:
         # A solve is a pure function: one that is lost with its node is run again.
         remote = ray.remote(max_retries=1)(solve)
-        return remote.options(**self._placement.solve_options()).remote(self._bench, *arguments)
+        # What Ray's dashboard and its trace call it.
+        name = f"{solve.__name__.lstrip('_')} {_described(layer, branch)}"
+        options = self._placement.solve_options()
+        return remote.options(name=name, **options).remote(self._bench, layer, branch, *arguments)
 
 
 def results(submissions: Iterable[tuple[ray.ObjectRef, ...]]) -> Iterator[list[Any]]:

@@ -55,8 +55,10 @@ class Shard:
 
     def close_stream(self, name: str) -> None:
         """Give a stream's memory back."""
-        del self._streams[name]
-        self._refinements.pop(name, None)
+        self._streams.pop(name).close()
+        refinement = self._refinements.pop(name, None)
+        if refinement is not None:
+            refinement.close()
 
     def forward(self, name: str, layer: int) -> Mean:
         """Pass a whole layer; return the summed cosine of its input and output."""

@@ -3,28 +3,36 @@
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
+import torch
 
 
 def describe_machine() -> str:
     """Return the processor, cores, memory and versions in a line."""
-    memory = psutil.virtual_memory().total / 2**30
-    packages = ", ".join(f"{name} {version(name)}" for name in ("slimllm", "torch", "transformers", "ray", "mlflow"))
-    hardware = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, no GPU"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("slimllm", "torch", "transformers", "ray", "mlflow"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    hardware = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {gpu}"
     return f"{hardware}; Python {platform.python_version()}, {packages}"
 
 
-def write_table(path: Path, title: str, machine: str, rows: Sequence[Sequence[str]]) -> None:
-    """Write a Markdown file with a title, the machine and a table whose first row is its heading."""
+def write_table(path: Path, title: str, machine: str, rows: Sequence[Sequence[str]], after: str = "") -> None:
+    """Write a Markdown file with a title, the machine, a table whose first row is its heading, and what follows it."""
     heading, *body = rows
     rule = ["---" if column == 0 else "---:" for column in range(len(heading))]
     lines = [f"| {' | '.join(row)} |" for row in (heading, rule, *body)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# {title}\n\n{machine}.\n\n" + "\n".join(lines) + "\n")
+    path.write_text(f"# {title}\n\n{machine}.\n\n" + "\n".join([*lines, *(["", after] if after else [])]) + "\n")
     print(path.read_text())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def _processor() -> str:

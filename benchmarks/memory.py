@@ -13,7 +13,8 @@ import torch
 
 from actors.batching import BATCH_TOKENS, MIN_BATCHES
 from benchmarks.machine import describe_machine, write_table
-from benchmarks.random_model import Shape, write_model, write_tokens
+from benchmarks.random_model import Shape, write_model
+from benchmarks.random_tokens import write_tokens
 from benchmarks.sampling import Measured, run_slimllm
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.footprint import Footprint

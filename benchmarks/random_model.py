@@ -1,13 +1,10 @@
-"""Checkpoints of random weights and tokens to pass through them: what a benchmark of memory or speed needs."""
+"""Checkpoints of random weights, for benchmarks in which only shapes matter."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -70,13 +67,6 @@ def write_model(directory: Path, shape: Shape, device: str = "cpu") -> Path:
         weight_map |= dict.fromkeys(tensors, name)
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
-
-
-def write_tokens(path: Path, num_blocks: int, block_length: int, vocabulary: int = 32000) -> Path:
-    """Write random token blocks as Parquet."""
-    ids = np.random.default_rng(0).integers(0, vocabulary, size=(num_blocks, block_length)).astype(np.int32)
-    pq.write_table(pa.table({"input_ids": list(ids)}), path)
-    return path
 
 
 def _layer(shape: Shape, layer: int, matrix: Matrix) -> dict[str, Tensor]:

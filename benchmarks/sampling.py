@@ -13,7 +13,7 @@ import psutil
 
 SAMPLING_SECONDS = 0.1
 # What a process is, by the beginning of its title: Ray names a worker's process after what it runs.
-ROLES = {"ray::Shard": "worker", "ray::_": "solve"}
+ROLES = {"ray::Shard": "worker"} | dict.fromkeys(("ray::eliminate", "ray::rank", "ray::decide"), "solve")
 
 
 @dataclass

@@ -109,6 +109,7 @@ class _Witness:
 
     def probes(self) -> list[Probe]:
         """Return every target's states."""
+        self._stream.close()
         return [Probe(self._ids_T, [state[0].numpy() for state in states]) for states in self._states]
 
 

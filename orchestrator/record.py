@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -186,13 +187,6 @@ def log_record(run: Run, directory: Path, name: str, totals: Totals) -> str | No
 
 def importance_table(layers: Sequence[LayerPlan]) -> pa.Table:
     """Return a row per unit of every pruned module: layer, module, unit, score, kept."""
-    rows = [
-        {"layer": number, "module": module, "unit": unit, "score": score, "kept": unit in kept}
-        for number, layer in enumerate(layers)
-        for module, decision in _modules(layer)
-        for kept in [set(decision.kept)]
-        for unit, score in enumerate(decision.scores)
-    ]
     schema = pa.schema(
         [
             ("layer", pa.int32()),
@@ -202,7 +196,22 @@ def importance_table(layers: Sequence[LayerPlan]) -> pa.Table:
             ("kept", pa.bool_()),
         ]
     )
-    return pa.Table.from_pylist(rows, schema=schema)
+    # By columns: a row for each channel of a large model would outweigh a layer.
+    parts = [
+        pa.table(
+            {
+                "layer": np.full(decision.num_units, number),
+                "module": [module] * decision.num_units,
+                "unit": np.arange(decision.num_units),
+                "score": np.array(decision.scores),
+                "kept": np.isin(np.arange(decision.num_units), decision.kept),
+            },
+            schema=schema,
+        )
+        for number, layer in enumerate(layers)
+        for module, decision in _modules(layer)
+    ]
+    return pa.concat_tables([schema.empty_table(), *parts])
 
 
 def _modules(layer: LayerPlan) -> list[tuple[str, Decision]]:

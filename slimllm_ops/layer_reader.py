@@ -29,15 +29,19 @@ class LayerReader:
         if self._ahead is not None and self._ahead[0] == layer:
             tensors = self._ahead[1].result()
         else:
-            self.stop()
+            self._forget()
             tensors = self._read(layer)
         self._ahead = None
         if layer + 1 < self._checkpoint.num_layers:
             self._ahead = (layer + 1, self._executor.submit(self._read, layer + 1))
         return tensors
 
-    def stop(self) -> None:
-        """Let go of what was read ahead."""
+    def close(self) -> None:
+        """Let go of what was read ahead, and end the thread that reads."""
+        self._forget()
+        self._executor.shutdown(wait=False)
+
+    def _forget(self) -> None:
         if self._ahead is not None:
             self._ahead[1].cancel()
         self._ahead = None

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-MAPPED_BYTES = 1 << 20
+MAPPED_BYTES = 128 << 10
 # From glibc's malloc.h.
 M_MMAP_THRESHOLD = -3
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def return_large_blocks() -> None:
-    """Let blocks of 1 MiB and more go back to the system as soon as they are freed; nothing without glibc.
+    """Let blocks of 128 KiB and more go back to the system as soon as they are freed; nothing without glibc.
 
     By itself, glibc keeps freed blocks of up to 32 MiB, scattered over its heap, so that a process seems to grow with
     every layer of a model though it holds one. Larger blocks, those of wide models, are mapped anew either way.

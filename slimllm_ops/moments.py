@@ -35,6 +35,8 @@ TRIANGLE_BLOCKS = 8
 # of the float32 sum, the square of this is what centring afterwards may lose.
 CENTRED_DEVIATIONS = 8.0
 
+CPU = torch.device("cpu")
+
 T = TypeVar("T")
 
 
@@ -97,13 +99,14 @@ class PackedMoments:
             rows.append(merged_pq)
         return PackedMoments(count, self.mean_P + delta_P * (other.count / count), tuple(rows))
 
-    def unpack(self) -> Moments:
-        """Return the moments for a solve, on the CPU, in memory of their own."""
+    def unpack(self, device: torch.device = CPU) -> Moments:
+        """Return the moments for a solve on a device, in memory of their own."""
+        precision = accumulation_dtype(device)
         # Received arrays are read-only views of shared memory.
-        mean_P = torch.from_numpy(self.mean_P.copy())
-        covariance_PP = torch.empty(len(mean_P), len(mean_P), dtype=mean_P.dtype)
+        mean_P = torch.from_numpy(self.mean_P.copy()).to(device, precision)
+        covariance_PP = mean_P.new_empty(len(mean_P), len(mean_P))
         for (start, stop), row in zip(_block_rows(len(mean_P)), self.rows, strict=True):
-            block_pq = torch.from_numpy(row / self.count)
+            block_pq = torch.from_numpy(row / self.count).to(device, precision)
             covariance_PP[start:stop, start:] = block_pq
             covariance_PP[start:, start:stop] = block_pq.T
         return Moments(self.count, mean_P, covariance_PP)

@@ -36,7 +36,7 @@ class PackedObservation:
     def unpack(self, device: torch.device) -> Observation:
         """Return the observation for a decision, on a device."""
         squares_D = torch.from_numpy(self.input_squares_D.copy()).to(device)
-        return Observation(self.moments.unpack().to(device), squares_D)
+        return Observation(self.moments.unpack(device), squares_D)
 
 
 class ObservationSum:

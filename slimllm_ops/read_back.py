@@ -47,6 +47,7 @@ def read_back(
         added = expected[layer + 1] - expected[layer]
         error = _require_close(stream.hidden[0], expected[layer + 1], added, f"layer {layer}", tolerance, rounding)
         worst = max(worst, error)
+    stream.close()
     return worst
 
 

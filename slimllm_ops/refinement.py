@@ -67,6 +67,11 @@ class RefinementStream:
             self.pruned.hidden[index] = self.pruned.hidden[index] + functional.linear(x_bTS, weight_DS, bias_D)
         self._kept_inputs = self.pruned.store()
 
+    def close(self) -> None:
+        """Give both streams' memory back."""
+        self._dense.close()
+        self.pruned.close()
+
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         for dense, pruned in zip(self._dense.hidden, self.pruned.hidden, strict=True):
             yield self._dense.normalise(layer, branch, dense), self.pruned.normalise(layer, branch, pruned)

@@ -173,6 +173,12 @@ class LayerStream:
         head.to("meta")
         return Mean(total, count)
 
+    def close(self) -> None:
+        """Give everything back now: modules refer to each other in circles, which Python frees when it likes."""
+        self._unload()
+        self._reader.close()
+        self.hidden, self._branch_outputs = [], []
+
     def weights(self, layer: int) -> dict[str, Tensor]:
         """Return the tensors of the layer that is being passed, in the precision that it computes in."""
         return dict(self._load(layer).named_parameters())

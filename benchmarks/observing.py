@@ -1,0 +1,90 @@
+"""What observing a layer costs beside a plain forward pass of it: `python -m benchmarks.observing`.
+
+One layer of random weights, blocks of 2048 tokens. Plain is the layer's own module, called on the same hidden states.
+`gram` passes a branch as it observes it; `slimllm` holds what came out until a decision, here none, is applied.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.machine import describe_machine, write_table
+from benchmarks.random_model import Shape, write_model
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.memory import return_large_blocks
+from slimllm_ops.stream import LayerStream
+
+BLOCK = 2048
+REPEATS = 5
+SHAPES = ((512, 1408, 8), (1024, 2816, 16), (2048, 5632, 16), (4096, 11008, 32))
+
+
+@click.command()
+@click.option("--blocks", default=4, help="Blocks of 2048 tokens, two in a batch.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--output", type=Path, default=Path("benchmarks/results/observing.md"))
+def main(blocks: int, device: str, output: Path) -> None:
+    """Measure every width and write the table."""
+    return_large_blocks()
+    rows = [["hidden, intermediate", "plain, s", "gram, s", "slimllm, s", "gram, of plain", "slimllm, of plain"]]
+    for hidden, intermediate, heads in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            shape = Shape(
+                hidden=hidden, intermediate=intermediate, layers=1, heads=heads, kv_heads=heads // 4, vocabulary=1000
+            )
+            checkpoint = Checkpoint.open(write_model(Path(folder) / "model", shape))
+            ids = torch.randint(1000, (blocks, BLOCK), generator=torch.Generator().manual_seed(0))
+            stream = LayerStream(checkpoint, list(ids.split(2)), torch.device(device))
+            plain, gram, slimllm = _medians(stream)
+        ratios = (f"{gram / plain:.2f}", f"{slimllm / plain:.2f}")
+        rows.append([f"{hidden}, {intermediate}", f"{plain:.2f}", f"{gram:.2f}", f"{slimllm:.2f}", *ratios])
+        print(rows[-1], flush=True)
+    title = f"Observing a layer beside a plain pass of it: {blocks} x {BLOCK} tokens on {device}"
+    write_table(output, title, describe_machine(), rows)
+
+
+def _medians(stream: LayerStream) -> list[float]:
+    """Return the seconds of each way; they take turns, so that what else the machine does falls on all."""
+    family = stream.checkpoint.family
+
+    def plain() -> None:
+        layer = stream._load(0)
+        with torch.inference_mode():
+            for hidden in stream.hidden:
+                layer(hidden, **stream._calls[0])
+
+    def gram() -> None:
+        for branch in (family.attention, family.mlp):
+            stream.observe_dense(0, branch)
+
+    def slimllm() -> None:
+        for branch in (family.attention, family.mlp):
+            stream.observe(0, branch)
+            stream.apply(0, branch, None)
+
+    ways: list[Callable[[], None]] = [plain, gram, slimllm]
+    embedded = list(stream.hidden)
+    times: list[list[float]] = [[] for _ in ways]
+    for turn in range(REPEATS + 1):
+        for way, seconds in zip(ways, times, strict=True):
+            stream.hidden = list(embedded)
+            start = _now(stream.device)
+            way()
+            if turn:
+                seconds.append(_now(stream.device) - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

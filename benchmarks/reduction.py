@@ -1,0 +1,124 @@
+"""Merging one module's moments from 1, 2, 4 and 8 workers: `python -m benchmarks.reduction`.
+
+Each worker holds the moments of one MLP, made before the clock starts. The tree of merges over Ray's object store, as
+runs use it, stands beside a sum of the same bytes by torch.distributed's gloo. Every worker computes with one thread,
+and all are on this machine: with more workers than cores, merges of one level share the cores.
+"""
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import ray
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from actors.group import merge_on_actors
+from benchmarks.machine import describe_machine, write_table
+from slimllm_ops.observation import ObservationSum, PackedObservation
+
+WORKERS = (1, 2, 4, 8)
+SHAPES = ((1024, 2816), (2048, 5632))
+REPEATS = 3
+
+
+class Holder:
+    """A worker that has observed a module of random activations."""
+
+    def __init__(self, hidden: int, width: int, seed: int) -> None:
+        torch.set_num_threads(1)
+        generator = torch.Generator().manual_seed(seed)
+        seen = ObservationSum()
+        seen.add(torch.randn(64, width, generator=generator), torch.randn(64, hidden, generator=generator))
+        self._observed = seen.packed()
+
+    def observe(self) -> PackedObservation:
+        """Return what was observed."""
+        return self._observed
+
+    def merge(self, left: PackedObservation, right: PackedObservation) -> PackedObservation:
+        """Return the observation of both, as a shard does."""
+        return left.merge(right)
+
+
+@click.command()
+@click.option("--output", type=Path, default=Path("benchmarks/results/reduction.md"))
+def main(output: Path) -> None:
+    """Measure every number of workers and write the table."""
+    rows = [["moments of", "each sends, MB", "all send, MB", "merges in a row", "tree, s", "gloo, s", "tree, of gloo"]]
+    ray.init("local", num_cpus=max(WORKERS), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    for hidden, width in SHAPES:
+        for workers in WORKERS:
+            rows.append(_row(hidden, width, workers))
+            print(rows[-1], flush=True)
+    ray.shutdown()
+    write_table(output, "Reduction of one MLP's moments by workers", describe_machine(), rows)
+
+
+def _row(hidden: int, width: int, workers: int) -> list[str]:
+    actors: list[Any] = [ray.remote(Holder).options(num_cpus=1).remote(hidden, width, seed) for seed in range(workers)]
+    # Beginning costs are not part of a run's layers.
+    times = [_tree_seconds(actors) for _ in range(REPEATS + 1)][1:]
+    size = _bytes(actors[0])
+    for actor in actors:
+        ray.kill(actor)
+    tree = statistics.median(times)
+    name = f"{width} channels, {workers} worker(s)"
+    steps = (workers - 1).bit_length()
+    cells = [f"{size / 1e6:.1f}" if workers > 1 else "0", f"{(workers - 1) * size / 1e6:.1f}", str(steps)]
+    if workers == 1:
+        return [name, *cells, "", "", ""]
+    gloo = _gloo_seconds(workers, size // 8)
+    return [name, *cells, f"{tree:.2f}", f"{gloo:.2f}", f"{tree / gloo:.1f}"]
+
+
+def _bytes(actor: Any) -> int:
+    """Return what Ray holds for one worker's moments."""
+    reference = actor.observe.remote()
+    ray.wait([reference])
+    counted = ray.get(reference).num_bytes
+    stored = ray.experimental.get_object_locations([reference])[reference]["object_size"]
+    if not counted <= stored < 1.01 * counted + 4096:
+        raise SystemExit(f"Ray holds {stored} bytes of {counted}")
+    return stored
+
+
+def _tree_seconds(actors: list[Any]) -> float:
+    """Return the seconds from moments that are all there to merged ones on the first worker."""
+    references = [actor.observe.remote() for actor in actors]
+    ray.wait(references, num_returns=len(references), fetch_local=False)
+    start = time.perf_counter()
+    ray.wait([merge_on_actors(actors, references)], fetch_local=False)
+    return time.perf_counter() - start
+
+
+def _gloo_seconds(workers: int, numbers: int) -> float:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "GLOO_SOCKET_IFNAME": "lo"}
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    mp.spawn(_reduce, (workers, numbers, queue), nprocs=workers)
+    return queue.get()
+
+
+def _reduce(rank: int, workers: int, numbers: int, queue: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    times = []
+    for _ in range(REPEATS + 1):
+        held = torch.ones(numbers, dtype=torch.float64)
+        dist.barrier()
+        start = time.perf_counter()
+        dist.reduce(held, 0)
+        dist.barrier()
+        times.append(time.perf_counter() - start)
+    if rank == 0:
+        queue.put(statistics.median(times[1:]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A worker's memory grows neither with the depth of a model nor, but for the hidden states, with its tokens."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.random_model import Shape, write_model
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.footprint import Footprint
+from tests.actors.one_pass import AT_ONCE
+
+Peaks = Callable[..., int]
+ROOT = Path(__file__).parents[2]
+SHALLOW, DEEP = 3, 12
+BLOCK = 256
+FEW, MANY = 16, 64
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> Peaks:
+    """Measures the peak of a pass in a process of its own, each once."""
+    folder = tmp_path_factory.mktemp("memory")
+
+    @cache
+    def measure(way: str, layers: int, blocks: int, *options: str) -> int:
+        model = folder / f"{layers}"
+        if not model.exists():
+            write_model(model, shape_of(layers))
+        command = [sys.executable, "-m", "tests.actors.one_pass", str(model), way, str(blocks), str(BLOCK), *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True)
+        return json.loads(done.stdout)["peak"]
+
+    return measure
+
+
+def shape_of(layers: int) -> Shape:
+    return Shape(hidden=512, intermediate=1408, layers=layers, heads=8, kv_heads=4, vocabulary=500)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_model(tmp_path_factory.mktemp("one") / "model", shape_of(2)))
+
+
+@pytest.mark.parametrize("way", ["deciding", "dense"])
+def test_four_times_the_layers_take_no_more_memory(peaks: Peaks, way: str) -> None:
+    assert peaks(way, DEEP, FEW) < 1.1 * peaks(way, SHALLOW, FEW)
+
+
+@pytest.mark.parametrize("way", ["deciding", "dense"])
+def test_of_more_tokens_only_the_states_are_held(peaks: Peaks, checkpoint: Checkpoint, way: str) -> None:
+    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=way == "deciding")
+    grown = peaks(way, SHALLOW, MANY) - peaks(way, SHALLOW, FEW)
+    states = footprint.states_per_token * (MANY - FEW) * BLOCK
+    assert 0.8 * states < grown < 1.25 * states
+
+
+def test_states_that_are_offloaded_are_not_held(peaks: Peaks, checkpoint: Checkpoint) -> None:
+    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=True)
+    states = footprint.states_per_token * (MANY - FEW) * BLOCK
+    assert peaks("deciding", SHALLOW, MANY, "offload") - peaks("deciding", SHALLOW, FEW) < 0.1 * states
+
+
+@pytest.mark.parametrize("way", ["deciding", "dense"])
+def test_the_footprint_bounds_the_peak(peaks: Peaks, checkpoint: Checkpoint, way: str) -> None:
+    """The footprint is what micro-batches are sized by: what it allows must hold the peak, and not by far."""
+    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=way == "deciding")
+    tokens = MANY * BLOCK
+    allowed = footprint.fixed + footprint.states_per_token * tokens + footprint.activations_per_token * AT_ONCE
+    assert 0.6 * allowed < peaks(way, SHALLOW, MANY) < 1.15 * allowed
