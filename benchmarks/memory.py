@@ -1,8 +1,8 @@
 """Peak memory of every process of a run, by depth, width and tokens: `python -m benchmarks.memory`.
 
-Random bfloat16 checkpoints, one worker on CPUs, so in float32. Peaks are of USS above that of the same run on a model
-of next to nothing, which is what the libraries take. Beside each stands what it may be: three layers, the moments and
-the decision or solve in flight, the hidden states, and the activations of one micro-batch.
+Random bfloat16 checkpoints, one worker on CPUs, so in float32. What the libraries take is the worker's peak in the same
+run on a model of next to nothing. What is above may be three layers, the moments and the decision in flight, the hidden
+states, and the activations of one micro-batch.
 """
 
 import tempfile
@@ -21,7 +21,9 @@ from slimllm_ops.footprint import Footprint
 
 BLOCK = 2048
 NOTHING = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=256)
-NARROW = {layers: Shape(hidden=1024, intermediate=2816, layers=layers, heads=16, kv_heads=4) for layers in (11, 22, 44)}
+NARROW = {
+    layers: Shape(hidden=1024, intermediate=2816, layers=layers, heads=16, kv_heads=4) for layers in (4, 11, 22, 44)
+}
 WIDE = Shape(hidden=2048, intermediate=5632, layers=22, heads=16, kv_heads=4)
 METHODS = ("slimllm", "gram")
 
@@ -33,13 +35,13 @@ def main(output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         rows = [
-            ["model, method, tokens", "seconds", *(f"{role}, MB" for role in ("worker", "may be", "solve", "driver"))]
+            ["model, method, tokens", "worker, MB", "above the libraries", "which may be", "solve, MB", "driver, MB"]
         ]
         for method in METHODS:
             rows += [bench.row(shape, method, 4) for shape in (*NARROW.values(), WIDE)]
-            rows += [bench.row(NARROW[11], method, blocks) for blocks in (16, 64)]
-            rows.append(bench.row(NARROW[11], method, 64, "--offload"))
-    write_table(output, "Peak memory above the libraries', by depth, width and tokens", describe_machine(), rows)
+            rows += [bench.row(NARROW[4], method, blocks) for blocks in (16, 64)]
+            rows.append(bench.row(NARROW[4], method, 64, "--offload"))
+    write_table(output, "Peak memory (USS) by depth, width and tokens", describe_machine(), rows)
 
 
 class Bench:
@@ -54,14 +56,13 @@ class Bench:
         if method not in self._baselines:
             self._baselines[method] = self._run(NOTHING, method, 4)
         base, measured = self._baselines[method], self._run(shape, method, num_blocks, *options)
-        above = [measured.peak(role) - base.peak(role) for role in ("worker", "solve", "driver")]
+        above = measured.peak("worker") - base.peak("worker")
         allowed = self._allowed(shape, method, num_blocks * BLOCK if not options else 0)
+        sizes = (measured.peak("worker"), above, allowed, measured.peak("solve"), measured.peak("driver"))
         name = f"{shape.hidden} x {shape.layers}, {' '.join((method, *options))}, {num_blocks * BLOCK // 1024}k"
-        cells = [f"{size / 1e6:.0f}" for size in (above[0], allowed, above[1], above[2])]
-        if not measured.peak("solve"):
-            cells[2] = ""
+        cells = [f"{size / 1e6:.0f}" if size else "" for size in sizes]
         print(name, cells, flush=True)
-        return [name, f"{measured.seconds:.0f}", *cells]
+        return [name, *cells]
 
     def _allowed(self, shape: Shape, method: str, tokens: int) -> int:
         """Return what a worker may take above the libraries."""
