@@ -130,7 +130,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         source = Checkpoint.open(model or write_model(Path(folder) / "model", shape, device))
         ids = np.random.default_rng(0).integers(0, source.config.vocab_size, size=(blocks, BLOCK)).astype(np.int32)
-        rates = {dtype: _rate(torch.device(device), dtype) for dtype in _dtypes(torch.device(device))}
+        rates = {dtype: rate_of_products(torch.device(device), dtype) for dtype in _dtypes(torch.device(device))}
         rows = [["stage", "seconds", "of the rate of a plain product"]]
         for name, method in (("slimllm, 20 %", prune_slimllm), ("gram, 20, 30 and 50 %", prune_gram)):
             run = Run(source, into_batches(ids), torch.device(device), Path(folder) / method.__name__)
@@ -288,7 +288,7 @@ def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return tuple(dict.fromkeys((compute_dtype(device), accumulation_dtype(device))))
 
 
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
+def rate_of_products(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations per second of a plain product."""
     size = 8192 if device.type == "cuda" else 2048
     left, stages = torch.randn(size, size, device=device).to(dtype), Stages(device)

@@ -79,9 +79,10 @@ def _eliminate_groups(inverse_PP: Tensor, weight_PD: Tensor, num_units: int) -> 
     width = len(inverse_PP) // num_units
     left, order, costs = list(range(num_units)), [], []
     while left:
-        blocks_Hww = torch.stack([_block(inverse_PP, g, g, width) for g in range(len(left))])
+        # By Cholesky, since they are positive definite; and a batch of LU solves never ends in some builds of MKL.
+        factors_Hww = torch.linalg.cholesky(torch.stack([_block(inverse_PP, g, g, width) for g in range(len(left))]))
         weight_HwD = weight_PD.unflatten(0, (len(left), width))
-        solved_HwD = torch.linalg.solve(blocks_Hww, weight_HwD)
+        solved_HwD = torch.cholesky_solve(weight_HwD, factors_Hww)
         errors_H = (weight_HwD * solved_HwD).sum(dim=(1, 2))
         cheapest = int(errors_H.argmin())
         order.append(left.pop(cheapest))
@@ -89,7 +90,7 @@ def _eliminate_groups(inverse_PP: Tensor, weight_PD: Tensor, num_units: int) -> 
         rows = slice(cheapest * width, (cheapest + 1) * width)
         column_Pw = inverse_PP[:, rows]
         weight_PD = weight_PD - column_Pw @ solved_HwD[cheapest]
-        inverse_PP = inverse_PP - column_Pw @ torch.linalg.solve(blocks_Hww[cheapest], column_Pw.T)
+        inverse_PP = inverse_PP - column_Pw @ torch.cholesky_solve(column_Pw.T, factors_Hww[cheapest])
         stay = torch.ones(len(inverse_PP), dtype=torch.bool, device=inverse_PP.device)
         stay[rows] = False
         weight_PD, inverse_PP = weight_PD[stay], _square_of(inverse_PP, stay)

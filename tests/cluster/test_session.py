@@ -54,12 +54,23 @@ def test_more_than_there_is_room_for_is_refused(resources: Resources, asked: tup
         plan_workers(resources, *asked)
 
 
+@pytest.mark.parametrize(
+    ("local", "shared_storage", "travel"),
+    [(True, False, False), (True, True, False), (False, True, False), (False, False, True)],
+)
+def test_weights_travel_to_nodes_that_do_not_see_the_drivers_files(
+    local: bool, shared_storage: bool, travel: bool
+) -> None:
+    resources = Resources((Node(2, 0), Node(2, 0)), local)
+    assert plan_workers(resources, None, None, shared_storage).weights_travel is travel
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_connection_that_is_there_is_used_and_left_open() -> None:
     address = ray.get_runtime_context().gcs_address
     for asked in (None, "auto", address):
         with session(asked, ()) as resources:
-            assert (resources.cpus, resources.gpus) == (8, 0)
+            assert (resources.cpus, resources.gpus, resources.local) == (8, 0, True)
         assert ray.is_initialized()
 
 

@@ -40,7 +40,8 @@ def test_a_ratio_takes_the_place_of_the_sparsity() -> None:
         ({"sequence_length": 1}, "two tokens"),
         ({"workers": 0}, "workers is 0"),
         ({"pruned_layers": 0}, "pruned_layers is 0"),
-        ({"gpus_per_worker": -1.0}, "cannot be negative"),
+        ({"gpus_per_worker": -1.0}, "one GPU at most, so pass 0 to 1"),
+        ({"gpus_per_worker": 1.5}, "one GPU at most, so pass 0 to 1"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], said: str) -> None:

@@ -7,6 +7,9 @@ Removing the inputs R, with the rest refitted, leaves of the ridge's objective
 and L(R) = tr( W_R^T (A_RR)^-1 W_R ), A = (C + d I)^-1. A removal's cost is the rise of L: costs add up to L.
 """
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -137,3 +140,21 @@ def test_what_cannot_be_factorised_is_an_error_with_its_eigenvalues() -> None:
 def projection_inputs(units: tuple[int, ...], width: int) -> list[int]:
     """Return the inputs of units, side by side."""
     return [unit * width + column for unit in units for column in range(width)]
+
+
+WIDE_GROUPS = """
+import torch
+from slimllm_ops.elimination import eliminate
+from slimllm_ops.moments import Moments
+from slimllm_ops.projection import Projection
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+projection = Projection.of(Moments.of(torch.randn(2048, 1024)), torch.randn(512, 1024))
+assert sorted(eliminate(projection, 4).order) == [0, 1, 2, 3]
+"""
+
+
+def test_wide_groups_are_eliminated_by_several_threads() -> None:
+    """LU solves of a batch of 256 x 256 matrices by two threads never ended in a build of MKL."""
+    subprocess.run([sys.executable, "-c", WIDE_GROUPS], check=True, timeout=60)

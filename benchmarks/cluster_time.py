@@ -1,0 +1,158 @@
+"""A model of a run's time on a cluster, so that its first user can check it: `python -m benchmarks.cluster_time`.
+
+For each layer, with N tokens over W workers, n = N / W:
+
+    observing   n (forward + moments) / (e R)           e: the share of a plain product's rate R that observing reaches
+    reducing    ceil(log2 W) triangle / M               M: bytes per second through one merge, the way there included
+    solving     2 P^3 (3 + D / P) / (s S)               s: the share of the rate S, in the solves' dtype
+    reading     layer / I                               read ahead, so it counts where it is the longest
+
+`gram`: layers follow each other, and solves run in W places beside them: L max(observing + reducing, reading,
+solving / W), and the last solve. `slimllm`: a pass for the similarities, and then, module by module, observing,
+reducing and deciding wait for each other: L (forward + observing + reducing + deciding), deciding being an
+eigen-decomposition of D x D, taken as 10 D^3, and a product of P x P with P x D.
+
+The first row is of this machine, at rates measured here, beside what the shard's class takes in one process, where
+solves wait for observing. The others are of up to 4 nodes with 8 GPUs each: their rates are assumed, and options say
+other ones.
+"""
+
+import math
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from actors.batching import into_batches
+from benchmarks.machine import describe_machine, write_table
+from benchmarks.one_process import Run, prune_gram, prune_slimllm, rate_of_products
+from benchmarks.random_model import Shape, write_model
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.memory import return_large_blocks
+
+BLOCK, BLOCKS = 2048, 128
+SMALL = Shape(hidden=1024, intermediate=2816, layers=3, heads=16, kv_heads=4)
+SEVEN = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32)
+SEVENTY = Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a worker reaches: products and solves in operations, merges and reading in bytes, all per second."""
+
+    products: float
+    solves: float
+    merges: float
+    reading: float
+    value_bytes: int
+    sum_bytes: int
+    observing_share: float = 0.38
+    solving_share: float = 0.40
+
+
+# One H100: half of its dense bfloat16 peak for large products, half of its float32 peak, and a network of 100 Gbit/s
+# that a merge passes twice with the host's memory between. Assumed.
+H100 = Rates(products=400e12, solves=30e12, merges=2e9, reading=5e9, value_bytes=2, sum_bytes=4)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of one layer."""
+
+    forward: float
+    observing: float
+    reducing: float
+    solving: float
+    deciding: float
+    reading: float
+
+
+def parts_of(shape: Shape, tokens: int, workers: int, rates: Rates) -> Parts:
+    """Return what one layer takes."""
+    hidden, channels = shape.hidden, shape.intermediate
+    forward = 2 * shape.layer_parameters + 2 * BLOCK * hidden
+    moments = hidden**2 + channels**2
+    rate = rates.products * rates.observing_share / (tokens / workers)
+    triangle = rates.sum_bytes * (hidden**2 + channels**2) * 9 / 16
+    decision = 10 * hidden**3 + 2 * channels**2 * hidden
+    return Parts(
+        forward=forward / rate,
+        observing=(forward + moments) / rate,
+        reducing=math.ceil(math.log2(workers)) * triangle / rates.merges,
+        solving=2 * channels**3 * (3 + hidden / channels) / (rates.solves * rates.solving_share),
+        deciding=decision / (rates.solves * rates.solving_share),
+        reading=rates.value_bytes * shape.layer_parameters / rates.reading,
+    )
+
+
+def gram_seconds(shape: Shape, workers: int, parts: Parts) -> float:
+    """Return the seconds of gram's pass with its solves."""
+    layer = max(parts.observing + parts.reducing, parts.reading, parts.solving / workers)
+    return shape.layers * layer + parts.solving
+
+
+def slimllm_seconds(shape: Shape, parts: Parts) -> float:
+    """Return the seconds of both passes of the paper's method."""
+    passes = max(parts.forward, parts.reading), max(parts.observing + parts.reducing + parts.deciding, parts.reading)
+    return shape.layers * sum(passes)
+
+
+@click.command()
+@click.option("--output", type=Path, default=Path("benchmarks/results/cluster_time.md"))
+@click.option("--products", default=H100.products / 1e12, help="bfloat16 TFLOP/s of a GPU.")
+@click.option("--solves", default=H100.solves / 1e12, help="float32 TFLOP/s of a GPU.")
+@click.option("--merges", default=H100.merges / 1e9, help="GB/s through a merge.")
+@click.option("--reading", default=H100.reading / 1e9, help="GB/s of weights to a worker.")
+def main(output: Path, products: float, solves: float, merges: float, reading: float) -> None:
+    """Check the model here, and write what it says of a cluster."""
+    rates = replace(H100, products=products * 1e12, solves=solves * 1e12, merges=merges * 1e9, reading=reading * 1e9)
+    rows = [["run", "observing", "reducing", "solving", "deciding", "gram, s", "slimllm, s", "measured, s"]]
+    rows += _check()
+    for name, shape in (("7B", SEVEN), ("70B", SEVENTY)):
+        for workers in (1, 8, 32):
+            parts = parts_of(shape, BLOCKS * BLOCK, workers, rates)
+            rows.append(_row(f"{name} on {workers} GPU(s), assumed", shape, workers, parts, ""))
+    title = f"A model of the time: seconds per layer and in all, {BLOCKS} x {BLOCK} tokens on GPUs"
+    write_table(output, title, describe_machine(), rows)
+
+
+def _check() -> list[list[str]]:
+    """Return the model's lines for this machine, beside what the shard's class takes here."""
+    return_large_blocks()
+    device, blocks = torch.device("cpu"), 4
+    rates = Rates(
+        products=rate_of_products(device, torch.float32),
+        solves=rate_of_products(device, torch.float64),
+        merges=1e9,
+        reading=1e9,
+        value_bytes=4,
+        sum_bytes=8,
+    )
+    parts = parts_of(SMALL, blocks * BLOCK, 1, rates)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Checkpoint.open(write_model(Path(folder) / "model", SMALL))
+        ids = np.random.default_rng(0).integers(0, 32000, size=(blocks, BLOCK)).astype(np.int32)
+        run = Run(source, into_batches(ids), device, Path(folder) / "gram")
+        gram = prune_gram(run).seconds
+        slimllm = prune_slimllm(replace(run, output=Path(folder) / "slimllm")).seconds
+    # In one process solves wait for observing: the sum, not the longer of them.
+    alone = SMALL.layers * (parts.observing + parts.solving)
+    name = f"here: hidden {SMALL.hidden}, {SMALL.layers} layers, {blocks} x {BLOCK} tokens, 1 worker"
+    stages = ("similarities", "observing", "applying", "deciding heads", "deciding channels")
+    measured = f"gram {gram['observing'] + gram['eliminating']:.1f}, slimllm {sum(slimllm[s] for s in stages):.1f}"
+    row = _row(name, SMALL, 1, parts, measured)
+    row[5] = f"{alone:.1f}"
+    return [row]
+
+
+def _row(name: str, shape: Shape, workers: int, parts: Parts, measured: str) -> list[str]:
+    seconds = (parts.observing, parts.reducing, parts.solving, parts.deciding)
+    totals = (gram_seconds(shape, workers, parts), slimllm_seconds(shape, parts))
+    return [name, *(f"{value:.3f}" for value in seconds), *(f"{value:.1f}" for value in totals), measured]
+
+
+if __name__ == "__main__":
+    main()
