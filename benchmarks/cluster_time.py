@@ -4,7 +4,7 @@ For each layer, with N tokens over W workers, n = N / W:
 
     observing   n (forward + moments) / (e R)           e: the share of a plain product's rate R that observing reaches
     reducing    ceil(log2 W) triangle / M               M: bytes per second through one merge, the way there included
-    solving     2 P^3 (3 + D / P) / (s S)               s: the share of the rate S, in the solves' dtype
+    solving     2 P^3 (3 + D / P) / (s S) + P step      s: the share of the rate S, in the solves' dtype
     reading     layer / I                               read ahead, so it counts where it is the longest
 
 `gram`: layers follow each other, and solves run in W places beside them: L max(observing + reducing, reading,
@@ -49,13 +49,15 @@ class Rates:
     reading: float
     value_bytes: int
     sum_bytes: int
-    observing_share: float = 0.38
-    solving_share: float = 0.40
+    step_seconds: float
+    observing_share: float = 0.60
+    solving_share: float = 0.35
 
 
 # One H100: half of its dense bfloat16 peak for large products, half of its float32 peak, and a network of 100 Gbit/s
 # that a merge passes twice with the host's memory between. Assumed.
-H100 = Rates(products=400e12, solves=30e12, merges=2e9, reading=5e9, value_bytes=2, sum_bytes=4)
+# A step of an elimination is some 25 kernels, whose launches take longer than they do.
+H100 = Rates(products=400e12, solves=30e12, merges=2e9, reading=5e9, value_bytes=2, sum_bytes=4, step_seconds=25 * 6e-6)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def parts_of(shape: Shape, tokens: int, workers: int, rates: Rates) -> Parts:
         forward=forward / rate,
         observing=(forward + moments) / rate,
         reducing=math.ceil(math.log2(workers)) * triangle / rates.merges,
-        solving=2 * channels**3 * (3 + hidden / channels) / (rates.solves * rates.solving_share),
+        solving=2 * channels**3 * (3 + hidden / channels) / (rates.solves * rates.solving_share)
+        + channels * rates.step_seconds,
         deciding=decision / (rates.solves * rates.solving_share),
         reading=rates.value_bytes * shape.layer_parameters / rates.reading,
     )
@@ -130,6 +133,7 @@ def _check() -> list[list[str]]:
         reading=1e9,
         value_bytes=4,
         sum_bytes=8,
+        step_seconds=0.0,
     )
     parts = parts_of(SMALL, blocks * BLOCK, 1, rates)
     with tempfile.TemporaryDirectory() as folder:

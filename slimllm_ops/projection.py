@@ -8,6 +8,7 @@ Shapes: N tokens, P inputs, D hidden size. PyTorch keeps the weight as (D, P); h
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from slimllm_ops.moments import Moments
@@ -38,6 +39,12 @@ class Projection:
     def image_PD(self) -> Tensor:
         """C W: the covariance of every input with every output dim."""
         return self.covariance_PP @ self.weight_PD
+
+    def removed_image(self, kept_S: Tensor) -> Tensor:
+        """Return C_SR W_R (S, D): the covariance of the kept inputs with what the removed ones put out."""
+        stays_P = torch.zeros(len(self.weight_PD), dtype=torch.bool, device=kept_S.device)
+        stays_P[kept_S] = True
+        return self.covariance_PP[kept_S][:, ~stays_P] @ self.weight_PD[~stays_P]
 
     @cached_property
     def variance_D(self) -> Tensor:

@@ -49,7 +49,7 @@ def fit_line(projection: Projection, kept_S: Tensor) -> Line:
     moments, weight_PD = projection.moments, projection.weight_PD
     weight_SD = weight_PD[kept_S]
     covariance_D = (weight_SD * projection.image_PD[kept_S]).sum(dim=0)
-    kept_image_SD = projection.covariance_PP[kept_S[:, None], kept_S] @ weight_SD
+    kept_image_SD = projection.image_PD[kept_S] - projection.removed_image(kept_S)
     variance_D = (weight_SD * kept_image_SD).sum(dim=0)
     power_D = weight_SD.square().T @ (moments.norm_P[kept_S].square() / moments.count)
     varies_D = variance_D > CONSTANT * power_D
