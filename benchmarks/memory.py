@@ -7,6 +7,7 @@ states, and the activations of one micro-batch.
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -25,7 +26,15 @@ NARROW = {
     layers: Shape(hidden=1024, intermediate=2816, layers=layers, heads=16, kv_heads=4) for layers in (4, 11, 22, 44)
 }
 WIDE = Shape(hidden=2048, intermediate=5632, layers=22, heads=16, kv_heads=4)
-METHODS = ("slimllm", "gram")
+# Shape, method, blocks of 2048 tokens, options: by depth, by tokens, by width.
+CASES: list[tuple[Any, ...]] = [
+    *((NARROW[layers], method, 2) for layers in (11, 44, 22) for method in ("slimllm", "gram")),
+    *((NARROW[4], method, blocks) for blocks in (4, 16, 64) for method in ("gram", "slimllm")),
+    (WIDE, "slimllm", 2),
+    (NARROW[4], "slimllm", 64, "--offload"),
+    (WIDE, "gram", 2),
+    (NARROW[4], "gram", 64, "--offload"),
+]
 
 
 @click.command()
@@ -37,11 +46,10 @@ def main(output: Path) -> None:
         rows = [
             ["model, method, tokens", "worker, MB", "above the libraries", "which may be", "solve, MB", "driver, MB"]
         ]
-        for method in METHODS:
-            rows += [bench.row(shape, method, 4) for shape in (*NARROW.values(), WIDE)]
-            rows += [bench.row(NARROW[4], method, blocks) for blocks in (16, 64)]
-            rows.append(bench.row(NARROW[4], method, 64, "--offload"))
-    write_table(output, "Peak memory (USS) by depth, width and tokens", describe_machine(), rows)
+        for case in CASES:
+            rows.append(bench.row(*case))
+            # After each, so that what was measured is kept whatever ends the others.
+            write_table(output, "Peak memory (USS) by depth, width and tokens", describe_machine(), rows)
 
 
 class Bench:
