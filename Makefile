@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types ablation benchmarks builtin-model
+.PHONY: install demo test lint types ablation benchmarks memory builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -35,6 +35,16 @@ benchmarks: install
 		--calibration $(SHARED)/golden/tokens/lab.calibration.parquet \
 		--evaluate $(SHARED)/golden/tokens/lab.heldout.parquet
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.observing
+	$(BIN)/python -m benchmarks.timeline
+	$(BIN)/python -m benchmarks.reduction
+	$(BIN)/python -m benchmarks.one_process --device cpu --hidden 1024 --intermediate 2816 --layers 4 \
+		--heads 16 --kv-heads 4 --blocks 8
+	$(BIN)/python -m benchmarks.cluster_time
+
+# Peak memory of every process by depth, width and tokens, in half an hour; other work beside it does not matter.
+memory: install
+	$(BIN)/python -m benchmarks.memory
 
 # Trains the built-in model anew, in minutes: the result is committed, so nobody has to.
 builtin-model: install

@@ -34,7 +34,7 @@ from slimllm_ops.methods import METHODS
 from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
 from slimllm_ops.moments import accumulation_dtype
 from slimllm_ops.observation import PackedObservation
-from slimllm_ops.one_pass import decide_module, eliminate_module
+from slimllm_ops.one_pass import candidates_of, decide_module, eliminate_module
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.stream import compute_dtype
 from slimllm_ops.writer import CheckpointWriter
@@ -220,24 +220,9 @@ def _write_models(run: Run, store: MomentStore, stages: Stages, sparsities: tupl
     """Spend every sparsity's budget over all modules, and write the models layer by layer."""
     source = run.source
     sizes = [measure_layer(source, layer) for layer in range(source.num_layers)]
-    candidates = []
-    for layer, size in enumerate(sizes):
-        path = store.load_paths(layer)
-        parts = (
-            (path.attention, size.unit_parameters, size.attention_bias_parameters),
-            (path.mlp, size.channel_parameters, size.mlp_bias_parameters),
-        )
-        candidates += [
-            Candidate(
-                layer=layer,
-                ranking=part.ranking,
-                unit_parameters=unit,
-                bias_parameters=bias,
-                output_variance=part.output_variance,
-                stream_power=path.stream_power,
-            )
-            for part, unit, bias in parts
-        ]
+    paths = [store.load_paths(layer) for layer in range(source.num_layers)]
+    rankings = [(path.attention.ranking, path.mlp.ranking) for path in paths]
+    candidates = candidates_of(sizes, paths, rankings)
     with stages.timed("spending"):
         spent = [GRAM.spend(candidates, parameters_to_remove(sizes, sparsity)) for sparsity in sparsities]
     writers = [CheckpointWriter(source, run.output / f"{sparsity:g}") for sparsity in sparsities]

@@ -5,31 +5,24 @@ the USS of the run's processes, sampled: the largest one's peak, and the peak of
 """
 
 import json
-import subprocess
-import sys
 import tempfile
-import threading
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import psutil
 
 from benchmarks.machine import describe_machine, write_table
+from benchmarks.sampling import Measured, run_slimllm
 
-SAMPLING_SECONDS = 0.2
 FIVE = [f"--sparsity={sparsity}" for sparsity in (0.1, 0.2, 0.3, 0.4, 0.5)]
 
 
-@dataclass
-class Measured:
-    """What one command took."""
+@dataclass(frozen=True)
+class Row:
+    """What one command took, in all and by stage."""
 
-    seconds: float
-    largest: int
-    together: int
-    stages: dict[str, float] = field(default_factory=dict)
+    measured: Measured
+    stages: dict[str, float]
 
 
 @click.command()
@@ -58,53 +51,21 @@ def main(model: Path, calibration: str, evaluate: str, output: Path) -> None:
     write_table(output, f"Stages of whole runs on {model.name}", describe_machine(), _table(rows))
 
 
-def _run(arguments: list[str], output: Path | None) -> Measured:
-    """Run the command line, sampling its processes' memory."""
-    command = [sys.executable, "-m", "orchestrator", *arguments, *([f"--output={output}"] if output else [])]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    measured = Measured(0.0, 0, 0)
-    sampler = threading.Thread(target=_sample, args=(process, measured))
-    sampler.start()
-    if process.wait():
-        raise SystemExit(f"{' '.join(command)} failed")
-    measured.seconds = time.perf_counter() - start
-    sampler.join()
+def _run(arguments: list[str], output: Path | None) -> Row:
+    """Run the command line; return what it took, and what it says of its stages."""
+    measured = run_slimllm([*arguments, *([f"--output={output}"] if output else [])])
     plan = next(output.rglob("plan.json"), None) if output else None
-    if plan is not None:
-        measured.stages = json.loads(plan.read_text())["totals"]["seconds"]
-    return measured
+    return Row(measured, json.loads(plan.read_text())["totals"]["seconds"] if plan is not None else {})
 
 
-def _sample(process: subprocess.Popen[bytes], measured: Measured) -> None:
-    while process.poll() is None:
-        sizes = [_uss(one) for one in _family(process.pid)]
-        measured.largest = max([measured.largest, *sizes])
-        measured.together = max(measured.together, sum(sizes))
-        time.sleep(SAMPLING_SECONDS)
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _uss(process: psutil.Process) -> int:
-    try:
-        return process.memory_full_info().uss
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0
-
-
-def _table(rows: dict[str, Measured]) -> list[list[str]]:
+def _table(rows: dict[str, Row]) -> list[list[str]]:
     stages = list(dict.fromkeys(stage for row in rows.values() for stage in row.stages))
     table = [["run", "seconds", *stages, "largest process, MB", "all processes, MB"]]
     for name, row in rows.items():
         cells = [f"{row.stages[stage]:.1f}" if stage in row.stages else "" for stage in stages]
-        table.append([name, f"{row.seconds:.1f}", *cells, f"{row.largest / 1e6:.0f}", f"{row.together / 1e6:.0f}"])
+        measured = row.measured
+        memory = (f"{size / 1e6:.0f}" for size in (measured.largest, measured.together))
+        table.append([name, f"{measured.seconds:.1f}", *cells, *memory])
     return table
 
 

@@ -24,6 +24,7 @@ from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch, layer_shape
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
+from slimllm_ops.one_pass import candidates_of
 from slimllm_ops.plan import LayerPlan
 from slimllm_ops.stream import LayerStream
 
@@ -145,25 +146,8 @@ def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, metho
         rankings = [[path.attention.ranking, path.mlp.ranking] for path in paths]
     else:
         rankings = list(results(_submit_rankings(pool, source, store, method)))
-    candidates = []
-    for layer, (path, (attention, mlp)) in enumerate(zip(paths, rankings, strict=True)):
-        size = measure_layer(source, layer)
-        modules = (
-            (attention, size.unit_parameters, size.attention_bias_parameters, path.attention.output_variance),
-            (mlp, size.channel_parameters, size.mlp_bias_parameters, path.mlp.output_variance),
-        )
-        candidates += [
-            Candidate(
-                layer=layer,
-                ranking=ranking,
-                unit_parameters=unit_parameters,
-                bias_parameters=bias_parameters,
-                output_variance=output_variance,
-                stream_power=path.stream_power,
-            )
-            for ranking, unit_parameters, bias_parameters, output_variance in modules
-        ]
-    return Ranked(method, candidates)
+    sizes = [measure_layer(source, layer) for layer in range(source.num_layers)]
+    return Ranked(method, candidates_of(sizes, paths, rankings))
 
 
 def decide_layers(

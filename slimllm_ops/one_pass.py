@@ -1,14 +1,19 @@
 """What is done with a module's moments once they are merged: rank its units, then decide at any number of them.
 
-Both functions are pure and read nothing but their arguments, so they run wherever there is a free processor.
+The functions are pure and read nothing but their arguments, so they run wherever there is a free processor.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from slimllm_ops.allocation import LayerSize
+from slimllm_ops.budget import Candidate
 from slimllm_ops.elimination import eliminate
 from slimllm_ops.errors import SolveError
 from slimllm_ops.methods import Method
+from slimllm_ops.moment_store import LayerPaths
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.plan import Decision, unit_rows
 from slimllm_ops.projection import Projection
@@ -81,3 +86,33 @@ def decide_module(
             raise SolveError(f"{described}: {error}") from None
         decisions.append(Decision(kept, ranking.scores(), recovery.cpu(), recovery.relative_error))
     return decisions
+
+
+def candidates_of(
+    sizes: Sequence[LayerSize], paths: Sequence[LayerPaths], rankings: Sequence[Sequence[Ranking]]
+) -> list[Candidate]:
+    """Return what every module can give, layer by layer, attention before the MLP.
+
+    Args:
+        sizes: what each layer is made of.
+        paths: what the pass left of each layer.
+        rankings: of each layer, the order in which a method removes its heads, and its channels.
+    """
+    candidates = []
+    for layer, (size, path, (attention, mlp)) in enumerate(zip(sizes, paths, rankings, strict=True)):
+        modules = (
+            (attention, size.unit_parameters, size.attention_bias_parameters, path.attention.output_variance),
+            (mlp, size.channel_parameters, size.mlp_bias_parameters, path.mlp.output_variance),
+        )
+        candidates += [
+            Candidate(
+                layer=layer,
+                ranking=ranking,
+                unit_parameters=unit_parameters,
+                bias_parameters=bias_parameters,
+                output_variance=output_variance,
+                stream_power=path.stream_power,
+            )
+            for ranking, unit_parameters, bias_parameters, output_variance in modules
+        ]
+    return candidates

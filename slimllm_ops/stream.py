@@ -235,8 +235,8 @@ class LayerStream:
         # The id that it names need not be among the rows of a batch; it matters to gradients alone.
         embedding.padding_idx = None
         apart = (embedding, self._model.get_output_embeddings())
-        for name in self._missing_outside():
-            raise CheckpointError(f"{self.checkpoint.directory} has no {name}: the checkpoint is incomplete")
+        if missing := self._missing_outside():
+            raise CheckpointError(f"{self.checkpoint.directory} has no {missing[0]}: the checkpoint is incomplete")
         for name in self.checkpoint.outside():
             module = self._model.get_submodule(name)
             if module not in apart:
