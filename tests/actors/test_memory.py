@@ -19,7 +19,7 @@ Peaks = Callable[..., int]
 ROOT = Path(__file__).parents[2]
 SHALLOW, DEEP = 3, 12
 BLOCK = 256
-FEW, MANY = 16, 64
+FEW, MANY = 16, 160
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.mark.parametrize("way", ["deciding", "dense"])
 def test_four_times_the_layers_take_no_more_memory(peaks: Peaks, way: str) -> None:
-    assert peaks(way, DEEP, FEW) < 1.1 * peaks(way, SHALLOW, FEW)
+    # Of what the further layers would take, were they held, the tenth part is more than the allocator's moods.
+    further = (DEEP - SHALLOW) * 4 * shape_of(DEEP).layer_parameters
+    assert peaks(way, DEEP, FEW) - peaks(way, SHALLOW, FEW) < 0.1 * further
 
 
 @pytest.mark.parametrize("way", ["deciding", "dense"])

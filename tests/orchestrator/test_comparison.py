@@ -97,15 +97,17 @@ def everything(run_comparison: Compare, passes: list[tuple[str, int, str]]) -> I
     def keep_the_first(projection: Projection, num_units: int) -> Ranking:
         return Ranking(tuple(reversed(range(num_units))), (1.0,) * num_units)
 
-    observe = ShardGroup.observe
+    def counted(observe: Callable[..., Any]) -> Callable[..., Any]:
+        def count(self: ShardGroup, name: str, layer: int, branch: Any) -> Any:
+            passes.append((name, layer, branch.module))
+            return observe(self, name, layer, branch)
 
-    def counted(self: ShardGroup, name: str, layer: int, branch: Any) -> Any:
-        passes.append((name, layer, branch.module))
-        return observe(self, name, layer, branch)
+        return count
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "mine", Method("mine", keep_the_first, spend_evenly, leave, "a user", "all"))
-        patch.setattr(ShardGroup, "observe", counted)
+        for name in ("observe", "observe_dense"):
+            patch.setattr(ShardGroup, name, counted(getattr(ShardGroup, name)))
         yield run_comparison(sparsity=SPARSITIES)
 
 
