@@ -1,0 +1,47 @@
+"""Text without the secrets in it, before it is printed, written to a file or told to a server.
+
+Three things are secret: what stands before the @ of an address, the values of an address's query, and the values of
+environment variables that are named as secrets are (HF_TOKEN, MLFLOW_TRACKING_PASSWORD).
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+# A password may itself hold "@", "/" or ":". A port is no password: of http://host:5000/a@b nothing is hidden.
+_CREDENTIALS = re.compile(r"://(?:[^\s'\"<>/?#@:]*:(?!\d+(?:[/?#\s'\"]|$))[^\s'\"<>]*|[^\s'\"<>/?#]*)@")
+# Errors name a query without its address too: "Max retries exceeded with url: /?token=...".
+_QUERY = re.compile(r"\?[^\s'\"<>#]*")
+_QUERY_VALUE = re.compile(r"=[^&;]*")
+_SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY|ACCESS_KEY)$", re.IGNORECASE)
+# Shorter values would be found in words that have nothing to do with them.
+_SHORTEST = 4
+
+
+def masked(text: str) -> str:
+    """Return a text with every secret in it replaced by ***."""
+    for value in _secret_values():
+        text = text.replace(value, MASK)
+    text = _CREDENTIALS.sub(f"://{MASK}@", text)
+    return _QUERY.sub(lambda found: _QUERY_VALUE.sub(f"={MASK}", found[0]), text)
+
+
+def masked_all(value: Any) -> Any:
+    """Return a value of text, lists and mappings with every text in it masked; other values stay as they are."""
+    match value:
+        case str():
+            return masked(value)
+        case Mapping():
+            return {masked_all(key): masked_all(item) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(masked_all(item) for item in value)
+        case _:
+            return value
+
+
+def _secret_values() -> list[str]:
+    """Return the values to hide, the longest first: one may be the beginning of another."""
+    values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
+    return sorted(values, key=len, reverse=True)

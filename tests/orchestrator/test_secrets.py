@@ -1,0 +1,36 @@
+"""What is secret in a text is hidden, what only looks like it stays."""
+
+import pytest
+
+from orchestrator.secrets import masked, masked_all
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:secret@127.0.0.1:5000", "http://***@127.0.0.1:5000"),
+        ("at http://secret@host, port 80", "at http://***@host, port 80"),
+        ("http://user:se/c@r:et@host/x", "http://***@host/x"),
+        ("http://user:12345@host", "http://***@host"),
+        ("postgresql+psycopg://u:secret@h:5432/db?password=secret&x=1", "postgresql+psycopg://***@h:5432/db?password=***&x=***"),
+        ("url: /?token=secret/api/2.0 (refused)", "url: /?token=*** (refused)"),
+        ("sqlite:////tmp/a@b/x.db", "sqlite:////tmp/a@b/x.db"),
+        ("'http://host:5000/a@b'", "'http://host:5000/a@b'"),
+        ("mail a@b, is it?", "mail a@b, is it?"),
+    ],
+)  # fmt: skip
+def test_a_text_is_shown_without_its_secrets(text: str, shown: str) -> None:
+    assert masked(text) == shown
+
+
+def test_the_values_of_secret_variables_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abc")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hf_abcdef")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("SHORT_TOKEN", "a")
+    assert masked("hf_abc, hf_abcdef, false, a") == "***, ***, false, a"
+
+
+def test_values_are_masked_within_lists_and_mappings() -> None:
+    value = {"a": ["http://u:p@h", 1], "b": ("http://u:p@h", None), "c": 0.5}
+    assert masked_all(value) == {"a": ["http://***@h", 1], "b": ("http://***@h", None), "c": 0.5}
