@@ -54,8 +54,19 @@ def main(model: Path, calibration: str, evaluate: str, output: Path) -> None:
 def _run(arguments: list[str], output: Path | None) -> Row:
     """Run the command line; return what it took, and what it says of its stages."""
     measured = run_slimllm([*arguments, *([f"--output={output}"] if output else [])])
-    plan = next(output.rglob("plan.json"), None) if output else None
-    return Row(measured, json.loads(plan.read_text())["totals"]["seconds"] if plan is not None else {})
+    return Row(measured, _seconds(next(output.rglob("metrics.jsonl"))) if output else {})
+
+
+def _seconds(journal: Path) -> dict[str, float]:
+    """Return the seconds of every stage, which the journal has among the metrics of the whole run."""
+    totals = [json.loads(line).get("metrics", {}) for line in journal.read_text().splitlines()]
+    prefix = "seconds/"
+    return {
+        name.removeprefix(prefix): value
+        for metrics in totals
+        for name, value in metrics.items()
+        if name.startswith(prefix)
+    }
 
 
 def _table(rows: dict[str, Row]) -> list[list[str]]:

@@ -16,6 +16,7 @@ from orchestrator.config import PruneConfig
 from orchestrator.figures import LayerKept, ScoredUnits, draw_kept, draw_scores
 from orchestrator.inputs import Inputs
 from orchestrator.model_card import write_model_card
+from orchestrator.secrets import masked_all
 from orchestrator.tracking import Run
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import layer_shape
@@ -24,6 +25,10 @@ from slimllm_ops.plan import Decision, LayerPlan, Plan
 # The stages that pass the calibration data through the layers.
 CALIBRATION_STAGES = ("layer similarities", "pruning", "calibrating", "refining")
 PACKAGES = ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")
+# Settings of one attempt at a run, which may be another at the next; MLflow knows itself where it is.
+OF_AN_ATTEMPT = {"overwrite", "resume", "tracking_uri"}
+# Where a run goes and how it is told: nothing that it gives depends on these.
+PLACES = {"output", "experiment", "run_name", "register", "address", "shared_storage", "offload", "weights_travel"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,11 @@ class Totals:
     def sparsity(self) -> float:
         """Fraction of the decoder layers' parameters that is gone."""
         return 1 - self.layer_parameters_after / self.layer_parameters_before
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the figures that the same run gives again: all but those of the machine and what else it did."""
+        figures = asdict(self) | {"sparsity": self.sparsity}
+        return {name: value for name, value in figures.items() if name not in ("seconds", "peak_memory")}
 
     @property
     def tokens_per_second(self) -> float:
@@ -108,9 +118,9 @@ def count_totals(
 
 
 def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:
-    """Return what the run was asked to do and what it ran on: enough to repeat it."""
-    settings = {name: value for name, value in asdict(config).items() if value is not None}
-    return settings | {
+    """Return what the run was asked to do and what it ran on: enough to repeat it, and without secrets."""
+    asked = {name: value for name, value in asdict(config).items() if value is not None and name not in OF_AN_ATTEMPT}
+    found = {
         "model": config.model or inputs.name,
         "model_digest": inputs.source_digest,
         "calibration": inputs.calibration.spec,
@@ -121,6 +131,7 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         **{f"{package}_version": version(package) for package in PACKAGES},
         **asdict(workers),
     }
+    return masked_all(asked | found)
 
 
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:
@@ -165,13 +176,17 @@ def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None
 def write_record(
     directory: Path, params: dict[str, Any], inputs: Inputs, layers: Sequence[LayerPlan], totals: Totals
 ) -> None:
-    """Write `pruning/` (plan, scores, figures) and the model card into a checkpoint's directory."""
+    """Write `pruning/` (plan, scores, figures) and the model card into a checkpoint's directory.
+
+    The same run writes the same bytes, wherever it writes them and however fast.
+    """
     pruning = directory / "pruning"
-    header = {"format": 1, "params": params, "totals": asdict(totals) | {"sparsity": totals.sparsity}}
+    settings = {name: value for name, value in params.items() if name not in PLACES}
+    header = {"format": 1, "params": settings, "totals": totals.recorded()}
     Plan(header, tuple(layers)).write(pruning / "plan.json")
     pq.write_table(importance_table(layers), pruning / "importance.parquet")
     figures = pruning / "figures"
-    figures.mkdir()
+    figures.mkdir(exist_ok=True)
     kept = [_layer_kept(inputs.source, number, layer) for number, layer in enumerate(layers)]
     draw_kept(kept, figures / "kept.png")
     draw_scores(_scored(layers), figures / "scores.png")

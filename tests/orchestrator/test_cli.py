@@ -206,6 +206,6 @@ def test_a_whole_run_from_a_file_on_another_cluster(
     assert f"mlflow ui --backend-store-uri {tracking_uri}" in stdout
     assert "parameters" in stdout
     header = Plan.read(output / "pruning" / "plan.json").header
-    asked = {name: header["params"][name] for name in ("sparsity", "num_workers", "cpus_per_worker", "address")}
-    assert asked == {"sparsity": 0.4, "num_workers": 2, "cpus_per_worker": 5, "address": other_cluster}
+    asked = {name: header["params"][name] for name in ("sparsity", "num_workers", "cpus_per_worker")}
+    assert asked == {"sparsity": 0.4, "num_workers": 2, "cpus_per_worker": 5}
     assert run_status(tracking_uri, "from a file") == "FINISHED"

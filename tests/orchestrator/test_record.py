@@ -1,0 +1,43 @@
+"""What a run leaves beside the weights: the same bytes each time, wherever it goes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.pipeline import PruneResult
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# Other settings of these are of where a run goes, and change nothing of what it gives.
+ELSEWHERE = {"run_name": "again", "experiment": "another", "register": "again", "offload": True, "overwrite": True}
+
+
+def assert_same_but_for_the_journals(first: Path, second: Path) -> None:
+    one, other = files_of(first), files_of(second)
+    assert one.keys() == other.keys()
+    assert {name for name in one if one[name] != other[name] and not name.endswith("pruning/metrics.jsonl")} == set()
+
+
+def test_a_second_run_of_the_papers_method_gives_the_same_bytes(
+    gqa_run: PruneResult, prune_model: Callable[..., PruneResult], gqa_model: Path, held_out_file: Path
+) -> None:
+    again = prune_model(gqa_model, evaluate=(str(held_out_file),), **ELSEWHERE)
+    assert_same_but_for_the_journals(gqa_run.output, again.output)
+
+
+def test_a_second_run_of_gram_gives_the_same_bytes(
+    prune_model: Callable[..., PruneResult], gqa_model: Path, held_out_file: Path
+) -> None:
+    asked: dict[str, Any] = {"method": "gram", "refine": True, "evaluate": (str(held_out_file),)}
+    first, second = (prune_model(gqa_model, **asked, **places) for places in ({}, ELSEWHERE))
+    assert_same_but_for_the_journals(first.output, second.output)
+
+
+def test_the_plan_has_no_figure_of_the_machine(gqa_run: PruneResult) -> None:
+    totals = json.loads((gqa_run.output / "pruning" / "plan.json").read_text())["totals"]
+    assert {"sparsity", "parameters_after", "perplexity", "calibration_tokens"} <= totals.keys()
+    assert not {"seconds", "peak_memory", "tokens_per_second"} & totals.keys()
