@@ -3,3 +3,7 @@
 
 class ShardError(RuntimeError):
     """A shard died, could not be placed, or did not answer in time; the message says which, and what to do."""
+
+
+class WorkerLostError(ShardError):
+    """A worker or its node is gone, with what it held; others can do again what it did."""

@@ -1,10 +1,13 @@
 """A group of shards on Ray: the only place that knows of actors, placement and waiting.
 
-Results come in the order of the shards, and sums are made in a tree of that order, so nothing depends on timing.
+Results come in the order of the shards, and sums are made in a tree of that order, so nothing depends on timing. Nor
+does anything depend on which worker holds a shard: there are as many shards as workers were asked for, and where the
+cluster has lost some of those, a worker holds several.
 """
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -14,17 +17,49 @@ import ray
 import torch
 
 from actors.batching import BATCH_TOKENS, into_batches
+from actors.errors import ShardError
 from actors.placement import START_SECONDS, Placement
 from actors.serving import Delivery
-from actors.shard import Refitted, Shard
-from actors.waiting import get_in_order, get_one
+from actors.shard import Refined, Shard
+from actors.waiting import get_in_order, get_one, which_answer
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.families import Branch
 from slimllm_ops.footprint import Footprint
 from slimllm_ops.moments import merge_tree
-from slimllm_ops.plan import Decision
+from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.stream import Mean, compute_dtype
+
+# How long lost workers are waited for when others live, which can take over what they held.
+REPLACE_SECONDS = 60.0
+
+# Returns the number of that name that was settled before; without one, what is computed, which is then settled.
+Settle = Callable[[str, Callable[[], int]], int]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A stream's share of the data: the worker that holds it, and what it is called there."""
+
+    actor: Any
+    stream: str
+
+
+@dataclass(frozen=True)
+class SharedStream:
+    """A stream through a model, spread over workers; a short text does not give every shard a share."""
+
+    shares: list[Share]
+    num_tokens: int
+
+    def call(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
+        """Call a method of every share's shard."""
+        return [getattr(share.actor, method).remote(share.stream, *arguments) for share in self.shares]
+
+    @property
+    def first(self) -> Share:
+        """The share where sums end, and so where decisions are made."""
+        return self.shares[0]
 
 
 class ShardGroup:
@@ -35,20 +70,31 @@ class ShardGroup:
     Args:
         placement: where they run.
         deliver: makes a checkpoint one that every node can read.
-        note: told where memory is short.
+        note: told where memory is short, and where workers are missing.
+        num_shards: in how many shares the data are cut; by default one for each worker.
         offload: let them hold hidden states in files.
+        settle: keeps the sizes of micro-batches, on which sums depend, for whoever does the same work again.
     """
 
     def __init__(
-        self, placement: Placement, deliver: Delivery, note: Callable[[str], None], *, offload: bool = False
+        self,
+        placement: Placement,
+        deliver: Delivery,
+        note: Callable[[str], None],
+        *,
+        num_shards: int | None = None,
+        offload: bool = False,
+        settle: Settle = lambda name, compute: compute(),
     ) -> None:
         self._placement = placement
         self._deliver = deliver
         self._note = note
+        self._num_shards = num_shards or placement.num_workers
         self._offload = offload
+        self._settle = settle
         self._actors: list[Any] = []
-        # Of every stream, the shards that hold a share of it; a short text does not reach all of them.
-        self._holders: dict[str, list[Any]] = {}
+        self._lost = False
+        self._streams: dict[str, SharedStream] = {}
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -56,20 +102,53 @@ class ShardGroup:
         return compute_dtype(torch.device(self._placement.device))
 
     def start(self) -> None:
-        """Start the actors and wait until every one of them is placed; nothing where they run already.
+        """Start the actors and wait until they are placed; nothing where they run already.
 
         Raises:
-            ShardError: they were not placed in time.
+            ShardError: they were not placed in time; after a loss, none of them was.
         """
         if self._actors:
             return
+        if self._lost:
+            self._start_who_can()
+            return
+        self._actors = self._submit_actors()
+        get_in_order([actor.peak_memory.remote() for actor in self._actors], START_SECONDS)
+
+    def lose(self) -> None:
+        """End all actors, and with them all streams, after one was lost: those that start next may be fewer."""
+        self.close()
+        self._lost = True
+
+    def _start_who_can(self) -> None:
+        """Start as many actors as are placed within a minute; where none is, wait longer for one."""
+        actors = self._submit_actors()
+        pings = [actor.peak_memory.remote() for actor in actors]
+        placed = which_answer(pings, REPLACE_SECONDS)
+        if not any(placed):
+            self._note(f"no worker has a place: waiting for up to {START_SECONDS:.0f} s")
+            placed = which_answer(pings, START_SECONDS)
+        for actor, answers in zip(actors, placed, strict=True):
+            if answers:
+                self._actors.append(actor)
+            else:
+                ray.kill(actor)
+        if not self._actors:
+            raise ShardError(
+                f"no worker was placed within {REPLACE_SECONDS + START_SECONDS:.0f} s of the loss: "
+                f"is there a node left with {self._placement.cpus_per_worker} CPUs?"
+            )
+        if len(self._actors) < len(actors):
+            self._note(f"{len(self._actors)} of {len(actors)} workers have a place, and take over the others' data")
+
+    def _submit_actors(self) -> list[Any]:
+        # Never restarted by Ray, which would give back a worker without its states, and call that the same one.
         remote = ray.remote(max_restarts=0, max_task_retries=0)(Shard)
         place = self._placement
-        self._actors = [
+        return [
             remote.options(**place.worker_options(number)).remote(place.device, place.cpus_per_worker, self._offload)
             for number in range(place.num_workers)
         ]
-        get_in_order([actor.peak_memory.remote() for actor in self._actors], START_SECONDS)
 
     def __enter__(self) -> "ShardGroup":
         return self
@@ -81,7 +160,7 @@ class ShardGroup:
         """End the actors."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._streams = [], {}
 
     def open_stream(self, name: str, checkpoint: Checkpoint, blocks_BT: np.ndarray, *, deciding: bool = False) -> None:
         """Spread token blocks (B, T), int32, over the shards, in order and evenly.
@@ -103,88 +182,124 @@ class ShardGroup:
         self, name: str, blocks_BT: np.ndarray, footprint: Footprint, method: str, *checkpoints: Checkpoint
     ) -> None:
         self.start()
-        batches = into_batches(blocks_BT, self._tokens_at_once(footprint, blocks_BT))
+        at_once = self._settle(name, lambda: self._tokens_at_once(footprint, blocks_BT))
+        batches = into_batches(blocks_BT, at_once)
         models = [ray.put(self._deliver(checkpoint)) for checkpoint in checkpoints]
-        shares = [share for share in _split_evenly(batches, len(self._actors)) if share]
-        self._holders[name] = self._actors[: len(shares)]
+        parts = [part for part in _split_evenly(batches, self._num_shards) if part]
+        shares = [
+            Share(self._actors[number % len(self._actors)], f"{name}, shard {number}") for number in range(len(parts))
+        ]
+        self._streams[name] = SharedStream(shares, blocks_BT.size)
         get_in_order(
             [
-                getattr(actor, method).remote(name, *models, share)
-                for actor, share in zip(self._holders[name], shares, strict=True)
+                getattr(share.actor, method).remote(share.stream, *models, part)
+                for share, part in zip(shares, parts, strict=True)
             ]
         )
 
     def close_stream(self, name: str) -> None:
         """Give a stream's memory back."""
-        get_in_order([actor.close_stream.remote(name) for actor in self._holders.pop(name)])
+        get_in_order(self._streams.pop(name).call("close_stream"))
 
     def forward(self, name: str, layer: int) -> float:
         """Pass a whole layer; return the mean cosine of its input and output."""
-        return _mean(get_in_order([actor.forward.remote(name, layer) for actor in self._holders[name]]))
+        return _mean(get_in_order(self._streams[name].call("forward", layer)))
+
+    def forward_pruned(self, name: str, layer: int, plan: LayerPlan) -> None:
+        """Pass a layer as a plan leaves it, with nothing observed."""
+        get_in_order(self._streams[name].call("forward_pruned", layer, ray.put(plan)))
 
     def observe(self, name: str, layer: int, branch: Branch) -> ray.ObjectRef:
         """Run a branch up to its output projection; return a reference to the merged moments."""
-        actors = self._holders[name]
         # Nobody waits here: moments stay on the cluster, and an error reaches whoever decides from them.
-        return merge_on_actors(actors, [actor.observe.remote(name, layer, branch) for actor in actors])
+        return self._merged(name, "observe", layer, branch)
 
     def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[ray.ObjectRef, ray.ObjectRef]:
         """Pass a branch as it is; return references to the merged moments, and to E|h|^2 of what it leaves."""
-        actors = self._holders[name]
-        calls = [actor.observe_dense.options(num_returns=2).remote(name, layer, branch) for actor in actors]
+        stream = self._streams[name]
+        calls = [
+            share.actor.observe_dense.options(num_returns=2).remote(share.stream, layer, branch)
+            for share in stream.shares
+        ]
         observed, powers = zip(*calls, strict=True)
-        return merge_on_actors(actors, list(observed)), actors[0].mean.remote(*powers)
+        merged = merge_on_actors([share.actor for share in stream.shares], list(observed))
+        return merged, stream.first.actor.mean.remote(*powers)
 
     def decide_heads(self, name: str, layer: int, observed: ray.ObjectRef, **counts: Any) -> Decision:
         """Decide a layer's attention, where its moments were merged."""
-        return get_one(self._holders[name][0].decide_heads.remote(name, layer, observed, **counts))
+        return self._decide(name, "decide_heads", layer, observed, counts)
 
     def decide_channels(self, name: str, layer: int, observed: ray.ObjectRef, **counts: Any) -> Decision:
         """Decide a layer's MLP, where its moments were merged."""
-        return get_one(self._holders[name][0].decide_channels.remote(name, layer, observed, **counts))
+        return self._decide(name, "decide_channels", layer, observed, counts)
 
     def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> float:
         """Add the observed branch's output, pruned or dense, to every shard's hidden states; return E|h|^2."""
-        shared = ray.put(decision)
-        return _mean(get_in_order([actor.apply.remote(name, layer, branch, shared) for actor in self._holders[name]]))
+        return _mean(get_in_order(self._streams[name].call("apply", layer, branch, ray.put(decision))))
 
     def negative_log_likelihood(self, name: str) -> float:
         """Return the mean negative log-likelihood per token of a stream that has passed every layer."""
-        return _mean(get_in_order([actor.negative_log_likelihood.remote(name) for actor in self._holders[name]]))
+        return _mean(get_in_order(self._streams[name].call("negative_log_likelihood")))
 
     def open_refinement(self, name: str, dense: Checkpoint, pruned: Checkpoint, blocks_BT: np.ndarray) -> None:
         """Spread blocks over the shards, each to pass the dense and the pruned model side by side."""
         footprint = Footprint.of_refinement(dense, pruned, torch.device(self._placement.device))
         self._open(name, blocks_BT, footprint, "open_refinement", dense, pruned)
 
-    def alignment(self, name: str, layer: int, branch: Branch) -> np.ndarray:
-        """Observe both streams' inputs of a branch, align every shard's pruned one, and return the map (D, D)."""
-        actors = self._holders[name]
-        observed = merge_on_actors(actors, [actor.observe_inputs.remote(name, layer, branch) for actor in actors])
-        solved = actors[0].solve_alignment.remote(observed)
-        get_in_order([actor.align.remote(name, layer, branch, solved) for actor in actors])
-        return get_one(solved)
+    def align(self, name: str, layer: int, branch: Branch) -> Refined:
+        """Observe both streams' inputs of a branch, align every shard's pruned one; return its input projections."""
+        observed = self._merged(name, "observe_inputs", layer, branch)
+        aligned = self._solve(name, "solve_alignment", layer, branch, observed)
+        get_in_order(self._streams[name].call("align", layer, aligned))
+        return get_one(aligned)
 
-    def refit(self, name: str, layer: int, branch: Branch) -> Refitted:
+    def refit(self, name: str, layer: int, branch: Branch) -> Refined:
         """Observe a branch's target, refit its output projection in every shard's pruned stream, and return it."""
-        actors = self._holders[name]
-        observed = merge_on_actors(actors, [actor.observe_targets.remote(name, layer, branch) for actor in actors])
-        solved = actors[0].solve_refit.remote(name, layer, branch, observed)
-        get_in_order([actor.apply_refit.remote(name, layer, branch, solved) for actor in actors])
-        return get_one(solved)
+        observed = self._merged(name, "observe_targets", layer, branch)
+        refitted = self._solve(name, "solve_refit", layer, branch, observed)
+        get_in_order(self._streams[name].call("apply_refit", layer, branch, refitted))
+        return get_one(refitted)
+
+    def forward_refined(self, name: str, layer: int, refined: Checkpoint) -> None:
+        """Pass a layer that is refined already in both streams, with nothing observed."""
+        get_in_order(self._streams[name].call("forward_refined", layer, ray.put(self._deliver(refined))))
 
     def probe(self, name: str) -> np.ndarray:
         """Return the hidden states (T', D) of a stream's first tokens."""
-        return get_one(self._holders[name][0].probe.remote(name))
+        first = self._streams[name].first
+        return get_one(first.actor.probe.remote(first.stream))
 
     def probed_ids(self, name: str) -> np.ndarray:
         """Return the ids (T',) of the tokens that `probe` shows."""
-        return get_one(self._holders[name][0].probed_ids.remote(name))
+        first = self._streams[name].first
+        return get_one(first.actor.probed_ids.remote(first.stream))
 
     def peak_memory(self) -> dict[str, int]:
         """Return the highest peak of any shard, in bytes, for the host and for the GPU."""
         peaks = get_in_order([actor.peak_memory.remote() for actor in self._actors])
         return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
+
+    def _merged(self, name: str, method: str, layer: int, branch: Branch) -> ray.ObjectRef:
+        """Let every shard observe; return a reference to the merged moments."""
+        stream = self._streams[name]
+        return merge_on_actors([share.actor for share in stream.shares], stream.call(method, layer, branch))
+
+    def _decide(
+        self, name: str, method: str, layer: int, observed: ray.ObjectRef, counts: dict[str, int | float]
+    ) -> Decision:
+        first = self._streams[name].first
+        self._require_tokens(name, observed, f"layer {layer}")
+        return get_one(getattr(first.actor, method).remote(first.stream, layer, observed, **counts))
+
+    def _solve(self, name: str, method: str, layer: int, branch: Branch, observed: ray.ObjectRef) -> ray.ObjectRef:
+        """Solve for a branch's tensors where the moments were merged; return a reference to them."""
+        first = self._streams[name].first
+        self._require_tokens(name, observed, f"layer {layer}, {branch.module}")
+        return getattr(first.actor, method).remote(first.stream, layer, branch, observed)
+
+    def _require_tokens(self, name: str, observed: ray.ObjectRef, described: str) -> None:
+        stream = self._streams[name]
+        get_one(stream.first.actor.require_tokens.remote(observed, stream.num_tokens, described))
 
     def _tokens_at_once(self, footprint: Footprint, blocks_BT: np.ndarray) -> int:
         """Return how many tokens a micro-batch has: as many as keep a processor busy, less where memory is short."""

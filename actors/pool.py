@@ -64,7 +64,7 @@ class SolverPool:
 
     def _submit(self, solve: Callable[..., Any], layer: int, branch: Branch, *arguments: Any) -> ray.ObjectRef:
         # A solve is a pure function: one that is lost with its node is run again.
-        remote = ray.remote(max_retries=1)(solve)
+        remote = ray.remote(max_retries=3)(solve)
         # What Ray's dashboard and its trace call it.
         name = f"{solve.__name__.lstrip('_')} {_described(layer, branch)}"
         options = self._placement.solve_options()

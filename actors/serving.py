@@ -82,7 +82,10 @@ class ServedCheckpoint(Checkpoint):
 def weight_server() -> Iterator[Delivery]:
     """Run a server on the driver's node; give what makes a checkpoint one that it serves."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote = ray.remote(WeightServer).options(num_cpus=0, max_concurrency=THREADS, scheduling_strategy=here)
+    # It holds nothing that cannot be read again, so Ray may restart it, and repeat what it was asked.
+    remote = ray.remote(WeightServer).options(
+        num_cpus=0, max_concurrency=THREADS, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1
+    )
     server: Any = remote.remote()
     try:
         yield lambda checkpoint: ServedCheckpoint.of(checkpoint, server)

@@ -18,7 +18,7 @@ from slimllm_ops.families import Branch, layer_shape
 from slimllm_ops.memory import free_memory, return_large_blocks
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.paper import decide_channels, decide_heads
-from slimllm_ops.plan import Decision
+from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.refinement import RefinementStream, solve_alignment, solve_refit
 from slimllm_ops.states import SpilledStates, StateStore
 from slimllm_ops.stream import LayerStream, Mean
@@ -27,8 +27,8 @@ from slimllm_ops.stream import LayerStream, Mean
 PROBED_TOKENS = 64
 
 
-# A branch's output projection: weight (D, S), and bias (D,) where it has one.
-Refitted = tuple[np.ndarray, np.ndarray | None]
+# A branch's refined tensors by their names in the layer: float32, but rounded as the checkpoint stores them.
+Refined = dict[str, np.ndarray]
 
 
 class Shard:
@@ -64,6 +64,10 @@ class Shard:
         """Pass a whole layer; return the summed cosine of its input and output."""
         return self._streams[name].forward(layer)
 
+    def forward_pruned(self, name: str, layer: int, plan: LayerPlan) -> None:
+        """Pass a layer as a plan leaves it, with nothing observed."""
+        self._streams[name].forward_pruned(layer, plan)
+
     def observe(self, name: str, layer: int, branch: Branch) -> PackedObservation:
         """Run a branch up to its output projection; return the moments of what came out, and hold it until `apply`."""
         return self._streams[name].observe(layer, branch)
@@ -79,6 +83,10 @@ class Shard:
     def merge(self, left: PackedObservation, right: PackedObservation) -> PackedObservation:
         """Return the observation of both sets of tokens."""
         return left.merge(right)
+
+    def require_tokens(self, observed: PackedObservation, num_tokens: int, described: str) -> None:
+        """Refuse merged moments that are not of all tokens."""
+        observed.require_tokens(num_tokens, described)
 
     def decide_heads(self, name: str, layer: int, observed: PackedObservation, *, num_removed: int) -> Decision:
         """Decide a layer's attention (`slimllm_ops.paper`)."""
@@ -117,32 +125,37 @@ class Shard:
         """Return the joint moments of a branch's input in the pruned stream, and of what the dense one adds."""
         return self._refinements[name].observe_inputs(layer, branch)
 
-    def solve_alignment(self, observed: PackedObservation) -> np.ndarray:
-        """Return the map (D, D) that brings a branch's input nearest to the dense one's."""
-        return solve_alignment(observed.unpack(self._device).moments).float().cpu().numpy()
+    def solve_alignment(self, name: str, layer: int, branch: Branch, observed: PackedObservation) -> Refined:
+        """Return a branch's input projections, with what brings its input nearest to the dense one's folded in."""
+        alignment_DD = solve_alignment(observed.unpack(self._device).moments).float()
+        aligned = self._refinements[name].aligned(layer, branch, alignment_DD)
+        return {name: _numpy(tensor) for name, tensor in aligned.items()}
 
-    def align(self, name: str, layer: int, branch: Branch, alignment_DD: np.ndarray) -> None:
-        """Fold an alignment into a branch's input projections."""
-        alignment = torch.from_numpy(alignment_DD.copy()).to(self._device)
-        self._refinements[name].align(layer, branch, alignment)
+    def align(self, name: str, layer: int, aligned: Refined) -> None:
+        """Let a branch of the pruned stream have the input projections that were aligned."""
+        self._refinements[name].replace(layer, self._tensors(aligned))
 
     def observe_targets(self, name: str, layer: int, branch: Branch) -> PackedObservation:
         """Run a branch in both streams; return the joint moments of its kept inputs and its target."""
         return self._refinements[name].observe_targets(layer, branch)
 
-    def solve_refit(self, name: str, layer: int, branch: Branch, observed: PackedObservation) -> Refitted:
-        """Return a branch's new output projection: weight (D, S), bias (D,) or None."""
-        projection = self._streams[name].projection(layer, branch)
+    def solve_refit(self, name: str, layer: int, branch: Branch, observed: PackedObservation) -> Refined:
+        """Return a branch's new output projection: weight (D, S), and bias (D,) where it has one."""
+        stream = self._streams[name]
+        projection, stored = stream.projection(layer, branch), stream.checkpoint.dtype
         moments = observed.unpack(self._device).moments
         weight_SD, bias_D = solve_refit(moments, projection.weight.T, projection.bias is not None)
-        weight_DS = weight_SD.T.float().cpu().contiguous().numpy()
-        return weight_DS, None if bias_D is None else bias_D.float().cpu().numpy()
+        refitted = {branch.output_weight: _numpy(weight_SD.T.to(stored))}
+        return refitted if bias_D is None else refitted | {branch.output_bias: _numpy(bias_D.to(stored))}
 
-    def apply_refit(self, name: str, layer: int, branch: Branch, refitted: Refitted) -> None:
+    def apply_refit(self, name: str, layer: int, branch: Branch, refitted: Refined) -> None:
         """Add a branch's refitted output to the pruned stream; the dense one goes on."""
-        weight_DS, bias_D = (None if part is None else torch.from_numpy(part.copy()) for part in refitted)
-        assert weight_DS is not None
-        self._refinements[name].apply(layer, branch, weight_DS, bias_D)
+        tensors = self._tensors(refitted)
+        self._refinements[name].apply(tensors[branch.output_weight], tensors.get(branch.output_bias))
+
+    def forward_refined(self, name: str, layer: int, refined: Checkpoint) -> None:
+        """Pass a layer that is refined already in both streams, with nothing observed."""
+        self._refinements[name].forward_refined(layer, refined.read_layer(layer))
 
     def probe(self, name: str) -> np.ndarray:
         """Return the hidden states (T', D) of the first tokens of the first block."""
@@ -166,9 +179,17 @@ class Shard:
         """Return this process's peak resident memory, and its GPU's, in bytes."""
         return peak_memory(self._device)
 
+    def _tensors(self, refined: Refined) -> dict[str, torch.Tensor]:
+        # Received arrays are read-only views of shared memory.
+        return {name: torch.from_numpy(array.copy()).to(self._device) for name, array in refined.items()}
+
     def _stream(self, checkpoint: Checkpoint, batches: list[np.ndarray]) -> LayerStream:
         tensors = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
         return LayerStream(checkpoint, tensors, self._device, self._store)
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.float().cpu().contiguous().numpy()
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

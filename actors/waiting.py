@@ -4,13 +4,24 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
-from actors.errors import ShardError
-from slimllm_ops.errors import InputError
+from actors.errors import ShardError, WorkerLostError
+from slimllm_ops.errors import InputError, MiscountError
 
 CALL_SECONDS = 3600.0
 POLL_SECONDS = 1.0
+
+# What a process, a node or what they held is gone by. A worker sees it too, of the server that it reads from.
+LOSSES = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, GetTimeoutError)
 
 
 def get_one(ref: ray.ObjectRef) -> Any:
@@ -22,8 +33,9 @@ def get_in_order(refs: list[ray.ObjectRef], seconds: float = CALL_SECONDS) -> li
     """Return all results in order; the first error is raised at once, without waiting for the others.
 
     Raises:
-        InputError: as a worker raised it.
-        ShardError: a worker died, or did not answer in time.
+        InputError, MiscountError: as a worker raised it.
+        WorkerLostError: a worker died.
+        ShardError: one did not answer in time.
     """
     deadline = time.monotonic() + seconds
     pending = list(refs)
@@ -39,17 +51,34 @@ def get_in_order(refs: list[ray.ObjectRef], seconds: float = CALL_SECONDS) -> li
     return [_get(ref) for ref in refs]
 
 
+def which_answer(refs: list[ray.ObjectRef], seconds: float) -> list[bool]:
+    """Return which calls give a result in time, be it an error or none at all for the others."""
+    deadline = time.monotonic() + seconds
+    pending = list(refs)
+    while pending and time.monotonic() < deadline:
+        _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
+    return [ref not in pending and _succeeds(ref) for ref in refs]
+
+
+def _succeeds(ref: ray.ObjectRef) -> bool:
+    try:
+        _get(ref)
+    except WorkerLostError:
+        return False
+    return True
+
+
 def _get(ref: ray.ObjectRef) -> Any:
     try:
         return ray.get(ref)
-    except RayTaskError as error:
+    except (RayTaskError, *LOSSES) as error:
         # What a worker raised for the user is raised here as it was; anything else keeps its remote traceback.
         cause: BaseException = error
         while isinstance(cause, RayTaskError):
             cause = cause.cause
-        if isinstance(cause, InputError):
+        if isinstance(cause, InputError | MiscountError):
             raise cause from None
+        if isinstance(cause, LOSSES):
+            reason = str(cause).strip().splitlines()[0]
+            raise WorkerLostError(f"a worker died: {reason}; was its node lost, or out of memory?") from error
         raise
-    except (RayActorError, WorkerCrashedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ShardError(f"a worker died: {reason}; was its node lost, or out of memory?") from error

@@ -19,7 +19,7 @@ from benchmarks.machine import describe_machine, write_table
 from cluster import session
 from orchestrator.comparison import LAYER_BY_LAYER, REFINED, Comparison, Contestant, compare, one_pass
 from orchestrator.config import CompareConfig
-from orchestrator.job import Job, Probe, Target
+from orchestrator.job import Job, Target
 from orchestrator.layerwise import prune_layerwise
 from orchestrator.one_pass import Ranked, rank_modules, write_models
 from slimllm_ops.budget import STREAM_WEIGHT, Candidate, spend_by_price
@@ -66,19 +66,18 @@ class PublishedChoice:
     def __init__(self) -> None:
         self._layers: list[LayerPlan] = []
 
-    def prune(self, job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
+    def prune(self, job: Job, store: MomentStore, targets: list[Target]) -> None:
         """Prune as published, and remember what was kept."""
-        probes = prune_layerwise(job, targets)
-        self._layers = targets[0].writer.layers
-        return probes
+        prune_layerwise(job, targets)
+        self._layers = targets[0].pruned.log.plans
 
-    def refit(self, job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
+    def refit(self, job: Job, store: MomentStore, targets: list[Target]) -> None:
         """Keep what the paper keeps, and recover by least squares from the dense model's moments, in one pass."""
-        return self._write(job, store, targets, lambda ranking, decision: _order_of(decision) if decision else ranking)
+        self._write(job, store, targets, lambda ranking, decision: _order_of(decision) if decision else ranking)
 
-    def eliminate(self, job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
+    def eliminate(self, job: Job, store: MomentStore, targets: list[Target]) -> None:
         """Keep as many units as the paper in every module, chosen by elimination."""
-        return self._write(job, store, targets, lambda ranking, decision: ranking)
+        self._write(job, store, targets, lambda ranking, decision: ranking)
 
     def _write(
         self,
@@ -86,7 +85,7 @@ class PublishedChoice:
         store: MomentStore,
         targets: list[Target],
         rank: Callable[[Ranking, Decision | None], Ranking],
-    ) -> list[Probe]:
+    ) -> None:
         decisions = [decision for layer in self._layers for decision in (layer.attention, layer.mlp)]
         counts = [decision.num_removed if decision else 0 for decision in decisions]
         method = replace(METHODS["gram"], spend=lambda candidates, target: counts)
@@ -95,7 +94,7 @@ class PublishedChoice:
             replace(candidate, ranking=rank(candidate.ranking, decision))
             for candidate, decision in zip(dense.candidates, decisions, strict=True)
         ]
-        return write_models(job, store, Ranked(method, candidates), targets)
+        write_models(job, store, Ranked(method, candidates), targets)
 
 
 def _order_of(decision: Decision) -> Ranking:

@@ -154,7 +154,7 @@ def prune_slimllm(run: Run) -> Stages:
     sizes = [measure_layer(source, layer) for layer in range(num_layers)]
     num_pruned, alpha = published_settings(0.2, num_layers)
     budget = budget_by_sparsity(sizes, similarities, sparsity=0.2, num_pruned=num_pruned, alpha=alpha)
-    writer = CheckpointWriter(source, run.output)
+    writer, plans = CheckpointWriter(source, run.output), list[LayerPlan]()
     with stages.timed("embedding"):
         shard = run.shard()
     for layer in range(num_layers):
@@ -173,9 +173,10 @@ def prune_slimllm(run: Run) -> Stages:
         with stages.timed("applying"):
             shard.apply("a", layer, family.mlp, channels)
         with stages.timed("writing"):
-            writer.commit(LayerPlan(heads, channels))
+            plans.append(LayerPlan(heads, channels))
+            writer.write_layer(layer, plans[layer])
     with stages.timed("writing"):
-        writer.finish()
+        writer.finish(plans)
     dtype = compute_dtype(run.device)
     forward, moments = _forward_operations(source), _moment_operations(source)
     output = _output_operations(source)
@@ -226,6 +227,7 @@ def _write_models(run: Run, store: MomentStore, stages: Stages, sparsities: tupl
     with stages.timed("spending"):
         spent = [GRAM.spend(candidates, parameters_to_remove(sizes, sparsity)) for sparsity in sparsities]
     writers = [CheckpointWriter(source, run.output / f"{sparsity:g}") for sparsity in sparsities]
+    plans: list[list[LayerPlan]] = [[] for _ in sparsities]
     for layer in range(source.num_layers):
         decided = []
         for number, (module, branch) in enumerate(zip(("attention", "mlp"), _branches(source), strict=True)):
@@ -235,11 +237,13 @@ def _write_models(run: Run, store: MomentStore, stages: Stages, sparsities: tupl
                 removals = [counts[index] for counts in spent]
                 decided.append(_decide(run, layer, branch, observed, candidates[index], removals))
         with stages.timed("writing"):
-            for writer, attention, mlp in zip(writers, *decided, strict=True):
-                writer.commit(LayerPlan(attention, mlp))
+            for writer, written, attention, mlp in zip(writers, plans, *decided, strict=True):
+                plan = LayerPlan(attention, mlp)
+                writer.write_layer(layer, plan)
+                written.append(plan.recorded())
     with stages.timed("writing"):
-        for writer in writers:
-            writer.finish()
+        for writer, written in zip(writers, plans, strict=True):
+            writer.finish(written)
 
 
 def _decide(

@@ -135,6 +135,22 @@ def plan_workers(
     return WorkerPlan(num_workers, cpus, gpus_per_worker, weights_travel=not (resources.local or shared_storage))
 
 
+def find_room(resources: Resources, workers: WorkerPlan) -> int:
+    """Return how many of a plan's workers the cluster has room for, which may be smaller than when it was made.
+
+    Raises:
+        ClusterError: it has room for none.
+    """
+    room = resources.room(workers.cpus_per_worker, workers.gpus_per_worker)
+    if not room:
+        raise ClusterError(
+            f"the run has workers of {workers.cpus_per_worker} CPUs and {workers.gpus_per_worker:g} GPUs, and no node "
+            f"has so many: {len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs; "
+            f"resume it on nodes like those it began on, or begin anew"
+        )
+    return min(room, workers.num_workers)
+
+
 def _require_connected_to(address: str | None) -> None:
     connected = ray.get_runtime_context().gcs_address
     if address not in (None, "auto", connected):

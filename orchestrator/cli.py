@@ -14,7 +14,7 @@ from orchestrator.config import METHODS, CompareConfig, ConfigError, PruneConfig
 
 Config = TypeVar("Config", bound=PruneConfig)
 
-LOST_WORKER = 1
+FAILED = 1
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -35,6 +35,9 @@ OPTIONS = {
         "--output", metavar="DIR", help="Where the result goes. [pruned/, moments/ or comparisons/<model>]"
     ),
     "overwrite": click.option("--overwrite", is_flag=True, default=None, help="Replace an output that is not empty."),
+    "resume": click.option(
+        "--resume", is_flag=True, default=None, help="Go on with a run of this output that was not finished."
+    ),
     "sparsity": click.option(
         "--sparsity", type=float, multiple=True, metavar="F", help="Fraction of the layers to remove; repeatable. [.2]"
     ),
@@ -90,7 +93,7 @@ def prune(config_file: Path | None, **flags: Any) -> None:
 
 @main.command()
 @click.argument("model", required=False)
-@with_options("output", "overwrite", *DATA, *CLUSTER, "config")
+@with_options("output", "overwrite", "resume", *DATA, *CLUSTER, "config")
 def calibrate(config_file: Path | None, **flags: Any) -> None:
     """Keep MODEL's moments, for `prune --method gram --moments` at any sparsity with no forward pass."""
     config = _configure(PruneConfig, config_file, flags)
@@ -140,30 +143,39 @@ def _compare(config: CompareConfig) -> None:
 
 
 def _run(action: Callable[[], None]) -> None:
-    """Run; what the user can mend ends in one line and code 2, a lost worker in 1, Ctrl-C in 130, SIGTERM in 143."""
+    """Run; what the user can mend ends in one line and code 2, what failed in 1, Ctrl-C in 130, SIGTERM in 143."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Its warnings are about configs (ids of special tokens, say) that pruning takes over as they are.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _explain(action)
-    except KeyboardInterrupt:
-        _exit_with("interrupted; no checkpoint was written", INTERRUPTED)
-    except _Terminated:
-        _exit_with("terminated; no checkpoint was written", TERMINATED)
+    except KeyboardInterrupt as error:
+        _exit_with(_with_notes("interrupted; no checkpoint was written", error), INTERRUPTED)
+    except _Terminated as error:
+        _exit_with(_with_notes("terminated; no checkpoint was written", error), TERMINATED)
 
 
 def _explain(action: Callable[[], None]) -> None:
     from actors.errors import ShardError
     from orchestrator.pipeline import USER_ERRORS
-    from slimllm_ops.errors import ReadBackError
+    from slimllm_ops.errors import MiscountError, ReadBackError
 
     try:
         action()
     except USER_ERRORS as error:
-        _exit_with(error)
-    except (ShardError, ReadBackError) as error:
-        _exit_with(error, LOST_WORKER)
+        _exit_with(_with_notes(str(error), error))
+    except (ShardError, ReadBackError, MiscountError) as error:
+        _exit_with(_with_notes(str(error), error), FAILED)
+    except OSError as error:
+        # A disk that is full or gone. The command line's own files are checked before, with messages of their own.
+        place = f" {error.filename}" if error.filename else ""
+        _exit_with(_with_notes(f"the system refused{place}: {error.strerror or error}", error), FAILED)
+
+
+def _with_notes(text: str, error: BaseException) -> str:
+    """Return a message with what was noted on its error's way: what is kept, and how to go on."""
+    return "; ".join([text, *getattr(error, "__notes__", ())])
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

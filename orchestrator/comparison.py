@@ -11,26 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import actors
 import slimllm_ops
-from cluster import plan_workers, session
+from cluster import find_room, session
 from orchestrator.comparison_table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.job import Job, Probe, Target, target_name
+from orchestrator.job import Job, Target, open_target, target_name
 from orchestrator.layerwise import prune_layerwise
-from orchestrator.one_pass import open_moments, rank_modules, write_models
-from orchestrator.output import staged
-from orchestrator.pipeline import complete, tracking_options, working
+from orchestrator.one_pass import observed_moments, prune_from_moments
+from orchestrator.output import Staging, staged
+from orchestrator.pipeline import complete, settle_workers, tracking_options, working
 from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_parameters, log_inputs, run_params, write_record
 from orchestrator.tracking import Run, tracked_run
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.moment_store import MomentStore
-from slimllm_ops.writer import CheckpointWriter
 
 # Every gap is a fraction of this method's.
 REFERENCE = "slimllm"
@@ -51,7 +49,7 @@ class Contestant:
 
     name: str
     source: str
-    prune: Callable[[Job, MomentStore, list[Target]], list[Probe]]
+    prune: Callable[[Job, MomentStore, list[Target]], None]
     refine: bool = False
 
 
@@ -141,15 +139,14 @@ def compare(
     with (
         staged(output, config.overwrite) as staging,
         session(config.address, (actors, slimllm_ops)) as resources,
-        tracked_run(tracking, staging / "metrics.jsonl", reporter.warn) as run,
-        TemporaryDirectory(dir=staging, prefix="work.") as work,
+        tracked_run(tracking, staging.directory / "metrics.jsonl", reporter.warn) as run,
     ):
-        workers = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
+        workers = settle_workers(config, resources, staging)
         params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
         log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
-        with working(config, inputs, workers, Path(work), reporter) as job:
+        with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
             rows, seconds = _run_all(_Contest(job, run, params, config.keep_checkpoints), chosen)
-        _publish(rows, params, inputs, seconds, Path(work), run)
+        _publish(rows, params, inputs, seconds, staging, run)
         return Comparison(
             output=output,
             rows=tuple(rows),
@@ -181,14 +178,14 @@ def contestants() -> list[Contestant]:
 def one_pass(method: Method) -> Contestant:
     """Return a row of `METHODS` as it takes part."""
 
-    def prune(job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
-        return write_models(job, store, rank_modules(job.pool, job.source, store, method), targets)
+    def prune(job: Job, store: MomentStore, targets: list[Target]) -> None:
+        prune_from_moments(job, store, method, targets)
 
     return Contestant(method.name, method.source, prune)
 
 
-def _prune_layer_by_layer(job: Job, store: MomentStore, targets: list[Target]) -> list[Probe]:
-    return prune_layerwise(job, targets)
+def _prune_layer_by_layer(job: Job, store: MomentStore, targets: list[Target]) -> None:
+    prune_layerwise(job, targets)
 
 
 LAYER_BY_LAYER = Contestant(REFERENCE, "SlimLLM (Guo et al., ICML 2025), as published", _prune_layer_by_layer)
@@ -204,11 +201,11 @@ def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row]
     board.enter_dense()
     run.log_metrics({f"dense_{name}": value for name, value in _losses(board.rows).items()})
     start = time.perf_counter()
-    with open_moments(job) as store:
-        calibration_seconds = time.perf_counter() - start
-        run.log_metrics({"calibration_seconds": calibration_seconds})
-        for contestant in chosen:
-            _run_one(contest, store, contestant, board)
+    store = observed_moments(job)
+    calibration_seconds = time.perf_counter() - start
+    run.log_metrics({"calibration_seconds": calibration_seconds})
+    for contestant in chosen:
+        _run_one(contest, store, contestant, board)
     return board.rows, calibration_seconds
 
 
@@ -217,17 +214,17 @@ def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, boar
     job = _job_of(contestant, contest.job)
     with _open_targets(job, contest.run, contestant.name, _sparsities(contest.job, board.reference)) as targets:
         start = time.perf_counter()
-        probes = contestant.prune(job, store, targets)
+        contestant.prune(job, store, targets)
         seconds = (time.perf_counter() - start) / len(targets)
-        for number, (target, probe) in enumerate(zip(targets, probes, strict=True)):
-            totals = complete(replace(job, reporter=job.reporter.continued()), target, probe)
+        for number, target in enumerate(targets):
+            totals = complete(replace(job, reporter=job.reporter.continued()), target)
             asked = {"method": contestant.name, "source": contestant.source, "sparsity": target.sparsity}
             params = {name: value for name, value in (contest.params | asked).items() if value is not None}
             spent = seconds + totals.seconds.get("refining", 0.0)
             _log(target.run, params, board.enter(contestant, number, totals, spent))
             if contest.keep_checkpoints:
                 (target.directory / "pruning").mkdir()
-                write_record(target.directory, params, job.inputs, target.writer.layers, totals)
+                write_record(target.directory, params, job.inputs, target.final.log.plans, totals)
             else:
                 shutil.rmtree(target.directory)
 
@@ -255,10 +252,9 @@ def _open_targets(job: Job, run: Run, method: str, sparsities: Sequence[float | 
         targets = []
         for sparsity in sparsities:
             name = f"{method}-{target_name(sparsity) if sparsity is not None else f'ratio-{job.config.ratio:g}'}"
-            directory = job.staging / "checkpoints" / name
-            directory.parent.mkdir(exist_ok=True)
+            directory = job.staging.directory / "checkpoints" / name
             child = stack.enter_context(run.child(name))
-            targets.append(Target(sparsity, directory, child, CheckpointWriter(job.source, directory)))
+            targets.append(open_target(sparsity, directory, child, job.source, job.staging, job.config.refine))
         yield targets
 
 
@@ -282,9 +278,9 @@ def _suffix(number: int) -> str:
 
 
 def _publish(
-    rows: Sequence[Row], params: dict[str, Any], inputs: Inputs, calibration_seconds: float, work: Path, run: Run
+    rows: Sequence[Row], params: dict[str, Any], inputs: Inputs, calibration_seconds: float, staging: Staging, run: Run
 ) -> None:
-    """Write the tables and figures, log them, and move them into the output; the kept checkpoints too."""
+    """Write the tables and figures, log them, and move them into the output."""
     header = {
         "model": inputs.name,
         "model_digest": inputs.source_digest,
@@ -294,11 +290,11 @@ def _publish(
         "calibration_seconds": calibration_seconds,
         "params": {name: value for name, value in params.items() if name not in ("method", "output")},
     }
-    results = work / "results"
+    results = staging.work / "tables"
     results.mkdir()
     write_table(rows, header, results)
     run.log_artifacts(results)
     for path in results.iterdir():
-        path.rename(work.parent / path.name)
-    if any((checkpoints := work / "checkpoints").iterdir()):
-        checkpoints.rename(work.parent / "checkpoints")
+        path.rename(staging.directory / path.name)
+    if not any((checkpoints := staging.directory / "checkpoints").iterdir()):
+        checkpoints.rmdir()

@@ -23,6 +23,7 @@ class PruneConfig:
     model: str | None = None
     output: str | None = None
     overwrite: bool = False
+    resume: bool = False
     method: str = "slimllm"
     sparsity: tuple[float, ...] = ()
     refine: bool = False
@@ -114,7 +115,7 @@ class CompareConfig(PruneConfig):
         self._check_targets()
         _require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
         _require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
-        for name in ("refine", "moments", "register"):
+        for name in ("refine", "moments", "register", "resume"):
             _require(not getattr(self, name), f"{name} is a setting of prune: leave it out of a comparison")
 
 

@@ -1,6 +1,8 @@
 """The paper's order: layer by layer, attention first, each module seeing what the pruned ones before it leave."""
 
-from orchestrator.job import Job, Probe, Target
+from functools import partial
+
+from orchestrator.job import Job, Target
 from orchestrator.record import log_layer
 from slimllm_ops.allocation import (
     Budget,
@@ -16,10 +18,17 @@ from slimllm_ops.plan import Decision, LayerPlan
 DENSE, PRUNED = "dense", "pruned"
 
 
-def prune_layerwise(job: Job, targets: list[Target]) -> list[Probe]:
+def prune_layerwise(job: Job, targets: list[Target]) -> None:
     """Prune by the paper's method, a pass over the layers for each target after one that measures similarities."""
-    similarities = measure_similarities(job)
-    return [_prune_model(job, target, similarities) for target in targets]
+    measure = partial(job.survive, partial(measure_similarities, job))
+    similarities = job.staging.results.once("similarities", measure)
+    for target in targets:
+        budget = allocate(job, similarities, target.sparsity)
+        if budget.note:
+            job.reporter.note(budget.note)
+        log = target.pruned.log
+        if len(log) < job.source.num_layers:
+            job.survive(partial(_prune_model, job, target, similarities, budget), log.__len__)
 
 
 def measure_similarities(job: Job) -> list[float]:
@@ -45,27 +54,24 @@ def allocate(job: Job, similarities: list[float], sparsity: float | None) -> Bud
     return budget_by_ratio(sizes, similarities, ratio=config.ratio, num_pruned=num_pruned, alpha=alpha)
 
 
-def _prune_model(job: Job, target: Target, similarities: list[float]) -> Probe:
-    budget = allocate(job, similarities, target.sparsity)
-    if budget.note:
-        job.reporter.note(budget.note)
-    job.shards.open_stream(PRUNED, job.source, job.inputs.calibration_blocks(), deciding=True)
-    states = [job.shards.probe(PRUNED)]
-    for layer in job.reporter.layers("pruning", job.source.num_layers, job.inputs.calibration.num_tokens):
+def _prune_model(job: Job, target: Target, similarities: list[float], budget: Budget) -> None:
+    shards, tokens, committed = job.shards, job.inputs.calibration.num_tokens, target.pruned.log.plans
+    shards.open_stream(PRUNED, job.source, job.inputs.calibration_blocks(), deciding=True)
+    target.pruned.log.begin(shards.probed_ids(PRUNED), shards.probe(PRUNED))
+    for layer in job.reporter.layers("replaying", len(committed), tokens):
+        shards.forward_pruned(PRUNED, layer, committed[layer])
+    for layer in job.reporter.layers("pruning", job.source.num_layers, tokens, first=len(committed)):
         attention, mlp = _prune_layer(job, layer, budget.layers[layer])
         plan = LayerPlan(attention, mlp, similarities[layer], budget.layers[layer].ratio)
-        target.writer.commit(plan)
+        target.pruned.commit(plan, shards.probe(PRUNED))
         log_layer(target.run, job.source, layer, plan)
-        states.append(job.shards.probe(PRUNED))
-    probe = Probe(job.shards.probed_ids(PRUNED), states)
-    job.shards.close_stream(PRUNED)
-    return probe
+    shards.close_stream(PRUNED)
 
 
 def _prune_layer(job: Job, layer: int, share: LayerBudget) -> tuple[Decision | None, Decision | None]:
     """Observe, decide and apply a layer's attention, then its MLP; None where a module stays whole."""
     if not share.units and not share.channels:
-        job.shards.forward(PRUNED, layer)
+        job.shards.forward_pruned(PRUNED, layer, LayerPlan())
         return None, None
     attention = _prune_attention(job, job.source.family.attention, layer, share.units)
     return attention, _prune_mlp(job, job.source.family.mlp, layer, share.channels)

@@ -4,19 +4,19 @@ No barrier: while the shards observe a layer, solves of the layers before run wh
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
 from actors.pool import SolverPool, results
 from actors.shard import PROBED_TOKENS
 from orchestrator.inputs import Inputs
-from orchestrator.job import Job, Probe, Target
+from orchestrator.job import Job, Target
 from orchestrator.record import log_layer
 from slimllm_ops.allocation import measure_layer, parameters_to_remove
 from slimllm_ops.budget import Candidate
@@ -48,22 +48,49 @@ class Ranked:
         return [list(counts) for counts in zip(*spent, strict=True)]
 
 
-def prune_one_pass(job: Job, targets: list[Target]) -> list[Probe]:
+def prune_one_pass(job: Job, targets: list[Target]) -> None:
     """Prune by `gram` to every target, from moments that are given or from one pass over the dense model."""
-    with open_moments(job) as store:
-        ranked = rank_modules(job.pool, job.source, store, METHODS[job.config.method])
-        return write_models(job, store, ranked, targets)
+    prune_from_moments(job, observed_moments(job), METHODS[job.config.method], targets)
+
+
+def prune_from_moments(job: Job, store: MomentStore, method: Method, targets: list[Target]) -> None:
+    """Prune by a one-pass method to every target."""
+    if all(len(target.pruned.log) == job.source.num_layers for target in targets):
+        return
+    ranked = job.survive(partial(rank_modules, job.pool, job.source, store, method))
+    write_models(job, store, ranked, targets)
+
+
+def observed_moments(job: Job) -> MomentStore:
+    """Return the moments that the config names, or those of a pass that is made now."""
+    if job.config.moments is not None:
+        return MomentStore(Path(job.config.moments))
+    store = MomentStore(job.staging.solved / "moments")
+    calibrate(job, store)
+    return store
 
 
 def calibrate(job: Job, store: MomentStore) -> None:
     """Pass the calibration data through the dense model once; keep every layer's moments and elimination paths."""
-    job.shards.open_stream(DENSE, job.source, job.inputs.calibration_blocks())
-    solved = results(_observe_layers(job))
-    for layer in job.reporter.layers("calibrating", job.source.num_layers, job.inputs.calibration.num_tokens):
-        attention, mlp, attention_path, mlp_path, power = next(solved)
-        store.save(layer, LayerPaths(ModulePath(*attention_path), ModulePath(*mlp_path), power), attention, mlp)
-    job.shards.close_stream(DENSE)
+    num_saved = partial(store.num_saved, job.source.num_layers)
+    if num_saved() < job.source.num_layers:
+        job.survive(partial(_observe, job, store), num_saved)
     store.seal(moments_of(job.inputs))
+
+
+def _observe(job: Job, store: MomentStore) -> None:
+    shards, num_layers, tokens = job.shards, job.source.num_layers, job.inputs.calibration.num_tokens
+    first = store.num_saved(num_layers)
+    shards.open_stream(DENSE, job.source, job.inputs.calibration_blocks())
+    for layer in job.reporter.layers("replaying", first, tokens):
+        shards.forward_pruned(DENSE, layer, LayerPlan())
+    solved = results(_observe_layers(job, range(first, num_layers)))
+    for layer in job.reporter.layers("calibrating", num_layers, tokens, first):
+        attention, mlp, attention_path, mlp_path, power = next(solved)
+        for observed in (attention, mlp):
+            observed.require_tokens(tokens, f"layer {layer}")
+        store.save(layer, LayerPaths(ModulePath(*attention_path), ModulePath(*mlp_path), power), attention, mlp)
+    shards.close_stream(DENSE)
 
 
 def moments_of(inputs: Inputs) -> dict[str, Any]:
@@ -75,62 +102,61 @@ def moments_of(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def write_models(job: Job, store: MomentStore, ranked: Ranked, targets: list[Target]) -> list[Probe]:
+def write_models(job: Job, store: MomentStore, ranked: Ranked, targets: list[Target]) -> None:
     """Decide and write every target's model, layer by layer; each layer's moments are read once for all of them."""
+    logs = [target.pruned.log for target in targets]
+    job.survive(partial(_write_models, job, store, ranked, targets), lambda: sum(map(len, logs)))
+
+
+def _write_models(job: Job, store: MomentStore, ranked: Ranked, targets: list[Target]) -> None:
     asked = [target_parameters(job.source, target.sparsity) for target in targets]
-    witness = _Witness(job.source, len(targets))
-    decided = decide_layers(job.pool, job.source, store, ranked, asked)
-    for layer in job.reporter.layers("deciding", job.source.num_layers, job.inputs.calibration.num_tokens):
-        for number, (target, plan) in enumerate(zip(targets, next(decided), strict=True)):
-            target.writer.commit(plan)
-            log_layer(target.run, job.source, layer, plan)
-            witness.forward(number, layer, plan)
-    return witness.probes()
+    num_layers, first = job.source.num_layers, min(len(target.pruned.log) for target in targets)
+    witness = _Witness(job.source)
+    for target in targets:
+        target.pruned.log.begin(*witness.start())
+    decided = decide_layers(job.pool, job.source, store, ranked, asked, range(first, num_layers))
+    for layer in job.reporter.layers("deciding", num_layers, job.inputs.calibration.num_tokens, first):
+        for target, plan in zip(targets, next(decided), strict=True):
+            # An earlier attempt may have ended between two targets.
+            if len(target.pruned.log) == layer:
+                state_TD = witness.forward(target.pruned.log.last_state(), layer, plan)
+                target.pruned.commit(plan, state_TD)
+                log_layer(target.run, job.source, layer, plan)
+    witness.close()
 
 
 class _Witness:
-    """Passes a few tokens through every target's pruned layers as decided, for the read-back of what was written.
+    """Passes a few tokens through pruned layers as decided, for the read-back of what was written.
 
     No shard does so, since the moments are of the dense model. One layer's weights serve all targets.
     """
 
-    def __init__(self, source: Checkpoint, num_targets: int) -> None:
+    def __init__(self, source: Checkpoint) -> None:
         num_tokens = min(PROBED_TOKENS, source.config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
-        ids_1T = torch.randint(source.config.vocab_size, (1, num_tokens), generator=generator)
-        self._ids_T = ids_1T[0].numpy()
-        self._stream = LayerStream(source, [ids_1T], torch.device("cpu"))
-        self._states = [[self._stream.hidden[0]] for _ in range(num_targets)]
+        self._ids_1T = torch.randint(source.config.vocab_size, (1, num_tokens), generator=generator)
+        self._stream = LayerStream(source, [self._ids_1T], torch.device("cpu"))
 
-    def forward(self, target: int, layer: int, plan: LayerPlan) -> None:
-        """Pass a layer as a target's plan leaves it."""
-        self._stream.hidden = [self._states[target][-1]]
+    def start(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens' ids (T,), and their states (T, D) before the first layer."""
+        return self._ids_1T[0].numpy(), self._stream.hidden[0][0].numpy()
+
+    def forward(self, state_TD: np.ndarray, layer: int, plan: LayerPlan) -> np.ndarray:
+        """Return what a layer, as a plan leaves it, makes of states (T, D)."""
+        self._stream.hidden = [torch.from_numpy(state_TD)[None]]
         self._stream.forward_pruned(layer, plan)
-        self._states[target].append(self._stream.hidden[0])
+        return self._stream.hidden[0][0].numpy()
 
-    def probes(self) -> list[Probe]:
-        """Return every target's states."""
+    def close(self) -> None:
+        """Give its memory back."""
         self._stream.close()
-        return [Probe(self._ids_T, [state[0].numpy() for state in states]) for states in self._states]
 
 
-@contextmanager
-def open_moments(job: Job) -> Iterator[MomentStore]:
-    """Give the moments that the config names, or those of a pass that is made now and not kept."""
-    if job.config.moments is not None:
-        yield MomentStore(Path(job.config.moments))
-        return
-    with TemporaryDirectory(dir=job.staging, prefix="moments.") as directory:
-        store = MomentStore(Path(directory))
-        calibrate(job, store)
-        yield store
-
-
-def _observe_layers(job: Job) -> Iterator[tuple[Any, ...]]:
-    """Send every layer's observation and solves on their way; yield references to what will come of them."""
+def _observe_layers(job: Job, layers: range) -> Iterator[tuple[Any, ...]]:
+    """Send layers' observations and solves on their way; yield references to what will come of them."""
     source, shards, pool = job.source, job.shards, job.pool
     attention, mlp = source.family.attention, source.family.mlp
-    for layer in range(source.num_layers):
+    for layer in layers:
         shape = layer_shape(source.config, layer)
         attention_ref, _ = shards.observe_dense(DENSE, layer, attention)
         attention_path = pool.eliminate(layer, attention, attention_ref, shape.num_key_value_heads)
@@ -151,10 +177,15 @@ def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, metho
 
 
 def decide_layers(
-    pool: SolverPool, source: Checkpoint, store: MomentStore, ranked: Ranked, targets: Sequence[int]
+    pool: SolverPool,
+    source: Checkpoint,
+    store: MomentStore,
+    ranked: Ranked,
+    targets: Sequence[int],
+    layers: range,
 ) -> Iterator[list[LayerPlan]]:
-    """Yield, layer by layer, the layer's plan at each target of removed parameters."""
-    submissions = _submit_decisions(pool, source, store, ranked, ranked.removals(targets))
+    """Yield, for each of the layers, its plan at each target of removed parameters."""
+    submissions = _submit_decisions(pool, source, store, ranked, ranked.removals(targets), layers)
     for attention, mlp in results(submissions):
         yield [LayerPlan(attention=a, mlp=m) for a, m in zip(attention, mlp, strict=True)]
 
@@ -178,9 +209,14 @@ def _submit_rankings(
 
 
 def _submit_decisions(
-    pool: SolverPool, source: Checkpoint, store: MomentStore, ranked: Ranked, removals: list[list[int]]
+    pool: SolverPool,
+    source: Checkpoint,
+    store: MomentStore,
+    ranked: Ranked,
+    removals: list[list[int]],
+    layers: range,
 ) -> Iterator[tuple[ray.ObjectRef, ...]]:
-    for layer in range(source.num_layers):
+    for layer in layers:
         yield tuple(
             pool.decide(
                 layer,

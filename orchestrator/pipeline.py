@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import actors
@@ -11,21 +12,27 @@ from actors.group import ShardGroup
 from actors.placement import Placement
 from actors.pool import SolverPool
 from actors.serving import shared_files, weight_server
-from cluster import ClusterError, WorkerPlan, plan_workers, session
+from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers, session
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
-from orchestrator.evaluation import evaluate
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.job import Job, Probe, Target, open_targets
+from orchestrator.job import Job, Target, open_targets
 from orchestrator.layerwise import prune_layerwise
 from orchestrator.one_pass import calibrate as observe_model
 from orchestrator.one_pass import prune_one_pass
-from orchestrator.output import staged
+from orchestrator.output import Staging, is_finished, staged
 from orchestrator.progress import Reporter
-from orchestrator.record import Totals, count_totals, log_inputs, log_record, run_params, write_record
+from orchestrator.record import (
+    Totals,
+    count_totals,
+    log_inputs,
+    log_record,
+    run_params,
+    what_is_asked,
+    write_record,
+)
 from orchestrator.refine import refine_model
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
-from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.memory import return_large_blocks
 from slimllm_ops.moment_store import MomentStore
@@ -34,7 +41,7 @@ from slimllm_ops.read_back import read_back
 # What whoever runs this can mend; everything else is a bug, or a machine that failed.
 USER_ERRORS = (ConfigError, DataError, InputError, ClusterError, TrackingError)
 
-PRUNERS: dict[str, Callable[[Job, list[Target]], list[Probe]]] = {
+PRUNERS: dict[str, Callable[[Job, list[Target]], None]] = {
     "slimllm": prune_layerwise,
     "gram": prune_one_pass,
 }
@@ -52,7 +59,7 @@ class PrunedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """What a run gave: a model for every sparsity that was asked for."""
+    """What a run gave: a model for every sparsity that was asked for; none where all was finished before."""
 
     output: Path
     models: tuple[PrunedModel, ...]
@@ -75,30 +82,36 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     """Prune a model as a config asks; the command line ends here too.
 
     Raises:
-        ConfigError, DataError, InputError, ClusterError, TrackingError: what was asked cannot be done as asked;
-            nothing is left behind.
+        ConfigError, DataError, InputError, ClusterError, TrackingError: what was asked cannot be done as asked.
+        ShardError: workers were lost and not replaced.
+        OSError: the disk is full, or something else that the machine refuses.
+
+    Whatever ends the run, what was solved waits for the same config with `resume`; where nothing was, nothing is left.
     """
     reporter = reporter or Reporter()
     tracking = tracking_options(config)
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
-    output = Path(config.output or default_output(config, inputs.name))
+    output, asked = Path(config.output or default_output(config, inputs.name)), what_is_asked(config, inputs)
+    if config.resume and is_finished(output, asked):
+        return PruneResult(output=output, models=(), tracking_uri=None, experiment_id=None, run_id=None)
     with (
-        staged(output, config.overwrite) as staging,
+        staged(output, config.overwrite, asked, config.resume) as staging,
         session(config.address, (actors, slimllm_ops)) as resources,
-        tracked_run(tracking, staging / "pruning" / "metrics.jsonl", reporter.warn) as run,
+        tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
-        workers = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
+        workers = settle_workers(config, resources, staging)
         params = run_params(config, inputs, workers)
         log_inputs(run, params, inputs)
         with (
-            open_targets(config.targets, staging, inputs.source, run) as targets,
-            working(config, inputs, workers, staging, reporter) as job,
+            open_targets(config, staging, inputs.source, run) as targets,
+            working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job,
         ):
-            probes = PRUNERS[config.method](job, targets)
+            _tell_resumed(job)
+            PRUNERS[config.method](job, targets)
             models = [
-                _finish(job, target, probe, params, output / target.directory.relative_to(staging))
-                for target, probe in zip(targets, probes, strict=True)
+                _finish(job, target, params, output / target.directory.relative_to(staging.directory))
+                for target in targets
             ]
         return PruneResult(
             output=output,
@@ -114,22 +127,25 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path:
 
     Raises:
         ConfigError, DataError, InputError, ClusterError: what was asked cannot be done as asked; nothing is left.
+        ShardError: workers were lost and not replaced; what was solved waits for the same config with `resume`.
     """
     reporter = reporter or Reporter()
     inputs = load_inputs(config)
-    output = Path(config.output or f"moments/{inputs.name}")
+    output, asked = Path(config.output or f"moments/{inputs.name}"), what_is_asked(config, inputs)
+    if config.resume and is_finished(output, asked):
+        reporter.note(f"{output} is finished: there is nothing to resume")
+        return output
     with (
-        staged(output, config.overwrite) as staging,
+        staged(output, config.overwrite, asked, config.resume) as staging,
         session(config.address, (actors, slimllm_ops)) as resources,
-        working(
-            config,
-            inputs,
-            plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage),
-            staging,
-            reporter,
-        ) as job,
     ):
-        observe_model(job, MomentStore(staging))
+        workers = settle_workers(config, resources, staging)
+        with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
+            _tell_resumed(job)
+            store = MomentStore(staging.solved / "moments")
+            observe_model(job, store)
+            for path in store.directory.iterdir():
+                path.rename(staging.directory / path.name)
     return output
 
 
@@ -140,45 +156,71 @@ def default_output(config: PruneConfig, name: str) -> str:
     return f"pruned/{name}-" + "-".join(f"{sparsity:g}" for sparsity in config.targets)
 
 
+def settle_workers(config: PruneConfig, resources: Resources, staging: Staging) -> WorkerPlan:
+    """Return the workers of a run; a run that is resumed has those that it began with, whatever the cluster is now.
+
+    Raises:
+        ClusterError: the cluster has less than was asked for.
+    """
+    planned = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
+    settled = WorkerPlan(**staging.settled.once("workers", lambda: asdict(planned)))
+    return replace(settled, weights_travel=planned.weights_travel)
+
+
 @contextmanager
 def working(
-    config: PruneConfig, inputs: Inputs, workers: WorkerPlan, staging: Path, reporter: Reporter
+    config: PruneConfig, inputs: Inputs, workers: WorkerPlan, room: int, staging: Staging, reporter: Reporter
 ) -> Iterator[Job]:
-    """Hold the workers of a run; they start when the first data are sent to them."""
+    """Hold the workers of a run, as many as there is room for; they start when the first data are sent to them."""
     return_large_blocks()
     with (
-        Placement(workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker) as placement,
+        Placement(room, workers.cpus_per_worker, workers.gpus_per_worker) as placement,
         weight_server() if workers.weights_travel else shared_files() as deliver,
-        ShardGroup(placement, deliver, reporter.note, offload=config.offload) as shards,
+        ShardGroup(
+            placement,
+            deliver,
+            reporter.note,
+            num_shards=workers.num_workers,
+            offload=config.offload,
+            settle=staging.settled.once,
+        ) as shards,
     ):
         pool = SolverPool(deliver(inputs.source), placement)
         yield Job(config, inputs, shards, pool, staging, reporter)
 
 
-def complete(job: Job, target: Target, probe: Probe) -> Totals:
+def complete(job: Job, target: Target) -> Totals:
     """Finish a target's checkpoint, refine it if asked to, read it back, measure its perplexity, count what changed."""
-    target.writer.finish()
-    if job.config.refine:
-        probe = refine_model(job, target)
-    pruned = Checkpoint.open(target.directory)
+    pruned = target.pruned.finish()
+    if target.refined is not None:
+        log = target.refined.log
+        if len(log) < job.source.num_layers:
+            job.survive(partial(refine_model, job, target, pruned), log.__len__)
+        pruned = target.refined.finish()
     with job.reporter.timed("read back"):
+        probe = target.final.log.probe()
         error = read_back(pruned, probe.ids_T, probe.states_TD, job.shards.compute_dtype)
+    name = str(target.directory.relative_to(job.staging.directory))
     perplexity = {
-        blocks.spec: (
-            job.dense_perplexity(blocks),
-            evaluate(job.shards, pruned, blocks, job.reporter, "perplexity, pruned"),
-        )
+        blocks.spec: (job.dense_perplexity(blocks), job.perplexity(pruned, blocks, "perplexity, pruned", name))
         for blocks in job.inputs.held_out
     }
     return count_totals(job.inputs, pruned, perplexity, job.reporter.seconds, job.shards.peak_memory(), error)
 
 
-def _finish(job: Job, target: Target, probe: Probe, params: dict[str, object], output: Path) -> PrunedModel:
+def _finish(job: Job, target: Target, params: dict[str, object], output: Path) -> PrunedModel:
     """Complete a target's checkpoint, write its record and log it."""
-    totals = complete(job, target, probe)
-    write_record(target.directory, params | {"sparsity": target.sparsity}, job.inputs, target.writer.layers, totals)
+    totals = complete(job, target)
+    write_record(target.directory, params | {"sparsity": target.sparsity}, job.inputs, target.final.log.plans, totals)
     model_uri = log_record(target.run, target.directory, job.inputs.name, totals)
     return PrunedModel(output=output, totals=totals, run_id=target.run.run_id, model_uri=model_uri)
+
+
+def _tell_resumed(job: Job) -> None:
+    """Say whether what was to be resumed is there."""
+    if job.config.resume:
+        found = "going on from what is solved" if job.staging.resumed else "there is nothing to resume: beginning"
+        job.reporter.note(f"{found} ({job.staging.directory})")
 
 
 def tracking_options(config: PruneConfig) -> TrackingOptions:

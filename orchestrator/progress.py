@@ -41,13 +41,15 @@ class Reporter:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def layers(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
-        """Yield the layers in order, showing how far they are; `tokens` pass each of them."""
+    def layers(self, stage: str, num_layers: int, tokens: int, first: int = 0) -> Iterator[int]:
+        """Yield the layers from the first in order, showing how far they are; `tokens` pass each of them."""
+        if first == num_layers:
+            return
         with self.timed(stage):
             shown = self._bar if self.console.is_terminal else self._lines
-            yield from shown(stage, num_layers, tokens)
+            yield from shown(stage, range(first, num_layers), tokens)
 
-    def _bar(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
+    def _bar(self, stage: str, layers: range, tokens: int) -> Iterator[int]:
         columns = (
             TextColumn("{task.description:<24}"),
             BarColumn(),
@@ -57,22 +59,21 @@ class Reporter:
         )
         start = time.perf_counter()
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(stage, total=num_layers, rate="")
-            for layer in range(num_layers):
+            task = progress.add_task(stage, total=layers.stop, completed=layers.start, rate="")
+            for done, layer in enumerate(layers, start=1):
                 yield layer
-                progress.update(task, advance=1, rate=_rate((layer + 1) * tokens, start))
+                progress.update(task, advance=1, rate=_rate(done * tokens, start))
 
-    def _lines(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
+    def _lines(self, stage: str, layers: range, tokens: int) -> Iterator[int]:
         start = time.perf_counter()
         told = start
-        for layer in range(num_layers):
+        for done, layer in enumerate(layers, start=1):
             yield layer
             now = time.perf_counter()
-            done = layer + 1
-            if now - told > LINE_SECONDS or done == num_layers:
+            if now - told > LINE_SECONDS or done == len(layers):
                 told = now
-                left = (now - start) / done * (num_layers - done)
-                self.note(f"{stage}: layer {done}/{num_layers}, {_rate(done * tokens, start)}, {left:.0f} s left")
+                left = (now - start) / done * (len(layers) - done)
+                self.note(f"{stage}: layer {layer + 1}/{layers.stop}, {_rate(done * tokens, start)}, {left:.0f} s left")
 
 
 def _rate(layer_tokens: int, start: float) -> str:

@@ -29,6 +29,8 @@ PACKAGES = ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")
 OF_AN_ATTEMPT = {"overwrite", "resume", "tracking_uri"}
 # Where a run goes and how it is told: nothing that it gives depends on these.
 PLACES = {"output", "experiment", "run_name", "register", "address", "shared_storage", "offload", "weights_travel"}
+# Settings that name files, of which the digests tell more.
+DIGESTED = {"model", "calibration", "evaluate", "moments"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,18 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         **asdict(workers),
     }
     return masked_all(asked | found)
+
+
+def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
+    """Return what the result depends on: a run that is resumed must have the same."""
+    settings = {name: value for name, value in asdict(config).items() if name not in OF_AN_ATTEMPT | PLACES | DIGESTED}
+    return settings | {
+        "sparsity": config.targets,
+        "model_digest": inputs.source_digest,
+        "calibration_digest": inputs.calibration.digest,
+        "evaluate_digests": [blocks.digest for blocks in inputs.held_out],
+        **{f"{package}_version": version(package) for package in PACKAGES},
+    }
 
 
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:

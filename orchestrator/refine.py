@@ -1,53 +1,41 @@
-"""The refinement pass: a pruned checkpoint is corrected towards the dense stream, a layer at a time, in its place."""
+"""The refinement pass: a pruned checkpoint is corrected towards the dense stream and written anew, layer by layer."""
 
-import numpy as np
+from dataclasses import replace
+
 import torch
-from torch import Tensor
 
-from orchestrator.job import Job, Probe, Target
+from actors.shard import Refined
+from orchestrator.job import Job, Target
 from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.families import Branch
-from slimllm_ops.refinement import fold
-from slimllm_ops.writer import replace_layer
 
 REFINED = "refined"
 
 
-def refine_model(job: Job, target: Target) -> Probe:
-    """Run the dense and the pruned stream side by side; align, refit and rewrite layer by layer.
+def refine_model(job: Job, target: Target, pruned: Checkpoint) -> None:
+    """Run the dense and the pruned stream side by side; align, refit and write layer by layer.
 
     Args:
         job: the run at hand.
-        target: a checkpoint that is already whole.
+        target: what is refined.
+        pruned: its checkpoint as it was pruned, whole.
     """
-    source, pruned, shards = job.source, Checkpoint.open(target.directory), job.shards
-    shards.open_refinement(REFINED, source, pruned, job.inputs.calibration_blocks())
-    states = [shards.probe(REFINED)]
-    for layer in job.reporter.layers("refining", source.num_layers, job.inputs.calibration.num_tokens):
+    assert target.refined is not None, "a target that is to be refined has a place for it"
+    shards, tokens, draft = job.shards, job.inputs.calibration.num_tokens, target.refined
+    shards.open_refinement(REFINED, job.source, pruned, job.inputs.calibration_blocks())
+    draft.log.begin(shards.probed_ids(REFINED), shards.probe(REFINED))
+    # Of the same names and shapes: only the directory is another.
+    refined = replace(pruned, directory=draft.writer.directory)
+    for layer in job.reporter.layers("replaying", len(draft.log), tokens):
+        shards.forward_refined(REFINED, layer, refined)
+    for layer in job.reporter.layers("refining", job.source.num_layers, tokens, first=len(draft.log)):
         tensors = pruned.read_layer(layer)
-        for branch in (source.family.attention, source.family.mlp):
-            alignment_DD = shards.alignment(REFINED, layer, branch)
-            refitted = shards.refit(REFINED, layer, branch)
-            tensors |= _refined(tensors, branch, alignment_DD, *refitted)
-        replace_layer(pruned, layer, tensors)
-        states.append(shards.probe(REFINED))
-    probe = Probe(shards.probed_ids(REFINED), states)
+        for branch in (job.source.family.attention, job.source.family.mlp):
+            for solved in (shards.align(REFINED, layer, branch), shards.refit(REFINED, layer, branch)):
+                tensors |= _stored(solved, pruned.dtype)
+        draft.commit_tensors(target.pruned.log.plans[layer], tensors, shards.probe(REFINED))
     shards.close_stream(REFINED)
-    return probe
 
 
-def _refined(
-    tensors: dict[str, Tensor],
-    branch: Branch,
-    alignment_DD: np.ndarray,
-    weight_DS: np.ndarray,
-    bias_D: np.ndarray | None,
-) -> dict[str, Tensor]:
-    """Return a branch's tensors anew, in the dtype that they are stored in."""
-    alignment = torch.from_numpy(alignment_DD.copy())
-    refined = {name: fold(tensors[name], alignment) for name in branch.input_weights}
-    stored = tensors[branch.output_weight]
-    refined[branch.output_weight] = torch.from_numpy(weight_DS.copy()).to(stored.dtype)
-    if bias_D is not None:
-        refined[branch.output_bias] = torch.from_numpy(bias_D.copy()).to(stored.dtype)
-    return refined
+def _stored(refined: Refined, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return tensors in the dtype of the checkpoint, to which their values are rounded already."""
+    return {name: torch.from_numpy(array.copy()).to(dtype) for name, array in refined.items()}

@@ -14,6 +14,9 @@ from orchestrator.pipeline import PruneResult
 def print_summary(result: PruneResult, console: Console | None = None) -> None:
     """Print what pruning changed, what it took, and the paths."""
     console = console or Console(highlight=False)
+    if not result.models:
+        console.print(f"{result.output} is finished: there is nothing to resume", soft_wrap=True, markup=False)
+        return
     totals = result.totals
     table = Table()
     for heading in ("", "before", "after", "change"):

@@ -12,13 +12,21 @@ class CheckpointError(InputError):
     """A model directory is missing, incomplete, broken, or of a kind that cannot be read."""
 
 
-class NonFiniteError(InputError):
+class UnsolvableError(InputError):
+    """These weights and these data have no answer: to try again would end the same way."""
+
+
+class NonFiniteError(UnsolvableError):
     """Weights or activations hold NaN or infinity; the message names the layer."""
+
+
+class MiscountError(RuntimeError):
+    """Moments are not of the tokens that they should be of: some were lost or counted twice."""
 
 
 class ReadBackError(RuntimeError):
     """A checkpoint that was written does not compute what the run computed: a bug or a broken disk."""
 
 
-class SolveError(InputError):
+class SolveError(UnsolvableError):
     """A system of equations has no solution that can be trusted; the message names it and its condition."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from slimllm_ops.errors import InputError
+from slimllm_ops.files import write_json, written_whole
 from slimllm_ops.moments import PackedMoments
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.ranking import Ranking
@@ -55,7 +56,13 @@ class MomentStore:
         for module, path, observed in (("attention", paths.attention, attention), ("mlp", paths.mlp, mlp)):
             packed = _pack(path, observed)
             arrays |= {f"{module}.{name}": np.ascontiguousarray(array) for name, array in packed.items()}
-        save_file(arrays, self._path(layer))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with written_whole(self._path(layer)) as partial:
+            save_file(arrays, partial)
+
+    def num_saved(self, num_layers: int) -> int:
+        """Return how many of a model's layers are here, from the first on."""
+        return next((layer for layer in range(num_layers) if not self._path(layer).exists()), num_layers)
 
     def load_paths(self, layer: int) -> LayerPaths:
         """Read a layer's paths, and nothing of its moments.
@@ -97,7 +104,7 @@ class MomentStore:
 
     def seal(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, last: without it the moments are not whole."""
-        (self.directory / MANIFEST).write_text(json.dumps({"format": FORMAT} | manifest, indent=1))
+        write_json(self.directory / MANIFEST, {"format": FORMAT} | manifest, indent=1)
 
     def manifest(self) -> dict[str, Any]:
         """Return what the moments are of.

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimllm_ops.errors import MiscountError
 from slimllm_ops.moments import Moments, MomentSum, PackedMoments
 
 
@@ -28,6 +29,19 @@ class PackedObservation:
     def num_bytes(self) -> int:
         """What travels, in bytes."""
         return self.moments.num_bytes + self.input_squares_D.nbytes
+
+    def require_tokens(self, num_tokens: int, described: str) -> "PackedObservation":
+        """Return the observation, which must be of so many tokens: no shard left out, none counted twice.
+
+        Raises:
+            MiscountError: it is of fewer, or of more.
+        """
+        if self.moments.count != num_tokens:
+            raise MiscountError(
+                f"{described}: the moments are of {self.moments.count} tokens where {num_tokens} were sent: "
+                f"a share of the data was lost or counted twice, which is a bug worth reporting"
+            )
+        return self
 
     def merge(self, other: "PackedObservation") -> "PackedObservation":
         """Return the observation of both sets of tokens."""

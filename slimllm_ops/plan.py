@@ -70,6 +70,21 @@ class LayerPlan:
         attention = self.attention and self.attention.recorded()
         return replace(self, attention=attention, mlp=self.mlp and self.mlp.recorded())
 
+    def describe(self) -> dict[str, Any]:
+        """Return the layer as JSON has it."""
+        return {
+            "similarity": self.similarity,
+            "ratio": self.ratio,
+            "attention": _describe(self.attention),
+            "mlp": _describe(self.mlp),
+        }
+
+    @classmethod
+    def parse(cls, described: dict[str, Any]) -> "LayerPlan":
+        """Return the layer that `describe` described."""
+        attention, mlp = _parse(described["attention"]), _parse(described["mlp"])
+        return cls(attention, mlp, described["similarity"], described["ratio"])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,26 +95,13 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Write the plan as JSON."""
-        path.write_text(json.dumps(self.header | {"layers": [_describe_layer(layer) for layer in self.layers]}))
+        path.write_text(json.dumps(self.header | {"layers": [layer.describe() for layer in self.layers]}))
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
         """Read a plan that `write` wrote."""
         header = json.loads(path.read_text())
-        layers = tuple(
-            LayerPlan(_parse(layer["attention"]), _parse(layer["mlp"]), layer["similarity"], layer["ratio"])
-            for layer in header.pop("layers")
-        )
-        return cls(header, layers)
-
-
-def _describe_layer(layer: LayerPlan) -> dict[str, Any]:
-    return {
-        "similarity": layer.similarity,
-        "ratio": layer.ratio,
-        "attention": _describe(layer.attention),
-        "mlp": _describe(layer.mlp),
-    }
+        return cls(header, tuple(map(LayerPlan.parse, header.pop("layers"))))
 
 
 def _describe(decision: Decision | None) -> dict[str, Any] | None:

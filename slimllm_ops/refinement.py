@@ -11,6 +11,9 @@ so that the branch sees what it saw in the dense model as nearly as a linear map
 residual stream back to the dense one's. X is the dense branch run on the pruned stream's input, x_S the pruned and
 aligned branch's. A module that stayed whole has no bias: it is refitted with moments that are not centred.
 
+Everything is rounded as it will be stored before it is used, so that later layers correct what rounding costs, and
+so that what is written is what the run computed with: a layer that is passed again from its file gives the same bits.
+
 m = .75 and the full alignment were the best constants over all models tried (docs/method.md); m = 1 overfits where
 calibration tokens are few.
 
@@ -27,6 +30,7 @@ from slimllm_ops.elimination import RIDGE, factorise_with_ridge
 from slimllm_ops.families import Branch
 from slimllm_ops.moments import Moments
 from slimllm_ops.observation import ObservationSum, PackedObservation
+from slimllm_ops.plan import LayerPlan
 from slimllm_ops.stream import LayerStream
 
 MIX = 0.75
@@ -46,11 +50,26 @@ class RefinementStream:
         return _summed(torch.cat([pruned, dense - pruned], dim=-1) for dense, pruned in self._normalised(layer, branch))
 
     @torch.inference_mode()
-    def align(self, layer: int, branch: Branch, alignment_DD: Tensor) -> None:
-        """Fold an alignment into the pruned branch's input projections."""
-        for name, weight in self.pruned.weights(layer).items():
-            if name in branch.input_weights:
-                weight.copy_(fold(weight, alignment_DD))
+    def aligned(self, layer: int, branch: Branch, alignment_DD: Tensor) -> dict[str, Tensor]:
+        """Return the pruned branch's input projections with an alignment folded in, W_in M^T, by name."""
+        weights = self.pruned.weights(layer)
+        return {
+            name: (weights[name].to(alignment_DD) @ alignment_DD.T).to(self.pruned.checkpoint.dtype)
+            for name in branch.input_weights
+        }
+
+    @torch.inference_mode()
+    def replace(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Let the pruned layer have other tensors, given by name."""
+        weights = self.pruned.weights(layer)
+        for name, tensor in tensors.items():
+            weights[name].copy_(tensor)
+
+    def forward_refined(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Pass a layer whose refined tensors are known in both streams, without a look at its moments."""
+        self._dense.forward_pruned(layer, LayerPlan())
+        self.replace(layer, tensors)
+        self.pruned.forward_pruned(layer, LayerPlan())
 
     @torch.inference_mode()
     def observe_targets(self, layer: int, branch: Branch) -> PackedObservation:
@@ -59,7 +78,7 @@ class RefinementStream:
         return _summed(self._targets(layer, branch))
 
     @torch.inference_mode()
-    def apply(self, layer: int, branch: Branch, weight_DS: Tensor, bias_D: Tensor | None) -> None:
+    def apply(self, weight_DS: Tensor, bias_D: Tensor | None) -> None:
         """Add the refitted branch's output to the pruned stream; the dense one has gone on already."""
         weight_DS = weight_DS.to(self.pruned.device, self.pruned.dtype)
         bias_D = None if bias_D is None else bias_D.to(weight_DS)
@@ -126,11 +145,6 @@ def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[T
     if not with_bias:
         return new_SD, None
     return new_SD, moments.mean_P[kept:] - moments.mean_P[:kept] @ new_SD
-
-
-def fold(weight: Tensor, alignment_DD: Tensor) -> Tensor:
-    """Return W_in M^T: what a projection's weight (out, D) is when its input is aligned first."""
-    return (weight.to(alignment_DD) @ alignment_DD.T).to(weight)
 
 
 def _summed(batches: Iterable[Tensor]) -> PackedObservation:

@@ -1,7 +1,12 @@
-"""Writing a pruned checkpoint as it comes: a layer a shard, then the embeddings, the final norm and the head."""
+"""Writing a pruned checkpoint as it comes: a layer a shard, then the embeddings, the final norm and the head.
+
+Every shard is whole once it has its name. Nothing about them is held: what was written by a process that died is as
+good as what this one wrote.
+"""
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ from torch import Tensor
 from slimllm_ops import pruned_model
 from slimllm_ops.checkpoint import INDEX, Checkpoint
 from slimllm_ops.families import layer_shape
+from slimllm_ops.files import write_json, written_whole
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.surgery import prune_layer
 
@@ -24,45 +30,48 @@ class CheckpointWriter:
 
     def __init__(self, source: Checkpoint, directory: Path) -> None:
         self._source = source
-        self._directory = directory
-        directory.mkdir(exist_ok=True)
-        self._weight_map: dict[str, str] = {}
-        self._num_bytes = 0
-        self.layers: list[LayerPlan] = []
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
 
-    def commit(self, plan: LayerPlan) -> None:
-        """Write the next layer, pruned by its plan, in the source's dtype."""
-        layer = len(self.layers)
-        tensors = prune_layer(self._source.read_layer(layer), self._source.family, plan)
-        prefix = self._source.layer_prefix(layer)
-        self._save({prefix + name: tensor for name, tensor in tensors.items()}, layer)
-        # What is written need not be held: the weights of a refit are as large as the layer.
-        self.layers.append(plan.recorded())
+    def write_layer(self, layer: int, plan: LayerPlan) -> None:
+        """Write a layer, pruned by its plan, in the source's dtype."""
+        self.write_tensors(layer, prune_layer(self._source.read_layer(layer), self._source.family, plan))
 
-    def finish(self) -> None:
+    def write_tensors(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Write a layer's tensors as they are, given by their names relative to the layer."""
+        self._save({self._source.layer_prefix(layer) + name: tensor for name, tensor in tensors.items()}, layer)
+
+    def finish(self, plans: Sequence[LayerPlan]) -> None:
         """Write everything but the layers: embeddings, index, config, model code, tokenizer."""
         for number, module in enumerate(self._source.outside(), start=self._source.num_layers):
             tensors = self._source.read_module(module)
             self._save({f"{module}.{name}": tensor for name, tensor in tensors.items()}, number)
-        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._weight_map}
+        shards = [self.directory / self._shard(number) for number in range(self._num_shards)]
+        sizes = {shard.name: _tensor_sizes(shard) for shard in shards}
+        index = {
+            "metadata": {"total_size": sum(sum(tensors.values()) for tensors in sizes.values())},
+            "weight_map": {tensor: shard for shard, tensors in sizes.items() for tensor in tensors},
+        }
         self._write_json(INDEX, index)
-        self._write_config()
+        self._write_config(plans)
         self._copy_files()
 
-    def _save(self, tensors: dict[str, Tensor], number: int) -> None:
-        num_shards = self._source.num_layers + len(self._source.outside())
-        name = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, self._directory / name, metadata={"format": "pt"})
-        # safetensors gives its files to their owner alone; a model is read by whoever may read its directory.
-        (self._directory / name).chmod(0o644)
-        self._weight_map |= dict.fromkeys(contiguous, name)
-        self._num_bytes += sum(tensor.nbytes for tensor in contiguous.values())
+    @property
+    def _num_shards(self) -> int:
+        return self._source.num_layers + len(self._source.outside())
 
-    def _write_config(self) -> None:
+    def _shard(self, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{self._num_shards:05d}.safetensors"
+
+    def _save(self, tensors: dict[str, Tensor], number: int) -> None:
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        with written_whole(self.directory / self._shard(number)) as partial:
+            save_file(contiguous, partial, metadata={"format": "pt"})
+
+    def _write_config(self, plans: Sequence[LayerPlan]) -> None:
         config = self._source.config.to_dict()
         family = self._source.family
-        config |= _per_layer(self._source, self.layers)
+        config |= _per_layer(self._source, plans)
         config["model_type"] = f"pruned_{family.model_type}"
         config["architectures"] = [f"Pruned{family.name}ForCausalLM"]
         config["dtype"] = str(self._source.dtype).removeprefix("torch.")
@@ -72,34 +81,31 @@ class CheckpointWriter:
             "AutoModelForCausalLM": f"{file.stem}.Pruned{family.name}ForCausalLM",
         }
         self._write_json("config.json", config)
-        shutil.copyfile(file, self._directory / file.name)
+        shutil.copyfile(file, self.directory / file.name)
 
     def _copy_files(self) -> None:
         for pattern in COPIED_FILES:
             for path in sorted(self._source.directory.glob(pattern)):
-                shutil.copyfile(path, self._directory / path.name)
+                shutil.copyfile(path, self.directory / path.name)
         # `auto_map` makes AutoTokenizer look for a class of its own unless its config names one.
-        described = self._directory / "tokenizer_config.json"
-        if (self._directory / "tokenizer.json").exists():
+        described = self.directory / "tokenizer_config.json"
+        if (self.directory / "tokenizer.json").exists():
             settings = json.loads(described.read_text()) if described.exists() else {}
             self._write_json(described.name, {"tokenizer_class": "PreTrainedTokenizerFast"} | settings)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self._directory / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(self.directory / name, content, indent=2)
 
 
-def replace_layer(checkpoint: Checkpoint, layer: int, tensors: dict[str, Tensor]) -> None:
-    """Write a layer of a pruned checkpoint anew, in its shard's place; shapes and dtypes stay as they were."""
-    named = {checkpoint.layer_prefix(layer) + name: tensor.contiguous() for name, tensor in tensors.items()}
-    shard = checkpoint.directory / checkpoint.files[next(iter(named))]
-    # Beside it first: a worker may still read the old one.
-    partial = shard.with_suffix(".partial")
-    save_file(named, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)
-    partial.replace(shard)
+def _tensor_sizes(shard: Path) -> dict[str, int]:
+    """Return the bytes of a shard's tensors by their names, from its header: its length in 8 bytes, then JSON."""
+    with shard.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    begins_ends = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: end - begin for name, (begin, end) in begins_ends.items()}
 
 
-def _per_layer(source: Checkpoint, plans: list[LayerPlan]) -> dict[str, list[int] | list[bool]]:
+def _per_layer(source: Checkpoint, plans: Sequence[LayerPlan]) -> dict[str, list[int] | list[bool]]:
     """Return the numbers of each layer that the pruned model's config adds to the dense one's."""
     shapes = [layer_shape(source.config, layer) for layer in range(len(plans))]
     kv_heads = [_kept(plan.attention, shape.num_key_value_heads) for plan, shape in zip(plans, shapes, strict=True)]

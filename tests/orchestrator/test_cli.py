@@ -15,10 +15,9 @@ import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from orchestrator import cli, pipeline
+from orchestrator import cli
 from orchestrator.cli import main
 from orchestrator.config import PruneConfig
-from orchestrator.progress import Reporter
 from slimllm_ops.plan import Plan
 
 SLIMLLM = str(Path(sys.executable).with_name("slimllm"))
@@ -73,32 +72,7 @@ def test_help_is_quick_since_it_imports_neither_torch_nor_ray() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-# ---- A worker that dies
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_a_worker_that_is_killed_ends_the_run_with_one_line(
-    gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killing(Reporter):
-        """Kills a worker when the first layer is pruned."""
-
-        def layers(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
-            for layer in super().layers(stage, num_layers, tokens):
-                yield layer
-                if stage == "pruning":
-                    shards = [p for p in psutil.Process().children(recursive=True) if "ray::Shard" in p.cmdline()[0]]
-                    os.kill(shards[-1].pid, signal.SIGKILL)
-
-    monkeypatch.setattr(pipeline, "Reporter", Killing)
-    command = ["prune", str(gqa_model), "--calibration", str(token_file), "--tracking-uri", tracking_uri]
-    command += ["--output", str(tmp_path / "a" / "out"), "--workers", "2", "--run-name", "killed"]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 1, result.output
-    assert result.stderr.splitlines()[-1].startswith("slimllm: a worker died: ")
-    assert "Traceback" not in result.output
-    assert not list(tmp_path.iterdir())
-    assert run_status(tracking_uri, "killed") == "FAILED"
+# ---- Processes of its own
 
 
 def run_status(uri: str, name: str) -> str:
@@ -106,9 +80,6 @@ def run_status(uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name("slimllm")
     (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
     return run.info.status
-
-
-# ---- Processes of its own
 
 
 def start(*arguments: object) -> "subprocess.Popen[str]":

@@ -24,7 +24,7 @@ def prune(source: Path, directory: Path, token_ids: torch.Tensor) -> States:
     checkpoint = Checkpoint.open(source)
     stream = LayerStream(checkpoint, [token_ids[:2], token_ids[2:4]], torch.device("cpu"))
     writer = CheckpointWriter(checkpoint, directory)
-    states = [stream.hidden[0][0].numpy().copy()]
+    states, plans = [stream.hidden[0][0].numpy().copy()], []
     num_units = checkpoint.config.num_key_value_heads
     for layer in range(3):
         plan = LayerPlan(attention=random_decision(layer, [0], num_units), mlp=random_decision(9, range(3, 40), 48))
@@ -32,9 +32,10 @@ def prune(source: Path, directory: Path, token_ids: torch.Tensor) -> States:
         for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
             stream.observe(layer, branch)
             stream.apply(layer, branch, decision)
-        writer.commit(plan)
+        writer.write_layer(layer, plan)
+        plans.append(plan)
         states.append(stream.hidden[0][0].numpy().copy())
-    writer.finish()
+    writer.finish(plans)
     return token_ids[0].numpy(), states
 
 

@@ -4,12 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import SolveError
 from slimllm_ops.moments import Moments
-from slimllm_ops.refinement import MIX, RefinementStream, fold, solve_alignment, solve_refit
+from slimllm_ops.refinement import MIX, RefinementStream, solve_alignment, solve_refit
 from slimllm_ops.stream import LayerStream
+from slimllm_ops.writer import CheckpointWriter
 
 CPU = torch.device("cpu")
 
@@ -35,10 +37,17 @@ def test_the_alignment_is_ridge_regression_from_the_pruned_input_to_the_differen
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_folded_projection_does_what_aligning_its_input_does() -> None:
+def test_an_aligned_projection_does_what_aligning_its_input_does(streams: tuple[LayerStream, LayerStream]) -> None:
+    dense, pruned = streams
     torch.manual_seed(0)
-    weight, alignment, x = torch.randn(4, 6), torch.randn(6, 6), torch.randn(9, 6)
-    torch.testing.assert_close(x @ fold(weight, alignment).T, (x @ alignment) @ weight.T, rtol=1e-4, atol=1e-5)
+    branch = dense.checkpoint.family.mlp
+    weights = {name: pruned.weights(1)[name].clone() for name in branch.input_weights}
+    size = dense.checkpoint.config.hidden_size
+    alignment, x = torch.randn(size, size), torch.randn(9, size)
+    aligned = RefinementStream(dense, pruned).aligned(1, branch, alignment)
+    assert aligned.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(x @ aligned[name].T, (x @ alignment) @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -86,13 +95,43 @@ def test_a_model_that_is_the_dense_one_is_left_as_it_is(
         for branch in (family.attention, family.mlp):
             alignment = solve_alignment(refinement.observe_inputs(layer, branch).moments.unpack())
             torch.testing.assert_close(alignment, torch.eye(len(alignment)).double(), rtol=0, atol=1e-5)
-            refinement.align(layer, branch, alignment)
+            refinement.replace(layer, refinement.aligned(layer, branch, alignment))
             projection = pruned.projection(layer, branch)
             moments = refinement.observe_targets(layer, branch).moments.unpack()
             weight, _ = solve_refit(moments, projection.weight.T, with_bias=False)
             torch.testing.assert_close(weight.T.float(), before[branch.output_weight], rtol=1e-3, atol=1e-4)
-            refinement.apply(layer, branch, weight.T, None)
+            refinement.apply(weight.T, None)
     torch.testing.assert_close(pruned.hidden[0], dense.hidden[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
+    make_llama: Callable[..., Path], token_blocks: np.ndarray, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    ids = torch.from_numpy(token_blocks.astype(np.int64))
+    checkpoint = Checkpoint.open(make_llama(dtype=dtype, num_key_value_heads=2))
+    first, again = (
+        RefinementStream(LayerStream(checkpoint, [ids], CPU), LayerStream(checkpoint, [ids], CPU)) for _ in range(2)
+    )
+    family = checkpoint.family
+    tensors = checkpoint.read_layer(0)
+    for branch in (family.attention, family.mlp):
+        alignment = solve_alignment(first.observe_inputs(0, branch).moments.unpack())
+        aligned = first.aligned(0, branch, alignment.float() * 1.1)
+        assert {tensor.dtype for tensor in aligned.values()} == {dtype}
+        first.replace(0, aligned)
+        moments = first.observe_targets(0, branch).moments.unpack()
+        weight, _ = solve_refit(moments, first.pruned.projection(0, branch).weight.T, with_bias=False)
+        refitted = {branch.output_weight: weight.T.to(dtype)}
+        first.apply(refitted[branch.output_weight].float(), None)
+        tensors |= aligned | refitted
+    writer = CheckpointWriter(checkpoint, tmp_path)
+    writer.write_tensors(0, tensors)
+    written = load_file(next(tmp_path.glob("*.safetensors")))
+    prefix = checkpoint.layer_prefix(0)
+    again.forward_refined(0, {name.removeprefix(prefix): tensor for name, tensor in written.items()})
+    assert torch.equal(again.pruned.hidden[0], first.pruned.hidden[0])
+    assert not torch.equal(again.pruned.hidden[0], again._dense.hidden[0])
 
 
 def test_the_target_lies_between_the_whole_branch_and_the_dense_stream(

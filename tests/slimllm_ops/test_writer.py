@@ -22,10 +22,9 @@ from tests.slimllm_ops.naive import mask_again, masked_model, random_decision
 def write(source: Path, directory: Path, plans: list[LayerPlan]) -> Path:
     directory.mkdir()
     writer = CheckpointWriter(Checkpoint.open(source), directory)
-    for plan in plans:
-        writer.commit(plan)
-    assert writer.layers == plans
-    writer.finish()
+    for layer, plan in enumerate(plans):
+        writer.write_layer(layer, plan)
+    writer.finish(plans)
     return directory
 
 
@@ -142,7 +141,7 @@ def test_every_layer_is_a_shard_and_the_index_names_every_tensor(mha_model: Path
 
 def test_a_layer_is_on_disk_when_it_is_committed(mha_model: Path, tmp_path: Path) -> None:
     writer = CheckpointWriter(Checkpoint.open(mha_model), tmp_path)
-    writer.commit(plans_for(4)[0])
+    writer.write_layer(0, plans_for(4)[0])
     assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00006.safetensors"]
 
 

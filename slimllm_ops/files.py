@@ -1,0 +1,56 @@
+"""Files that appear whole or not at all, and that stay: written beside their place, brought to the disk, renamed."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `path` at the end and goes after an error.
+
+    Raises:
+        OSError: the disk is full, or the directory cannot be written to; it names the file.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        # safetensors gives its files to their owner alone; a model is read by whoever may read its directory.
+        partial.chmod(0o644)
+        flush(partial)
+        partial.replace(path)
+        flush(path.parent)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise _system_error(error, path) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=indent) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Bring a file's content, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _system_error(error: SafetensorError, path: Path) -> OSError:
+    """Return what the system said to safetensors, which passes it on as text."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else 0
+    return OSError(number, os.strerror(number) if number else str(error), str(path))
