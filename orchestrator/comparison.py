@@ -284,7 +284,7 @@ def _suffix(number: int) -> str:
 def _publish(
     rows: Sequence[Row], params: dict[str, Any], inputs: Inputs, calibration_seconds: float, work: Path, run: Run
 ) -> None:
-    """Write the tables and figures, log them, and move them into the output; the kept checkpoints too."""
+    """Write the tables and figures, move them into the output, the kept checkpoints too, and log them from there."""
     header = {
         "model": inputs.name,
         "model_digest": inputs.source_digest,
@@ -297,8 +297,6 @@ def _publish(
     results = work / "results"
     results.mkdir()
     write_table(rows, header, results)
-    run.log_artifacts(results)
-    for path in results.iterdir():
-        path.rename(work.parent / path.name)
+    run.log_artifacts(*[path.rename(work.parent / path.name) for path in sorted(results.iterdir())])
     if any((checkpoints := work / "checkpoints").iterdir()):
         checkpoints.rename(work.parent / "checkpoints")
