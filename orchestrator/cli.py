@@ -11,6 +11,7 @@ import click
 
 # The imports behind these names take seconds; `--help` does not wait for them.
 from orchestrator.config import METHODS, CompareConfig, ConfigError, PruneConfig, read_config_file
+from orchestrator.secrets import masked
 
 Config = TypeVar("Config", bound=PruneConfig)
 
@@ -111,6 +112,21 @@ def compare(config_file: Path | None, **flags: Any) -> None:
     _run(lambda: _compare(config))
 
 
+@main.command()
+@click.argument("output", type=Path)
+@with_options("experiment", "tracking_uri", "run_name", "register")
+def log(output: Path, **asked: Any) -> None:
+    """Log a finished OUTPUT in MLflow, where the tracking server was not there or was lost; twice does nothing."""
+    from orchestrator.tracking import TrackingError, log_output, where_to_look
+
+    try:
+        logged = log_output(output, **asked)
+    except TrackingError as error:
+        _exit_with(error)
+    click.echo(f"{output} is logged{' already' if logged.before else ''} as MLflow run {logged.run_id}")
+    click.echo(f"to look at it: {where_to_look(logged.tracking_uri, logged.experiment_id, logged.run_id)}")
+
+
 def _configure(kind: type[Config], config_file: Path | None, flags: dict[str, Any]) -> Config:
     try:
         settings = read_config_file(config_file, kind) if config_file else {}
@@ -183,5 +199,5 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def _exit_with(error: Exception | str, code: int = 2) -> NoReturn:
-    click.echo(f"slimllm: {' '.join(str(error).split())}", err=True)
+    click.echo(f"slimllm: {masked(' '.join(str(error).split()))}", err=True)
     sys.exit(code)

@@ -280,7 +280,7 @@ def _suffix(number: int) -> str:
 def _publish(
     rows: Sequence[Row], params: dict[str, Any], inputs: Inputs, calibration_seconds: float, staging: Staging, run: Run
 ) -> None:
-    """Write the tables and figures, log them, and move them into the output."""
+    """Write the tables and figures, move them into the output, and log them from there."""
     header = {
         "model": inputs.name,
         "model_digest": inputs.source_digest,
@@ -293,8 +293,6 @@ def _publish(
     results = staging.work / "tables"
     results.mkdir()
     write_table(rows, header, results)
-    run.log_artifacts(results)
-    for path in results.iterdir():
-        path.rename(staging.directory / path.name)
+    run.log_artifacts(*[path.rename(staging.directory / path.name) for path in sorted(results.iterdir())])
     if not any((checkpoints := staging.directory / "checkpoints").iterdir()):
         checkpoints.rmdir()

@@ -26,6 +26,7 @@ from orchestrator.record import (
     Totals,
     count_totals,
     log_inputs,
+    log_layer,
     log_record,
     run_params,
     what_is_asked,
@@ -108,6 +109,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
             working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job,
         ):
             _tell_resumed(job)
+            _log_committed(job, targets)
             PRUNERS[config.method](job, targets)
             models = [
                 _finish(job, target, params, output / target.directory.relative_to(staging.directory))
@@ -221,6 +223,14 @@ def _tell_resumed(job: Job) -> None:
     if job.config.resume:
         found = "going on from what is solved" if job.staging.resumed else "there is nothing to resume: beginning"
         job.reporter.note(f"{found} ({job.staging.directory})")
+
+
+def _log_committed(job: Job, targets: list[Target]) -> None:
+    """Log the layers that were committed just before an earlier process ended, and so were not."""
+    for target in targets:
+        for layer, plan in enumerate(target.pruned.log.plans):
+            if layer not in target.run.logged_steps:
+                log_layer(target.run, job.source, layer, plan)
 
 
 def tracking_options(config: PruneConfig) -> TrackingOptions:

@@ -171,7 +171,9 @@ def _log_dataset(
 
 
 def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None:
-    """Log a layer's metrics, with step = layer."""
+    """Log a layer's metrics, with step = layer, unless an earlier attempt at the run has logged them."""
+    if layer in run.logged_steps:
+        return
     shape = layer_shape(source.config, layer)
     kept = _layer_kept(source, layer, plan)
     metrics: dict[str, float] = {
@@ -210,7 +212,7 @@ def write_record(
 def log_record(run: Run, directory: Path, name: str, totals: Totals) -> str | None:
     """Log the totals, the record's files and the checkpoint; return the logged model's URI."""
     run.log_metrics(totals.metrics())
-    run.log_artifacts(directory / "pruning", "pruning")
+    run.log_artifacts(directory / "pruning", to="pruning")
     return run.log_checkpoint(directory, name, {"sparsity": totals.sparsity, "parameters": totals.parameters_after})
 
 

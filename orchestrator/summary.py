@@ -9,6 +9,7 @@ from rich.table import Table
 from orchestrator.comparison import Comparison
 from orchestrator.comparison_table import print_table
 from orchestrator.pipeline import PruneResult
+from orchestrator.tracking import how_to_log, where_to_look
 
 
 def print_summary(result: PruneResult, console: Console | None = None) -> None:
@@ -30,25 +31,26 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.seconds.items())
     peak = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in totals.peak_memory.items())
     lines = [f"seconds: {stages}", f"peak memory of a worker: {peak}", f"checkpoint: {result.output}"]
-    if result.tracking_uri is not None:
-        lines += [
-            f"MLflow run {result.run_id}: {result.model_uri}",
-            f"to look at it: mlflow ui --backend-store-uri {result.tracking_uri}",
-        ]
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+    _print_lines(console, [*lines, *_of_mlflow(result, f"MLflow run {result.run_id}: {result.model_uri}")])
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print how the methods did, and the paths."""
     console = console or Console(highlight=False)
     print_table(comparison.rows, console)
-    lines = [f"table and figure: {comparison.output}"]
-    if comparison.tracking_uri is not None:
-        lines += [
-            f"MLflow run {comparison.run_id}, with a child for each model",
-            f"to look at it: mlflow ui --backend-store-uri {comparison.tracking_uri}",
-        ]
+    found = _of_mlflow(comparison, f"MLflow run {comparison.run_id}, with a child for each model")
+    _print_lines(console, [f"table and figure: {comparison.output}", *found])
+
+
+def _of_mlflow(result: PruneResult | Comparison, found: str) -> list[str]:
+    """Return what MLflow has and where to look at it; the last is a command to run where it lacks something."""
+    if command := how_to_log(result.output):
+        return ["MLflow does not have all of this run; when its server answers again, log it by", command]
+    assert result.tracking_uri is not None, "a run that MLflow has was stored somewhere"
+    return [found, f"to look at it: {where_to_look(result.tracking_uri, result.experiment_id, result.run_id)}"]
+
+
+def _print_lines(console: Console, lines: list[str]) -> None:
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
 

@@ -5,14 +5,25 @@
         run.log_metrics({"heads_kept": 24}, step=layer)
         run.log_checkpoint(output, "pruned", params={"sparsity": 0.2})
 
-Whatever is logged is one event, a line of JSON in the journal. A line is told to MLflow by `_StoredRun.tell`,
-when it is logged and when it is replayed alike, so that both give the same run. A server that does not answer
-costs one warning: the run goes on, and `replay` logs it from the journal once the server is back.
+Whatever is logged is one event, a line of JSON in the journal, and is told to MLflow from there: when it is logged,
+when a run that was killed goes on, and when a run whose server was lost is logged by `log_output`. All of them find
+the run that is there by a key in the journal and in the run's tags, and tell it the whole journal again, of which
+MLflow keeps each event once. A server that does not answer costs one warning: the run goes on.
 
 MLflow is imported at the first call (2 s). Every call names its run: there is no active run, no global URI.
 """
 
+from orchestrator.tracking.later import LoggedOutput, how_to_log, log_output, where_to_look
 from orchestrator.tracking.options import TrackingError, TrackingOptions
-from orchestrator.tracking.run import Run, replay, tracked_run
+from orchestrator.tracking.run import Run, tracked_run
 
-__all__ = ["Run", "TrackingError", "TrackingOptions", "replay", "tracked_run"]
+__all__ = [
+    "LoggedOutput",
+    "Run",
+    "TrackingError",
+    "TrackingOptions",
+    "how_to_log",
+    "log_output",
+    "tracked_run",
+    "where_to_look",
+]

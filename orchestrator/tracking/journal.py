@@ -7,52 +7,78 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.secrets import masked
 from orchestrator.tracking.options import TrackingError
 
 
 class Journal:
-    """A file of events, one JSON object a line. Set `path` when the file has moved."""
+    """A run's events in a file, one JSON object a line; `child` says whose, where runs share a file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, child: str | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        if path.exists():
+            _cut_unfinished_line(path)
+        self.path, self.child = path, child
 
     def append(self, event: dict[str, object]) -> dict[str, Any]:
-        """Write an event and return it as a reader of the file will see it."""
-        line = json.dumps(plain({"time": time.time(), **event}), allow_nan=False)
-        # Opened for each line: nothing stays in a buffer, and the folder may be renamed between two lines.
+        """Write an event, without secrets, and return it as a reader of the file will see it."""
+        of_child = {} if self.child is None else {"child": self.child}
+        line = json.dumps(plain({"time": time.time(), **event, **of_child}), allow_nan=False)
+        # Opened for each line: when the process is killed, all lines but the last are whole and in order.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         return json.loads(line)
 
+    def events(self) -> list[dict[str, Any]]:
+        """The run's own events so far."""
+        read = self.read(self.path) if self.path.exists() else []
+        return [event for event in read if event.get("child") == self.child]
+
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """The events of a journal; a last line cut short by a crash is left out."""
-        lines = path.read_text(encoding="utf-8").splitlines()
+        """All events of a file.
+
+        Raises:
+            TrackingError: a line is not an event.
+        """
         events = []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number < len(lines):
-                    raise TrackingError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not events:
-            raise TrackingError(f"{path}: no events to log")
+                event = json.loads(line)
+            except ValueError as error:
+                raise TrackingError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(event, dict) or not {"event", "time"} <= event.keys():
+                raise TrackingError(f"{path}, line {number}: no event of a run")
+            events.append(event)
         return events
 
 
 def plain(value: object) -> Any:
     """What JSON can hold: NaN becomes null, infinity "inf" or "-inf", what it does not know its text."""
     match value:
-        case None | bool() | int() | str():
+        case None | bool() | int():
             return value
+        case str():
+            return masked(value)
         case float():
             return value if math.isfinite(value) else None if math.isnan(value) else str(float(value))
         case Mapping():
-            return {str(key): plain(item) for key, item in value.items()}
+            return {masked(str(key)): plain(item) for key, item in value.items()}
         case list() | tuple():
             return [plain(item) for item in value]
         case _ if hasattr(value, "tolist"):
             return plain(value.tolist())
         case _:
-            return str(value)
+            return masked(str(value))
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    """Remove what a killed process left of its last line: the next line would be appended to it.
+
+    Nothing is lost: an event counts as logged, and is told, only once its line is whole.
+    """
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("rb+") as file:
+            file.truncate(whole)

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.secrets import masked
+
 
 class TrackingError(ValueError):
     """An option that cannot be used, whatever the server does; one line that says what to give instead."""
@@ -26,6 +28,9 @@ class TrackingOptions:
     register: str | None = None
 
     def __post_init__(self) -> None:
+        # These are shown wherever the run is.
+        object.__setattr__(self, "experiment", masked(self.experiment))
+        object.__setattr__(self, "run_name", self.run_name and masked(self.run_name))
         if not self.experiment.strip():
             raise TrackingError("the experiment's name is empty: give a name")
         # MLflow would say so too, but only after the checkpoint is uploaded.

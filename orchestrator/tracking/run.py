@@ -1,24 +1,35 @@
 """A run: in its journal first, and in MLflow as long as there is a server."""
 
+import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking.journal import Journal, plain
-from orchestrator.tracking.options import TrackingError, TrackingOptions
-from orchestrator.tracking.store import Server, StoredRun, Warn, failure, shown
+from orchestrator.tracking.journal import Journal
+from orchestrator.tracking.options import TrackingOptions
+from orchestrator.tracking.store import Server, StoredRun, Warn
 
 
 class Run:
-    """A run in the journal and, as long as there is a server, in MLflow: see `tracked_run` and `child`."""
+    """A run in the journal and, as long as there is a server, in MLflow: see `tracked_run` and `child`.
+
+    Attributes:
+        logged_steps: The steps whose metrics the journal had already when this attempt at the run began.
+    """
 
     def __init__(self, server: Server, journal: Journal, options: TrackingOptions, parent: "Run | None") -> None:
         self._server, self._journal, self._options, self._parent = server, journal, options, parent
         self._stored: StoredRun | None = None
+        self._earlier = journal.events()
+        self._uploaded = True
+        metrics = [event for event in self._earlier if event["event"] == "metrics"]
+        self.logged_steps = frozenset(event["step"] for event in metrics if event["step"] is not None)
 
     @property
     def run_id(self) -> str | None:
@@ -57,11 +68,15 @@ class Run:
         fields = {"name": name, "digest": digest, "context": context, "source": source}
         self._log({"event": "dataset", **fields, "n_blocks": n_blocks, "block_length": block_length})
 
-    def log_artifacts(self, directory: Path, artifact_path: str | None = None) -> None:
-        """Upload the files of a directory, which stay where they are."""
-        _require_directory(directory)
-        if stored := self._stored:
-            self._server.ask(lambda: stored.upload(directory, artifact_path))
+    def log_artifacts(self, *paths: Path, to: str | None = None) -> None:
+        """Upload files and the files of directories, which stay where they are, to a folder of the run's artifacts.
+
+        The journal has their places as seen from its own, so that the whole of them can move and be logged later.
+        """
+        for path in paths:
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist: nothing to log")
+        self._log({"event": "artifacts", "paths": [self._from_journal(path) for path in paths], "to": to})
 
     def log_checkpoint(self, directory: Path, name: str, params: Mapping[str, object]) -> str | None:
         """Upload a checkpoint as a logged model, linked with the run's metrics that have no step.
@@ -69,34 +84,30 @@ class Run:
         Returns:
             models:/NAME/VERSION if it was registered, models:/ID if not, None when there is no server.
         """
-        _require_directory(directory)
-        if not (stored := self._stored):
-            return None
-        model_id = self._server.ask(lambda: stored.upload_model(directory, name, plain(params)))
-        if model_id is None or not (register := self._options.register):
-            return model_id and f"models:/{model_id}"
-        version = self._server.ask(lambda: stored.register(model_id, register))
-        return f"models:/{register}/{version}" if version else f"models:/{model_id}"
-
-    def move_journal(self, path: Path) -> None:
-        """Go on in the same journal at its new place."""
-        self._journal.path = path
+        # MLflow would take a missing directory for an empty one, and the checkpoint for logged.
+        if not directory.is_dir():
+            raise NotADirectoryError(f"{directory} is not a directory: nothing to log")
+        place = self._from_journal(directory)
+        event = self._journal.append({"event": "checkpoint", "directory": place, "name": name, "params": params})
+        return self._tell(event)
 
     @contextmanager
     def child(self, run_name: str, journal: Path | None = None) -> Iterator["Run"]:
-        """A run nested in this one: in its journal, or in one of its own, which replays as its own run."""
-        options = TrackingOptions(
-            experiment=self._options.experiment, run_name=run_name, register=self._options.register
-        )
-        run = Run(self._server, Journal(journal) if journal else self._journal, options, parent=self)
-        with run._recorded():
+        """A run nested in this one: in its journal, or in one of its own, which this one's journal then names."""
+        if journal is not None:
+            self._journal.append({"event": "child", "run_name": run_name, "journal": self._from_journal(journal)})
+        own = Journal(journal) if journal else Journal(self._journal.path, child=run_name)
+        with Run(self._server, own, self._child_options(run_name), parent=self)._recorded() as run:
             yield run
 
+    def _child_options(self, run_name: str) -> TrackingOptions:
+        return replace(self._options, run_name=run_name)
+
     @contextmanager
-    def _recorded(self) -> Iterator[None]:
+    def _recorded(self) -> Iterator["Run"]:
         try:
             self._start()
-            yield
+            yield self
         except BaseException as error:
             # SystemExit is how a SIGTERM handler stops a run.
             killed = isinstance(error, (KeyboardInterrupt, SystemExit))
@@ -105,34 +116,97 @@ class Run:
         self._end("FINISHED")
 
     def _start(self) -> None:
-        event = self._append({"event": "start", "run_name": self._options.run_name})
+        """Begin, or go on in the run that an earlier attempt began: MLflow is told again what its journal has."""
+        options = self._options
+        asked = {"run_name": options.run_name, "experiment": options.experiment, "register": options.register}
+        # The first attempt chose it; by it the run is found again in MLflow.
+        key = next((event["key"] for event in self._earlier if "key" in event), uuid.uuid4().hex)
+        start = self._journal.append({"event": "start", "key": key, "uri": self._server.uri, **asked})
+        self._open(start["key"], (self._earlier or [start])[0]["time"])
+        self._tell_again()
+
+    def _open(self, key: str, begun: float) -> None:
+        """Find the run in MLflow and set it going again, or create it."""
+        server, name = self._server, self._options.run_name
         parent = self._parent.run_id if self._parent else None
-        self._stored = self._server.ask(lambda: self._server.create_run(event, parent))
+        if self._earlier and (found := server.ask(lambda: server.find_run(key))) is not None:
+            self._stored = found
+            server.ask(lambda: found.go_on(name, parent))
+        elif (created := server.ask(lambda: server.create_run(key, begun, name, parent))) is not None:
+            self._stored = created
+            place = {"uri": server.uri, "experiment_id": server.experiment_id, "run_id": created.run_id}
+            self._journal.append({"event": "stored", **place})
+
+    def _tell_again(self) -> None:
+        """Tell what was measured before this attempt; MLflow adds nothing for what it was told already."""
+        if self._stored is None or not self._earlier:
+            return
+        told = self._stored.params
+        # Attempts may have been asked different things; the last counts, unless MLflow has another already.
+        given = {key: value for event in self._earlier for key, value in _params(event).items()}
+        if missing := {key: value for key, value in given.items() if key not in told}:
+            self._tell({"event": "params", "params": missing})
+        for event in self._earlier:
+            if event["event"] in ("metrics", "dataset"):
+                self._tell(event)
 
     def _end(self, status: str, error: str | None = None) -> None:
         event: dict[str, object] = {"event": "end", "status": status, "error": error}
+        self._tell(self._append_if_possible(event))
+        if status == "FINISHED":
+            self._confirm()
+
+    def _confirm(self) -> bool:
+        """Note that MLflow has everything, if it has; return whether."""
+        if self._stored is None or not (self._server.alive and self._uploaded):
+            return False
+        self._append_if_possible({"event": "logged", "uri": self._server.uri, "run_id": self._stored.run_id})
+        return True
+
+    def _append_if_possible(self, event: dict[str, object]) -> dict[str, Any]:
         try:
-            written = self._append(event)
+            return self._journal.append(event)
         except OSError:
             # A disk that is full or a folder that is gone ends many a run; MLflow shall know that it ended.
-            written = {**event, "time": time.time()}
-        self._tell(written)
+            return {**event, "time": time.time()}
 
     def _log(self, event: dict[str, object]) -> None:
-        self._tell(self._append(event))
+        self._tell(self._journal.append(event))
 
-    def _tell(self, written: dict[str, Any]) -> None:
-        if stored := self._stored:
-            self._server.ask(lambda: stored.tell(written))
+    def _tell(self, event: dict[str, Any]) -> str | None:
+        """Tell MLflow an event of the journal, if there is a server; return the address of a checkpoint's model."""
+        if (stored := self._stored) is None:
+            return None
+        folder = self._journal.path.parent
+        match event["event"]:
+            case "artifacts":
+                paths = [folder / path for path in event["paths"]]
+                self._uploaded &= self._server.ask(lambda: stored.upload(paths, event["to"])) is not None
+            case "checkpoint":
+                return self._tell_checkpoint(stored, folder / event["directory"], event)
+            case _:
+                self._server.ask(lambda: stored.tell(event))
+        return None
 
-    def _append(self, event: dict[str, object]) -> dict[str, Any]:
-        shared = self._parent is not None and self._journal is self._parent._journal
-        return self._journal.append({**event, "child": self._options.run_name} if shared else event)
+    def _tell_checkpoint(self, stored: StoredRun, directory: Path, event: dict[str, Any]) -> str | None:
+        model_id = self._server.ask(lambda: stored.upload_model(directory, event["name"], event["params"]))
+        self._uploaded &= model_id is not None
+        if model_id is None or not (register := self._options.register):
+            return model_id and f"models:/{model_id}"
+        version = self._server.ask(lambda: stored.register(model_id, register))
+        self._uploaded &= version is not None
+        return f"models:/{register}/{version}" if version else f"models:/{model_id}"
+
+    def _from_journal(self, path: Path) -> str:
+        return os.path.relpath(path, self._journal.path.parent)
 
 
 @contextmanager
 def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = None) -> Iterator[Run]:
     """Log what happens inside as a run that is FINISHED, FAILED on an exception or KILLED on Ctrl-C.
+
+    Where the journal is there already, the run that it is of goes on: in MLflow too, if the experiment has it, and
+    as a new run that is told all of the journal if not.
 
     Args:
         options: Where to log.
@@ -140,68 +214,18 @@ def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = Non
         warn: Called with one line when the server does not answer or refuses; prints to stderr by default.
 
     Raises:
-        TrackingError: The options cannot be used, whatever the server does.
+        TrackingError: The options or the journal cannot be used, whatever the server does.
     """
-    server = Server(options, warn or (lambda line: print(f"warning: {line}", file=sys.stderr)))
+    server = Server(options, warn or warn_on_stderr)
     server.ask(server.connect)
     run = Run(server, Journal(journal), options, parent=None)
     with run._recorded(), _system_metrics(run):
         yield run
 
 
-def replay(journal: Path, options: TrackingOptions) -> str:
-    """Log a run from its journal, with the times, the status and the children it had.
-
-    A journal in which a resumed run went on gives one run; of a parameter given twice the last value counts.
-    Artifacts are not in the journal.
-
-    Returns:
-        The id of the new run.
-
-    Raises:
-        TrackingError: The options or the journal cannot be used.
-        ConnectionError: The server does not answer, or refuses the run.
-    """
-    events = Journal.read(journal)
-    if options.run_name:
-        events[0]["run_name"] = options.run_name
-    server = Server(options, print)
-    try:
-        server.connect()
-        return _replay(events, server)
-    except TrackingError:
-        raise
-    except Exception as error:
-        raise ConnectionError(f"{shown(server.uri)} {failure(error)}; the run is not logged") from error
-
-
-def _replay(events: list[dict[str, Any]], server: Server) -> str:
-    run_ids: dict[str | None, str] = {}
-    # The run itself (None) has the first event, so it is there when its children need it.
-    for child in dict.fromkeys(event.get("child") for event in events):
-        own = [event for event in events if event.get("child") == child]
-        stored = server.create_run(own[0], run_ids.get(None))
-        run_ids[child] = stored.run_id
-        try:
-            for event in _as_one_attempt(own):
-                stored.tell(event)
-        except BaseException:
-            with suppress(Exception):
-                server.client.set_terminated(stored.run_id, "FAILED")
-            raise
-    return run_ids[None]
-
-
-def _as_one_attempt(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """MLflow takes a parameter once and an end once; attempts that were resumed wrote several."""
-    params: dict[str, Any] = {}
-    for event in events:
-        params.update(event.get("params", {}))
-    between = [event for event in events if event["event"] not in ("params", "end")]
-    last = events[-1]
-    # Without an end the process was killed with no time to say so.
-    end = last if last["event"] == "end" else {"event": "end", "status": "KILLED", "time": last["time"]}
-    return [{"event": "params", "params": params, "time": events[0]["time"]}, *between, end]
+def warn_on_stderr(line: str) -> None:
+    """Print a warning."""
+    print(f"warning: {line}", file=sys.stderr)
 
 
 @contextmanager
@@ -220,7 +244,5 @@ def _system_metrics(run: Run) -> Iterator[None]:
         thread.join(timeout=1)
 
 
-def _require_directory(directory: Path) -> None:
-    # MLflow would take a missing directory for an empty one, and the checkpoint for logged.
-    if not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is not a directory: nothing to log")
+def _params(event: dict[str, Any]) -> dict[str, Any]:
+    return event["params"] if event["event"] == "params" else {}

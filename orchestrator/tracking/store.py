@@ -8,12 +8,13 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
+from orchestrator.secrets import masked, masked_all
 from orchestrator.tracking.options import TrackingError, TrackingOptions
 
 T = TypeVar("T")
@@ -35,6 +36,9 @@ ENVIRONMENT = {
 }
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 MAX_DIGEST = 36
+# By this tag a run is found again, whatever became of the process that created it.
+KEY_TAG = "slimllm.key"
+PARENT_TAG = "mlflow.parentRunId"
 
 
 class Server:
@@ -42,13 +46,13 @@ class Server:
 
     def __init__(self, options: TrackingOptions, warn: Warn) -> None:
         self.uri, self._experiment, self._warn = options.resolved_uri, options.experiment, warn
-        self._alive = True
+        self.alive = True
         self.client: Any = None
         self.experiment_id = ""
 
     def ask(self, call: Callable[[], T]) -> T | None:
         """The call's result; None without a server (one warning) or if it refuses the call (one each)."""
-        if not self._alive:
+        if not self.alive:
             return None
         try:
             return call()
@@ -59,12 +63,12 @@ class Server:
             if _is_refusal(error):
                 self._warn(f"{shown(self.uri)} refused to log: {_one_line(error)}")
             else:
-                self._alive = False
-                self._warn(
-                    f"{shown(self.uri)} {failure(error)}; the run goes on without it, and its journal can be "
-                    "logged later"
-                )
+                self.alive = False
+                self._lose(f"{shown(self.uri)} {failure(error)}")
         return None
+
+    def _lose(self, why: str) -> None:
+        self._warn(f"{why}; the run goes on without it, and can be logged once it has ended")
 
     def connect(self) -> None:
         """Open the store and find or create the experiment."""
@@ -81,7 +85,8 @@ class Server:
         try:
             self.client = MlflowClient(tracking_uri=self.uri)
         except (MlflowException, ImportError) as error:
-            raise _unusable(self.uri, _one_line(error).partition(". ")[0]) from error
+            # Its own text has the whole address.
+            raise _unusable(self.uri, _one_line(error).partition(". ")[0]) from None
         self.experiment_id = self._find_experiment(location)
 
     def _find_experiment(self, location: Path | None) -> str:
@@ -97,39 +102,74 @@ class Server:
                 return found.experiment_id
             raise
 
-    def create_run(self, start: dict[str, Any], parent_id: str | None) -> "StoredRun":
+    def find_run(self, key: str) -> "StoredRun | None":
+        """The experiment's run of a journal with this key; None if it was never created, or was deleted."""
+        found = self.client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return StoredRun(self, found[0], found_again=True) if found else None
+
+    def create_run(self, key: str, begun: float, run_name: str | None, parent_id: str | None) -> "StoredRun":
         """A run that starts when its first event was written."""
         from mlflow.tracking.context.registry import resolve_tags
 
-        tags = resolve_tags({"mlflow.parentRunId": parent_id} if parent_id else {})
-        run = self.client.create_run(
-            self.experiment_id, start_time=_stamp(start), tags=tags, run_name=start.get("run_name")
-        )
-        return StoredRun(self, run.info.run_id)
+        # Some of them are of the command line, or of a git remote with its password.
+        tags = masked_all(resolve_tags({KEY_TAG: key}))
+        if parent_id:
+            tags[PARENT_TAG] = parent_id
+        run = self.client.create_run(self.experiment_id, start_time=int(begun * 1000), tags=tags, run_name=run_name)
+        return StoredRun(self, run, found_again=False)
+
+
+class RequiredServer(Server):
+    """A connection without which there is nothing to do."""
+
+    def _lose(self, why: str) -> None:
+        # What failed has the address in its text, with the password in it: it is not chained.
+        raise TrackingError(f"{why}; start it, or pass another --tracking-uri") from None
 
 
 class StoredRun:
-    """A run in MLflow, addressed by its id. Every method raises what MLflow raises."""
+    """A run in MLflow, addressed by its id. Every method raises what MLflow raises.
 
-    def __init__(self, server: Server, run_id: str) -> None:
-        self._server, self._client, self.run_id = server, server.client, run_id
+    A run that was found again may have anything already; nothing is added to it twice.
+    """
+
+    def __init__(self, server: Server, run: Any, found_again: bool) -> None:
+        self._server, self._client, self._found_again = server, server.client, found_again
+        self.run_id, self.status, self._begun = run.info.run_id, run.info.status, run.info.start_time
+        self.params: dict[str, str] = dict(run.data.params)
         self._totals: list[Any] = []
         self._model_id: str | None = None
 
+    def go_on(self, run_name: str | None, parent_id: str | None) -> None:
+        """Set the run RUNNING again, in a parent that may be a new one."""
+        self._client.update_run(self.run_id, status="RUNNING", name=run_name)
+        if parent_id:
+            self._client.set_tag(self.run_id, PARENT_TAG, parent_id)
+
     def tell(self, event: dict[str, Any]) -> None:
         """Log one line of a journal."""
-        from mlflow.entities import Param
-
         match event["event"]:
             case "params":
-                params = [Param(key, str(value)) for key, value in event["params"].items()]
-                self._client.log_batch(self.run_id, params=params)
+                self._tell_params({key: str(value) for key, value in event["params"].items()})
             case "metrics":
                 self._tell_metrics(event)
             case "dataset":
                 self._tell_dataset(event)
             case "end":
                 self._client.set_terminated(self.run_id, event["status"], end_time=_stamp(event))
+
+    def _tell_params(self, params: dict[str, str]) -> None:
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
+        changed = [key for key, value in params.items() if self.params.get(key, value) != value]
+        # MLflow would refuse all of them for one that it has with another value.
+        fitting = {key: value for key, value in params.items() if key not in changed}
+        self._client.log_batch(self.run_id, params=[Param(key, value) for key, value in fitting.items()])
+        self.params |= fitting
+        if changed:
+            values = ", ".join(f"{key} stays {self.params[key]}, now {params[key]}" for key in changed)
+            raise MlflowException.invalid_parameter_value(f"a parameter is never changed: {values}")
 
     def _tell_metrics(self, event: dict[str, Any]) -> None:
         from mlflow.entities import Metric
@@ -159,42 +199,66 @@ class StoredRun:
         context = InputTag("mlflow.data.context", event["context"])
         self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [context])])
 
-    def upload(self, directory: Path, artifact_path: str | None) -> None:
-        """Copy a directory's files to the run."""
+    def upload(self, paths: Sequence[Path], folder: str | None) -> bool:
+        """Copy files, and directories' files, to the run."""
         with self._patience():
-            self._client.log_artifacts(self.run_id, str(directory), artifact_path)
+            for path in paths:
+                copy = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+                copy(self.run_id, str(path), folder)
+        return True
 
     def upload_model(self, directory: Path, name: str, params: dict[str, Any]) -> str:
-        """Copy a directory's files to a new logged model, byte for byte, without loading the model."""
+        """Copy a directory's files to a logged model, byte for byte, without loading the model."""
         from mlflow.entities import LoggedModelOutput, Metric
 
-        model = self._client.create_logged_model(
-            self._server.experiment_id,
-            # Names of models have dots (Llama-3.1-8B), which MLflow keeps for itself.
-            name=re.sub(r"[/:.%\"']", "-", name),
-            source_run_id=self.run_id,
-            params={key: str(value) for key, value in params.items()},
-            model_type="causal-lm",
-        )
-        try:
-            with self._patience():
-                self._client.log_model_artifacts(model.model_id, str(directory))
-        except BaseException:
-            with suppress(Exception):
-                self._client.finalize_logged_model(model.model_id, "FAILED")
-            raise
-        self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        if (model := self.find_model(name)) is None:
+            model = self._client.create_logged_model(
+                self._server.experiment_id,
+                name=_model_name(name),
+                source_run_id=self.run_id,
+                params={key: str(value) for key, value in params.items()},
+                model_type="causal-lm",
+            )
+        if model.status != "READY":
+            self._fill_model(model.model_id, directory)
+        if model.model_id not in self._linked_models():
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         # The same key, time, step and value again: the store links them and adds no second point to the run.
         self._model_id = model.model_id
         linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=self._model_id) for m in self._totals]
         self._client.log_batch(self.run_id, metrics=linked)
         return model.model_id
 
+    def _fill_model(self, model_id: str, directory: Path) -> None:
+        try:
+            with self._patience():
+                self._client.log_model_artifacts(model_id, str(directory))
+        except BaseException:
+            with suppress(Exception):
+                self._client.finalize_logged_model(model_id, "FAILED")
+            raise
+        self._client.finalize_logged_model(model_id, "READY")
+
+    def find_model(self, name: str) -> Any | None:
+        """The logged model of this name that an earlier attempt made, whole or not."""
+        if not self._found_again:
+            return None
+        named = f"source_run_id = '{self.run_id}' AND name = '{_model_name(name)}'"
+        found = self._client.search_logged_models([self._server.experiment_id], named)
+        return found[0] if found else None
+
+    def _linked_models(self) -> set[str]:
+        if not self._found_again:
+            return set()
+        outputs = self._client.get_run(self.run_id).outputs
+        return {output.model_id for output in outputs.model_outputs} if outputs else set()
+
     def register(self, model_id: str, name: str) -> str:
-        """A new version of a registered model, which is made where it is missing."""
+        """A version of a registered model, which is made where it is missing."""
         from mlflow.exceptions import MlflowException
 
+        if version := self.find_version(model_id, name):
+            return version
         with suppress(MlflowException):
             self._client.create_registered_model(name)
         source = f"models:/{model_id}"
@@ -203,6 +267,15 @@ class StoredRun:
             source = self._client.get_logged_model(model_id).artifact_location
         version = self._client.create_model_version(name, source, self.run_id, await_creation_for=0, model_id=model_id)
         return str(version.version)
+
+    def find_version(self, model_id: str, name: str) -> str | None:
+        """The version that an earlier attempt registered a logged model as."""
+        if not self._found_again:
+            return None
+        versions = self._client.search_model_versions(f"run_id = '{self.run_id}'")
+        # A database keeps no id of the model with the version, but its source is of that model either way.
+        found = [version for version in versions if version.name == name and model_id in version.source]
+        return str(found[0].version) if found else None
 
     def sample_system(self, stop: threading.Event) -> None:
         """Log processor, memory, disk, network and GPU every two seconds, until told to stop or it fails."""
@@ -215,7 +288,6 @@ class StoredRun:
         monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
         with suppress(Exception):
             monitors.append(GPUMonitor())
-        step = 0
         while not stop.wait(SAMPLING_SECONDS):
             values: dict[str, float] = {}
             with suppress(Exception):
@@ -224,13 +296,14 @@ class StoredRun:
                     values.update(monitor.aggregate_metrics())
                     monitor.clear_metrics()
             now = int(time.time() * 1000)
+            # Counted from the run's beginning, so that an attempt that resumes it goes on, after a gap.
+            step = int((now - self._begun) / (1000 * SAMPLING_SECONDS))
             try:
                 metrics = [Metric(f"system/{key}", value, now, step) for key, value in values.items()]
                 self._client.log_batch(self.run_id, metrics=metrics)
             except Exception:
                 # The run's next own call finds out and says so.
                 return
-            step += 1
 
     @contextmanager
     def _patience(self) -> Iterator[None]:
@@ -254,8 +327,9 @@ def _check_uri(uri: str) -> Path | None:
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise _unusable(uri, str(error)) from error
+    except ValueError:
+        # Its text has what it took for the port, which may be half of a password.
+        raise _unusable(uri, "its host or its port cannot be read") from None
     dialect = parts.scheme.partition("+")[0]
     if dialect in ("http", "https") and not host:
         raise _unusable(uri, "it names no host")
@@ -274,7 +348,7 @@ def _check_uri(uri: str) -> Path | None:
 
 
 def _unusable(uri: str, why: str) -> TrackingError:
-    return TrackingError(f"{shown(uri)} cannot be used ({why}): give sqlite:///PATH.db or http://HOST:PORT")
+    return TrackingError(f"{shown(uri)} cannot be used ({masked(why)}): give sqlite:///PATH.db or http://HOST:PORT")
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -284,13 +358,13 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def shown(uri: str) -> str:
-    """Return how a server is named in messages, without its password."""
-    return f"MLflow at {_without_password(uri)}"
+    """Return how a server is named in messages."""
+    return f"MLflow at {masked(uri)}"
 
 
 def _one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return _without_password(text.splitlines()[0])[:200]
+    return masked(text.splitlines()[0])[:200]
 
 
 def failure(error: BaseException) -> str:
@@ -302,8 +376,9 @@ def failure(error: BaseException) -> str:
     return f"{'does not answer' if silent else 'failed'} ({_one_line(error)})"
 
 
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
+def _model_name(name: str) -> str:
+    # Names of models have dots (Llama-3.1-8B), which MLflow keeps for itself.
+    return re.sub(r"[/:.%\"']", "-", name)
 
 
 def _stamp(event: dict[str, Any]) -> int:

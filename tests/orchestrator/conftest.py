@@ -1,7 +1,11 @@
-"""Runs of the whole pipeline on the session's Ray and MLflow store."""
+"""Runs of the whole pipeline on the session's Ray and MLflow store; stores and servers for tests of tracking."""
 
 import io
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 
 from orchestrator import PruneConfig
 from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
+from tests.orchestrator.tracked import FIRST_RUN, TrackingServer, serving
 
 PruneModel = Callable[..., PruneResult]
 
@@ -52,3 +58,66 @@ def held_out_file(tmp_path_factory: pytest.TempPathFactory, held_out_blocks: np.
 def gqa_run(prune_model: PruneModel, gqa_model: Path, held_out_file: Path) -> PruneResult:
     """The random model with grouped queries, pruned, evaluated and registered."""
     return prune_model(gqa_model, evaluate=(str(held_out_file),), register="tiny", run_name="the run")
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A new store, migrated by a run in a process of its own; its folder and what that process printed."""
+    folder = tmp_path_factory.mktemp("store")
+    arguments = [f"sqlite:///{folder / 'mlflow.db'}", str(folder / "metrics.jsonl")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    command = [sys.executable, "-c", FIRST_RUN, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def uri(first_run: tuple[Path, str]) -> str:
+    return f"sqlite:///{first_run[0] / 'mlflow.db'}"
+
+
+@pytest.fixture
+def client(uri: str) -> MlflowClient:
+    return MlflowClient(tracking_uri=uri)
+
+
+@pytest.fixture
+def other_store(first_run: tuple[Path, str], tmp_path: Path) -> Path:
+    """The folder of a copy of the store."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "mlflow.db").write_bytes((first_run[0] / "mlflow.db").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def server(other_store: Path, free_port: tuple[int, socket.socket]) -> Iterator[TrackingServer]:
+    """An MLflow server on a copy of the store."""
+    port, sock = free_port
+    sock.close()
+    with serving(other_store, port) as started:
+        yield started
+
+
+@pytest.fixture
+def free_port() -> Iterator[tuple[int, socket.socket]]:
+    """A port that nobody listens at, and the socket that holds it."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1], sock
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "pruning" / "metrics.jsonl"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Files that look like a model."""
+    folder = tmp_path / "checkpoint"
+    (folder / "nested").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(os.urandom(1 << 18))
+    (folder / "nested" / "config.json").write_text("{}")
+    return folder

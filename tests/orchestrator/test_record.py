@@ -2,10 +2,16 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.pipeline import PruneResult
+from orchestrator.record import log_layer
+from orchestrator.tracking import TrackingOptions, tracked_run
+from orchestrator.tracking.journal import Journal
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.plan import Plan
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -41,3 +47,16 @@ def test_the_plan_has_no_figure_of_the_machine(gqa_run: PruneResult) -> None:
     totals = json.loads((gqa_run.output / "pruning" / "plan.json").read_text())["totals"]
     assert {"sparsity", "parameters_after", "perplexity", "calibration_tokens"} <= totals.keys()
     assert not {"seconds", "peak_memory", "tokens_per_second"} & totals.keys()
+
+
+def test_a_layer_that_an_earlier_attempt_logged_is_not_logged_again(
+    gqa_run: PruneResult, gqa_model: Path, tracking_uri: str, tmp_path: Path
+) -> None:
+    source, layers = Checkpoint.open(gqa_model), Plan.read(gqa_run.output / "pruning" / "plan.json").layers
+    options, journal = TrackingOptions(tracking_uri=tracking_uri), tmp_path / "metrics.jsonl"
+    for until in (2, 3):
+        with suppress(KeyboardInterrupt), tracked_run(options, journal) as run:
+            for number in range(until):
+                log_layer(run, source, number, layers[number])
+            raise KeyboardInterrupt
+    assert [event["step"] for event in Journal.read(journal) if event["event"] == "metrics"] == [0, 1, 2]

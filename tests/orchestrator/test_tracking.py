@@ -1,43 +1,17 @@
 """Runs against a real SQLite store and a real MLflow server; nothing of MLflow is replaced."""
 
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import mlflow
-import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from orchestrator.tracking import TrackingError, TrackingOptions, replay, tracked_run
+from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
 from orchestrator.tracking import store as mlflow_store
-
-FIRST_RUN = """
-import sys
-from pathlib import Path
-from orchestrator.tracking import TrackingOptions, tracked_run
-assert "mlflow" not in sys.modules, "importing the module imports mlflow: every --help waits for it"
-with tracked_run(TrackingOptions(tracking_uri=sys.argv[1]), Path(sys.argv[2])) as run:
-    run.log_params({"first": True})
-"""
-
-# The app of `mlflow server` in one process: the command itself starts nine and takes half a minute.
-SERVER = """
-import os, sys
-import mlflow.server as server
-os.environ[server.BACKEND_STORE_URI_ENV_VAR] = os.environ[server.REGISTRY_STORE_URI_ENV_VAR] = sys.argv[1]
-os.environ[server.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
-os.environ[server.SERVE_ARTIFACTS_ENV_VAR] = "true"
-os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = sys.argv[2]
-server.app.run(host="127.0.0.1", port=int(sys.argv[3]))
-"""
+from tests.orchestrator.tracked import assert_everything_logged, events_of, files_of, log_everything, steps_of
 
 
 @pytest.fixture(autouse=True)
@@ -50,80 +24,11 @@ def _own_environment(monkeypatch):
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory):
-    """A new store, migrated by a run in a process of its own; its folder and what that process printed."""
-    folder = tmp_path_factory.mktemp("store")
-    arguments = [f"sqlite:///{folder / 'mlflow.db'}", str(folder / "metrics.jsonl")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    command = [sys.executable, "-c", FIRST_RUN, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def uri(first_run):
-    return f"sqlite:///{first_run[0] / 'mlflow.db'}"
-
-
-@pytest.fixture
-def client(uri):
-    return MlflowClient(tracking_uri=uri)
-
-
-@pytest.fixture
-def journal(tmp_path):
-    return tmp_path / "pruning" / "metrics.jsonl"
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    folder = tmp_path / "checkpoint"
-    (folder / "nested").mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(os.urandom(1 << 18))
-    (folder / "nested" / "config.json").write_text("{}")
-    return folder
-
-
-def log_everything(run, files=None):
-    run.log_params({"sparsity": 0.2, "model": Path("a/b"), "ratios": np.array([1, 2]), "none": None})
-    for layer in range(3):
-        run.log_metrics({"heads_kept": np.int64(8 - layer), "channels_kept": 100.0 + layer}, step=layer)
-    run.log_metrics({"perplexity": 7.25})
-    run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16)
-    if files:
-        run.log_artifacts(files, "pruning")
-
-
-def events_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def steps_of(client, run_id, key):
-    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
-
-
-def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
-
-
-def assert_everything_logged(client, run_id):
-    run = client.get_run(run_id)
-    assert run.data.params == {"sparsity": "0.2", "model": "a/b", "ratios": "[1, 2]", "none": "None"}
-    assert steps_of(client, run_id, "heads_kept") == [(0, 8.0), (1, 7.0), (2, 6.0)]
-    assert steps_of(client, run_id, "perplexity") == [(0, 7.25)]
-    (dataset,) = run.inputs.dataset_inputs
-    assert (dataset.dataset.name, dataset.dataset.digest) == ("wikitext", ("ab" * 32)[:36])
-    assert json.loads(dataset.dataset.source) == {"source": "train.txt", "digest": "ab" * 32}
-    assert json.loads(dataset.dataset.profile) == {"num_rows": 4, "num_elements": 64, "block_length": 16}
-    assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "calibration")]
-
-
 def test_a_first_run_prints_nothing_and_mlflow_is_imported_late(first_run):
     folder, printed = first_run
     assert printed == ""
-    assert [event["event"] for event in events_of(folder / "metrics.jsonl")] == ["start", "params", "end"]
+    kinds = [event["event"] for event in events_of(folder / "metrics.jsonl")]
+    assert kinds == ["start", "stored", "params", "end", "logged"]
 
 
 def test_a_run_holds_what_was_logged(uri, client, journal, checkpoint, capfd):
@@ -151,7 +56,7 @@ def test_nothing_global_is_set(uri, journal):
 def test_artifacts_lie_beside_the_database(uri, client, journal, checkpoint, tmp_path, monkeypatch, first_run):
     monkeypatch.chdir(tmp_path)
     with tracked_run(TrackingOptions(experiment="a b/c", tracking_uri=uri), journal) as run:
-        run.log_artifacts(checkpoint, "files")
+        run.log_artifacts(checkpoint, to="files")
     assert list(first_run[0].glob("mlruns/a%20b%2Fc/*/artifacts/files/model.safetensors"))
     assert not (tmp_path / "mlruns").exists()
 
@@ -165,7 +70,8 @@ def test_system_metrics_are_sampled(uri, client, journal, monkeypatch):
             if len(history) >= 2:
                 break
             time.sleep(0.1)
-    assert [metric.step for metric in history[:2]] == [0, 1]
+    steps = [metric.step for metric in history]
+    assert steps == sorted(set(steps))
     assert client.get_run(run.run_id).data.metrics["system/system_memory_usage_megabytes"] > 0
 
 
@@ -173,7 +79,7 @@ def test_infinity_and_nan_stay_in_the_journal(uri, client, journal):
     with tracked_run(TrackingOptions(tracking_uri=uri), journal) as run:
         run.log_metrics({"a": float("inf"), "b": float("-inf"), "c": float("nan"), "d": 1}, step=3)
     assert client.get_run(run.run_id).data.metrics == {"d": 1.0}
-    assert events_of(journal)[1]["metrics"] == {"a": "inf", "b": "-inf", "c": None, "d": 1.0}
+    assert events_of(journal)[2]["metrics"] == {"a": "inf", "b": "-inf", "c": None, "d": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -250,75 +156,12 @@ def test_children_are_nested_and_end_on_their_own(uri, client, journal, tmp_path
         assert stored.data.tags["mlflow.parentRunId"] == sweep.run_id
         assert (stored.info.run_name, stored.info.status) == (name, status)
     assert client.get_run(sweep.run_id).info.status == "FINISHED"
-    assert [event.get("child") for event in events_of(journal)] == [None, "0.2", "0.2", "0.2", None, None]
-    assert [event["event"] for event in events_of(tmp_path / "own" / "metrics.jsonl")] == ["start", "end"]
-    again = client.get_run(replay(tmp_path / "own" / "metrics.jsonl", TrackingOptions(tracking_uri=uri)))
-    assert (again.info.run_name, again.info.status) == ("0.5", "FAILED")
-
-
-def test_a_journal_moves_with_its_folder(uri, journal):
-    with tracked_run(TrackingOptions(tracking_uri=uri), journal) as run:
-        run.log_params({"before": 1})
-        moved = journal.parent.rename(journal.parent.with_name("moved")) / journal.name
-        run.move_journal(moved)
-        run.log_params({"after": 1})
-    assert [event["event"] for event in events_of(moved)] == ["start", "params", "params", "end"]
-    assert not journal.exists()
-
-
-def test_a_replay_gives_the_run_again(uri, client, journal):
-    options = TrackingOptions(tracking_uri=uri, run_name="first")
-    with suppress(RuntimeError), tracked_run(options, journal) as run:
-        log_everything(run)
-        with run.child("inner") as child:
-            child.log_metrics({"perplexity": 9}, step=5)
-        raise RuntimeError
-    again = replay(journal, TrackingOptions(tracking_uri=uri))
-    assert again != run.run_id
-    assert_everything_logged(client, again)
-    first, second = client.get_run(run.run_id).info, client.get_run(again).info
-    assert (second.status, second.run_name) == ("FAILED", "first")
-    assert (second.start_time, second.end_time) == (first.start_time, first.end_time)
-    times = [[m.timestamp for m in client.get_metric_history(i, "heads_kept")] for i in (run.run_id, again)]
-    assert times[0] == times[1]
-    (inner,) = client.search_runs([run.experiment_id], f"tags.mlflow.parentRunId = '{again}'")
-    assert (inner.info.run_name, inner.info.status) == ("inner", "FINISHED")
-    assert steps_of(client, inner.info.run_id, "perplexity") == [(5, 9.0)]
-
-
-def test_a_replay_of_attempts_is_one_run(uri, client, journal):
-    options = TrackingOptions(tracking_uri=uri)
-    with suppress(KeyboardInterrupt), tracked_run(options, journal) as run:
-        run.log_params({"workers": 1, "seed": 7})
-        run.log_metrics({"heads_kept": 8}, step=0)
-        raise KeyboardInterrupt
-    with tracked_run(options, journal) as run:
-        run.log_params({"workers": 2})
-        run.log_metrics({"heads_kept": 7}, step=1)
-    stored = client.get_run(replay(journal, TrackingOptions(tracking_uri=uri, run_name="renamed")))
-    assert stored.data.params == {"workers": "2", "seed": "7"}
-    assert steps_of(client, stored.info.run_id, "heads_kept") == [(0, 8.0), (1, 7.0)]
-    assert (stored.info.status, stored.info.run_name) == ("FINISHED", "renamed")
-
-
-def test_a_replay_that_fails_leaves_no_run_running(uri, client, journal):
-    with tracked_run(TrackingOptions(tracking_uri=uri), journal) as run:
-        run.log_metrics({"a\nb": 1})
-    with pytest.raises(ConnectionError, match="failed"):
-        replay(journal, TrackingOptions(tracking_uri=uri, run_name="half"))
-    (half,) = client.search_runs([run.experiment_id], "attributes.run_name = 'half'")
-    assert half.info.status == "FAILED"
-
-
-def test_a_journal_cut_short_is_a_killed_run(uri, client, journal):
-    with tracked_run(TrackingOptions(tracking_uri=uri), journal) as run:
-        run.log_metrics({"heads_kept": 8}, step=0)
-    journal.write_text("\n".join(journal.read_text().splitlines()[:2]) + '\n{"event": "met')
-    stored = client.get_run(replay(journal, TrackingOptions(tracking_uri=uri)))
-    assert (stored.info.status, stored.data.metrics) == ("KILLED", {"heads_kept": 8.0})
-    journal.write_text("{\n" + journal.read_text())
-    with pytest.raises(TrackingError, match="line 1"):
-        replay(journal, TrackingOptions(tracking_uri=uri))
+    kinds = [(event.get("child"), event["event"]) for event in events_of(journal)]
+    inner = [("0.2", kind) for kind in ("start", "stored", "metrics", "end", "logged")]
+    rest = [(None, kind) for kind in ("child", "params", "end", "logged")]
+    assert kinds == [(None, "start"), (None, "stored"), *inner, *rest]
+    own = events_of(tmp_path / "own" / "metrics.jsonl")
+    assert [event["event"] for event in own] == ["start", "stored", "end"]
 
 
 def test_a_refused_call_costs_that_call_only(uri, client, journal):
@@ -331,13 +174,6 @@ def test_a_refused_call_costs_that_call_only(uri, client, journal):
     assert "refused" in warnings[0]
     stored = client.get_run(run.run_id)
     assert (stored.data.params, stored.data.metrics) == ({"seed": "1"}, {"perplexity": 7.0})
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        yield sock.getsockname()[1], sock
 
 
 @pytest.mark.parametrize("listens", [False, True], ids=["refuses", "swallows"])
@@ -358,7 +194,9 @@ def test_a_server_that_does_not_answer_costs_one_warning(journal, checkpoint, fr
     assert "secret" not in line
     assert (run.run_id, run.experiment_id, run.tracking_uri) == (None, None, None)
     kinds = [event["event"] for event in events_of(journal)]
-    assert kinds == ["start", "params", *["metrics"] * 4, "dataset", "start", "metrics", "end", "end"]
+    record = ["params", *["metrics"] * 4, "dataset", "artifacts", "checkpoint"]
+    assert kinds == ["start", *record, "start", "metrics", "end", "end"]
+    assert "secret" not in journal.read_text()
 
 
 @pytest.mark.parametrize(
@@ -409,35 +247,14 @@ def test_the_users_own_limits_hold(uri, journal, monkeypatch):
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
 
 
-@pytest.fixture
-def server(first_run, tmp_path, free_port):
-    """An MLflow server on a copy of the store, and its address."""
-    (tmp_path / "mlflow.db").write_bytes((first_run[0] / "mlflow.db").read_bytes())
-    port, sock = free_port
-    sock.close()
-    store, artifacts = f"sqlite:///{tmp_path / 'mlflow.db'}", str(tmp_path / "artifacts")
-    command = [sys.executable, "-c", SERVER, store, artifacts, str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    yield process, f"http://127.0.0.1:{port}", store
-    process.kill()
-    process.wait(timeout=10)
-
-
-def test_a_server_that_dies_costs_one_warning_and_nothing_of_the_run(server, uri, client, journal, checkpoint, capfd):
-    process, address, store = server
+def test_a_server_that_dies_costs_one_warning_and_nothing_of_the_run(server, other_store, journal, checkpoint, capfd):
+    process, address, store = server.process, server.address, server.store
     warnings = []
     options = TrackingOptions(experiment="served", tracking_uri=address, register="served")
     with tracked_run(options, journal, warn=warnings.append) as run:
         run.log_metrics({"perplexity": 7.25})
         assert run.log_checkpoint(checkpoint, "tiny", {}) == "models:/served/1"
-        run.log_artifacts(checkpoint, "files")
+        run.log_artifacts(checkpoint, to="files")
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == mlflow_store.QUICK_SECONDS
         with run.child("inner"):
             pass
@@ -456,19 +273,8 @@ def test_a_server_that_dies_costs_one_warning_and_nothing_of_the_run(server, uri
     (output,) = served.get_run(run_id).outputs.model_outputs
     model = served.get_logged_model(output.model_id)
     assert [(metric.key, metric.value) for metric in model.metrics] == [("perplexity", 7.25)]
-    uploaded = list((journal.parents[1] / "artifacts").rglob("model.safetensors"))
+    uploaded = list((other_store / "artifacts").rglob("model.safetensors"))
     assert [file.read_bytes() for file in uploaded] == [(checkpoint / "model.safetensors").read_bytes()] * 2
-
-    stored = client.get_run(replay(journal, TrackingOptions(tracking_uri=uri)))
-    assert (stored.data.params, stored.info.status) == ({"late": "1"}, "FINISHED")
-    assert stored.data.metrics == {"perplexity": 7.25, "speedup": 1.5}
-
-
-def test_a_replay_to_a_server_that_is_down_raises(journal, uri, free_port):
-    with tracked_run(TrackingOptions(tracking_uri=uri), journal):
-        pass
-    with pytest.raises(ConnectionError, match=r"does not answer .*refused"):
-        replay(journal, TrackingOptions(tracking_uri=f"http://127.0.0.1:{free_port[0]}"))
 
 
 def test_mlflow_takes_the_same_metric_twice_as_one(uri, client, journal):

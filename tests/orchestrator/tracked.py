@@ -1,0 +1,100 @@
+"""What tests of tracking share: a server in a process of its own, and a run with one of everything."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlflow import MlflowClient
+
+from orchestrator.tracking import Run
+
+# The app of `mlflow server` in one process: the command itself starts nine and takes half a minute.
+SERVER = """
+import os, sys
+import mlflow.server as server
+os.environ[server.BACKEND_STORE_URI_ENV_VAR] = os.environ[server.REGISTRY_STORE_URI_ENV_VAR] = sys.argv[1]
+os.environ[server.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
+os.environ[server.SERVE_ARTIFACTS_ENV_VAR] = "true"
+os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = sys.argv[2]
+server.app.run(host="127.0.0.1", port=int(sys.argv[3]))
+"""
+
+FIRST_RUN = """
+import sys
+from pathlib import Path
+from orchestrator.tracking import TrackingOptions, tracked_run
+assert "mlflow" not in sys.modules, "importing the module imports mlflow: every --help waits for it"
+with tracked_run(TrackingOptions(tracking_uri=sys.argv[1]), Path(sys.argv[2])) as run:
+    run.log_params({"first": True})
+"""
+
+
+@dataclass(frozen=True)
+class TrackingServer:
+    """A server that runs; `store` is the database behind it."""
+
+    process: "subprocess.Popen[bytes]"
+    address: str
+    store: str
+
+
+@contextmanager
+def serving(folder: Path, port: int) -> Iterator[TrackingServer]:
+    """Serve the mlflow.db of a folder until the context ends."""
+    store, artifacts = f"sqlite:///{folder / 'mlflow.db'}", str(folder / "artifacts")
+    command = [sys.executable, "-c", SERVER, store, artifacts, str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            assert process.poll() is None
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield TrackingServer(process, f"http://127.0.0.1:{port}", store)
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def log_everything(run: Run, files: Path | None = None) -> None:
+    run.log_params({"sparsity": 0.2, "model": Path("a/b"), "ratios": np.array([1, 2]), "none": None})
+    for layer in range(3):
+        run.log_metrics({"heads_kept": np.int64(8 - layer), "channels_kept": 100.0 + layer}, step=layer)
+    run.log_metrics({"perplexity": 7.25})
+    run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16)
+    if files:
+        run.log_artifacts(files, to="pruning")
+
+
+def assert_everything_logged(client: MlflowClient, run_id: str) -> None:
+    run = client.get_run(run_id)
+    assert run.data.params == {"sparsity": "0.2", "model": "a/b", "ratios": "[1, 2]", "none": "None"}
+    assert steps_of(client, run_id, "heads_kept") == [(0, 8.0), (1, 7.0), (2, 6.0)]
+    assert steps_of(client, run_id, "perplexity") == [(0, 7.25)]
+    (dataset,) = run.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("wikitext", ("ab" * 32)[:36])
+    assert json.loads(dataset.dataset.source) == {"source": "train.txt", "digest": "ab" * 32}
+    assert json.loads(dataset.dataset.profile) == {"num_rows": 4, "num_elements": 64, "block_length": 16}
+    assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "calibration")]
+
+
+def events_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps_of(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
