@@ -1,7 +1,9 @@
 """What tests share: small models on disk, tokens for them, one local Ray and one MLflow store for the session."""
 
 import os
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Let the system refuse this process larger files, as a disk that is full refuses them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

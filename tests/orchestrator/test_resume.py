@@ -9,48 +9,24 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 
 from orchestrator import PruneConfig
-from orchestrator.pipeline import PruneResult, prune
+from orchestrator.config import ConfigError
+from orchestrator.pipeline import PruneResult, calibrate, prune
 from orchestrator.progress import Reporter
+from tests.conftest import files_of_at_most
+
+Run = Callable[..., PruneResult]
+# What happens when a stage has reached a layer.
+Event = tuple[str, int, Callable[[], None]]
 
 METHODS: dict[str, dict[str, Any]] = {
     "slimllm": {"sparsity": (0.2, 0.4)},
     "gram": {"method": "gram", "sparsity": (0.2, 0.4)},
     "refine": {"method": "gram", "refine": True, "sparsity": 0.3},
 }
-# A stage of each method, and the layer that it has reached when something happens.
-MOMENTS = [
-    ("slimllm", "layer similarities", 1),
-    ("slimllm", "pruning", 0),
-    ("slimllm", "pruning", 2),
-    ("gram", "calibrating", 1),
-    ("gram", "calibrating", 3),
-    ("gram", "deciding", 1),
-    ("refine", "refining", 0),
-    ("refine", "refining", 2),
-    ("refine", "perplexity, pruned", 1),
-]
-
-Run = Callable[..., PruneResult]
-
-
-class Disturbed(Reporter):
-    """Tells nobody, and lets something happen, once, when a stage has reached a layer."""
-
-    def __init__(self, stage: str, layer: int, happen: Callable[[], None]) -> None:
-        self.told = io.StringIO()
-        super().__init__(Console(file=self.told, width=400))
-        self._stage, self._layer, self._happen = stage, layer, happen
-        self.happened = 0
-
-    def layers(self, stage: str, num_layers: int, tokens: int, first: int = 0) -> Iterator[int]:
-        for layer in super().layers(stage, num_layers, tokens, first):
-            if (stage, layer, self.happened) == (self._stage, self._layer, 0):
-                self.happened += 1
-                self._happen()
-            yield layer
 
 
 def interrupt() -> None:
@@ -58,8 +34,42 @@ def interrupt() -> None:
 
 
 def kill_a_worker() -> None:
-    shards = [p for p in psutil.Process().children(recursive=True) if "ray::Shard" in " ".join(p.cmdline())]
+    shards = [one for one in psutil.Process().children(recursive=True) if "ray::Shard" in " ".join(one.cmdline())]
     os.kill(shards[0].pid, signal.SIGKILL)
+
+
+# What happens in each attempt at a run; all but the last are interrupted.
+ATTEMPTS: dict[str, list[list[Event]]] = {
+    "slimllm": [
+        [("layer similarities", 1, kill_a_worker), ("pruning", 2, interrupt)],
+        [("pruning", 3, kill_a_worker), ("perplexity, pruned", 1, interrupt)],
+        [],
+    ],
+    "gram": [
+        [("calibrating", 1, interrupt)],
+        [("calibrating", 3, kill_a_worker), ("deciding", 1, interrupt)],
+        [],
+    ],
+    "refine": [
+        [("deciding", 2, kill_a_worker), ("refining", 1, interrupt)],
+        [("refining", 2, kill_a_worker), ("perplexity, pruned", 2, kill_a_worker)],
+    ],
+}
+
+
+class Disturbed(Reporter):
+    """Tells a string, and lets events happen in their order."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self.told = io.StringIO()
+        super().__init__(Console(file=self.told, width=400))
+        self.to_come = list(events)
+
+    def layers(self, stage: str, num_layers: int, tokens: int, first: int = 0) -> Iterator[int]:
+        for layer in super().layers(stage, num_layers, tokens, first):
+            if self.to_come and self.to_come[0][:2] == (stage, layer):
+                self.to_come.pop(0)[2]()
+            yield layer
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +78,13 @@ def model(make_llama: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(
-    model: Path, local_ray: None, tracking_uri: str, token_file: Path, held_out_file: Path
-) -> Callable[..., PruneResult]:
+def run(model: Path, local_ray: None, tracking_uri: str, token_file: Path, held_out_file: Path) -> Run:
     def prune_to(output: Path, method: str, reporter: Reporter | None = None, **settings: Any) -> PruneResult:
         data = {"calibration": str(token_file), "evaluate": (str(held_out_file),), "tracking_uri": tracking_uri}
         config = {"model": str(model), "output": str(output), "workers": 2} | data | METHODS[method] | settings
-        return prune(PruneConfig(**config), reporter or Disturbed("", 0, interrupt))
+        return prune(PruneConfig(**config), reporter or Disturbed([]))
 
     return prune_to
-
-
-@pytest.fixture(scope="module")
-def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    outputs = {method: tmp_path_factory.mktemp("undisturbed") / "out" for method in METHODS}
-    for method, output in outputs.items():
-        run(output, method)
-    return {method: content(output) for method, output in outputs.items()}
 
 
 def content(output: Path) -> dict[str, bytes]:
@@ -93,36 +93,94 @@ def content(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
-def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
-    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+def partial_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
 
-@pytest.mark.parametrize(("method", "stage", "layer"), MOMENTS)
-def test_a_run_that_is_interrupted_and_resumed_gives_the_same_bytes(
-    run: Run, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path, method: str, stage: str, layer: int
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_happens_to_a_run_it_gives_the_same_bytes_and_one_run_in_mlflow(
+    run: Run, tmp_path: Path, method: str, tracking_uri: str
 ) -> None:
-    output = tmp_path / "a" / "out"
-    disturbed = Disturbed(stage, layer, interrupt)
-    with pytest.raises(KeyboardInterrupt) as raised:
-        run(output, method, disturbed)
-    assert disturbed.happened
-    assert not output.exists()
-    solved = (stage, layer) not in (("layer similarities", 1), ("calibrating", 0))
-    assert (output.parent / ".out.partial").is_dir() == solved
-    assert ("--resume" in "".join(getattr(raised.value, "__notes__", []))) == solved
-
-    run(output, method, resume=True)
-    assert not differing(content(output), undisturbed[method])
+    run(tmp_path / "undisturbed", method)
+    expected = content(tmp_path / "undisturbed")
+    output, name = tmp_path / "a" / "out", f"disturbed {method}"
+    for number, events in enumerate(ATTEMPTS[method]):
+        disturbed = Disturbed(events)
+        settings = {"resume": number > 0, "run_name": name}
+        if any(happen is interrupt for *_, happen in events):
+            with pytest.raises(KeyboardInterrupt) as raised:
+                run(output, method, disturbed, **settings)
+            assert "--resume" in raised.value.__notes__[0]
+            assert [path.name for path in output.parent.iterdir()] == [".out.partial"]
+        else:
+            run(output, method, disturbed, **settings)
+        assert not disturbed.to_come
+        told = disturbed.told.getvalue()
+        assert told.count("a worker died") == sum(happen is kill_a_worker for *_, happen in events)
+        assert told.count("going on from what is solved") == (number > 0)
+    found = content(output)
+    assert sorted(found) == sorted(expected)
+    assert [file for file in found if found[file] != expected[file]] == []
     assert list(output.parent.iterdir()) == [output]
+    require_one_run(tracking_uri, name, len(METHODS[method]["sparsity"]) if method != "refine" else 1)
+
+    again = run(output, method, resume=True)
+    assert again.models == ()
+    assert content(output) == found
+    with pytest.raises(ConfigError, match="keep_lowest"):
+        run(output, method, resume=True, keep_lowest=0.02)
 
 
-@pytest.mark.parametrize(("method", "stage", "layer"), MOMENTS)
-def test_a_run_that_loses_a_worker_gives_the_same_bytes(
-    run: Run, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path, method: str, stage: str, layer: int
+def require_one_run(uri: str, name: str, num_models: int) -> None:
+    """Require that MLflow has a run once, finished, with each layer's metrics once for each model."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("slimllm").experiment_id
+    (found,) = client.search_runs([experiment], f"attributes.run_name = '{name}'")
+    children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{found.info.run_id}'")
+    assert len(children) == (num_models if num_models > 1 else 0)
+    for one in [*children, found]:
+        assert one.info.status == "FINISHED"
+    for one in children or [found]:
+        steps = [metric.step for metric in client.get_metric_history(one.info.run_id, "channels_kept")]
+        assert sorted(steps) == [0, 1, 2, 3]
+    assert len(found.inputs.dataset_inputs) == 2
+
+
+def test_what_was_asked_must_be_asked_again(run: Run, tmp_path: Path, gqa_model: Path, held_out_file: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(output, "gram", Disturbed([("calibrating", 2, interrupt)]))
+    for settings, named in (
+        ({"sparsity": 0.3}, "sparsity"),
+        ({"model": str(gqa_model)}, "model_digest"),
+        ({"calibration": str(held_out_file)}, "calibration_digest"),
+        ({"workers": 3}, "workers"),
+    ):
+        with pytest.raises(ConfigError, match=rf"unfinished was asked for something else \(.*{named}"):
+            run(output, "gram", resume=True, **settings)
+    assert (partial_of(output) / ".work" / "solved" / "moments" / "layer-00001.safetensors").exists()
+
+
+def test_calibration_goes_on_too(
+    model: Path, token_file: Path, local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    disturbed = Disturbed(stage, layer, kill_a_worker)
-    run(tmp_path / "out", method, disturbed)
-    assert disturbed.happened
-    # A worker that has nothing to do any more may be gone unnoticed.
-    assert "a worker died" in disturbed.told.getvalue() or stage == "deciding"
-    assert not differing(content(tmp_path / "out"), undisturbed[method])
+    def moments(name: str, *events: Event, **settings: Any) -> Path:
+        config = {"model": str(model), "calibration": str(token_file), "workers": 2, "output": str(tmp_path / name)}
+        return calibrate(PruneConfig(**config | settings), Disturbed(list(events)))
+
+    expected = content(moments("undisturbed"))
+    with pytest.raises(KeyboardInterrupt):
+        moments("out", ("calibrating", 1, kill_a_worker), ("calibrating", 3, interrupt))
+    assert content(moments("out", resume=True)) == expected
+    assert content(moments("out", resume=True)) == expected
+
+
+def test_a_disk_that_is_full_keeps_what_is_solved(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(OSError, match="File too large") as raised, files_of_at_most(20_000):
+        run(output, "slimllm", Disturbed([]), sparsity=0.2)
+    assert "--resume" in raised.value.__notes__[0]
+    assert not output.exists()
+    run(output, "slimllm", resume=True, sparsity=0.2)
+    run(tmp_path / "undisturbed", "slimllm", sparsity=0.2)
+    assert content(output) == content(tmp_path / "undisturbed")

@@ -1,9 +1,6 @@
 """Files appear whole or not at all, and errors name them."""
 
 import errno
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,17 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from slimllm_ops.files import write_json, written_whole
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Let the system refuse larger files, as a disk that is full refuses them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+from tests.conftest import files_of_at_most
 
 
 def test_a_file_takes_its_place_when_it_is_written(tmp_path: Path) -> None:

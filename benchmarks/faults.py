@@ -1,0 +1,285 @@
+"""Workers, nodes, heads and drivers killed at random moments: `python -m benchmarks.faults`.
+
+Each case is a whole run of the command line in processes of its own, which is disturbed once, at a moment drawn from
+a seed: when so many files are solved, and a fraction of a second later. Where the run cannot survive that, it is
+resumed. Then every file of its output is compared with that of a run that was left alone.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import psutil
+from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
+
+from benchmarks.machine import describe_machine, write_table
+from benchmarks.random_model import Shape, write_model
+from benchmarks.random_tokens import write_tokens
+
+SHAPE = Shape(hidden=64, intermediate=160, layers=6, heads=4, kv_heads=2, vocabulary=256)
+METHODS = {
+    "slimllm": ("--sparsity", "0.2"),
+    "gram": ("--method", "gram", "--sparsity", "0.2", "--sparsity", "0.4"),
+    "refine": ("--method", "gram", "--refine", "--sparsity", "0.3"),
+}
+# How many of each fifty cases are of each kind.
+KINDS = {"worker": 18, "node": 12, "driver": 14, "head": 6}
+NODES, CPUS_PER_NODE = 3, 2
+LAST_SECONDS = 300.0
+# What a driver started ends so long after it at most.
+LEFT_SECONDS = 30.0
+# Ray's own token would be written to the home folder, and asked for by clusters that others start.
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is killed, in a run of which method, and when: at which fraction of what there is to solve."""
+
+    kind: str
+    method: str
+    fraction: float
+    delay: float
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether it is of a cluster; the others are of one machine."""
+        return self.kind in ("node", "head")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case."""
+
+    case: Case
+    killed: str
+    resumed: bool
+    seconds: float
+    differing: list[str]
+    problems: list[str]
+
+
+@click.command()
+@click.option("--cases", type=int, default=50)
+@click.option("--seed", type=int, default=0)
+@click.option("--output", type=Path, default=Path("benchmarks/results/faults.md"))
+def main(cases: int, seed: int, output: Path) -> None:
+    """Run the campaign and write its table; the exit code is 1 if anything differs."""
+    os.environ.update(ENVIRONMENT)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for case in draw_cases(cases, seed):
+            outcomes.append(bench.run(case, len(outcomes) + 1))
+            print(*_cells(len(outcomes), outcomes[-1]), sep=" | ", flush=True)
+            header = ["case", "method", "killed", "when", "resumed", "seconds", "differing files", "other problems"]
+            rows = [header, *(_cells(number, outcome) for number, outcome in enumerate(outcomes, start=1))]
+            equal = sum(not outcome.differing and not outcome.problems for outcome in outcomes)
+            title = f"{equal} of {len(outcomes)} disturbed runs end as the undisturbed one does (seed {seed})"
+            write_table(output, title, describe_machine(), rows)
+    sys.exit(equal < len(outcomes))
+
+
+def draw_cases(count: int, seed: int) -> list[Case]:
+    """Draw kinds in their proportions, methods in turn, and moments at random."""
+    generator = random.Random(seed)
+    kinds = [kind for kind, share in KINDS.items() for _ in range(round(share * count / sum(KINDS.values())))]
+    methods = [list(METHODS)[number % len(METHODS)] for number in range(len(kinds))]
+    return [
+        Case(kind, method, generator.random(), generator.uniform(0, 0.5))
+        for kind, method in zip(kinds, methods, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A run of the command line, what it says, and where it writes."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    output: Path
+
+    def solved_files(self) -> int:
+        """Return how many files it has solved."""
+        solved = self.output.with_name(f".{self.output.name}.partial") / ".work" / "solved"
+        return sum(path.suffix != ".partial" for path in solved.rglob("*.*"))
+
+    def reaches(self, num_files: int, delay: float) -> bool:
+        """Wait until it has solved so many files, and a little longer; return whether it still runs."""
+        while self.process.poll() is None and self.solved_files() < num_files:
+            time.sleep(0.01)
+        time.sleep(delay)
+        return self.process.poll() is None
+
+    def family(self, title: str = "") -> list[psutil.Process]:
+        """Return the processes below it whose title begins so."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in below if one.is_running() and " ".join(one.cmdline()).startswith(title)]
+
+    def end(self) -> tuple[int, str]:
+        """Wait for it; return its exit code and what it said."""
+        try:
+            self.process.wait(timeout=LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            for one in (*self.family(), self.process):
+                one.kill()
+            self.process.wait()
+        return self.process.returncode, self.log.read_text()
+
+
+class Bench:
+    """A model, data, a tracking store, and what undisturbed runs give, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        write_model(folder / "model", SHAPE)
+        for name, blocks in (("calibration", 64), ("held-out", 16)):
+            write_tokens(folder / f"{name}.parquet", blocks, 64, SHAPE.vocabulary)
+        self._store = f"sqlite:///{folder}/mlflow.db"
+        # By method and place: a cluster has more workers, and so other sums.
+        self._undisturbed: dict[tuple[str, bool], tuple[dict[str, bytes], int]] = {}
+
+    def run(self, case: Case, number: int) -> Outcome:
+        """Disturb a run, resume it if need be, and compare."""
+        expected, num_files = self._expected(case)
+        start, output = time.monotonic(), self._folder / f"case-{number}" / "out"
+        with self._begun(case, output) as (attempt, cluster):
+            reached = attempt.reaches(max(1, round(case.fraction * num_files)), case.delay)
+            killed, problems = KILLS[case.kind](attempt, cluster) if reached else ("nothing: it had ended", [])
+            code, said = attempt.end()
+        if resumed := not output.exists():
+            with self._begun(case, output, "--resume") as (attempt, _):
+                code, said = attempt.end()
+        problems += [f"exit code {code}: {said[-500:]}"] if code else []
+        problems += ["a traceback"] if "Traceback" in said else []
+        problems += self._wrong_record(output.parent.name)
+        problems += [f"{path.name} is left behind" for path in output.parent.iterdir() if path != output]
+        found = content(output)
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        return Outcome(case, killed, resumed, time.monotonic() - start, differing, problems)
+
+    def _expected(self, case: Case) -> tuple[dict[str, bytes], int]:
+        """Return what an undisturbed run leaves, and how many files it had solved before it was finished."""
+        key = (case.method, case.on_cluster)
+        if key not in self._undisturbed:
+            output, most = self._folder / f"undisturbed-{case.method}-{case.on_cluster}" / "out", 0
+            with self._begun(case, output) as (attempt, _):
+                while attempt.process.poll() is None:
+                    most = max(most, attempt.solved_files())
+                    time.sleep(0.02)
+                code, said = attempt.end()
+            if code:
+                raise RuntimeError(f"the undisturbed run of {case.method} ended with {code}: {said}")
+            self._undisturbed[key] = content(output), most
+        return self._undisturbed[key]
+
+    @contextmanager
+    def _begun(self, case: Case, output: Path, *options: str) -> Iterator[tuple[Attempt, Cluster | None]]:
+        """Start a run, on a cluster of its own where the case needs one."""
+        cluster = start_cluster() if case.on_cluster else None
+        place = ("--address", cluster.address, "--workers", str(NODES)) if cluster else ("--workers", "2")
+        arguments = [
+            *("prune", str(self._folder / "model"), *METHODS[case.method]),
+            *("--calibration", str(self._folder / "calibration.parquet")),
+            *("--evaluate", str(self._folder / "held-out.parquet"), "--output", str(output)),
+            *("--run-name", output.parent.name, "--tracking-uri", self._store, *place, *options),
+        ]
+        output.parent.mkdir(exist_ok=True)
+        log = self._folder / f"{output.parent.name}.log"
+        with log.open("a") as file:
+            command = [sys.executable, "-m", "orchestrator", *arguments]
+            process = subprocess.Popen(command, stdout=file, stderr=file)
+        try:
+            yield Attempt(process, log, output), cluster
+        finally:
+            process.kill()
+            if cluster is not None:
+                cluster.shutdown()
+
+    def _wrong_record(self, name: str) -> list[str]:
+        """Return what is wrong with a run in MLflow: it must be there once, with one point for each layer."""
+        client = MlflowClient(self._store)
+        experiment = client.get_experiment_by_name("slimllm")
+        runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+        problems = [] if len(runs) == 1 else [f"{len(runs)} runs in MLflow"]
+        for run in runs:
+            children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+            for one in children or [run]:
+                steps = [metric.step for metric in client.get_metric_history(one.info.run_id, "channels_kept")]
+                if sorted(steps) != list(range(SHAPE.layers)) or one.info.status != "FINISHED":
+                    problems.append(f"layers {steps} in MLflow, {one.info.status}")
+        return problems
+
+
+def kill_worker(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]]:
+    """Kill a process of the local Ray that works: one that holds a shard, or solves."""
+    shards = attempt.family("ray::Shard") or attempt.family("ray::")
+    solves = [one for title in ("ray::eliminate", "ray::decide", "ray::rank") for one in attempt.family(title)]
+    one = (solves + shards)[0]
+    title = one.cmdline()[0].removeprefix("ray::")
+    one.kill()
+    return f"worker ({title})", []
+
+
+def kill_driver(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]]:
+    """Kill the command's own process; what it started must end by itself."""
+    started = attempt.family()
+    attempt.process.kill()
+    _, alive = psutil.wait_procs(started, timeout=LEFT_SECONDS)
+    for one in alive:
+        one.kill()
+    return "driver", [f"{len(alive)} processes lived on"] if alive else []
+
+
+def kill_node(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]]:
+    """Kill a node that is not the driver's, with all that runs there."""
+    assert cluster is not None
+    cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)
+    return "node", []
+
+
+def kill_head(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]]:
+    """Kill the head of the cluster, which is the driver's node too."""
+    assert cluster is not None
+    cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    return "head", []
+
+
+KILLS = {"worker": kill_worker, "driver": kill_driver, "node": kill_node, "head": kill_head}
+
+
+def start_cluster() -> Cluster:
+    """Start a cluster of several nodes on this machine."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_NODE, "include_dashboard": False})
+    for _ in range(NODES - 1):
+        cluster.add_node(num_cpus=CPUS_PER_NODE)
+    cluster.wait_for_nodes()
+    return cluster
+
+
+def content(output: Path) -> dict[str, bytes]:
+    """Return every file of an output but for its journals, which tell when everything happened."""
+    files = [path for path in output.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
+
+
+def _cells(number: int, outcome: Outcome) -> list[str]:
+    case = outcome.case
+    return [
+        *(str(number), case.method, outcome.killed, f"{case.fraction:.0%} solved + {case.delay:.1f} s"),
+        *("yes" if outcome.resumed else "no", f"{outcome.seconds:.0f}"),
+        *(", ".join(outcome.differing) or "none", ", ".join(outcome.problems) or "none"),
+    ]
+
+
+if __name__ == "__main__":
+    main()
