@@ -5,6 +5,7 @@ does anything depend on which worker holds a shard: there are as many shards as 
 cluster has lost some of those, a worker holds several.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from actors.errors import ShardError
 from actors.placement import START_SECONDS, Placement
 from actors.serving import Delivery
 from actors.shard import Refined, Shard
-from actors.waiting import get_in_order, get_one, which_answer
+from actors.waiting import get_in_order, get_one, require_head, which_answer
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.families import Branch
@@ -31,7 +32,7 @@ from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.stream import Mean, compute_dtype
 
 # How long lost workers are waited for when others live, which can take over what they held.
-REPLACE_SECONDS = 60.0
+REPLACE_SECONDS = 30.0
 
 # Returns the number of that name that was settled before; without one, what is computed, which is then settled.
 Settle = Callable[[str, Callable[[], int]], int]
@@ -116,30 +117,37 @@ class ShardGroup:
         get_in_order([actor.peak_memory.remote() for actor in self._actors], START_SECONDS)
 
     def lose(self) -> None:
-        """End all actors, and with them all streams, after one was lost: those that start next may be fewer."""
+        """End all actors, and with them all streams, after one was lost: those that start next may be fewer.
+
+        Raises:
+            HeadLostError: it is Ray's head that was lost.
+        """
+        require_head()
         self.close()
         self._lost = True
 
     def _start_who_can(self) -> None:
-        """Start as many actors as are placed within a minute; where none is, wait longer for one."""
-        actors = self._submit_actors()
-        pings = [actor.peak_memory.remote() for actor in actors]
-        placed = which_answer(pings, REPLACE_SECONDS)
-        if not any(placed):
-            self._note(f"no worker has a place: waiting for up to {START_SECONDS:.0f} s")
-            placed = which_answer(pings, START_SECONDS)
-        for actor, answers in zip(actors, placed, strict=True):
-            if answers:
-                self._actors.append(actor)
-            else:
-                ray.kill(actor)
-        if not self._actors:
-            raise ShardError(
-                f"no worker was placed within {REPLACE_SECONDS + START_SECONDS:.0f} s of the loss: "
-                f"is there a node left with {self._placement.cpus_per_worker} CPUs?"
+        """Start as many actors as are placed within half a minute; where none is, try for longer."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self._actors:
+            require_head()
+            actors = self._submit_actors()
+            answers = which_answer([actor.peak_memory.remote() for actor in actors], REPLACE_SECONDS)
+            for actor, answered in zip(actors, answers, strict=True):
+                if answered:
+                    self._actors.append(actor)
+                else:
+                    ray.kill(actor)
+            if not self._actors and time.monotonic() > deadline:
+                raise ShardError(
+                    f"no worker was placed within {START_SECONDS:.0f} s of the loss: "
+                    f"is there a node left with {self._placement.cpus_per_worker} CPUs?"
+                )
+        if len(self._actors) < self._placement.num_workers:
+            self._note(
+                f"{len(self._actors)} of {self._placement.num_workers} workers have a place; "
+                f"they take over the data of the others"
             )
-        if len(self._actors) < len(actors):
-            self._note(f"{len(self._actors)} of {len(actors)} workers have a place, and take over the others' data")
 
     def _submit_actors(self) -> list[Any]:
         # Never restarted by Ray, which would give back a worker without its states, and call that the same one.

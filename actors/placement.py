@@ -7,6 +7,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.errors import ShardError
+from actors.waiting import head_answers
 
 START_SECONDS = 180.0
 
@@ -53,7 +54,8 @@ class Placement:
 
     def __exit__(self, *exception: object) -> None:
         """Give the bundles back; what runs in them ends."""
-        if self._group is not None:
+        # Of a head that is gone Ray would ask that for a minute, and then end this process.
+        if self._group is not None and head_answers():
             remove_placement_group(self._group)
         self._group = None
 

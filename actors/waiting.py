@@ -1,5 +1,6 @@
 """Waiting for Ray: in pieces, so that Ctrl-C is heard, with an end, and with errors as they were raised."""
 
+import socket
 import time
 from typing import Any
 
@@ -14,11 +15,13 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from actors.errors import ShardError, WorkerLostError
+from actors.errors import HeadLostError, ShardError, WorkerLostError
 from slimllm_ops.errors import InputError, MiscountError
 
 CALL_SECONDS = 3600.0
 POLL_SECONDS = 1.0
+# Ray ends a process that has not heard of the head for a minute, with no chance to say what is kept.
+HEAD_SECONDS = 15.0
 
 # What a process, a node or what they held is gone by. A worker sees it too, of the server that it reads from.
 LOSSES = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, GetTimeoutError)
@@ -35,7 +38,8 @@ def get_in_order(refs: list[ray.ObjectRef], seconds: float = CALL_SECONDS) -> li
     Raises:
         InputError, MiscountError: as a worker raised it.
         WorkerLostError: a worker died.
-        ShardError: one did not answer in time.
+        HeadLostError: Ray's head is gone.
+        ShardError: a worker did not answer in time.
     """
     deadline = time.monotonic() + seconds
     pending = list(refs)
@@ -43,6 +47,8 @@ def get_in_order(refs: list[ray.ObjectRef], seconds: float = CALL_SECONDS) -> li
         done, pending = ray.wait(pending, timeout=POLL_SECONDS)
         for ref in done:
             _get(ref)
+        if not done:
+            require_head()
         if pending and time.monotonic() > deadline:
             raise ShardError(
                 f"{len(pending)} of {len(refs)} workers did not answer within {seconds:.0f} s: "
@@ -56,8 +62,34 @@ def which_answer(refs: list[ray.ObjectRef], seconds: float) -> list[bool]:
     deadline = time.monotonic() + seconds
     pending = list(refs)
     while pending and time.monotonic() < deadline:
+        require_head()
         _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
     return [ref not in pending and _succeeds(ref) for ref in refs]
+
+
+def require_head() -> None:
+    """Require that Ray's head answers.
+
+    Raises:
+        HeadLostError: it has not for some seconds.
+    """
+    deadline = time.monotonic() + HEAD_SECONDS
+    while not head_answers():
+        if time.monotonic() > deadline:
+            raise HeadLostError(f"the head of Ray has not answered for {HEAD_SECONDS:.0f} s: start a new one")
+        time.sleep(POLL_SECONDS)
+
+
+def head_answers() -> bool:
+    """Return whether Ray's head takes connections; a client of Ray, which cannot reach it, believes so."""
+    if ray.util.client.ray.is_connected():
+        return True
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=HEAD_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _succeeds(ref: ray.ObjectRef) -> bool:

@@ -32,7 +32,7 @@ METHODS = {
     "refine": ("--method", "gram", "--refine", "--sparsity", "0.3"),
 }
 # How many of each fifty cases are of each kind.
-KINDS = {"worker": 18, "node": 12, "driver": 14, "head": 6}
+KINDS = {"worker": 20, "node": 8, "driver": 17, "head": 5}
 NODES, CPUS_PER_NODE = 3, 2
 LAST_SECONDS = 300.0
 # What a driver started ends so long after it at most.

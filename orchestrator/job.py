@@ -66,8 +66,8 @@ class Job:
                 losses, before = 1 if committed() > before else losses + 1, committed()
                 if losses > MAX_LOSSES:
                     raise ShardError(f"{lost} It was the {losses}th loss with nothing solved between") from lost
-                self.reporter.warn(f"{lost} The run goes on from what is solved, with the workers that it can have")
                 self.shards.lose()
+                self.reporter.warn(f"{lost} The run goes on from what is solved, once it has workers again")
 
     def dense_perplexity(self, blocks: TokenBlocks) -> float:
         """Return the dense model's perplexity, measured once for all targets."""

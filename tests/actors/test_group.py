@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from actors.placement import Placement
 from actors.serving import shared_files
 from actors.shard import Shard
 from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.errors import CheckpointError, InputError, NonFiniteError
+from slimllm_ops.errors import CheckpointError, InputError, MiscountError, NonFiniteError
 from slimllm_ops.footprint import Footprint
+from slimllm_ops.plan import LayerPlan
 
 NUM_WORKERS = 3
 
@@ -167,7 +169,7 @@ def test_micro_batches_shrink_where_memory_is_short_and_it_is_said(
 
 
 def batch_sizes(shard: Shard, name: str) -> list[int]:
-    return [len(ids) for ids in shard._streams[name].batches]
+    return [len(ids) for ids in shard._streams[f"{name}, shard 0"].batches]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(
@@ -194,6 +196,49 @@ def test_states_that_are_offloaded_need_no_memory(
     ):
         monkeypatch.setattr(group, "_free_memory", lambda: footprint.fixed + 16 * footprint.activations_per_token)
         group.open_stream("a", checkpoint, blocks_BT)
-        states = ray.get(group._actors[0].__ray_call__.remote(lambda shard: type(shard._streams["a"].hidden).__name__))
+        states = ray.get(group._actors[0].__ray_call__.remote(type_of_states))
         assert -1 <= group.forward("a", 0) <= 1
     assert states == "SpilledStates"
+
+
+def type_of_states(shard: Shard) -> str:
+    return type(shard._streams["a, shard 0"].hidden).__name__
+
+
+def prune_first_layer(group: ShardGroup, model: Path, blocks_BT: np.ndarray) -> tuple[LayerPlan, np.ndarray]:
+    """Decide a layer by the paper's method; return its plan, and the states that it leaves."""
+    checkpoint = Checkpoint.open(model)
+    attention, mlp = checkpoint.family.attention, checkpoint.family.mlp
+    group.open_stream("a", checkpoint, blocks_BT, deciding=True)
+    heads = group.decide_heads("a", 0, group.observe("a", 0, attention), num_removed=1)
+    group.apply("a", 0, attention, heads)
+    channels = group.decide_channels("a", 0, group.observe("a", 0, mlp), num_removed=9, keep_lowest=0.01)
+    group.apply("a", 0, mlp, channels)
+    return LayerPlan(heads, channels), group.probe("a")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_lost_workers_held_is_held_by_others_to_the_last_bit(gqa_model: Path, blocks_BT: np.ndarray) -> None:
+    with group_of(2) as group:
+        plan, state_TD = prune_first_layer(group, gqa_model, blocks_BT)
+    with Placement(1, 1, 0.0) as placement, shared_files() as deliver:
+        group = ShardGroup(placement, deliver, print, num_shards=2)
+        group.open_stream("b", Checkpoint.open(gqa_model), blocks_BT)
+        group.forward_pruned("b", 0, plan)
+        assert np.array_equal(group.probe("b"), state_TD)
+        again, again_TD = prune_first_layer(group, gqa_model, blocks_BT)
+        group.close()
+    assert again.describe() == plan.describe()
+    assert np.array_equal(again_TD, state_TD)
+
+
+def test_moments_of_other_than_all_tokens_are_refused(
+    shards: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray
+) -> None:
+    checkpoint = Checkpoint.open(gqa_model)
+    shards.open_stream("a", checkpoint, blocks_BT, deciding=True)
+    observed = shards.observe("a", 0, checkpoint.family.mlp)
+    shards._streams["a"] = replace(shards._streams["a"], num_tokens=blocks_BT.size + 1)
+    with pytest.raises(MiscountError, match=rf"layer 0: .* of {blocks_BT.size} tokens where {blocks_BT.size + 1} were"):
+        shards.decide_channels("a", 0, observed, num_removed=3, keep_lowest=0.01)
+    shards.close_stream("a")
