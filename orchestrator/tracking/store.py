@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -231,8 +233,8 @@ class StoredRun:
 
     def _fill_model(self, model_id: str, directory: Path) -> None:
         try:
-            with self._patience():
-                self._client.log_model_artifacts(model_id, str(directory))
+            with self._patience(), _without_hidden(directory) as links:
+                self._client.log_model_artifacts(model_id, str(links))
         except BaseException:
             with suppress(Exception):
                 self._client.finalize_logged_model(model_id, "FAILED")
@@ -374,6 +376,18 @@ def failure(error: BaseException) -> str:
         error = deeper
     silent = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
     return f"{'does not answer' if silent else 'failed'} ({_one_line(error)})"
+
+
+@contextmanager
+def _without_hidden(directory: Path) -> Iterator[Path]:
+    """A folder of links to a directory's files but for the hidden: what a run goes on from may lie among them.
+
+    MLflow uploads a folder or a file, and no file to a folder of a model.
+    """
+    with TemporaryDirectory() as folder:
+        hidden = shutil.ignore_patterns(".*")
+        shutil.copytree(directory.absolute(), folder, ignore=hidden, copy_function=os.symlink, dirs_exist_ok=True)
+        yield Path(folder)
 
 
 def _model_name(name: str) -> str:

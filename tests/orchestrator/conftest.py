@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     command = [sys.executable, "-c", FIRST_RUN, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+    shutil.copyfile(folder / "mlflow.db", folder / "copy.db")
     return folder, done.stdout + done.stderr
 
 
@@ -84,10 +86,10 @@ def client(uri: str) -> MlflowClient:
 
 @pytest.fixture
 def other_store(first_run: tuple[Path, str], tmp_path: Path) -> Path:
-    """The folder of a copy of the store."""
+    """The folder of another store, as the store was after its first run."""
     folder = tmp_path / "other"
     folder.mkdir()
-    (folder / "mlflow.db").write_bytes((first_run[0] / "mlflow.db").read_bytes())
+    shutil.copyfile(first_run[0] / "copy.db", folder / "mlflow.db")
     return folder
 
 

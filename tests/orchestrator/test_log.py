@@ -205,6 +205,7 @@ def test_a_server_that_hangs_holds_up_no_run(
     with pytest.raises(TrackingError, match="does not answer"):
         log_output(output, tracking_uri=server.address)
     server.process.send_signal(signal.SIGCONT)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     logged = log_output(output, tracking_uri=server.address)
     assert (logged.run_id, logged.before) == (run_id, False)
     assert_everything_logged(MlflowClient(server.store), logged.run_id)
@@ -222,8 +223,8 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
     class Killing(Reporter):
         """Kills the server when the second layer is decided."""
 
-        def layers(self, stage: str, num_layers: int, tokens: int) -> Iterator[int]:
-            for layer in super().layers(stage, num_layers, tokens):
+        def layers(self, stage: str, num_layers: int, tokens: int, first: int = 0) -> Iterator[int]:
+            for layer in super().layers(stage, num_layers, tokens, first):
                 if (stage, layer) == ("deciding", 1):
                     os.kill(server.process.pid, signal.SIGKILL)
                     server.process.wait(timeout=10)

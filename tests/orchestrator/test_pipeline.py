@@ -253,7 +253,8 @@ def test_the_totals_in_the_journal_are_those_in_mlflow(gqa_run: PruneResult) -> 
     (totals,) = [event["metrics"] for event in events if event["event"] == "metrics" and event["step"] is None]
     stored = MlflowClient(gqa_run.tracking_uri).get_run(gqa_run.run_id).data.metrics
     assert totals == {name: stored[name] for name in totals}
-    assert (events[0]["event"], events[-1]["event"], events[-1]["status"]) == ("start", "end", "FINISHED")
+    assert [event["event"] for event in (*events[:2], *events[-2:])] == ["start", "stored", "end", "logged"]
+    assert events[-2]["status"] == "FINISHED"
 
 
 def test_the_files_beside_the_weights_are_artifacts(gqa_run: PruneResult) -> None:

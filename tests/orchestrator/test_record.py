@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
+
 from orchestrator.pipeline import PruneResult
 from orchestrator.record import log_layer
 from orchestrator.tracking import TrackingOptions, tracked_run
@@ -60,3 +62,14 @@ def test_a_layer_that_an_earlier_attempt_logged_is_not_logged_again(
                 log_layer(run, source, number, layers[number])
             raise KeyboardInterrupt
     assert [event["step"] for event in Journal.read(journal) if event["event"] == "metrics"] == [0, 1, 2]
+
+
+def test_the_logged_model_has_the_files_of_the_output(gqa_run: PruneResult, tracking_uri: str) -> None:
+    client = MlflowClient(tracking_uri)
+    (output,) = client.get_run(str(gqa_run.run_id)).outputs.model_outputs
+    place = client.get_logged_model(output.model_id).artifact_location
+    logged, left = files_of(Path(place.removeprefix("file://"))), files_of(gqa_run.output)
+    # What the output was asked to be is written when all is done.
+    assert left.keys() - logged.keys() <= {"pruning/asked.json"}
+    assert logged.keys() - left.keys() == set()
+    assert [name for name in logged if logged[name] != left[name]] == ["pruning/metrics.jsonl"]
