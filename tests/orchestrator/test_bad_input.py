@@ -89,12 +89,13 @@ BROKEN_MODELS: dict[str, tuple[Broken, str]] = {
     "no weights": (removed("model.safetensors"), "holds no weights"),
     "pickle only": (pickle_only, "only the pickle pytorch_model.bin: convert it to safetensors"),
     "other family": (config_with(model_type="gpt2"), "'gpt2' are not supported; supported: llama"),
-    "unknown family": (config_with(model_type="wombat"), r"\(wombat\) is unknown"),
+    "unknown family": (config_with(model_type="wombat"), "'wombat' are not supported; supported: llama"),
     "more layers in the config": (config_with(num_hidden_layers=5), "no tensors of layer 3.* incomplete"),
     "a tensor is missing": (
         weights_with("model.layers.1.mlp.up_proj.weight", lambda tensor: None),
         "layer 1 of .* has no mlp.up_proj.weight",
     ),
+    "other shapes in the config": (config_with(intermediate_size=64), "layer 0 of .* does not fit its config.json"),
 }
 # The same, found by the workers.
 DAMAGED_MODELS: dict[str, tuple[Broken, str]] = {
@@ -114,7 +115,6 @@ DAMAGED_MODELS: dict[str, tuple[Broken, str]] = {
         weights_with("model.layers.2.self_attn.v_proj.weight", lambda tensor: tensor * 1e38),
         "layer 2: the activations of .* NaN or infinity",
     ),
-    "other shapes in the config": (config_with(intermediate_size=64), "layer 0 of .* does not fit its config.json"),
 }
 
 
