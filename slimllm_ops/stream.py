@@ -94,7 +94,7 @@ class LayerStream:
         for normalised, x_bTP in self._run(layer, branch):
             seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
             self._branch_outputs.append(x_bTP)
-        return self._require_finite(seen.packed(), layer, branch)
+        return self.require_finite(seen.packed(), layer, branch)
 
     @torch.inference_mode()
     def observe_dense(self, layer: int, branch: Branch) -> tuple[PackedObservation, Mean]:
@@ -108,7 +108,7 @@ class LayerStream:
         for index, (normalised, x_bTP) in enumerate(self._run(layer, branch)):
             seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
             power = power.merge(self._add(index, project(x_bTP)))
-        return self._require_finite(seen.packed(), layer, branch), power
+        return self.require_finite(seen.packed(), layer, branch), power
 
     @torch.inference_mode()
     def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
@@ -270,8 +270,13 @@ class LayerStream:
         """Bring a tensor to where it computes, in the precision that it computes in."""
         return tensor.to(self.device, self.dtype)
 
-    def _require_finite(self, observed: PackedObservation, layer: int, branch: Branch) -> PackedObservation:
-        if not observed.moments.is_finite():
+    def require_finite(self, observed: PackedObservation, layer: int, branch: Branch) -> PackedObservation:
+        """Return an observation in which nothing is NaN or infinite.
+
+        Raises:
+            NonFiniteError: something is; the message names the layer and module.
+        """
+        if not observed.is_finite():
             self._raise_non_finite(layer, branch.module)
         return observed
 
