@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from slimllm_ops.errors import CheckpointError, NonFiniteError
+from slimllm_ops.errors import CheckpointError, NonFiniteError, shown
 from slimllm_ops.families import Family, family_of
 from slimllm_ops.model_config import LARGEST_INDEX, read_config, read_json_object, wrong_config
 
@@ -154,8 +154,8 @@ class Checkpoint:
         modules = {name for name, _ in model.named_modules() if name}
         if unknown := [name for name in self.outside() if name not in modules]:
             raise CheckpointError(
-                f"{self.directory} holds tensors of {unknown[0]!r:.60}, which a {self.config.model_type} model has "
-                f"not: save it anew by transformers' save_pretrained"
+                f"{self.directory} holds tensors of {shown(unknown[0]) or 'no module'}, which a "
+                f"{self.config.model_type} model has not: save it anew by transformers' save_pretrained"
             )
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in self.files}
         for file_name in sorted({self.files[name] for name in expected}):
@@ -229,7 +229,9 @@ def _locate_tensors(directory: Path) -> dict[str, str]:
             located.update(dict.fromkeys(file.keys(), file_name))
     missing = sorted(set(expected) - set(located))
     if missing:
-        raise CheckpointError(f"{directory}: {INDEX} names {missing[0]}, which no shard holds: download it again")
+        raise CheckpointError(
+            f"{directory}: {INDEX} names {shown(missing[0])}, which no shard holds: download it again"
+        )
     return located
 
 
@@ -242,8 +244,8 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         # A name of this form is no path: it has no separator of any system, is not "..", and is no pickle's.
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w-][\w .-]*\.safetensors", file_name):
             raise CheckpointError(
-                f"{path} says that {name!r:.60} is in {file_name!r:.60}, which is no name of a safetensors file "
-                f"beside it: download it again"
+                f"{path} says that {shown(name)} is in {shown(repr(file_name))}, which is no name of a safetensors "
+                f"file beside it: download it again"
             )
     return weight_map
 
@@ -264,5 +266,5 @@ def _opened(path: Path) -> Iterator[safe_open]:
         ) from error
     except SafetensorError as error:
         raise CheckpointError(
-            f"shard {path.name} of {path.parent} is truncated or broken ({error}): download it again"
+            f"shard {path.name} of {path.parent} is truncated or broken ({shown(str(error), 200)}): download it again"
         ) from error

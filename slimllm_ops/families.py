@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from slimllm_ops.errors import CheckpointError
+from slimllm_ops.errors import CheckpointError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,11 @@ def family_named(model_type: object) -> Family:
     for family in FAMILIES:
         if model_type in (family.model_type, f"pruned_{family.model_type}"):
             return family
-    found = "no model_type is given" if model_type is None else f"models of type {model_type!r:.60} are not supported"
+    found = (
+        "no model_type is given"
+        if model_type is None
+        else f"models of type {shown(repr(model_type))} are not supported"
+    )
     raise CheckpointError(
         f"{found}; supported: {', '.join(family.model_type for family in FAMILIES)} "
         f"(docs/families.md says how to add one)"

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from slimllm_ops.errors import CheckpointError
+from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.families import family_named
 
 LARGEST_CONFIG = 1 << 24
@@ -47,7 +47,6 @@ UNSUPPORTED = {
     "quantization_config": "its weights are quantised: pass the model in bfloat16, float16 or float32",
     "per_layer_config": "its layers differ in ways that are not supported",
 }
-SHOWN = 60
 
 
 def read_config(directory: Path) -> PretrainedConfig:
@@ -69,7 +68,7 @@ def read_config(directory: Path) -> PretrainedConfig:
 
 def wrong_config(directory: Path, error: Exception) -> CheckpointError:
     """Return the error of a config that transformers cannot parse, or build a model from."""
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = shown(" ".join(str(error).split()), 300) or type(error).__name__
     return CheckpointError(f"{directory}: its config.json is wrong: {reason}")
 
 
@@ -120,7 +119,7 @@ def _check(described: dict[str, Any]) -> None:
         # Transformers sets every key that it does not know as an attribute, over its own methods too.
         known = getattr(PretrainedConfig, key, None)
         if callable(known) or (isinstance(known, property) and known.fset is None):
-            raise CheckpointError(f"its config.json is wrong: {key!r} is no setting")
+            raise CheckpointError(f"its config.json is wrong: {shown(key)!r} is no setting")
     _check_sizes(described)
     _check_positions(described)
     _check_layers(described, pruned=described["model_type"] != family.model_type)
@@ -151,7 +150,7 @@ def _check_positions(described: dict[str, Any]) -> None:
         least = "above" if key in ("rope_theta", "factor") else "from"
         for number in value if isinstance(value, list) else [value]:
             holds = _number(number) and 0 <= number <= 1e18 and (number > 0 or least == "from")
-            if isinstance(number, int | float) and not holds:
+            if type(number) in (int, float) and not holds:
                 raise _wrong(key, number, f"a number {least} 0, to 1e18")
 
 
@@ -197,8 +196,4 @@ def _number(value: Any) -> bool:
 
 
 def _wrong(key: str, found: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"its config.json is wrong: {key} is {_shown(repr(found))}, expected {expected}")
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return CheckpointError(f"its config.json is wrong: {shown(key)} is {shown(repr(found))}, expected {expected}")
