@@ -1,5 +1,6 @@
 """What a run is asked to do: one frozen value, checked when it is made."""
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -65,6 +66,10 @@ class PruneConfig:
         for name in ("samples", "sequence_length", "workers", "pruned_layers"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}: it must be at least 1")
+        _require(
+            self.alpha is None or math.isfinite(self.alpha), f"alpha is {self.alpha}: it must be a number, such as 10"
+        )
+        _require(0 <= self.seed < 2**63, f"seed is {self.seed}: it must be at least 0, and less than 2^63")
         _require(self.sequence_length >= 2, "sequence_length is 1: a block must have two tokens at least")
         _require(
             self.gpus_per_worker is None or 0 <= self.gpus_per_worker <= 1,
@@ -126,12 +131,15 @@ def read_config_file(path: Path, kind: type[PruneConfig] = PruneConfig) -> dict[
         ConfigError: the file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
     """
     try:
-        read = tomllib.loads(path.read_text())
+        read = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist") from error
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}; pass a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"config file {path} is nested too deeply: settings are names and values") from error
+    # Not only TOML's own: numbers of very many digits are refused by Python.
+    except ValueError as error:
         raise ConfigError(f"config file {path} is not TOML: {error}") from error
     settings = {key.replace("-", "_"): value for key, value in read.items()}
     known = {field.name: field for field in fields(kind)}

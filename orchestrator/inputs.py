@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from orchestrator import builtin
+from orchestrator import builtin, hub
 from orchestrator.config import PruneConfig
 from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from slimllm_ops.allocation import measure_layer, require_reachable
 from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.errors import CheckpointError, InputError
+from slimllm_ops.errors import CheckpointError, InputError, shown
 from slimllm_ops.moment_store import MomentStore
 
 BUILTIN_NAME = "builtin"
@@ -125,14 +123,19 @@ def resolve_model(model: str | None) -> Path:
     if model is None:
         return builtin.MODEL_DIR
     path = Path(model)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        # Workers have working directories of their own.
-        return path.expanduser().absolute()
     try:
-        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), etag_timeout=10))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+            # Workers have working directories of their own.
+            return path.expanduser().absolute()
+    # A RuntimeError where "~name" is nobody's home.
+    except (OSError, RuntimeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise CheckpointError(f"model {shown(model)} is no path that can be read ({reason}): check it") from error
+    try:
+        return hub.download_model(model, DOWNLOADED)
+    except hub.HubError as error:
         raise CheckpointError(
-            f"{model} is no directory here, and as a hub id it could not be had ({type(error).__name__}): "
+            f"{model} is no directory here, and as a hub id it could not be had ({error}): "
             f"check the name and the network, or pass the directory of a downloaded model"
         ) from error
 

@@ -169,14 +169,26 @@ def require_reachable(sizes: Sequence[LayerSize], sparsity: float) -> None:
     """Raise unless so much can be removed with one KV group and one channel left in every layer.
 
     Raises:
-        InputError: it cannot; the message says how much can.
+        InputError: it cannot, or is less than any unit; the message says how much can.
     """
+    least, total = _least_removable(sizes), sum(size.parameters for size in sizes)
+    if least is not None and parameters_to_remove(sizes, sparsity) < least:
+        raise InputError(
+            f"sparsity {sparsity:g} removes nothing: the smallest head (KV group) or channel is "
+            f"{math.ceil(1e6 * least / total) / 1e6:g} of the layers; ask for that at least"
+        )
     if int(sparsity * sum(size.parameters for size in sizes)) > _most_removable(sizes):
         raise _unreachable(sizes, sparsity)
 
 
 def _most_removable(sizes: Sequence[LayerSize]) -> int:
     return sum(size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes)
+
+
+def _least_removable(sizes: Sequence[LayerSize]) -> int | None:
+    """Return how many parameters the smallest unit is that can go; None where every layer is down to one of each."""
+    units = [size.removed_parameters(1, 0) for size in sizes if size.num_units > 1]
+    return min(units + [size.removed_parameters(0, 1) for size in sizes if size.num_channels > 1], default=None)
 
 
 def _unreachable(sizes: Sequence[LayerSize], sparsity: float) -> InputError:

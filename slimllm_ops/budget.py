@@ -148,10 +148,12 @@ def _removed(candidates: Sequence[Candidate], removed: Sequence[int]) -> int:
 
 
 def _require_spent(candidates: Sequence[Candidate], removed: Sequence[int], missing: int) -> None:
-    if missing < min(candidate.unit_parameters for candidate in candidates):
-        return
+    """Raise where modules could not give so much; what is less than a unit of those that still have some is left."""
+    target = _removed(candidates, removed) + missing
     most = _removed(candidates, [candidate.num_units - 1 for candidate in candidates])
+    if target <= most or missing < min(candidate.unit_parameters for candidate in candidates):
+        return
     raise InputError(
-        f"{_removed(candidates, removed) + missing:,} parameters were to go, but with one head (KV group) and one "
+        f"{target:,} parameters were to go, but with one head (KV group) and one "
         f"channel left in every layer {most:,} can: ask for a lower sparsity"
     )

@@ -1,8 +1,8 @@
 """Reading a Hugging Face checkpoint a layer at a time: no process ever holds the whole model."""
 
 import hashlib
-import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from slimllm_ops.errors import CheckpointError, NonFiniteError
+from slimllm_ops.errors import CheckpointError, NonFiniteError, shown
 from slimllm_ops.families import Family, family_of
+from slimllm_ops.model_config import LARGEST_INDEX, read_config, read_json_object, wrong_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What weights may be stored in, as safetensors calls it.
+DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Checkpoint:
 
         Raises:
             CheckpointError: the directory, its config or a shard is missing or broken, the weights are not
-                in safetensors, or the architecture is unknown.
+                in safetensors or do not fit the config, or the architecture is unknown.
         """
         directory = Path(directory)
-        config = _read_config(directory)
+        config = read_config(directory)
         checkpoint = cls(directory, config, family_of(config), _locate_tensors(directory))
+        # What the config describes is built only where every one of its layers is there.
         checkpoint._require_layers()
+        checkpoint._require_fit()
         return checkpoint
 
     @property
@@ -129,18 +134,52 @@ class Checkpoint:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _require_layers(self) -> None:
+        prefix = f"{self.family.layers}."
+        found = {name.removeprefix(prefix).partition(".")[0] for name in self.files if name.startswith(prefix)}
         for layer in range(self.num_layers):
-            if not self.layer_names(layer):
+            if str(layer) not in found:
                 raise CheckpointError(
                     f"{self.directory} has no tensors of layer {layer}, though its config.json names "
                     f"{self.num_layers} layers: the checkpoint is incomplete"
                 )
-            for branch in (self.family.attention, self.family.mlp):
-                for name in (*branch.input_weights, branch.output_weight):
-                    if not self.has(layer, name):
-                        raise CheckpointError(
-                            f"layer {layer} of {self.directory} has no {name}: the checkpoint is incomplete"
-                        )
+
+    def _require_fit(self) -> None:
+        """Compare names, shapes and dtypes with those of the model that the config describes."""
+        model = _build_on_meta(self.directory, self.config)
+        # Tied weights are one parameter of two names, of which the checkpoint may have one.
+        for name, _ in model.named_parameters():
+            if name not in self.files:
+                described, key = self._place_of(name)
+                raise CheckpointError(f"{described} has no {key}: the checkpoint is incomplete")
+        modules = {name for name, _ in model.named_modules() if name}
+        if unknown := [name for name in self.outside() if name not in modules]:
+            raise CheckpointError(
+                f"{self.directory} holds tensors of {shown(unknown[0]) or 'no module'}, which a "
+                f"{self.config.model_type} model has not: save it anew by transformers' save_pretrained"
+            )
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in self.files}
+        for file_name in sorted({self.files[name] for name in expected}):
+            with _opened(self.directory / file_name) as file:
+                for name in [name for name in expected if self.files[name] == file_name]:
+                    stored = file.get_slice(name)
+                    self._require_stored(name, stored.get_dtype(), tuple(stored.get_shape()), expected[name])
+
+    def _require_stored(self, name: str, dtype: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        described, key = self._place_of(name)
+        if shape != expected:
+            raise CheckpointError(f"{described} does not fit its config.json: {key} is {shape}, expected {expected}")
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{described} holds {key} as {dtype}: pass the model in bfloat16, float16 or float32, not quantised"
+            )
+
+    def _place_of(self, name: str) -> tuple[str, str]:
+        """Return which layer of which directory a tensor is of, and its name there."""
+        prefix = f"{self.family.layers}."
+        if not name.startswith(prefix):
+            return str(self.directory), name
+        layer, _, key = name.removeprefix(prefix).partition(".")
+        return f"layer {layer} of {self.directory}", key
 
 
 def read_tensors(directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
@@ -159,38 +198,25 @@ def read_tensors(directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_config(directory: Path) -> PretrainedConfig:
-    if not directory.is_dir():
-        raise CheckpointError(f"model directory {directory} does not exist: pass a directory or a hub id")
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face model directory")
+def _build_on_meta(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model that a config describes, without memory for it."""
     try:
-        described = json.loads((directory / "config.json").read_text())
-        if not isinstance(described, dict):
-            raise ValueError(f"it holds a {type(described).__name__}, expected an object")
-    except ValueError as error:
-        raise CheckpointError(f"{directory / 'config.json'} is not valid JSON: {error}") from error
-    try:
-        return AutoConfig.from_pretrained(directory)
-    # Any: transformers and its validators raise a dozen kinds, and a config that they refuse is always the cause.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+        model.tie_weights()
+    # Any: whatever a layer's constructor stumbles over is what the config says of it.
     except Exception as error:
-        kind = described.get("model_type") or described.get("architectures") or "no model_type"
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"the architecture of {directory} ({kind}) is unknown, or its config.json is wrong: {reason}"
-        ) from error
+        raise wrong_config(directory, error) from error
+    return model
 
 
 def _locate_tensors(directory: Path) -> dict[str, str]:
     """Return which file holds which tensor, having opened every file."""
     if (directory / INDEX).is_file():
-        try:
-            expected = json.loads((directory / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{directory / INDEX} is truncated or broken: download it again") from error
+        expected: dict[str, str] = _read_weight_map(directory / INDEX)
         file_names = sorted(set(expected.values()))
     elif (directory / SINGLE).is_file():
-        expected, file_names = None, [SINGLE]
+        expected, file_names = {}, [SINGLE]
     else:
         pickles = sorted(path.name for path in directory.glob("*.bin")) + sorted(
             path.name for path in directory.glob("*.pt*")
@@ -201,20 +227,44 @@ def _locate_tensors(directory: Path) -> dict[str, str]:
     for file_name in file_names:
         with _opened(directory / file_name) as file:
             located.update(dict.fromkeys(file.keys(), file_name))
-    missing = sorted(set(expected or ()) - set(located))
+    missing = sorted(set(expected) - set(located))
     if missing:
-        raise CheckpointError(f"{directory}: {INDEX} names {missing[0]}, which no shard holds: download it again")
+        raise CheckpointError(
+            f"{directory}: {INDEX} names {shown(missing[0])}, which no shard holds: download it again"
+        )
     return located
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """Return which file an index expects every tensor in; all of them are files of its own directory."""
+    weight_map = read_json_object(path, LARGEST_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} is truncated or broken (it has no weight_map): download it again")
+    for name, file_name in weight_map.items():
+        # A name of this form is no path: it has no separator of any system, is not "..", and is no pickle's.
+        if not isinstance(file_name, str) or not re.fullmatch(r"[\w-][\w .-]*\.safetensors", file_name):
+            raise CheckpointError(
+                f"{path} says that {shown(name)} is in {shown(repr(file_name))}, which is no name of a safetensors "
+                f"file beside it: download it again"
+            )
+    return weight_map
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:
+        # A pipe of that name would be waited for.
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"shard {path.name} of {path.parent} is no file: download it again")
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"shard {path.name} of {path.parent} is missing: download it again") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"shard {path.name} of {path.parent} cannot be read ({error}): make it readable"
+        ) from error
     except SafetensorError as error:
         raise CheckpointError(
-            f"shard {path.name} of {path.parent} is truncated or broken ({error}): download it again"
+            f"shard {path.name} of {path.parent} is truncated or broken ({shown(str(error), 200)}): download it again"
         ) from error

@@ -21,6 +21,8 @@ from slimllm_ops.projection import Projection
 from slimllm_ops.ranking import Ranking
 
 RIDGE = 0.01
+# A variance, or a mean square, that float32, in which inputs are computed, does not tell from none.
+CONSTANT = torch.finfo(torch.float32).tiny ** 2
 # Single channels are eliminated in blocks: within one, only columns are updated; at its end, all by GEMM.
 BLOCK = 128
 
@@ -31,20 +33,28 @@ def eliminate(projection: Projection, num_units: int) -> Ranking:
     Raises:
         SolveError: the regularised covariance cannot be inverted.
     """
+    if is_constant(projection.covariance_PP):
+        # A bias recovers constant inputs whole, so their removal costs nothing, not the ridge's share of their weights.
+        return Ranking(tuple(range(num_units)), (0.0,) * num_units)
     inverse_PP = invert(projection)
     if num_units < len(inverse_PP):
         return _eliminate_groups(inverse_PP, projection.weight_PD.clone(), num_units)
     return _eliminate_single(inverse_PP, projection.weight_PD @ projection.weight_PD.T)
 
 
-def ridge(projection: Projection) -> float:
+def is_constant(covariance_PP: Tensor) -> bool:
+    """Return whether inputs of such moments do not vary at all."""
+    return abs(float(covariance_PP.diagonal().mean())) <= CONSTANT
+
+
+def ridge(covariance_PP: Tensor) -> float:
     """Return d = .01 mean diag(C), the ridge in squared units of the inputs; 1 where the inputs are constant."""
-    return RIDGE * float(projection.covariance_PP.diagonal().mean()) or 1.0
+    return 1.0 if is_constant(covariance_PP) else RIDGE * float(covariance_PP.diagonal().mean())
 
 
 def invert(projection: Projection) -> Tensor:
     """Return A = (C + d I)^-1, shape (P, P)."""
-    return torch.cholesky_inverse(factorise_with_ridge(projection.covariance_PP, ridge(projection)))
+    return torch.cholesky_inverse(factorise_with_ridge(projection.covariance_PP, ridge(projection.covariance_PP)))
 
 
 def factorise_with_ridge(covariance_PP: Tensor, d: float) -> Tensor:
@@ -66,6 +76,11 @@ def factorise(regular_PP: Tensor) -> Tensor:
     """
     factor_PP, info = torch.linalg.cholesky_ex(regular_PP)
     if int(info):
+        if not regular_PP.isfinite().all():
+            raise SolveError(
+                f"the covariance of {len(regular_PP)} inputs holds NaN or infinity: the activations overflow "
+                f"{regular_PP.dtype}, or the weights are damaged"
+            )
         eigenvalues = torch.linalg.eigvalsh(regular_PP)
         raise SolveError(
             f"the covariance of {len(regular_PP)} inputs cannot be factorised (eigenvalues from "

@@ -4,6 +4,12 @@ They are plain exceptions of one string, so they pickle and cross a cluster as t
 """
 
 
+def shown(text: str, most: int = 60) -> str:
+    """Return what a message shows of a text of a file: its beginning, in one line that steers no terminal."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class InputError(ValueError):
     """What the user asked for cannot be done as asked; the message says what to change."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from slimllm_ops.errors import CheckpointError
+from slimllm_ops.errors import CheckpointError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,26 @@ def family_of(config: PretrainedConfig) -> Family:
     Raises:
         CheckpointError: the architecture has no row.
     """
+    return family_named(config.model_type)
+
+
+def family_named(model_type: object) -> Family:
+    """Return the row of what a config.json gives as its model's type.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     for family in FAMILIES:
-        if config.model_type in (family.model_type, f"pruned_{family.model_type}"):
+        if model_type in (family.model_type, f"pruned_{family.model_type}"):
             return family
+    found = (
+        "no model_type is given"
+        if model_type is None
+        else f"models of type {shown(repr(model_type))} are not supported"
+    )
     raise CheckpointError(
-        f"models of type {config.model_type!r} are not supported; supported: "
-        f"{', '.join(family.model_type for family in FAMILIES)} (docs/families.md says how to add one)"
+        f"{found}; supported: {', '.join(family.model_type for family in FAMILIES)} "
+        f"(docs/families.md says how to add one)"
     )
 
 

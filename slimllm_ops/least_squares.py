@@ -46,7 +46,7 @@ def refit(projection: Projection, kept_S: Tensor) -> Refit:
     moments, weight_PD = projection.moments, projection.weight_PD
     covariance_SS = projection.covariance_PP[kept_S[:, None], kept_S]
     image_SD = projection.image_PD[kept_S]
-    factor_SS = factorise_with_ridge(covariance_SS, ridge(projection))
+    factor_SS = factorise_with_ridge(covariance_SS, ridge(projection.covariance_PP))
     weight_SD = weight_PD[kept_S] + torch.cholesky_solve(projection.removed_image(kept_S), factor_SS)
     bias_D = moments.mean_P @ weight_PD - moments.mean_P[kept_S] @ weight_SD
     explained = (weight_SD * (2 * image_SD - covariance_SS @ weight_SD)).sum()

@@ -43,6 +43,10 @@ class PackedObservation:
             )
         return self
 
+    def is_finite(self) -> bool:
+        """Return whether no feature's mean or power, of what was seen, is NaN or infinite."""
+        return self.moments.is_finite() and bool(np.isfinite(self.input_squares_D).all())
+
     def merge(self, other: "PackedObservation") -> "PackedObservation":
         """Return the observation of both sets of tokens."""
         return PackedObservation(self.moments.merge(other.moments), self.input_squares_D + other.input_squares_D)
@@ -63,7 +67,8 @@ class ObservationSum:
     def add(self, x_NP: Tensor, input_ND: Tensor) -> None:
         """Add what enters a branch's output projection (N, P), and what entered the branch (N, D)."""
         self._moments.add(x_NP)
-        squares_D = input_ND.float().square().sum(dim=0).double()
+        # The square of what float32 holds need not be held by it.
+        squares_D = input_ND.double().square_().sum(dim=0)
         self._squares_D = squares_D if self._squares_D is None else self._squares_D + squares_D
 
     def packed(self) -> PackedObservation:

@@ -48,5 +48,5 @@ class Projection:
 
     @cached_property
     def variance_D(self) -> Tensor:
-        """Variance of every output dim."""
-        return (self.weight_PD * self.image_PD).sum(dim=0)
+        """Variance of every output dim; what rounding leaves of none may be below 0, and is none."""
+        return (self.weight_PD * self.image_PD).sum(dim=0).clamp(min=0)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimllm_ops.elimination import RIDGE, factorise_with_ridge
+from slimllm_ops.elimination import factorise_with_ridge, ridge
 from slimllm_ops.families import Branch
 from slimllm_ops.moments import Moments
 from slimllm_ops.observation import ObservationSum, PackedObservation
@@ -47,7 +47,8 @@ class RefinementStream:
     @torch.inference_mode()
     def observe_inputs(self, layer: int, branch: Branch) -> PackedObservation:
         """Return the joint moments of [u', u - u'] (N, 2 D)."""
-        return _summed(torch.cat([pruned, dense - pruned], dim=-1) for dense, pruned in self._normalised(layer, branch))
+        seen = _summed(torch.cat([pruned, dense - pruned], dim=-1) for dense, pruned in self._normalised(layer, branch))
+        return self.pruned.require_finite(seen, layer, branch)
 
     @torch.inference_mode()
     def aligned(self, layer: int, branch: Branch, alignment_DD: Tensor) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ class RefinementStream:
     def observe_targets(self, layer: int, branch: Branch) -> PackedObservation:
         """Run the branch in both streams, the dense one passing it; return the joint moments of [x_S, t] (N, S + D)."""
         self._kept_inputs = self.pruned.store()
-        return _summed(self._targets(layer, branch))
+        return self.pruned.require_finite(_summed(self._targets(layer, branch)), layer, branch)
 
     @torch.inference_mode()
     def apply(self, weight_DS: Tensor, bias_D: Tensor | None) -> None:
@@ -118,7 +119,7 @@ def solve_alignment(moments: Moments) -> Tensor:
     second = _second_moment(moments)
     size = len(second) // 2
     inputs_DD = second[:size, :size]
-    factor_DD = factorise_with_ridge(inputs_DD, RIDGE * float(inputs_DD.diagonal().mean()))
+    factor_DD = factorise_with_ridge(inputs_DD, ridge(inputs_DD))
     correction_DD = torch.cholesky_solve(second[:size, size:], factor_DD)
     return torch.eye(size, dtype=second.dtype, device=second.device) + correction_DD
 
@@ -139,7 +140,7 @@ def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[T
     joint = moments.covariance_PP if with_bias else _second_moment(moments)
     weight_SD = weight_SD.to(joint)
     inputs_SS = joint[:kept, :kept]
-    factor_SS = factorise_with_ridge(inputs_SS, RIDGE * float(inputs_SS.diagonal().mean()) or 1.0)
+    factor_SS = factorise_with_ridge(inputs_SS, ridge(inputs_SS))
     missing_SD = joint[:kept, kept:] - inputs_SS @ weight_SD
     new_SD = weight_SD + torch.cholesky_solve(missing_SD, factor_SS)
     if not with_bias:

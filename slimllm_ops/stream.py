@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.errors import CheckpointError, NonFiniteError
+from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.families import Branch
 from slimllm_ops.layer_reader import LayerReader
 from slimllm_ops.observation import ObservationSum, PackedObservation
@@ -94,7 +94,7 @@ class LayerStream:
         for normalised, x_bTP in self._run(layer, branch):
             seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
             self._branch_outputs.append(x_bTP)
-        return self._require_finite(seen.packed(), layer, branch)
+        return self.require_finite(seen.packed(), layer, branch)
 
     @torch.inference_mode()
     def observe_dense(self, layer: int, branch: Branch) -> tuple[PackedObservation, Mean]:
@@ -108,7 +108,7 @@ class LayerStream:
         for index, (normalised, x_bTP) in enumerate(self._run(layer, branch)):
             seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
             power = power.merge(self._add(index, project(x_bTP)))
-        return self._require_finite(seen.packed(), layer, branch), power
+        return self.require_finite(seen.packed(), layer, branch), power
 
     @torch.inference_mode()
     def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
@@ -235,25 +235,11 @@ class LayerStream:
         # The id that it names need not be among the rows of a batch; it matters to gradients alone.
         embedding.padding_idx = None
         apart = (embedding, self._model.get_output_embeddings())
-        if missing := self._missing_outside():
-            raise CheckpointError(f"{self.checkpoint.directory} has no {missing[0]}: the checkpoint is incomplete")
         for name in self.checkpoint.outside():
             module = self._model.get_submodule(name)
             if module not in apart:
                 self._load_module(module, name)
-        table_VD = self.checkpoint.read_module(self._name_of(embedding))["weight"]
-        if table_VD.shape != embedding.weight.shape:
-            raise CheckpointError(
-                f"the embeddings of {self.checkpoint.directory} do not fit its config.json: "
-                f"{tuple(table_VD.shape)} were found, {tuple(embedding.weight.shape)} expected"
-            )
-        return table_VD
-
-    def _missing_outside(self) -> list[str]:
-        """Return the names of parameters outside the decoder layers that the checkpoint lacks."""
-        names = [name for name, _ in self._model.named_parameters()]
-        layers = f"{self.checkpoint.family.layers}."
-        return [name for name in names if not name.startswith(layers) and name not in self.checkpoint.files]
+        return self.checkpoint.read_module(self._name_of(embedding))["weight"]
 
     def _name_of(self, module: nn.Module) -> str:
         return next(name for name, one in self._model.named_modules() if one is module)
@@ -266,7 +252,7 @@ class LayerStream:
         module = self._layers()[layer]
         if self._layer != layer:
             self._unload()
-            self._assign(module, self._reader.read(layer), f"layer {layer}")
+            _assign(module, self._reader.read(layer))
             self._layer = layer
         return module
 
@@ -278,30 +264,19 @@ class LayerStream:
     def _load_module(self, module: nn.Module, name: str) -> None:
         """Load a module outside the layers with the tensors of that name."""
         tensors = self.checkpoint.read_module(name)
-        self._assign(module, {key: self._place(tensor) for key, tensor in tensors.items()}, name)
+        _assign(module, {key: self._place(tensor) for key, tensor in tensors.items()})
 
     def _place(self, tensor: Tensor) -> Tensor:
         """Bring a tensor to where it computes, in the precision that it computes in."""
         return tensor.to(self.device, self.dtype)
 
-    def _assign(self, module: nn.Module, tensors: dict[str, Tensor], described: str) -> None:
-        expected = set(module.state_dict())
-        if missing := sorted(expected - set(tensors)):
-            raise CheckpointError(
-                f"{described} of {self.checkpoint.directory} has no {missing[0]}: the checkpoint is incomplete"
-            )
-        # Old checkpoints also store tables (`rotary_emb.inv_freq`) that the model now computes.
-        wanted = {name: tensors[name] for name in expected}
-        try:
-            module.load_state_dict(wanted, assign=True)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise CheckpointError(
-                f"{described} of {self.checkpoint.directory} does not fit its config.json: {reason}"
-            ) from error
+    def require_finite(self, observed: PackedObservation, layer: int, branch: Branch) -> PackedObservation:
+        """Return an observation in which nothing is NaN or infinite.
 
-    def _require_finite(self, observed: PackedObservation, layer: int, branch: Branch) -> PackedObservation:
-        if not observed.moments.is_finite():
+        Raises:
+            NonFiniteError: something is; the message names the layer and module.
+        """
+        if not observed.is_finite():
             self._raise_non_finite(layer, branch.module)
         return observed
 
@@ -317,10 +292,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a module its weights, which fit it: a checkpoint that was opened is of its config's shapes."""
+    # Old checkpoints also store tables (`rotary_emb.inv_freq`) that the model now computes.
+    module.load_state_dict({name: tensors[name] for name in module.state_dict()}, assign=True)
+
+
 def _build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """Build the model without weights; buffers such as rotary tables are real."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa", trust_remote_code=False)
     model.tie_weights()
     return model.eval()
 

@@ -1,13 +1,19 @@
 """Taking units out of a layer's tensors: whole rows into a branch, whole columns out of it."""
 
+import torch
 from torch import Tensor
 
+from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.families import Branch, Family
 from slimllm_ops.plan import Decision, LayerPlan
 
 
 def prune_layer(tensors: dict[str, Tensor], family: Family, plan: LayerPlan) -> dict[str, Tensor]:
-    """Return a pruned layer's tensors, in the dtype of `tensors`, by names relative to the layer."""
+    """Return a pruned layer's tensors, in the dtype of `tensors`, by names relative to the layer.
+
+    Raises:
+        NonFiniteError: a recovered weight or bias is beyond that dtype.
+    """
     pruned = dict(tensors)
     for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
         if decision is not None:
@@ -36,6 +42,21 @@ def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision
     bias_D = tensors.get(branch.output_bias)
     # The recovery is computed in float32 and rounded once, to what the source is stored in.
     weight_DS, new_bias_D = recovered_projection(stored.float(), None if bias_D is None else bias_D.float(), decision)
-    pruned[branch.output_weight] = weight_DS.to(stored.dtype)
-    pruned[branch.output_bias] = new_bias_D.to(stored.dtype)
+    pruned[branch.output_weight] = _rounded(weight_DS, stored.dtype, branch.output_weight)
+    pruned[branch.output_bias] = _rounded(new_bias_D, stored.dtype, branch.output_bias)
     return pruned
+
+
+def _rounded(recovered: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a recovered tensor in the dtype of the source.
+
+    Raises:
+        NonFiniteError: the dtype does not reach so far.
+    """
+    rounded = recovered.to(dtype)
+    if not rounded.isfinite().all():
+        raise NonFiniteError(
+            f"the recovery of {name} reaches {float(recovered.abs().max()):.2g}, which {dtype} cannot hold: "
+            f"convert the model to bfloat16 first"
+        )
+    return rounded

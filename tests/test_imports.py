@@ -42,3 +42,17 @@ def test_the_mathematics_knows_of_no_ray_and_no_mlflow() -> None:
     allowed = MATHEMATICS | {"slimllm_ops"} | sys.stdlib_module_names
     wrong = {(file, name) for file, name in imported("slimllm_ops") if name not in allowed}
     assert not wrong
+
+
+def test_nothing_unpickles_or_runs_a_models_code() -> None:
+    """A model directory is data: whatever loads a part of it says that no code of its own is to be run."""
+    for path in (path for folder in SIBLINGS for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+            assert not names & {"pickle", "cloudpickle", "joblib", "dill"}, path
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "np.load", "numpy.load"), path
+            if called.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
+                assert "trust_remote_code=False" in ast.unparse(node), f"{path}: {ast.unparse(node)}"

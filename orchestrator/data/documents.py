@@ -3,12 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from orchestrator import hub
 from orchestrator.data.blocks import DataError
-from orchestrator.data.files import HUB_NAME, SUFFIXES, explained, one_line, read_column, table_columns
-
-_HUB_TIMEOUT_S = 10.0
+from orchestrator.data.files import (
+    HUB_NAME,
+    LONGEST_DOCUMENT,
+    SUFFIXES,
+    explained,
+    listed,
+    read_column,
+    table_columns,
+)
 
 
 def read_documents(spec: str, path: Path | None) -> Iterator[str]:
@@ -30,63 +37,71 @@ def _builtin_documents(spec: str) -> Iterator[str]:
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
     with explained(path), path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, path), start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number} is not JSON ({error.msg}): mend or drop it") from error
+            except RecursionError as error:
+                raise DataError(f"{path}: line {number} is nested too deeply: drop it") from error
+            # Not only JSON's own: numbers of very many digits are refused by Python.
+            except ValueError as error:
+                reason = getattr(error, "msg", error)
+                raise DataError(f"{path}: line {number} is not JSON ({reason}): mend or drop it") from error
             if not isinstance(row, dict):
                 raise DataError(f'{path}: line {number} is not an object: write {{"text": ...}} on each line')
             yield _text_of(row, f"{path}: line {number}")
 
 
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file, none of which may be longer than a document."""
+    number = 0
+    while line := file.readline(LONGEST_DOCUMENT + 1):
+        number += 1
+        if len(line) > LONGEST_DOCUMENT:
+            raise _too_long(f"{path}: line {number}")
+        yield line
+
+
 def _table_documents(path: Path) -> Iterator[str]:
     names = table_columns(path)
     if "text" not in names:
-        found = ", ".join(names)
-        raise DataError(f"{path}: neither 'text' nor 'input_ids' among the columns ({found}): rename one")
-    first = 0
+        raise DataError(f"{path}: neither 'text' nor 'input_ids' among the columns ({listed(names)}): rename one")
+    number = 0
     for array in read_column(path, "text"):
-        for number, text in enumerate(array.to_pylist(), start=first):
-            yield _text_of({"text": text}, f"{path}: row {number}")
-        first += len(array)
+        for value in array:
+            yield _text_of({"text": value.as_py()}, f"{path}: row {number}")
+            number += 1
 
 
 def _hub_documents(spec: str) -> Iterator[str]:
-    import datasets
-    from huggingface_hub import HfApi
-
     match = HUB_NAME.fullmatch(spec)
     assert match is not None  # local_file refuses other names
-    name, config, split = match["name"], match["config"], match["split"] or "train"
     try:
-        # With no network load_dataset retries for 23 s; this fails at once. Offline mode needs only a cache.
-        if not datasets.config.HF_HUB_OFFLINE:
-            HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S)
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        for number, row in enumerate(rows):
+        for number, row in enumerate(hub.dataset_rows(match["name"], match["config"], match["split"] or "train")):
             yield _text_of(row, f"{spec}: row {number}")
-    except DataError:
-        raise
-    # Any: huggingface_hub has changed its HTTP library, and with it the exceptions that reach its callers.
-    except Exception as error:
+    except hub.HubError as error:
         raise DataError(
             f"{spec}: no file of this name, and no dataset that the Hugging Face hub gives "
-            f"({one_line(error)}): give a local file ({', '.join(SUFFIXES)}), or use builtin:calibration"
+            f"({error}): give a local file ({', '.join(SUFFIXES)}), or use builtin:calibration"
         ) from error
 
 
 def _text_of(row: dict[str, Any], where: str) -> str:
     if "text" not in row:
-        raise DataError(f"{where}: no 'text' among the columns ({', '.join(row)}): rename the one that has it")
+        raise DataError(f"{where}: no 'text' among the columns ({listed(row)}): rename the one that has it")
     text = row["text"]
     if not isinstance(text, str):
         kind = "null" if text is None else f"of type {type(text).__name__}"
         raise DataError(f"{where}: 'text' is {kind}: give a string, or drop the row")
+    if len(text) > LONGEST_DOCUMENT:
+        raise _too_long(where)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: 'text' has a lone surrogate, which is no character: drop it") from error
     return text
+
+
+def _too_long(where: str) -> DataError:
+    return DataError(f"{where} is longer than {LONGEST_DOCUMENT:,} characters: split it into several documents")

@@ -11,20 +11,33 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from orchestrator.data.blocks import DataError
+from slimllm_ops.errors import shown
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[^:]+))?(:(?P<split>[^:]+))?")
 _ROWS_PER_BATCH = 1024
+_BATCH_BYTES = 1 << 26
+# Of a table's token ids: 1 GB as they are held, and far more than a calibration takes.
+MOST_IDS = 1 << 28
+# Of a document, in characters: what a tokenizer makes of it takes a hundred times as many bytes.
+LONGEST_DOCUMENT = 1 << 25
+_SHOWN_NAMES = 10
 
 
 def local_file(spec: str) -> Path | None:
     """The file that the spec names; None for a built-in text and for what can only be a name on the hub."""
     if spec.startswith("builtin:"):
         return None
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(spec).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    # A RuntimeError where "~name" is nobody's home.
+    except (OSError, RuntimeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"{shown(spec)}: no path that can be read ({reason}): check it") from error
+    if is_directory:
         raise DataError(f"{spec!r} is a directory: name one file in it ({', '.join(SUFFIXES)})")
-    if not path.exists():
+    if not exists:
         if path.suffix in SUFFIXES or not HUB_NAME.fullmatch(spec):
             raise DataError(f"{spec}: no such file: check the path, or use builtin:calibration, builtin:heldout")
         return None
@@ -40,15 +53,24 @@ def explained(path: Path) -> Iterator[None]:
     """Says which file could not be read, in one line."""
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    # Any: of a broken file pyarrow raises what the first thing that it stumbles over raises.
+    except Exception as error:
         kind = "UTF-8 text" if path.suffix in (".txt", ".jsonl") else f"a whole {path.suffix[1:]} file"
         raise DataError(f"{path}: not readable as {kind} ({one_line(error)}): write it again") from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error of someone else's says, in its first line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {shown(lines[0], 200)}" if lines else type(error).__name__
+
+
+def listed(names: Iterable[str]) -> str:
+    """Some of the names that were found, however many and long they are."""
+    names = list(names)
+    return ", ".join(map(shown, names[:_SHOWN_NAMES])) + (", ..." if len(names) > _SHOWN_NAMES else "")
 
 
 def table_columns(path: Path) -> list[str]:
@@ -63,13 +85,23 @@ def read_column(path: Path, name: str) -> Iterator[pa.Array]:
     """The arrays of one column of a table, batch by batch, mapped into memory where they are in Arrow."""
     with explained(path):
         if path.suffix == ".parquet":
-            batches: Iterable[pa.RecordBatch] = pq.ParquetFile(path).iter_batches(_ROWS_PER_BATCH, columns=[name])
+            file = pq.ParquetFile(path)
+            batches: Iterable[pa.RecordBatch] = file.iter_batches(_rows_at_once(file.metadata), columns=[name])
         else:
             reader = _open_arrow(path)
             whole = isinstance(reader, pa.RecordBatchFileReader)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
         for batch in batches:
-            yield batch.column(name)
+            array = batch.column(name)
+            # Offsets of a broken file may point anywhere: what follows them unchecked ends the process.
+            array.validate(full=True)
+            yield array
+
+
+def _rows_at_once(metadata: pq.FileMetaData) -> int:
+    """How many rows are read at once, so that they are few where they are large."""
+    num_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    return max(1, min(_ROWS_PER_BATCH, _BATCH_BYTES * max(metadata.num_rows, 1) // max(num_bytes, 1)))
 
 
 def _open_arrow(path: Path) -> pa.RecordBatchFileReader | pa.RecordBatchStreamReader:
@@ -81,14 +113,10 @@ def _open_arrow(path: Path) -> pa.RecordBatchFileReader | pa.RecordBatchStreamRe
 
 def read_rows(path: Path) -> np.ndarray:
     """The rows of ``input_ids``, without a copy where they are one uncompressed Arrow batch."""
-    arrays = list(read_column(path, "input_ids"))
+    arrays = _read_id_lists(path)
     rows = sum(len(array) for array in arrays)
     if not rows:
         raise DataError(f"{path}: 'input_ids' has no rows: give at least one block")
-    kind = arrays[0].type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not pa.types.is_integer(kind.value_type):
-        raise DataError(f"{path}: 'input_ids' holds {kind}: store lists of integers, all of one length")
     _check_no_nulls(path, arrays)
     lengths = np.concatenate([pc.list_value_length(array).to_numpy() for array in arrays])
     if (differs := np.flatnonzero(lengths != lengths[0])).size:
@@ -100,6 +128,22 @@ def read_rows(path: Path) -> np.ndarray:
         raise DataError(f"{path}: the rows of 'input_ids' hold no tokens: give at least one per row")
     parts = [array.flatten().to_numpy(zero_copy_only=True) for array in arrays]
     return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(rows, lengths[0])
+
+
+def _read_id_lists(path: Path) -> list[pa.Array]:
+    """The arrays of ``input_ids``, which are lists of integers, as many as memory should hold."""
+    arrays, num_ids = [], 0
+    for array in read_column(path, "input_ids"):
+        kind = array.type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not is_list or not pa.types.is_integer(kind.value_type):
+            raise DataError(f"{path}: 'input_ids' holds {shown(str(kind))}: store lists of integers, all of one length")
+        arrays.append(array)
+        # Few bytes can stand for very many rows.
+        num_ids += len(array) + len(array.flatten())
+        if num_ids > MOST_IDS:
+            raise DataError(f"{path}: more than {MOST_IDS:,} token ids: give fewer rows")
+    return arrays
 
 
 def _check_no_nulls(path: Path, arrays: list[pa.Array]) -> None:

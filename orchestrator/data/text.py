@@ -9,6 +9,7 @@ uniform random subset of them is kept (a reservoir: memory holds no more), in th
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from orchestrator.data.blocks import DataError, TextOptions
 from orchestrator.data.documents import read_documents
-from orchestrator.data.files import explained
+from orchestrator.data.files import explained, one_line
 
 _POOL = 16  # 128 blocks of 2048 are drawn from 4 million tokens: a broad choice, and 5 to 10 s of tokenising
 _PIECE_CHARACTERS = 1 << 16  # of a .txt; a tokenizer works on the pieces of a batch in parallel
@@ -46,14 +47,25 @@ def read_text(
 
 def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
     remedy = "add its files, or give token blocks (input_ids in a .parquet or .arrow file), which need none"
-    try:
+    with _failing(f"{spec} is text, and {model_dir} has no tokenizer that loads", remedy):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{spec} is text, and {model_dir} has no tokenizer that loads: {remedy}") from error
-    # Of many families a folder with no tokenizer files loads as an empty tokenizer, which drops every word.
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # Of many families a folder with no tokenizer files loads as an empty tokenizer, which drops every word.
+        empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+    if empty:
         raise DataError(f"{spec} is text, and the tokenizer in {model_dir} has no vocabulary: {remedy}")
     return tokenizer
+
+
+@contextmanager
+def _failing(what: str, remedy: str) -> Iterator[None]:
+    """Says what a tokenizer could not do, in one line; its files are a stranger's, and may hold anything."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Any: Transformers raises a dozen kinds, and a panic of the Rust beneath is no Exception.
+    except BaseException as error:
+        raise DataError(f"{what} ({one_line(error)}): {remedy}") from error
 
 
 def text_pieces(path: Path) -> Iterator[str]:
@@ -89,15 +101,18 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, add_special_tokens: bool
 ) -> Iterator[np.ndarray]:
     """The token ids of the texts in their order, one array for each batch of texts."""
+    failed = f"the tokenizer in {tokenizer.name_or_path} cannot read the text"
     for batch in _batches(texts):
-        encoded = tokenizer(
-            batch,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # else it warns of documents longer than the model's sequences
-        )
-        yield np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32)
+        with _failing(failed, "take its files from their source again"):
+            encoded = tokenizer(
+                batch,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # else it warns of documents longer than the model's sequences
+            )
+            ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32)
+        yield ids
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

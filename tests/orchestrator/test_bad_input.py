@@ -75,25 +75,87 @@ def pickle_only(model: Path) -> None:
     (model / "model.safetensors").unlink()
 
 
-def no_json(model: Path) -> None:
-    (model / "config.json").write_text("{nope")
+def written(name: str, content: bytes) -> Broken:
+    return lambda model: (model / name).write_bytes(content) and None
+
+
+def lengthened(name: str, length: int) -> Broken:
+    """Give a file a length that takes no room on the disk."""
+
+    def lengthen(model: Path) -> None:
+        with (model / name).open("ab") as file:
+            file.truncate(length)
+
+    return lengthen
+
+
+def indexed(weight_map: object) -> Broken:
+    return written("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
 
 
 # What is wrong with the model, and what must be said of it; all known before Ray starts.
 BROKEN_MODELS: dict[str, tuple[Broken, str]] = {
     "gone": (shutil.rmtree, "does not exist: pass a directory or a hub id"),
     "no config": (removed("config.json"), "has no config.json"),
-    "config is no JSON": (no_json, "config.json is not valid JSON"),
+    "config is no JSON": (written("config.json", b"{nope"), "config.json is not valid JSON"),
     "config of wrong types": (config_with(num_hidden_layers="three"), "its config.json is wrong"),
     "truncated": (truncated("model.safetensors", 1000), "shard model.safetensors .* truncated or broken"),
     "no weights": (removed("model.safetensors"), "holds no weights"),
     "pickle only": (pickle_only, "only the pickle pytorch_model.bin: convert it to safetensors"),
     "other family": (config_with(model_type="gpt2"), "'gpt2' are not supported; supported: llama"),
-    "unknown family": (config_with(model_type="wombat"), r"\(wombat\) is unknown"),
+    "unknown family": (config_with(model_type="wombat"), "'wombat' are not supported; supported: llama"),
     "more layers in the config": (config_with(num_hidden_layers=5), "no tensors of layer 3.* incomplete"),
     "a tensor is missing": (
         weights_with("model.layers.1.mlp.up_proj.weight", lambda tensor: None),
         "layer 1 of .* has no mlp.up_proj.weight",
+    ),
+    "other shapes in the config": (config_with(intermediate_size=64), "layer 0 of .* does not fit its config.json"),
+    "layers without end": (config_with(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected .* 4,096"),
+    "a huge width": (config_with(hidden_size=10**12), "hidden_size is 1000000000000, expected a whole number"),
+    "a huge vocabulary": (config_with(vocab_size=10**12), "vocab_size is 1000000000000"),
+    "no heads": (config_with(num_attention_heads=0), "num_attention_heads is 0, expected a whole number from 1"),
+    "negative heads": (config_with(num_key_value_heads=-2), "num_key_value_heads is -2"),
+    "no number": (config_with(hidden_size=float("nan")), "hidden_size is nan"),
+    "a table of labels": (config_with(num_labels=10**10), "num_labels is 10000000000"),
+    "quantised": (config_with(quantization_config={"bits": 4}), "quantised: pass the model in bfloat16"),
+    "a config nested too deeply": (written("config.json", b"[" * 10**6), "config.json is nested too deeply"),
+    "a config of a terabyte": (
+        lengthened("config.json", 1 << 40),
+        "config.json has 1,099,511,627,776 bytes, more than",
+    ),
+    "a header of a terabyte": (
+        written("model.safetensors", (10**12).to_bytes(8, "little") + b"{}"),
+        "shard model.safetensors .* truncated or broken .*: download it again",
+    ),
+    "integer weights": (
+        weights_with("model.layers.0.mlp.up_proj.weight", lambda tensor: tensor.to(torch.int8)),
+        "layer 0 of .* holds mlp.up_proj.weight as I8: pass the model in bfloat16",
+    ),
+    "a tensor of another model": (
+        lambda model: save_file(
+            load_file(model / "model.safetensors") | {"v_head.summary.weight": torch.ones(3)},
+            model / "model.safetensors",
+        ),
+        "holds tensors of v_head.summary, which a llama model has not: save it anew",
+    ),
+    "an index that leaves the directory": (
+        indexed({"model.norm.weight": "../other/model.safetensors"}),
+        "model.norm.weight is in '../other/model.safetensors', which is no name of a safetensors file",
+    ),
+    "an index of pickles": (
+        indexed({"model.norm.weight": "pytorch_model.bin"}),
+        "in 'pytorch_model.bin', which is no name of a safetensors file",
+    ),
+    "an index of nothing": (indexed([]), "model.safetensors.index.json is truncated or broken"),
+}
+# A tokenizer that cannot be used, where the calibration data are a text.
+BROKEN_TOKENIZERS: dict[str, tuple[Broken, str]] = {
+    "no tokenizer": (removed("tokenizer.json"), "has no (tokenizer that loads|vocabulary).*: add its files"),
+    "empty": (written("tokenizer.json", b""), "has no tokenizer that loads .*: add its files, or give token blocks"),
+    "of another kind": (written("tokenizer.json", b"[1]"), "has no tokenizer that loads .*: add its files"),
+    "with code": (
+        written("tokenizer_config.json", b'{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'),
+        "has no tokenizer that loads .*: add its files",
     ),
 }
 # The same, found by the workers.
@@ -114,7 +176,6 @@ DAMAGED_MODELS: dict[str, tuple[Broken, str]] = {
         weights_with("model.layers.2.self_attn.v_proj.weight", lambda tensor: tensor * 1e38),
         "layer 2: the activations of .* NaN or infinity",
     ),
-    "other shapes in the config": (config_with(intermediate_size=64), "layer 0 of .* does not fit its config.json"),
 }
 
 
@@ -138,6 +199,15 @@ BROKEN_DATA: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "ragged": ("x.parquet", table(input_ids=[ROW, [1] * 5]), "row 0 has 16 tokens and row 1 has 5"),
     "longer than the model takes": ("x.parquet", table(input_ids=[[1] * 65]), "65 tokens, the model takes 64"),
     "truncated": ("x.parquet", text("PAR1"), "not readable as a whole parquet file"),
+    "no arrow": ("x.arrow", text("these are words"), "not readable as a whole arrow file"),
+    "another kind": ("x.csv", text("text"), "files of type '.csv' are not known: use .txt"),
+    "no JSON": ("x.jsonl", text('{"text": \n'), "line 1 is not JSON"),
+    "nested too deeply": ("x.jsonl", text('{"text": ' + "[" * 10**5), "line 1 is nested too deeply: drop it"),
+    "no object": ("x.jsonl", text("[1]"), "line 1 is not an object"),
+    "no text": ("x.jsonl", text('{"body": "one"}'), r"no 'text' among the columns \(body\)"),
+    "null": ("x.jsonl", text('{"text": null}'), "'text' is null: give a string"),
+    "no UTF-8": ("x.txt", lambda path: path.write_bytes(b"caf\xe9") and None, "not readable as UTF-8 text"),
+    "fractions": ("x.parquet", table(input_ids=[[0.5] * 16]), "'input_ids' holds list<.*: store lists of integers"),
 }
 
 
@@ -151,12 +221,14 @@ class Cli:
         command = ["prune", "--output", self.output, "--tracking-uri", self.tracking_uri, *arguments]
         return CliRunner().invoke(main, [str(argument) for argument in command])
 
-    def fails(self, said: str, *arguments: object, code: int = 2) -> None:
+    def fails(self, said: str, *arguments: object, with_progress: bool = False) -> None:
+        """Check a run's exit code, its one line (below lines of progress, where workers found it), and what is left."""
         result = self.run(*arguments)
         assert isinstance(result.exception, SystemExit), result.output
         *progress, line = result.stderr.splitlines()
-        assert result.exit_code == code, line
-        assert all(shown.startswith(STAGES) for shown in progress)
+        assert result.exit_code == 2, line
+        assert all(with_progress and shown.startswith(STAGES) for shown in progress), progress
+        assert not result.stdout
         assert line.startswith("slimllm: ")
         assert re.search(said, line), line
         # Neither this process's traceback nor a worker's.
@@ -222,6 +294,23 @@ def test_broken_data_are_known_before_ray_starts(
 
 
 @pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("broken", BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer_is_known_before_ray_starts(cli: Cli, model: Path, tmp_path: Path, broken: str) -> None:
+    spoil, said = BROKEN_TOKENIZERS[broken]
+    spoil(model)
+    (model / "evil.py").write_text("raise SystemExit('was run')\n")
+    text("one two three " * 100)(tmp_path / "x.txt")
+    cli.fails(said, model, "--calibration", tmp_path / "x.txt")
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-this-name/x.txt"])
+def test_paths_that_cannot_be_looked_at(cli: Cli, model: Path, token_file: Path, path: str) -> None:
+    cli.fails("no path that can be read .*: check it", path, "--calibration", token_file)
+    cli.fails("no path that can be read .*: check it", model, "--calibration", path)
+
+
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -230,6 +319,19 @@ def test_broken_data_are_known_before_ray_starts(
         (["--sparsity", "nan"], "sparsity is nan"),
         (["--sparsity", "0.9"], "sparsity 0.9 is not reachable: with one head .* ask for less"),
         (["--sparsity", "0.2", "--ratio", "0.2"], "give one of them"),
+        (["--sparsity", "1e-9"], "sparsity 1e-09 removes nothing: .* ask for that at least"),
+        (["--ratio", "2"], "ratio is 2.0"),
+        (["--ratio", "0.2", "--alpha", "nan"], "alpha is nan: it must be a number"),
+        (["--keep-lowest", "1"], "keep_lowest is 1.0"),
+        (["--seed", "-1"], "seed is -1: it must be at least 0"),
+        (["--samples", "0"], "samples is 0: it must be at least 1"),
+        (["--sequence-length", "1"], "a block must have two tokens"),
+        (["--workers", "0"], "workers is 0: it must be at least 1"),
+        (["--gpus-per-worker", "2"], "one GPU at most"),
+        (["--refine"], "refine belongs to --method gram"),
+        (["--method", "gram", "--alpha", "1"], "alpha belongs to --method slimllm"),
+        (["--method", "gram", "--moments", "none"], "none holds no moments .* run `slimllm calibrate`"),
+        (["--config", "/dev/null/x.toml"], "config file .* cannot be read"),
         (["--config", "none.toml"], "config file none.toml does not exist"),
         (["--register", "a/b"], "the registered model's name is 'a/b'"),
         (["--experiment", ""], "the experiment's name is empty"),
@@ -318,7 +420,7 @@ def test_a_damaged_model_is_found_by_the_workers(
     spoil, said = DAMAGED_MODELS[damage]
     spoil(model)
     data = ["--calibration", token_file, *(["--evaluate", token_file] if damage == "logits overflow" else [])]
-    cli.fails(said, model, *data, "--workers", 1, "--run-name", damage)
+    cli.fails(said, model, *data, "--workers", 1, "--run-name", damage, with_progress=True)
     assert (last_run().info.run_name, last_run().info.status) == (damage, "FAILED")
 
 

@@ -38,6 +38,11 @@ def test_a_ratio_takes_the_place_of_the_sparsity() -> None:
         ({"keep_lowest": 1.0}, "keep_lowest is 1.0"),
         ({"samples": 0}, "samples is 0"),
         ({"sequence_length": 1}, "two tokens"),
+        ({"alpha": float("nan")}, "alpha is nan: it must be a number"),
+        ({"alpha": float("-inf")}, "alpha is -inf"),
+        ({"seed": -1}, "seed is -1: it must be at least 0"),
+        ({"seed": 10**30}, "less than 2"),
+        ({"keep_lowest": float("nan")}, "keep_lowest is nan"),
         ({"workers": 0}, "workers is 0"),
         ({"pruned_layers": 0}, "pruned_layers is 0"),
         ({"gpus_per_worker": -1.0}, "one GPU at most, so pass 0 to 1"),
@@ -68,6 +73,8 @@ def test_a_file_holds_the_settings_by_their_names(tmp_path: Path) -> None:
         ("overwrite = 1", "overwrite is 1, expected bool"),
         ("evaluate = [1]", "evaluate is"),
         ("sparsity = ", "is not TOML"),
+        ("seed = " + "[" * 10**5, "is nested too deeply"),
+        ("seed = " + "9" * 5000, "is not TOML"),
     ],
 )
 def test_a_file_with_a_mistake_is_refused(tmp_path: Path, text: str, said: str) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -22,7 +23,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens, save_blocks
+from orchestrator.data import DataError, TextOptions, TokenBlocks, documents, files, load_tokens, save_blocks
 from orchestrator.data.text import draw_blocks, text_pieces
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "models"
@@ -339,6 +340,8 @@ def test_options_are_checked_when_made() -> None:
         ("notes.csv", r"type '.csv' .* use .txt, .jsonl, .parquet, .arrow"),
         ("zero.parquet", "the file is empty"),
         ("builtin:other", "use builtin:calibration or builtin:heldout"),
+        ("x" * 5000, "no path that can be read .*too long.*: check it"),
+        ("~nobody-of-this-name/x.txt", "no path that can be read .*home.*: check it"),
     ],
 )
 def test_specs_that_name_nothing(
@@ -366,6 +369,9 @@ def test_specs_that_name_nothing(
         ('{"text": "\\ud800"}\n', "line 1: 'text' has a lone surrogate"),
         ('{"text": ""}\n{"text": ""}\n', "all documents are empty"),
         ("\n\n", "all documents are empty"),
+        ('{"text": ' + "[" * 10**5, "line 1 is nested too deeply"),
+        ('{"text": ' + "9" * 5000 + "}", "line 1 is not JSON"),
+        ("{" + ", ".join(f'"c{n}": 1' for n in range(5000)) + "}", r"columns \(c0, .*c9, \.\.\.\): rename"),
         ('{"text": "w1 w2"}\n', "3 tokens found, and one block needs 8.* at most 3"),
     ],
 )
@@ -435,6 +441,101 @@ def test_tables_that_are_broken(tmp_path: Path, load: Callable, name: str, colum
     with pytest.raises(DataError, match="not readable as a whole") as raised:
         load(tmp_path / name, samples=10**6)
     assert "\n" not in str(raised.value)
+
+
+def test_a_document_longer_than_memory_should_hold(
+    tmp_path: Path, load: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (documents, files):
+        monkeypatch.setattr(module, "LONGEST_DOCUMENT", 1000)
+    said = r"(line 2|row 1) is longer than 1,000 characters: split it into several documents"
+    for name in TEXT_FILES:
+        with pytest.raises(DataError, match=said):
+            load(source(tmp_path / name, ["w1", "w1 " * 400]))
+
+
+def test_a_line_without_end_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    program = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))\n"
+        "from orchestrator.data import DataError\nfrom orchestrator.data.documents import read_documents\n"
+        "try: list(read_documents('x', Path(sys.argv[1])))\n"
+        "except DataError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=100)
+    assert "line 1 is longer than" in done.stdout, done.stderr
+
+
+def test_few_bytes_that_stand_for_many_rows(tmp_path: Path, load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_IDS", 10_000)
+    for name in ("x.parquet", "x.arrow"):
+        with pytest.raises(DataError, match="more than 10,000 token ids: give fewer rows"):
+            load(write_rows(tmp_path / name, [[1] * 8] * 2000))
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.stream.arrow"])
+@pytest.mark.parametrize("column", ["text", "input_ids"])
+def test_offsets_that_point_anywhere(tmp_path: Path, load: Callable, name: str, column: str) -> None:
+    """Followed unchecked, they end the process."""
+    count = 64
+    values = ["w1 w2 w3"] * count if column == "text" else [[1, 2, 3, 4, 5, 6, 7, 8]] * count
+    whole = write_table(tmp_path / name, **{column: values}).read_bytes()
+    offsets = np.arange(count // 2, dtype=np.int32) * 8
+    place = whole.index(offsets.tobytes())
+    broken = (offsets + (1 << 30)).tobytes()
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(whole[:place] + broken + whole[place + len(broken) :])
+    with pytest.raises(DataError, match="not readable as a whole arrow file"):
+        load(tmp_path / name)
+
+
+def test_lists_that_share_their_values_are_refused(tmp_path: Path, load: Callable) -> None:
+    """A million rows of a million tokens each can share one list of them."""
+    views = pa.ListViewArray.from_arrays([0] * 1000, [1000] * 1000, pa.array(range(1000), pa.int32()))
+    with pytest.raises(DataError, match="'input_ids' holds list_view"):
+        load(write_table(tmp_path / "x.arrow", input_ids=views))
+
+
+TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "no unknown token": ({"unk_token": "<none>", "vocab": {"w1": 0}}, "cannot read the text .*: take its files"),
+    "ids beyond all numbers": (
+        {"vocab": {"<unk>": 2**32 - 1, "w1": 2**32 - 2}},
+        "cannot read the text .*OverflowError|token id",
+    ),
+    "no vocabulary": ({"vocab": {}}, "has no vocabulary|has no tokenizer that loads|cannot read the text"),
+    "no model of tokenizers": (
+        {"type": "Wombat"},
+        "has no tokenizer that loads .*: add its files, or give token blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", TOKENIZERS)
+def test_a_broken_tokenizer(tmp_path: Path, load: Callable, model_dir: Path, broken: str) -> None:
+    changes, said = TOKENIZERS[broken]
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    described = json.loads((directory / "tokenizer.json").read_text())
+    described["model"] |= changes
+    described["post_processor"] = None
+    (directory / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match=said) as raised:
+        load(write_jsonl(tmp_path / "x.jsonl", DOCUMENTS), model_dir=directory)
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 10**5, '{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'])
+def test_a_tokenizers_config_that_is_none_or_names_code(
+    tmp_path: Path, load: Callable, model_dir: Path, content: str
+) -> None:
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    (directory / "tokenizer_config.json").write_text(content)
+    (directory / "evil.py").write_text("raise SystemExit('was run')\n")
+    path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
+    with pytest.raises(DataError, match=r"has no tokenizer that loads .*: add its files"):
+        load(path, model_dir=directory)
 
 
 def test_a_file_that_is_no_table(tmp_path: Path, load: Callable) -> None:

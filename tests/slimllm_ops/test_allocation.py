@@ -243,6 +243,10 @@ def test_a_sparsity_beyond_reach_is_an_error_that_says_what_is_in_reach(name: st
     with pytest.raises(InputError, match=rf"it is {reachable:.3f}; ask for less"):
         require_reachable(sizes, min(reachable + 1e-3, 1.0))
     require_reachable(sizes, reachable - 1e-9)
+    channel = min(size.removed_parameters(0, 1) for size in sizes) / sum(size.parameters for size in sizes)
+    with pytest.raises(InputError, match=r"removes nothing: the smallest head .* ask for that at least"):
+        require_reachable(sizes, 0.9 * channel)
+    require_reachable(sizes, math.ceil(1e6 * channel) / 1e6)
     budget = ask(reachable - 1e-9)
     assert all(layer.units == SIZES[name].num_units - 1 for layer in budget.layers)
 

@@ -79,6 +79,14 @@ def test_a_module_of_one_unit_keeps_it(spend: Spend) -> None:
 
 
 @pytest.mark.parametrize("spend", RULES)
+def test_what_is_less_than_a_unit_of_those_that_can_go_is_left(spend: Spend) -> None:
+    """Modules of one channel give none, however small: only heads can go, and they are large."""
+    candidates = model(1, channels=1)
+    removed = spend(candidates, 2 * UNIT + CHANNEL)
+    assert spent(candidates, removed) in (2 * UNIT - BIAS, 2 * UNIT - 2 * BIAS)
+
+
+@pytest.mark.parametrize("spend", RULES)
 def test_nothing_is_removed_for_nothing(spend: Spend) -> None:
     assert spend(model(2), 0) == [0] * 8
 

@@ -1,9 +1,11 @@
 """Reading checkpoints: what safetensors itself reads, and an error for every way in which one can be broken."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,13 +139,13 @@ def test_a_config_that_is_not_json(copy: Path) -> None:
 
 def test_a_config_that_is_no_object(copy: Path) -> None:
     (copy / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON: it holds a list"):
+    with pytest.raises(CheckpointError, match=r"config\.json holds a list, expected a JSON object"):
         Checkpoint.open(copy)
 
 
 def test_an_architecture_that_transformers_does_not_know(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps({"model_type": "perceptron-9000"}))
-    with pytest.raises(CheckpointError, match=r"\(perceptron-9000\) is unknown"):
+    with pytest.raises(CheckpointError, match=r"'perceptron-9000' are not supported; supported: .*llama"):
         Checkpoint.open(copy)
 
 
@@ -168,11 +170,40 @@ def test_a_missing_shard(sharded_copy: Path) -> None:
         Checkpoint.open(sharded_copy)
 
 
-@pytest.mark.parametrize("content", ["{", "{}"])
-def test_a_broken_index(sharded_copy: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not valid JSON"),
+        ("{}", "is truncated or broken .it has no weight_map.: download it again"),
+        ('{"weight_map": ["a"]}', "is truncated or broken"),
+        ('{"weight_map": {"a": 1}}', "says that a is in 1, which is no name of a safetensors file"),
+        ("[" * 10**5, "is nested too deeply"),
+    ],
+)
+def test_a_broken_index(sharded_copy: Path, content: str, said: str) -> None:
     (sharded_copy / INDEX).write_text(content)
-    with pytest.raises(CheckpointError, match=rf"{INDEX} is truncated or broken"):
+    with pytest.raises(CheckpointError, match=rf"{INDEX} {said}"):
         Checkpoint.open(sharded_copy)
+
+
+@pytest.mark.parametrize(
+    "file_name",
+    ["../other/model.safetensors", "/etc/passwd", "..", "a/model.safetensors", "pytorch_model.bin", "x\0.safetensors"],
+)
+def test_an_index_names_nothing_but_safetensors_beside_it(copy: Path, tmp_path: Path, file_name: str) -> None:
+    (tmp_path / "other").mkdir()
+    shutil.copyfile(copy / SINGLE, tmp_path / "other" / SINGLE)
+    names = dict.fromkeys(load_file(copy / SINGLE), file_name)
+    (copy / INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match=r"which is no name of a safetensors file beside it: download it again"):
+        Checkpoint.open(copy)
+
+
+def test_links_are_followed(mha_model: Path, tmp_path: Path) -> None:
+    """The hub's cache is made of them."""
+    for path in mha_model.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    assert Checkpoint.open(tmp_path).digest() == Checkpoint.open(mha_model).digest()
 
 
 def test_a_tensor_that_the_index_names_and_no_shard_holds(sharded_copy: Path) -> None:
@@ -190,6 +221,81 @@ def test_pickles_only(copy: Path, name: str) -> None:
     (copy / SINGLE).rename(copy / name)
     with pytest.raises(CheckpointError, match=f"only the pickle {name}: convert it to safetensors"):
         Checkpoint.open(copy)
+
+
+def with_header(path: Path, header: bytes, length: int | None = None) -> None:
+    """Give a file of weights another header, and the length of one that may be another still."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data[start:])
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+NORM = "model.norm.weight"
+HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no object": lambda header: [],
+    "overlapping": lambda header: header | {NORM: header["model.layers.0.input_layernorm.weight"]},
+    "beyond the file": lambda header: header | {NORM: header[NORM] | {"data_offsets": [0, 10**12]}},
+    "backwards": lambda header: header | {NORM: header[NORM] | {"data_offsets": header[NORM]["data_offsets"][::-1]}},
+    "huge": lambda header: header | {NORM: header[NORM] | {"shape": [10**12]}},
+    "overflowing": lambda header: header | {NORM: header[NORM] | {"shape": [2**32, 2**32]}},
+    "negative": lambda header: header | {NORM: header[NORM] | {"shape": [-32]}},
+    "no dtype": lambda header: header | {NORM: header[NORM] | {"dtype": "F33"}},
+}
+
+
+@pytest.mark.parametrize("broken", HEADERS)
+def test_a_header_that_lies(copy: Path, broken: str) -> None:
+    path = copy / SINGLE
+    with_header(path, json.dumps(HEADERS[broken](header_of(path))).encode())
+    with pytest.raises(CheckpointError, match=rf"shard {SINGLE} .* is truncated or broken"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("length", [10**12, 2**64 - 1, 0, 7])
+def test_a_header_of_another_length(copy: Path, length: int) -> None:
+    path = copy / SINGLE
+    with_header(path, json.dumps(header_of(path)).encode(), length)
+    with pytest.raises(CheckpointError, match=rf"shard {SINGLE} .* is truncated or broken"):
+        Checkpoint.open(copy)
+
+
+def test_a_name_that_is_there_twice(copy: Path) -> None:
+    path = copy / SINGLE
+    header = json.dumps(header_of(path))
+    with_header(path, (header[:-1] + f', "{NORM}": ' + json.dumps(header_of(path)["lm_head.weight"]) + "}").encode())
+    with pytest.raises(CheckpointError, match=rf"shard {SINGLE} .* is truncated or broken"):
+        Checkpoint.open(copy)
+
+
+def test_a_shard_that_is_no_file(copy: Path) -> None:
+    (copy / SINGLE).unlink()
+    os.mkfifo(copy / "a.safetensors")
+    (copy / INDEX).write_text(json.dumps({"weight_map": {NORM: "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"shard a\.safetensors of .* is no file"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool])
+def test_weights_that_are_no_plain_numbers(copy: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(copy, {name: load_file(copy / SINGLE)[name].to(dtype)})
+    with pytest.raises(CheckpointError, match=r"layer 1 of .* holds mlp\.up_proj\.weight as .*: pass the model in bf"):
+        Checkpoint.open(copy)
+
+
+def test_tensors_that_the_model_has_no_place_for(copy: Path) -> None:
+    change(copy, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.layers.7.x": torch.ones(1)})
+    pass_through(copy)
+    for name in ("v_head.summary.weight", "loose"):
+        change(copy, {name: torch.ones(3)})
+        with pytest.raises(CheckpointError, match=r"holds tensors of .*, which a llama model has not: save it anew"):
+            Checkpoint.open(copy)
+        change(copy, {name: None})
 
 
 def test_no_weights_at_all(copy: Path) -> None:
@@ -242,7 +348,21 @@ def test_a_missing_tensor_is_named_before_it_is_computed_with(copy: Path, missin
         pass_through(copy)
 
 
-def test_a_tensor_that_does_not_fit_the_config(copy: Path) -> None:
-    change(copy, {"model.layers.1.mlp.up_proj.weight": torch.ones(47, 32)})
-    with pytest.raises(CheckpointError, match=r"layer 1 .* does not fit its config\.json: .*up_proj"):
-        pass_through(copy)
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            (47, 32),
+            r"layer 1 of .*: mlp\.up_proj\.weight is \(47, 32\), expected \(48",
+        ),
+        ("model.layers.2.self_attn.o_proj.weight", (0, 32), r"layer 2 of .*: self_attn\.o_proj\.weight is \(0, 32\)"),
+        ("model.layers.0.input_layernorm.weight", (32, 1), r"layer 0 of .*: input_layernorm\.weight is \(32, 1\)"),
+        ("model.embed_tokens.weight", (96, 32), r": model\.embed_tokens\.weight is \(96, 32\), expected \(97, 32\)"),
+        ("lm_head.weight", (), r": lm_head\.weight is \(\), expected \(97, 32\)"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_the_config(copy: Path, name: str, shape: tuple[int, ...], said: str) -> None:
+    change(copy, {name: torch.ones(shape)})
+    with pytest.raises(CheckpointError, match=r"does not fit its config\.json" + said if said[0] == ":" else said):
+        Checkpoint.open(copy)

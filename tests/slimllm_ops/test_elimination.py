@@ -81,7 +81,7 @@ def test_costs_add_up_to_what_the_refit_leaves(num_units: int, removed: int) -> 
     fitted_PD = np.zeros_like(weight_PD)
     fitted_PD[columns] = refit(projection, torch.tensor(columns)).weight_SD.numpy()
     lost_ND = (x_NP - x_NP.mean(axis=0)) @ (weight_PD - fitted_PD)
-    penalty = ridge(projection) * ((weight_PD - fitted_PD) ** 2).sum()
+    penalty = ridge(projection.covariance_PP) * ((weight_PD - fitted_PD) ** 2).sum()
     measured = (lost_ND**2).sum() / len(x_NP) + penalty
     assert sum(ranking.costs[:removed]) == pytest.approx(measured, rel=1e-9)
 
@@ -90,7 +90,7 @@ def test_costs_add_up_to_what_the_refit_leaves(num_units: int, removed: int) -> 
 def test_all_costs_together_are_the_whole_output(num_units: int) -> None:
     x_NP, weight_PD = random_activations(5)
     projection = exact_projection(x_NP, weight_PD)
-    whole = (x_NP @ weight_PD).var(axis=0).sum() + ridge(projection) * (weight_PD**2).sum()
+    whole = (x_NP @ weight_PD).var(axis=0).sum() + ridge(projection.covariance_PP) * (weight_PD**2).sum()
     assert sum(eliminate(projection, num_units).costs) == pytest.approx(whole, rel=1e-9)
 
 
@@ -113,7 +113,7 @@ def test_a_dead_input_costs_next_to_nothing() -> None:
     ranking = eliminate(projection, 24)
     assert ranking.order[0] == 11
     # What it costs is the ridge's share of its weights.
-    assert ranking.costs[0] == pytest.approx(ridge(projection) * (weight_PD[11] ** 2).sum(), rel=1e-9)
+    assert ranking.costs[0] == pytest.approx(ridge(projection.covariance_PP) * (weight_PD[11] ** 2).sum(), rel=1e-9)
 
 
 def test_the_inverse_is_that_of_the_regularised_covariance() -> None:
@@ -123,10 +123,18 @@ def test_the_inverse_is_that_of_the_regularised_covariance() -> None:
     np.testing.assert_allclose(invert(exact_projection(x_NP, weight_PD)).numpy() @ regular, np.eye(24), atol=1e-9)
 
 
-def test_constant_inputs_have_a_ridge_all_the_same() -> None:
-    _, weight_PD = random_activations(10)
-    ranking = eliminate(exact_projection(np.full((50, 24), 3.0), weight_PD), 24)
-    assert ranking.costs == pytest.approx(sorted((weight_PD**2).sum(axis=1)))
+@pytest.mark.parametrize("spread", [0.0, 1e-40])
+@pytest.mark.parametrize("num_units", [6, 24])
+def test_constant_inputs_cost_nothing(spread: float, num_units: int) -> None:
+    """A bias recovers them. Of inputs so small that their squares are no numbers, nothing more is known."""
+    x_NP, weight_PD = random_activations(10)
+    projection = exact_projection(3.0 + 0 * x_NP if not spread else spread * x_NP, weight_PD)
+    ranking = eliminate(projection, num_units)
+    assert sorted(ranking.order) == list(range(num_units))
+    assert set(ranking.costs) == {0.0}
+    fitted = refit(projection, torch.arange(24 // num_units))
+    assert fitted.relative_error == 0 or spread
+    torch.testing.assert_close(fitted.weight_SD, projection.weight_PD[: 24 // num_units])
 
 
 def test_what_cannot_be_factorised_is_an_error_with_its_eigenvalues() -> None:
@@ -135,6 +143,8 @@ def test_what_cannot_be_factorised_is_an_error_with_its_eigenvalues() -> None:
         SolveError, match=r"3 inputs cannot be factorised \(eigenvalues from -0.25 to 2\): calibrate on"
     ):
         factorise(matrix)
+    with pytest.raises(SolveError, match="3 inputs holds NaN or infinity: the activations overflow"):
+        factorise(matrix * float("nan"))
 
 
 def projection_inputs(units: tuple[int, ...], width: int) -> list[int]:

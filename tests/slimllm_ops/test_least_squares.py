@@ -58,7 +58,10 @@ def test_a_refit_is_never_worse_than_the_paper_s_line(seed: int, kept: list[int]
     by_refit = training_error(x_NP, weight_PD, kept, fitted.weight_SD, fitted.bias_D)
     # By the ridge's objective that is so always. By the error alone too, unless next to nothing is kept: where a line
     # has nearly all the freedom that a refit has, the ridge's share of the error decides.
-    penalties = [ridge(projection) * float((new - weight_SD).square().sum()) for new in (fitted.weight_SD, lined_SD)]
+    penalties = [
+        ridge(projection.covariance_PP) * float((new - weight_SD).square().sum())
+        for new in (fitted.weight_SD, lined_SD)
+    ]
     assert by_refit + penalties[0] <= (by_line + penalties[1]) * (1 + 1e-9)
     if len(kept) > 1:
         assert by_refit < by_line

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.errors import SolveError
+from slimllm_ops.errors import NonFiniteError, SolveError
 from slimllm_ops.moments import Moments
 from slimllm_ops.refinement import MIX, RefinementStream, solve_alignment, solve_refit
 from slimllm_ops.stream import LayerStream
@@ -71,6 +71,13 @@ def test_the_refit_is_ridge_regression_held_to_the_weight_it_had(with_bias: bool
         assert bias is None
 
 
+def test_inputs_that_are_all_zero_are_left_as_they_are() -> None:
+    zeros = Moments(10, torch.zeros(8).double(), torch.zeros(8, 8).double())
+    torch.testing.assert_close(solve_alignment(zeros), torch.eye(4).double())
+    weight_SD = torch.randn(4, 4)
+    torch.testing.assert_close(solve_refit(zeros, weight_SD, with_bias=False)[0], weight_SD.double())
+
+
 def test_moments_that_are_no_moments_are_refused() -> None:
     broken = Moments(10, torch.zeros(4).double(), -0.1 * torch.eye(4).double())
     with pytest.raises(SolveError, match="eigenvalues"):
@@ -82,6 +89,15 @@ def streams(gqa_model: Path, token_blocks: np.ndarray) -> tuple[LayerStream, Lay
     ids = torch.from_numpy(token_blocks.astype(np.int64))
     checkpoint = Checkpoint.open(gqa_model)
     return LayerStream(checkpoint, [ids], CPU), LayerStream(checkpoint, [ids], CPU)
+
+
+def test_states_that_overflow_are_named_by_layer_and_module(streams: tuple[LayerStream, LayerStream]) -> None:
+    refinement, branch = RefinementStream(*streams), streams[0].checkpoint.family.mlp
+    norm = streams[1].checkpoint.family.mlp.norm
+    streams[1].weights(0)[f"{norm}.weight"].data.mul_(1e30)
+    for observe in (refinement.observe_inputs, refinement.observe_targets):
+        with pytest.raises(NonFiniteError, match=r"layer 0: the activations of mlp hold NaN or infinity"):
+            observe(0, branch)
 
 
 def test_a_model_that_is_the_dense_one_is_left_as_it_is(

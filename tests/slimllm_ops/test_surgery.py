@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.least_squares import Refit
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.surgery import prune_layer
@@ -88,3 +89,14 @@ def test_the_recovery_is_rounded_once_to_the_dtype_of_the_source(model_dir: Path
         torch.testing.assert_close(
             after[f"{name}.weight"].double(), exact, rtol=0.5001 * torch.finfo(dtype).eps, atol=1e-7
         )
+
+
+@pytest.mark.parametrize(("weight", "bias", "named"), [(1e5, 0.0, "weight"), (0.0, -1e5, "bias")])
+def test_what_the_dtype_cannot_hold_is_an_error(mha_model: Path, weight: float, bias: float, named: str) -> None:
+    """Of a projection from inputs that hardly vary, a recovery may be as large as float16 does not reach."""
+    checkpoint = Checkpoint.open(mha_model)
+    tensors = {name: tensor.half() for name, tensor in checkpoint.read_layer(0).items()}
+    recovery = Refit(torch.full((5, 32), weight), torch.full((32,), bias), 0.5)
+    plan = LayerPlan(mlp=Decision(KEPT_CHANNELS, (0.0,) * 48, recovery, relative_error=0.5))
+    with pytest.raises(NonFiniteError, match=rf"mlp\.down_proj\.{named} reaches 1e\+05, which torch.float16 cannot"):
+        prune_layer(tensors, checkpoint.family, plan)
