@@ -1,9 +1,9 @@
 """The output directory: it appears under its name only when it is whole, and what is solved waits beside it.
 
 .NAME.partial/                  beside the output; becomes it
+.NAME.partial/pruning/asked.json    what was asked: who resumes must ask the same
 .NAME.partial/.work/            what is not part of the output, and goes when it is whole
     holder                      who writes here, locked for as long as they live
-    asked.json                  what was asked: who resumes must ask the same
     settled.json                what was settled on the way, and must not change: workers, micro-batches
     solved/                     what is solved so far; where it is empty, nothing is left behind
 """
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.config import ConfigError
-from slimllm_ops.errors import UnsolvableError
+from slimllm_ops.errors import ReadBackError, UnsolvableError
 from slimllm_ops.files import flush, write_json
 
 T = TypeVar("T")
 
-# What a finished output says that it was asked to be.
+# What an output says that it was asked to be.
 ASKED = Path("pruning/asked.json")
 
 
@@ -110,9 +110,6 @@ def staged(
             staging = _begin(staging, overwrite, asked, resume)
             with _kept_if_solved(staging, resumable=asked is not None):
                 yield staging
-                if asked is not None:
-                    (staging.directory / ASKED).parent.mkdir(exist_ok=True)
-                    write_json(staging.directory / ASKED, asked, indent=1)
                 _replace(staging, output)
     finally:
         _remove_empty(made)
@@ -174,7 +171,7 @@ def _held(output: Path) -> Iterator[Staging]:
 
 def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> Staging:
     """Take over what an earlier run left, or begin with nothing."""
-    earlier = staging.work / "asked.json"
+    earlier = staging.directory / ASKED
     if asked is not None and earlier.exists():
         if resume:
             _require_same(json.loads(earlier.read_text()), asked, f"the run in {staging.directory} that is unfinished")
@@ -189,6 +186,7 @@ def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resu
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     staging.solved.mkdir()
     if asked is not None:
+        earlier.parent.mkdir()
         write_json(earlier, asked, indent=1)
     return staging
 
@@ -210,8 +208,9 @@ def _kept_if_solved(staging: Staging, resumable: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Weights and data that give no answer would give none the next time.
-        if resumable and staging.is_solved() and not isinstance(error, UnsolvableError):
+        # Weights and data that give no answer would give none the next time, nor would files that are wrong be right.
+        hopeless = isinstance(error, UnsolvableError | ReadBackError)
+        if resumable and staging.is_solved() and not hopeless:
             error.add_note(f"what was solved is in {staging.directory}: the same command with --resume goes on from it")
         else:
             shutil.rmtree(staging.directory, ignore_errors=True)

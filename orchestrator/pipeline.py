@@ -229,8 +229,7 @@ def _log_committed(job: Job, targets: list[Target]) -> None:
     """Log the layers that were committed just before an earlier process ended, and so were not."""
     for target in targets:
         for layer, plan in enumerate(target.pruned.log.plans):
-            if layer not in target.run.logged_steps:
-                log_layer(target.run, job.source, layer, plan)
+            log_layer(target.run, job.source, layer, plan)
 
 
 def tracking_options(config: PruneConfig) -> TrackingOptions:

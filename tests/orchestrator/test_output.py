@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.config import ConfigError
 from orchestrator.output import is_finished, staged
-from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.errors import NonFiniteError, ReadBackError
 
 ASKED: dict[str, Any] = {"sparsity": (0.2,), "model_digest": "abc"}
 # Begins an output, solves something, and is killed.
@@ -144,10 +144,11 @@ def test_an_error_keeps_what_is_solved_and_says_how_to_go_on(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [partial_of(output)]
 
 
-def test_an_error_of_the_weights_themselves_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError), staged(tmp_path / "out", False, ASKED) as staging:  # noqa: PT012
+@pytest.mark.parametrize("error", [NonFiniteError("layer 3 holds NaN"), ReadBackError("layer 3 differs")])
+def test_what_could_not_go_on_leaves_nothing(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)), staged(tmp_path / "out", False, ASKED) as staging:  # noqa: PT012
         (staging.solved / "layer").touch()
-        raise NonFiniteError("layer 3 holds NaN")
+        raise error
     assert not list(tmp_path.iterdir())
 
 
@@ -157,7 +158,7 @@ def test_what_is_solved_is_neither_forgotten_nor_overwritten_unasked(killed: Pat
     assert (partial_of(killed) / ".work/solved/layer").exists()
     with staged(killed, True, ASKED) as staging:
         assert not staging.resumed
-        assert [path.name for path in staging.directory.iterdir()] == [".work"]
+        assert sorted(path.name for path in staging.directory.iterdir()) == [".work", "pruning"]
         assert not list(staging.solved.iterdir())
 
 
