@@ -78,3 +78,17 @@ def test_a_run_on_three_nodes_writes_what_one_node_writes(
         assert here.keys() == there.keys()
         for key in here:
             assert here[key].equal(there[key]), key
+
+
+def test_a_run_that_loses_a_node_goes_on_and_gives_the_same_bytes(seen: dict[str, Any], scratch: Path) -> None:
+    assert "a worker died: " in seen["told"]
+    assert "2 of 3 workers have a place; they take over the data of the others" in seen["told"]
+    undisturbed, disturbed = (
+        {
+            path.name: path.read_bytes()
+            for path in (scratch / name).rglob("*")
+            if path.suffix != ".jsonl" and path.is_file()
+        }
+        for name in ("slimllm", "lost")
+    )
+    assert disturbed == undisturbed

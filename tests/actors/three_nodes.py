@@ -5,16 +5,20 @@
 Prints what it saw as JSON.
 """
 
+import io
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
 from ray.cluster_utils import Cluster
+from rich.console import Console
 
 import actors
 import slimllm_ops
+from actors import group
 from actors.group import ShardGroup
 from actors.placement import Placement
 from actors.pool import SolverPool, results
@@ -23,6 +27,7 @@ from cluster import plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.pipeline import prune
+from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint import Checkpoint
 
 NODES = 3
@@ -46,9 +51,32 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
         for method in ("slimllm", "gram"):
             tracking = {"tracking_uri": f"sqlite:///{scratch}/mlflow.db", "output": f"{scratch}/{method}"}
             prune(PruneConfig(**common, **tracking, method=method, sparsity=(0.3,)))
+        lost = cluster.list_all_nodes()[-1]
+        losing = Losing(lambda: cluster.remove_node(lost, allow_graceful=False))
+        tracking = {"tracking_uri": f"sqlite:///{scratch}/mlflow.db", "output": f"{scratch}/lost"}
+        # A node that is gone for good need not be waited for as long as one that may come back.
+        group.REPLACE_SECONDS = 10.0
+        prune(PruneConfig(**common, **tracking, method="slimllm", sparsity=(0.3,)), losing)
+        seen["told"] = losing.told.getvalue()
     finally:
         cluster.shutdown()
     return seen
+
+
+class Losing(Reporter):
+    """Tells a string, and lets a node be lost when the second layer is pruned."""
+
+    def __init__(self, lose: Callable[[], None]) -> None:
+        self.told = io.StringIO()
+        super().__init__(Console(file=self.told, width=400))
+        self._lose = lose
+
+    def layers(self, stage: str, num_layers: int, tokens: int, first: int = 0) -> Iterator[int]:
+        """Yield the layers."""
+        for layer in super().layers(stage, num_layers, tokens, first):
+            if stage == "pruning" and layer == 1 and first == 0:
+                self._lose()
+            yield layer
 
 
 def use_parts(inputs: Inputs) -> dict[str, Any]:

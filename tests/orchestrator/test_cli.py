@@ -96,41 +96,80 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.fixture(scope="module")
+def deep_model(make_llama: Callable[..., Path]) -> Path:
+    """A model of many layers, so that there is time for something to happen."""
+    return make_llama(num_hidden_layers=30, hidden_size=16, intermediate_size=32)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    deep_model: Path, token_file: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    process = start(deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri, "--output", output)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return output
+
+
 @pytest.mark.parametrize(
-    ("sent", "code", "said"),
-    [(signal.SIGINT, 130, "slimllm: interrupted"), (signal.SIGTERM, 143, "slimllm: terminated")],
+    ("sent", "code", "said", "status"),
+    [
+        (signal.SIGINT, 130, ["slimllm: interrupted; no checkpoint was written; what was solved is in "], "KILLED"),
+        (signal.SIGTERM, 143, ["slimllm: terminated; no checkpoint was written; what was solved is in "], "KILLED"),
+        (signal.SIGKILL, -9, [], "RUNNING"),
+    ],
 )
-def test_a_signal_ends_the_workers_and_the_run_and_leaves_no_output(
-    make_llama: Callable[..., Path],
+def test_a_run_that_a_signal_ends_leaves_no_process_and_is_resumed(
+    deep_model: Path,
+    undisturbed: Path,
     token_file: Path,
     tracking_uri: str,
     tmp_path: Path,
     sent: signal.Signals,
     code: int,
-    said: str,
+    said: list[str],
+    status: str,
 ) -> None:
-    model = make_llama(num_hidden_layers=30, hidden_size=16, intermediate_size=32)
-    data = ["--calibration", token_file, "--tracking-uri", tracking_uri, "--run-name", sent.name]
-    process = start(model, *data, "--output", tmp_path / "a" / "out")
-    assert process.stderr is not None
-    first = process.stderr.readline()
-    assert first.startswith("layer similarities: ")
+    output = tmp_path / "a" / "out"
+    data = ["--calibration", token_file, "--tracking-uri", tracking_uri, "--run-name", sent.name, "--output", output]
+    process = start(deep_model, *data)
+    partial = output.with_name(".out.partial")
+    while not (partial / ".work" / "solved" / "pruned.log" / "layer-00003.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
     started = psutil.Process(process.pid).children(recursive=True)
     assert any("ray::Shard" in " ".join(child.cmdline()) for child in started)
     # The kill program's manners: to the process. A terminal's: to all of its group.
-    if sent == signal.SIGTERM:
-        process.send_signal(sent)
-    else:
+    if sent == signal.SIGINT:
         os.killpg(process.pid, sent)
+    else:
+        process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
-    *progress, line = stderr.splitlines()
-    assert line == f"{said}; no checkpoint was written"
-    assert all(shown.startswith("pruning: ") for shown in progress), stderr
-    _, alive = psutil.wait_procs(started, timeout=20)
+    told = [line for line in stderr.splitlines() if not line.startswith(("layer similarities: ", "pruning: "))]
+    assert [line.partition(str(tmp_path))[0] for line in told] == said
+    # What Ray runs beside its nodes notices only after some seconds that a killed driver is gone.
+    _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
-    assert not list(tmp_path.iterdir())
-    assert run_status(tracking_uri, sent.name) == "KILLED"
+    assert list(output.parent.iterdir()) == [partial]
+    assert not list(partial.rglob("*.partial")) or sent == signal.SIGKILL
+    assert run_status(tracking_uri, sent.name) == status
+
+    process = start(deep_model, *data, "--resume")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stderr.startswith("going on from what is solved")
+    assert run_status(tracking_uri, sent.name) == "FINISHED"
+    assert list(output.parent.iterdir()) == [output]
+    assert content(output) == content(undisturbed)
+
+
+def content(output: Path) -> dict[str, bytes]:
+    """Every file of an output, but for the journal, which tells when everything happened."""
+    files = [path for path in output.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
 @pytest.fixture
