@@ -53,6 +53,8 @@ def test_nothing_unpickles_or_runs_a_models_code() -> None:
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             called = ast.unparse(node.func)
-            assert called not in ("torch.load", "np.load", "numpy.load"), path
+            assert called != "torch.load", path
+            # NumPy's own `load` unpickles only where it is told to.
+            assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path
             if called.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
                 assert "trust_remote_code=False" in ast.unparse(node), f"{path}: {ast.unparse(node)}"

@@ -72,9 +72,10 @@ def copy(mha_model: Path, tmp_path: Path) -> Path:
 def pruned(mha_model: Path, tmp_path: Path) -> Path:
     """A checkpoint as slimllm writes it, whose layers stayed whole."""
     writer = CheckpointWriter(Checkpoint.open(mha_model), tmp_path / "pruned")
-    for _ in range(3):
-        writer.commit(LayerPlan())
-    writer.finish()
+    plans = [LayerPlan()] * 3
+    for layer, plan in enumerate(plans):
+        writer.write_layer(layer, plan)
+    writer.finish(plans)
     return tmp_path / "pruned"
 
 
