@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types ablation benchmarks memory builtin-model
+.PHONY: install demo test lint types ablation benchmarks memory faults builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -45,6 +45,10 @@ benchmarks: install
 # Peak memory of every process by depth, width and tokens, in half an hour; other work beside it does not matter.
 memory: install
 	$(BIN)/python -m benchmarks.memory
+
+# Kills workers, nodes, heads and drivers in whole runs, 50 times, and compares what comes of them; half an hour.
+faults: install
+	$(BIN)/python -m benchmarks.faults
 
 # Trains the built-in model anew, in minutes: the result is committed, so nobody has to.
 builtin-model: install

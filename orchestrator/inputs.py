@@ -97,7 +97,12 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str) -> C
             f"the moments in {config.moments} are of {manifest['model']} with weights {manifest['model_digest'][:12]}, "
             f"{source.directory} has {digest[:12]}: run `slimllm calibrate` on this model"
         )
-    kept = Calibration(**manifest["calibration"])
+    try:
+        kept = Calibration(**manifest["calibration"])
+    except TypeError as error:
+        raise InputError(
+            f"the moments in {config.moments} do not say what data they are of ({error}): run `slimllm calibrate` again"
+        ) from error
     if not config.refine:
         return kept
     blocks = Calibration.of(_load(config, source, config.calibration or kept.spec))

@@ -5,7 +5,6 @@ MOMENTS/layer-00000.safetensors     for attention and mlp: count, mean, scatter 
 input_squares, and gram's elimination path: order, costs
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,15 @@ from safetensors.numpy import save_file
 
 from slimllm_ops.errors import InputError
 from slimllm_ops.files import write_json, written_whole
+from slimllm_ops.model_config import read_json_object
 from slimllm_ops.moments import PackedMoments
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.ranking import Ranking
 
 FORMAT = 1
 MANIFEST = "moments.json"
+MOST_BYTES = 1 << 20
+MANIFEST_FIELDS = {"model": str, "model_digest": str, "calibration": dict}
 MODULES = ("attention", "mlp")
 
 
@@ -115,14 +117,14 @@ class MomentStore:
         path = self.directory / MANIFEST
         if not path.is_file():
             raise InputError(f"{self.directory} holds no moments ({MANIFEST} is missing): run `slimllm calibrate`")
-        try:
-            manifest = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}): run `slimllm calibrate` again") from error
+        manifest = read_json_object(path, MOST_BYTES)
         if manifest.get("format") != FORMAT:
             raise InputError(
                 f"{path} has format {manifest.get('format')}, expected {FORMAT}: run `slimllm calibrate` again"
             )
+        for name, kind in MANIFEST_FIELDS.items():
+            if not isinstance(manifest.get(name), kind):
+                raise InputError(f"{path} has no {name} that is a {kind.__name__}: run `slimllm calibrate` again")
         return manifest
 
     def _path(self, layer: int) -> Path:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from slimllm_ops import pruned_model
 from slimllm_ops.checkpoint import INDEX, Checkpoint
+from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.families import layer_shape
 from slimllm_ops.files import write_json, written_whole
+from slimllm_ops.model_config import read_json_object
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.surgery import prune_layer
 
@@ -25,17 +27,35 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 COPIED_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
 
 
+# Bytes that a tokenizer's settings may have.
+MOST_SETTINGS = 1 << 24
+
+
 class CheckpointWriter:
-    """Writes the pruned model of a source checkpoint into a directory."""
+    """Writes the pruned model of a source checkpoint into a directory.
+
+    Raises:
+        CheckpointError: the source's tokenizer_config.json is broken, which is better known before hours of work.
+    """
 
     def __init__(self, source: Checkpoint, directory: Path) -> None:
         self._source = source
         self.directory = directory
+        described = source.directory / "tokenizer_config.json"
+        self._tokenizer = read_json_object(described, MOST_SETTINGS) if described.exists() else {}
         directory.mkdir(parents=True, exist_ok=True)
 
     def write_layer(self, layer: int, plan: LayerPlan) -> None:
-        """Write a layer, pruned by its plan, in the source's dtype."""
-        self.write_tensors(layer, prune_layer(self._source.read_layer(layer), self._source.family, plan))
+        """Write a layer, pruned by its plan, in the source's dtype.
+
+        Raises:
+            NonFiniteError: a weight is infinite in that dtype; it names the layer.
+        """
+        try:
+            tensors = prune_layer(self._source.read_layer(layer), self._source.family, plan)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {layer}: {error}") from None
+        self.write_tensors(layer, tensors)
 
     def write_tensors(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Write a layer's tensors as they are, given by their names relative to the layer."""
@@ -88,10 +108,9 @@ class CheckpointWriter:
             for path in sorted(self._source.directory.glob(pattern)):
                 shutil.copyfile(path, self.directory / path.name)
         # `auto_map` makes AutoTokenizer look for a class of its own unless its config names one.
-        described = self.directory / "tokenizer_config.json"
         if (self.directory / "tokenizer.json").exists():
-            settings = json.loads(described.read_text()) if described.exists() else {}
-            self._write_json(described.name, {"tokenizer_class": "PreTrainedTokenizerFast"} | settings)
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._tokenizer
+            self._write_json("tokenizer_config.json", settings)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_json(self.directory / name, content, indent=2)

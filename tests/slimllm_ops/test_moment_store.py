@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> MomentStore:
     for layer in range(2):
         paths = LayerPaths(path_of(layer, 4), path_of(layer + 10, 30), 1 / 3 + layer)
         store.save(layer, paths, observed(layer, 16), observed(layer + 10, 30))
-    store.seal({"model": "a model", "model_digest": "0123"})
+    store.seal({"model": "a model", "model_digest": "0123", "calibration": {}})
     return store
 
 
@@ -57,7 +57,7 @@ def test_the_scatter_takes_half_the_room_of_the_square(store: MomentStore, tmp_p
 
 
 def test_the_manifest_has_its_format(store: MomentStore) -> None:
-    assert store.manifest() == {"format": 1, "model": "a model", "model_digest": "0123"}
+    assert store.manifest() == {"format": 1, "model": "a model", "model_digest": "0123", "calibration": {}}
 
 
 def test_a_layer_that_is_missing_is_named(store: MomentStore) -> None:
@@ -82,11 +82,27 @@ def test_a_folder_without_a_manifest_holds_no_moments(store: MomentStore) -> Non
         store.manifest()
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 1', "\0"])
-def test_a_manifest_that_is_no_json_is_refused(store: MomentStore, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is not valid JSON"),
+        ('{"format": 1', "is not valid JSON"),
+        ("\0", "is not valid JSON"),
+        ("[]", "holds a list, expected a JSON object"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('{"format": 1, "model": "a", "model_digest": "b", "calibration": 3}', "has no calibration that is a dict"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(store: MomentStore, text: str, said: str) -> None:
     (store.directory / "moments.json").write_text(text)
-    with pytest.raises(InputError, match=r"moments.json is not JSON \(.*: run `slimllm calibrate` again"):
+    with pytest.raises(InputError, match=rf"moments.json {said}"):
         store.manifest()
+
+
+def test_the_layers_that_are_saved_are_counted_from_the_first(store: MomentStore) -> None:
+    assert store.num_saved(5) == 2
+    (store.directory / "layer-00000.safetensors").unlink()
+    assert store.num_saved(5) == 0
 
 
 @pytest.mark.parametrize("content", [{"format": 2}, {}, {"model": "a model"}])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import CheckpointError, NonFiniteError
 from slimllm_ops.plan import LayerPlan
+from slimllm_ops.recovery import Line
 from slimllm_ops.writer import CheckpointWriter
 from tests.slimllm_ops.naive import mask_again, masked_model, random_decision
 
@@ -191,3 +194,21 @@ def test_the_checkpoint_loads_where_this_package_is_not(gqa_model: Path, tmp_pat
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=120)
     expected = logits(masked_model(gqa_model, plans), ids)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_broken_tokenizer_config_is_known_before_anything_is_written(mha_model: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(mha_model, tmp_path / "model")
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json is not valid JSON"):
+        CheckpointWriter(Checkpoint.open(source), tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_weight_beyond_the_dtype_is_named_by_its_layer(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    writer = CheckpointWriter(Checkpoint.open(make_llama(dtype=torch.float16)), tmp_path / "pruned")
+    decision = random_decision(1, range(5, 48), 48)
+    assert isinstance(decision.recovery, Line)
+    beyond = replace(decision, recovery=replace(decision.recovery, scale_D=decision.recovery.scale_D * 1e9))
+    with pytest.raises(NonFiniteError, match=r"^layer 2: .*down_proj"):
+        writer.write_layer(2, LayerPlan(mlp=beyond))
+    assert not list((tmp_path / "pruned").iterdir())
