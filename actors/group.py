@@ -127,27 +127,35 @@ class ShardGroup:
         self._lost = True
 
     def _start_who_can(self) -> None:
-        """Start as many actors as are placed within half a minute; where none is, try for longer."""
+        """Start as many actors as are placed within half a minute; where none is, wait for longer."""
+        require_head()
         deadline = time.monotonic() + START_SECONDS
-        while not self._actors:
-            require_head()
-            actors = self._submit_actors()
-            answers = which_answer([actor.peak_memory.remote() for actor in actors], REPLACE_SECONDS)
-            for actor, answered in zip(actors, answers, strict=True):
-                if answered:
-                    self._actors.append(actor)
-                else:
-                    ray.kill(actor)
-            if not self._actors and time.monotonic() > deadline:
-                raise ShardError(
-                    f"no worker was placed within {START_SECONDS:.0f} s of the loss: "
-                    f"is there a node left with {self._placement.cpus_per_worker} CPUs?"
-                )
-        if len(self._actors) < self._placement.num_workers:
+        placed = self._placed(self._submit_actors(), deadline)
+        while not placed and time.monotonic() < deadline:
+            # All died as they came, of what killed the others perhaps, which may be over by now.
+            placed = self._placed(self._submit_actors(), deadline)
+        if not placed:
+            raise ShardError(
+                f"no worker was placed within {START_SECONDS:.0f} s of the loss: "
+                f"is there a node left with {self._placement.cpus_per_worker} CPUs?"
+            )
+        if len(placed) < self._placement.num_workers:
             self._note(
-                f"{len(self._actors)} of {self._placement.num_workers} workers have a place; "
+                f"{len(placed)} of {self._placement.num_workers} workers have a place; "
                 f"they take over the data of the others"
             )
+        self._actors = placed
+
+    def _placed(self, actors: list[Any], deadline: float) -> list[Any]:
+        """Return the actors that answer, half a minute after the first or once none can any more; end the others."""
+        pings = [actor.peak_memory.remote() for actor in actors]
+        answers = which_answer(pings, REPLACE_SECONDS)
+        while None in answers and not any(answers) and time.monotonic() < deadline:
+            answers = which_answer(pings, REPLACE_SECONDS)
+        for actor, answered in zip(actors, answers, strict=True):
+            if not answered:
+                ray.kill(actor)
+        return [actor for actor, answered in zip(actors, answers, strict=True) if answered]
 
     def _submit_actors(self) -> list[Any]:
         # Never restarted by Ray, which would give back a worker without its states, and call that the same one.

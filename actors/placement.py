@@ -1,5 +1,6 @@
 """Where workers and solves run: a bundle of CPUs and a GPU for each worker, spread over the nodes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from actors.errors import ShardError
 from actors.waiting import head_answers
 
 START_SECONDS = 180.0
+NOTE_SECONDS = 5.0
 
 
 class Placement:
@@ -22,13 +24,21 @@ class Placement:
         num_workers: how many bundles.
         cpus_per_worker: CPUs of each.
         gpus_per_worker: GPUs of each, 0 or a fraction of one up to the whole.
+        note: told when others have to be waited for.
     """
 
-    def __init__(self, num_workers: int, cpus_per_worker: int, gpus_per_worker: float) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        cpus_per_worker: int,
+        gpus_per_worker: float,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.num_workers = num_workers
         self.cpus_per_worker = cpus_per_worker
         self.device = "cuda" if gpus_per_worker else "cpu"
         self._gpus = gpus_per_worker
+        self._note = note
         self._group: Any = None
 
     @property
@@ -72,12 +82,17 @@ class Placement:
         if self._group is None:
             bundle = {"CPU": float(self.cpus_per_worker)} | ({"GPU": self._gpus} if self._gpus else {})
             group = placement_group([bundle] * self.num_workers, strategy="SPREAD")
-            if not group.wait(START_SECONDS):
+            asked = f"{self.num_workers} workers of {self.cpus_per_worker} CPUs and {self._gpus:g} GPUs"
+            placed = group.wait(min(NOTE_SECONDS, START_SECONDS))
+            if not placed:
+                self._note(f"waiting for up to {START_SECONDS:.0f} s for room for {asked}: another run has it")
+                placed = group.wait(START_SECONDS)
+            if not placed:
                 remove_placement_group(group)
                 raise ShardError(
-                    f"the cluster gave no room for {self.num_workers} workers of {self.cpus_per_worker} CPUs and "
-                    f"{self._gpus:g} GPUs within {START_SECONDS:.0f} s, of {ray.available_resources()} that are free: "
-                    f"wait for what else runs there, or lower --workers or --gpus-per-worker"
+                    f"the cluster gave no room for {asked} within {START_SECONDS:.0f} s, of "
+                    f"{ray.available_resources()} that are free: wait for what else runs there, or lower --workers or "
+                    f"--gpus-per-worker"
                 )
             self._group = group
         return self._group

@@ -57,14 +57,14 @@ def get_in_order(refs: list[ray.ObjectRef], seconds: float = CALL_SECONDS) -> li
     return [_get(ref) for ref in refs]
 
 
-def which_answer(refs: list[ray.ObjectRef], seconds: float) -> list[bool]:
-    """Return which calls give a result in time, be it an error or none at all for the others."""
+def which_answer(refs: list[ray.ObjectRef], seconds: float) -> list[bool | None]:
+    """Return of each call whether it gives a result; None where it gives nothing in time."""
     deadline = time.monotonic() + seconds
     pending = list(refs)
     while pending and time.monotonic() < deadline:
         require_head()
         _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
-    return [ref not in pending and _succeeds(ref) for ref in refs]
+    return [None if ref in pending else _succeeds(ref) for ref in refs]
 
 
 def require_head() -> None:

@@ -129,7 +129,8 @@ def plan_workers(
             f"{room}: {len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs; "
             f"lower --workers or --gpus-per-worker (0 computes on CPUs)"
         )
-    cpus = resources.cpus // num_workers
+    # A worker on a GPU has the CPUs that fall to that GPU, so that another run finds its own beside the other GPUs.
+    cpus = resources.cpus // (room if gpus_per_worker else num_workers)
     while resources.room(cpus, gpus_per_worker) < num_workers:
         cpus -= 1
     return WorkerPlan(num_workers, cpus, gpus_per_worker, weights_travel=not (resources.local or shared_storage))

@@ -176,7 +176,7 @@ def working(
     """Hold the workers of a run, as many as there is room for; they start when the first data are sent to them."""
     return_large_blocks()
     with (
-        Placement(room, workers.cpus_per_worker, workers.gpus_per_worker) as placement,
+        Placement(room, workers.cpus_per_worker, workers.gpus_per_worker, reporter.note) as placement,
         weight_server() if workers.weights_travel else shared_files() as deliver,
         ShardGroup(
             placement,
