@@ -102,7 +102,6 @@ def staged(
             to be resumed, and was asked something else.
     """
     require_free(output, overwrite)
-    # Of a name such as "." the place beside it is known only once it is absolute.
     output = output.absolute()
     made = [parent for parent in output.parents if not parent.exists()]
     try:
@@ -121,7 +120,8 @@ def is_finished(output: Path, asked: dict[str, Any]) -> bool:
     Raises:
         ConfigError: it is whole, but was asked to be something else.
     """
-    if not (output / ASKED).exists():
+    # What is there may be the result of earlier settings, which an unfinished run is about to overwrite.
+    if not (output / ASKED).exists() or _staging(output).directory.exists():
         return False
     _require_same(json.loads((output / ASKED).read_text()), asked, f"output {output}")
     # A run may end between giving the output its name and this.
@@ -141,10 +141,16 @@ def require_free(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {output} is not empty: choose another --output, or pass --overwrite to replace it")
 
 
+def _staging(output: Path) -> Staging:
+    # Of a name such as "." the place beside it is known only once it is absolute.
+    output = output.absolute()
+    return Staging(output.parent / f".{output.name}.partial")
+
+
 @contextmanager
 def _held(output: Path) -> Iterator[Staging]:
     """Make the directory beside the output, and hold it for as long as this process lives."""
-    staging = Staging(output.parent / f".{output.name}.partial")
+    staging = _staging(output)
     try:
         staging.work.mkdir(parents=True, exist_ok=True)
         holder = staging.holder.open("a+")

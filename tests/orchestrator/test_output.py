@@ -199,6 +199,20 @@ def test_a_finished_output_knows_what_it_was_asked_to_be(tmp_path: Path) -> None
         is_finished(output, ASKED | {"sparsity": (0.3,)})
 
 
+def test_a_run_that_overwrites_is_resumed_beside_what_it_is_to_replace(tmp_path: Path) -> None:
+    output, other = tmp_path / "out", ASKED | {"sparsity": (0.3,)}
+    with staged(output, False, other) as staging:
+        (staging.directory / "old").touch()
+    with pytest.raises(KeyboardInterrupt), staged(output, True, ASKED) as staging:  # noqa: PT012
+        (staging.solved / "layer").touch()
+        raise KeyboardInterrupt
+    assert not is_finished(output, ASKED)
+    with staged(output, True, ASKED, resume=True) as staging:
+        assert staging.resumed
+    assert is_finished(output, ASKED)
+    assert [path.name for path in output.iterdir()] == ["pruning"]
+
+
 @pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"resume": True}])
 def test_a_second_run_is_refused_with_who_holds_the_output(tmp_path: Path, settings: dict[str, bool]) -> None:
     output = tmp_path / "out"
