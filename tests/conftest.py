@@ -26,6 +26,12 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def content(output: Path) -> dict[str, bytes]:
+    """Every file of an output, but for the journals: those tell when everything happened."""
+    files = [path for path in output.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models, data and recorded decisions beside the checkout; tests that need it may skip."""

@@ -19,6 +19,7 @@ from orchestrator import cli
 from orchestrator.cli import main
 from orchestrator.config import PruneConfig
 from slimllm_ops.plan import Plan
+from tests.conftest import content
 
 SLIMLLM = str(Path(sys.executable).with_name("slimllm"))
 # A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
@@ -165,12 +166,6 @@ def test_a_run_that_a_signal_ends_leaves_no_process_and_is_resumed(
     assert run_status(tracking_uri, sent.name) == "FINISHED"
     assert list(output.parent.iterdir()) == [output]
     assert content(output) == content(undisturbed)
-
-
-def content(output: Path) -> dict[str, bytes]:
-    """Every file of an output, but for the journal, which tells when everything happened."""
-    files = [path for path in output.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
-    return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from orchestrator import PruneConfig
 from orchestrator.config import ConfigError
 from orchestrator.pipeline import PruneResult, calibrate, prune
 from orchestrator.progress import Reporter
-from tests.conftest import files_of_at_most
+from tests.conftest import content, files_of_at_most
 
 Run = Callable[..., PruneResult]
 # What happens when a stage has reached a layer.
@@ -85,12 +85,6 @@ def run(model: Path, local_ray: None, tracking_uri: str, token_file: Path, held_
         return prune(PruneConfig(**config), reporter or Disturbed([]))
 
     return prune_to
-
-
-def content(output: Path) -> dict[str, bytes]:
-    """Every file of an output, but for the journals: those tell when everything happened."""
-    files = [path for path in output.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
-    return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
 def partial_of(output: Path) -> Path:
