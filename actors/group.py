@@ -310,7 +310,7 @@ class ShardGroup:
     def _solve(self, name: str, method: str, layer: int, branch: Branch, observed: ray.ObjectRef) -> ray.ObjectRef:
         """Solve for a branch's tensors where the moments were merged; return a reference to them."""
         first = self._streams[name].first
-        self._require_tokens(name, observed, f"layer {layer}, {branch.module}")
+        self._require_tokens(name, observed, f"layer {layer}, {branch.described}")
         return getattr(first.actor, method).remote(first.stream, layer, branch, observed)
 
     def _require_tokens(self, name: str, observed: ray.ObjectRef, described: str) -> None:

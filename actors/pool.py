@@ -116,4 +116,4 @@ def _weight(bench: Workbench, layer: int, branch: Branch) -> torch.Tensor:
 
 
 def _described(layer: int, branch: Branch) -> str:
-    return f"layer {layer}, {branch.module}"
+    return f"layer {layer}, {branch.described}"

@@ -95,7 +95,7 @@ class Shard:
             stream.weights(layer),
             stream.checkpoint.family.attention,
             observed.unpack(self._device),
-            num_units=layer_shape(stream.checkpoint.config, layer).num_key_value_heads,
+            num_units=layer_shape(stream.checkpoint.config, layer).num_attention_units,
             num_removed=num_removed,
         )
 
@@ -151,7 +151,7 @@ class Shard:
     def apply_refit(self, name: str, layer: int, branch: Branch, refitted: Refined) -> None:
         """Add a branch's refitted output to the pruned stream; the dense one goes on."""
         tensors = self._tensors(refitted)
-        self._refinements[name].apply(tensors[branch.output_weight], tensors.get(branch.output_bias))
+        self._refinements[name].apply(layer, branch, tensors[branch.output_weight], tensors.get(branch.output_bias))
 
     def forward_refined(self, name: str, layer: int, refined: Checkpoint) -> None:
         """Pass a layer that is refined already in both streams, with nothing observed."""

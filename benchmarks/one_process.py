@@ -197,7 +197,7 @@ def prune_gram(run: Run) -> Stages:
         shape = layer_shape(source.config, layer)
         seen, paths, power = [], [], 0.0
         for branch, num_units in zip(
-            _branches(source), (shape.num_key_value_heads, shape.intermediate_size), strict=True
+            _branches(source), (shape.num_attention_units, shape.intermediate_size), strict=True
         ):
             with stages.timed("observing"):
                 observed, mean = shard.observe_dense("a", layer, branch)

@@ -159,7 +159,7 @@ def _observe_layers(job: Job, layers: range) -> Iterator[tuple[Any, ...]]:
     for layer in layers:
         shape = layer_shape(source.config, layer)
         attention_ref, _ = shards.observe_dense(DENSE, layer, attention)
-        attention_path = pool.eliminate(layer, attention, attention_ref, shape.num_key_value_heads)
+        attention_path = pool.eliminate(layer, attention, attention_ref, shape.num_attention_units)
         mlp_ref, power = shards.observe_dense(DENSE, layer, mlp)
         mlp_path = pool.eliminate(layer, mlp, mlp_ref, shape.intermediate_size)
         yield attention_ref, mlp_ref, attention_path, mlp_path, power
@@ -201,7 +201,7 @@ def _submit_rankings(
 ) -> Iterator[tuple[ray.ObjectRef, ...]]:
     for layer in range(source.num_layers):
         shape = layer_shape(source.config, layer)
-        units = (shape.num_key_value_heads, shape.intermediate_size)
+        units = (shape.num_attention_units, shape.intermediate_size)
         yield tuple(
             pool.rank(layer, branch, ray.put(store.load_moments(layer, module)), num_units, method)
             for (module, branch), num_units in zip(_branches(source), units, strict=True)

@@ -52,8 +52,8 @@ def measure_layer(checkpoint: Checkpoint, layer: int) -> LayerSize:
     shape = layer_shape(checkpoint.config, layer)
     attention, mlp = checkpoint.family.attention, checkpoint.family.mlp
     return LayerSize(
-        num_units=shape.num_key_value_heads,
-        unit_parameters=_branch_parameters(shapes, attention) // shape.num_key_value_heads,
+        num_units=shape.num_attention_units,
+        unit_parameters=_branch_parameters(shapes, attention) // shape.num_attention_units,
         num_channels=shape.intermediate_size,
         channel_parameters=_branch_parameters(shapes, mlp) // shape.intermediate_size,
         attention_bias_parameters=_added_bias(shapes, attention),
@@ -64,7 +64,7 @@ def measure_layer(checkpoint: Checkpoint, layer: int) -> LayerSize:
 
 def _branch_parameters(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
     """Return how many parameters belong to a branch's units: all but the bias of its output projection."""
-    names = [f"{branch.module}.{name}.{kind}" for name in branch.inputs for kind in ("weight", "bias")]
+    names = [f"{name}.{kind}" for name in branch.inputs for kind in ("weight", "bias")]
     return sum(math.prod(shapes[name]) for name in (*names, branch.output_weight) if name in shapes)
 
 

@@ -73,7 +73,9 @@ class Checkpoint:
     def outside(self) -> list[str]:
         """Return the modules that hold the tensors outside the decoder layers: embeddings, final norm, head."""
         names = [name for name in self.files if not name.startswith(f"{self.family.layers}.")]
-        return sorted({name.rpartition(".")[0] for name in names})
+        called = {stored: module for module, stored in self.family.stored_as}
+        stored = {name.rpartition(".")[0] for name in names}
+        return sorted(called.get(module, module) for module in stored)
 
     def read_module(self, module: str) -> dict[str, Tensor]:
         """Return the tensors of a module outside the decoder layers as stored, by their names in it.
@@ -81,8 +83,9 @@ class Checkpoint:
         Raises:
             NonFiniteError: a weight is NaN or infinite.
         """
-        tensors = self.read([name for name in self.files if name.rpartition(".")[0] == module])
-        return self._require_finite(tensors, f"{module}.", module)
+        stored = self._stored_name(f"{module}.").removesuffix(".")
+        tensors = self.read([name for name in self.files if name.rpartition(".")[0] == stored])
+        return self._require_finite(tensors, f"{stored}.", module)
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Return one layer's tensors as stored, by their names relative to the layer.
@@ -148,7 +151,7 @@ class Checkpoint:
         model = _build_on_meta(self.directory, self.config)
         # Tied weights are one parameter of two names, of which the checkpoint may have one.
         for name, _ in model.named_parameters():
-            if name not in self.files:
+            if self._stored_name(name) not in self.files:
                 described, key = self._place_of(name)
                 raise CheckpointError(f"{described} has no {key}: the checkpoint is incomplete")
         modules = {name for name, _ in model.named_modules() if name}
@@ -157,7 +160,8 @@ class Checkpoint:
                 f"{self.directory} holds tensors of {shown(unknown[0]) or 'no module'}, which a "
                 f"{self.config.model_type} model has not: save it anew by transformers' save_pretrained"
             )
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in self.files}
+        shapes = {self._stored_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        expected = {name: shape for name, shape in shapes.items() if name in self.files}
         for file_name in sorted({self.files[name] for name in expected}):
             with _opened(self.directory / file_name) as file:
                 for name in [name for name in expected if self.files[name] == file_name]:
@@ -172,6 +176,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"{described} holds {key} as {dtype}: pass the model in bfloat16, float16 or float32, not quantised"
             )
+
+    def _stored_name(self, name: str) -> str:
+        """Return what the files call a tensor of the model, by its full name."""
+        for module, stored in self.family.stored_as:
+            renamed = f"{stored}.{name.removeprefix(f'{module}.')}"
+            if name.startswith(f"{module}.") and any(one.startswith(f"{stored}.") for one in self.files):
+                return renamed
+        return name
 
     def _place_of(self, name: str) -> tuple[str, str]:
         """Return which layer of which directory a tensor is of, and its name there."""
@@ -202,7 +214,7 @@ def _build_on_meta(directory: Path, config: PretrainedConfig) -> PreTrainedModel
     """Build the model that a config describes, without memory for it."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
     # Any: whatever a layer's constructor stumbles over is what the config says of it.
     except Exception as error:

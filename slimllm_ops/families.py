@@ -1,63 +1,231 @@
 """Model families as a table: how each names its parts. A family of the same build is one more row.
 
-A row describes decoder layers whose residual stream passes two branches, each normalised on entry:
+A row describes decoder layers whose residual stream passes two branches:
 
-    h = h + output_projection(attention(norm(h)))
-    h = h + output_projection(mlp(norm(h)))
+    h = h + multiplier * output_norm(output_projection(attention(norm(h))))
+    h = h + multiplier * output_norm(output_projection(mlp(norm(h))))
 
-A branch consists of units (KV groups; channels). The rows of every projection into it, and the columns of its
-output projection, lie unit by unit, so that nothing more need be known to take units out.
+where most families have no norm of the output and no multiplier, some none of the input, and in a parallel layer the
+MLP reads what the attention reads. A branch consists of units (KV groups; channels). The rows of every projection into
+it, and the columns of its output projection, lie unit by unit, so that nothing more need be known to take units out.
+Where several projections are stored as one, its parts lie one after the other, and within each the units.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
+from slimllm_ops import pruned_models as models
 from slimllm_ops.errors import CheckpointError, shown
 
 
-@dataclass(frozen=True, kw_only=True)
-class Branch:
-    """One branch of a decoder layer, by the names of the family's transformers classes."""
+def unit_rows(units: Sequence[int], num_units: int, num_rows: int) -> Tensor:
+    """Return the rows of some units, where each of `num_units` has an equal share of `num_rows`, side by side."""
+    width = num_rows // num_units
+    return (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
 
-    norm: str
-    module: str
-    inputs: tuple[str, ...]
-    output: str
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a branch of a decoder layer does around its linear maps, by the names of the family's classes.
+
+    Attributes:
+        norm: normalises what the branch reads; None where nothing does.
+        output_norm: normalises what the branch adds; None where nothing does.
+        stacked: how many projections into the branch are stored as one; the first has a row for each of the output
+            projection's columns, the others share the rest evenly.
+        activation: what follows the only projection into a branch that is no module of its own.
+        whole: why no unit of the branch can go, where none can.
+    """
+
+    norm: str | None
+    output_norm: str | None = None
+    stacked: int = 1
+    activation: str | None = None
+    whole: str = ""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch of a decoder layer."""
+
+    names: models.LinearNames
+    reading: Reading
+
+    @property
+    def module(self) -> str:
+        """Name of the branch's module, relative to the decoder layer; empty where that is the module."""
+        return self.names.module
+
+    @property
+    def described(self) -> str:
+        """What the branch is called in messages."""
+        return self.module or self.names.output
 
     @property
     def output_weight(self) -> str:
         """Name of the output projection's weight, relative to the decoder layer."""
-        return f"{self.module}.{self.output}.weight"
+        return f"{self.output}.weight"
 
     @property
     def output_bias(self) -> str:
         """Name of the output projection's bias, relative to the decoder layer."""
-        return f"{self.module}.{self.output}.bias"
+        return f"{self.output}.bias"
+
+    @property
+    def output(self) -> str:
+        """Name of the output projection, relative to the decoder layer."""
+        return self._full(self.names.output)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the projections into the branch, relative to the decoder layer."""
+        return tuple(self._full(name) for name in self.names.inputs)
 
     @property
     def input_weights(self) -> tuple[str, ...]:
         """Names of the weights into the branch, relative to the decoder layer."""
-        return tuple(f"{self.module}.{name}.weight" for name in self.inputs)
+        return tuple(f"{name}.weight" for name in self.inputs)
+
+    def unstack(self, rows: Tensor, num_inputs: int) -> list[Tensor]:
+        """Cut a weight or bias into the branch into those of the projections that are stored as one.
+
+        Args:
+            rows: (R, ...), as stored.
+            num_inputs: columns of the output projection.
+        """
+        return list(rows.split(self._part_sizes(len(rows), num_inputs)))
+
+    def kept_rows(self, num_rows: int, num_inputs: int, kept: Sequence[int], num_units: int) -> Tensor:
+        """Return which rows of a projection into the branch stay where some units do.
+
+        Args:
+            num_rows: rows of the projection, as stored.
+            num_inputs: columns of the output projection.
+            kept: the units that stay, ascending.
+            num_units: of how many.
+        """
+        rows, start = [], 0
+        for size in self._part_sizes(num_rows, num_inputs):
+            rows.append(start + unit_rows(kept, num_units, size))
+            start += size
+        return torch.cat(rows)
+
+    def _part_sizes(self, num_rows: int, num_inputs: int) -> list[int]:
+        if self.reading.stacked == 1:
+            return [num_rows]
+        others = self.reading.stacked - 1
+        return [num_inputs] + [(num_rows - num_inputs) // others] * others
+
+    def _full(self, name: str) -> str:
+        return f"{self.module}.{name}" if self.module else name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row of the table. `name` makes the class of its pruned models: Pruned<name>ForCausalLM."""
+    """One row of the table.
 
-    name: str
-    model_type: str
-    layers: str = "model.layers"
-    final_norm: str = "model.norm"
-    attention: Branch = Branch(
-        norm="input_layernorm", module="self_attn", inputs=("q_proj", "k_proj", "v_proj"), output="o_proj"
-    )
-    mlp: Branch = Branch(
-        norm="post_attention_layernorm", module="mlp", inputs=("gate_proj", "up_proj"), output="down_proj"
-    )
+    Attributes:
+        pruned: the class of its pruned models, which names its layers and their linear maps.
+        attention: what the attention does around them.
+        mlp: what the MLP does around them.
+        intermediate_size: what its config calls the number of channels.
+        residual_multiplier: what its config calls the multiplier of what branches add, if it has one.
+        parallel: what its config calls the flag of layers whose MLP reads what the attention reads, if it has one.
+        requires: settings of which one value alone is supported.
+        stored_as: modules outside the layers, and what dense checkpoints call them instead.
+    """
+
+    pruned: type[models.PrunedModelMixin]
+    attention_reading: Reading = Reading(norm="input_layernorm")
+    mlp_reading: Reading = Reading(norm="post_attention_layernorm")
+    intermediate_size: str = "intermediate_size"
+    residual_multiplier: str | None = None
+    parallel: str | None = None
+    requires: tuple[tuple[str, object], ...] = ()
+    stored_as: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name in its classes: Pruned<name>ForCausalLM."""
+        return self.pruned.__name__.removeprefix("Pruned").removesuffix("ForCausalLM")
+
+    @property
+    def model_type(self) -> str:
+        """What the config.json of a dense model gives as its type."""
+        return self.pruned.config_class.model_type.removeprefix("pruned_")
+
+    @property
+    def layers(self) -> str:
+        """Name of the list of decoder layers in the model."""
+        return self.pruned.layers_path
+
+    @cached_property
+    def attention(self) -> Branch:
+        """The attention."""
+        return Branch(self.pruned.attention_names, self.attention_reading)
+
+    @cached_property
+    def mlp(self) -> Branch:
+        """The MLP."""
+        return Branch(self.pruned.mlp_names, self.mlp_reading)
+
+    def multiplier(self, config: PretrainedConfig) -> float:
+        """Return what everything that a branch adds to the residual stream is multiplied by."""
+        return 1.0 if self.residual_multiplier is None else getattr(config, self.residual_multiplier)
+
+    def is_parallel(self, config: PretrainedConfig) -> bool:
+        """Return whether the MLP of a layer reads what its attention reads."""
+        return self.parallel is not None and getattr(config, self.parallel)
 
 
-FAMILIES = (Family(name="Llama", model_type="llama"),)
+# Gemma 2 and 3 normalise what a branch reads and what it adds, OLMo 2 only what it adds.
+_GEMMA_ATTENTION = Reading(norm="input_layernorm", output_norm="post_attention_layernorm")
+_GEMMA_MLP = Reading(norm="pre_feedforward_layernorm", output_norm="post_feedforward_layernorm")
+
+FAMILIES = (
+    Family(pruned=models.PrunedLlamaForCausalLM),
+    Family(pruned=models.PrunedMistralForCausalLM),
+    Family(pruned=models.PrunedQwen2ForCausalLM),
+    Family(pruned=models.PrunedQwen3ForCausalLM),
+    Family(pruned=models.PrunedGemmaForCausalLM),
+    Family(pruned=models.PrunedGemma2ForCausalLM, attention_reading=_GEMMA_ATTENTION, mlp_reading=_GEMMA_MLP),
+    Family(pruned=models.PrunedGemma3ForCausalLM, attention_reading=_GEMMA_ATTENTION, mlp_reading=_GEMMA_MLP),
+    Family(
+        pruned=models.PrunedPhi3ForCausalLM,
+        attention_reading=Reading(norm="input_layernorm", stacked=3),
+        mlp_reading=Reading(norm="post_attention_layernorm", stacked=2),
+    ),
+    Family(pruned=models.PrunedGraniteForCausalLM, residual_multiplier="residual_multiplier"),
+    Family(
+        pruned=models.PrunedOlmo2ForCausalLM,
+        attention_reading=Reading(
+            norm=None,
+            output_norm="post_attention_layernorm",
+            whole="its q_norm and k_norm run over all heads at once, so that without one the others change",
+        ),
+        mlp_reading=Reading(norm=None, output_norm="post_feedforward_layernorm"),
+    ),
+    Family(pruned=models.PrunedSmolLM3ForCausalLM),
+    Family(pruned=models.PrunedStarcoder2ForCausalLM),
+    Family(
+        pruned=models.PrunedOPTForCausalLM,
+        attention_reading=Reading(norm="self_attn_layer_norm"),
+        mlp_reading=Reading(norm="final_layer_norm", activation="activation_fn"),
+        intermediate_size="ffn_dim",
+        requires=(("do_layer_norm_before", True),),
+    ),
+    # The rows of its query_key_value lie head by head, so they are units as they are.
+    Family(
+        pruned=models.PrunedGPTNeoXForCausalLM,
+        parallel="use_parallel_residual",
+        stored_as=(("lm_head", "embed_out"),),
+    ),
+)
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -91,19 +259,26 @@ def family_named(model_type: object) -> Family:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """How many units each branch of a layer has."""
+    """What each branch of a layer is made of.
+
+    Where every head has its own keys and values there are as many KV groups as heads. They are the units of an
+    attention that can lose some, one that cannot is a unit as a whole.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    num_attention_units: int
 
 
 def layer_shape(config: PretrainedConfig, layer: int) -> LayerShape:
     """Return the shape of a layer, from a dense model's config or from a pruned one's."""
+    family = family_of(config)
     if getattr(config, "num_attention_heads_per_layer", None) is None:
-        return LayerShape(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
-    return LayerShape(
-        config.num_attention_heads_per_layer[layer],
-        config.num_key_value_heads_per_layer[layer],
-        config.intermediate_size_per_layer[layer],
-    )
+        heads, channels = config.num_attention_heads, getattr(config, family.intermediate_size)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    else:
+        heads = config.num_attention_heads_per_layer[layer]
+        kv_heads = config.num_key_value_heads_per_layer[layer]
+        channels = config.intermediate_size_per_layer[layer]
+    return LayerShape(heads, kv_heads, channels, 1 if family.attention.reading.whole else kv_heads)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from slimllm_ops.errors import CheckpointError, shown
-from slimllm_ops.families import family_named
+from slimllm_ops.families import Family, family_named
 
 LARGEST_CONFIG = 1 << 24
 LARGEST_INDEX = 1 << 28
@@ -27,6 +27,9 @@ SIZES = {
     "vocab_size": (1, 1 << 24),
     "num_attention_heads": (1, 1 << 16),
     "max_position_embeddings": (1, 1 << 32),
+    # OPT's own.
+    "ffn_dim": (1, 1 << 24),
+    "word_embed_proj_dim": (1, 1 << 20),
 }
 # The same of those that may be left to a default, or be null.
 OPTIONAL_SIZES = {
@@ -35,12 +38,8 @@ OPTIONAL_SIZES = {
     # Transformers makes a table of so many names.
     "num_labels": (0, 1 << 16),
 }
-# Lists with a number for each layer, of pruned models alone, and which number of the dense model bounds each.
-PER_LAYER_SIZES = {
-    "num_attention_heads_per_layer": "num_attention_heads",
-    "num_key_value_heads_per_layer": "num_key_value_heads",
-    "intermediate_size_per_layer": "intermediate_size",
-}
+# Lists with a number for each layer, of pruned models alone.
+PER_LAYER_SIZES = ("num_attention_heads_per_layer", "num_key_value_heads_per_layer", "intermediate_size_per_layer")
 PER_LAYER_FLAGS = ("attention_output_bias_per_layer", "mlp_output_bias_per_layer")
 # What changes how a model is built or stored, in ways that no family here has.
 UNSUPPORTED = {
@@ -115,6 +114,12 @@ def _check(described: dict[str, Any]) -> None:
     for key, reason in UNSUPPORTED.items():
         if described.get(key) is not None:
             raise CheckpointError(f"config.json has a {key}, so {reason}")
+    for key, value in family.requires:
+        if described.get(key, value) != value:
+            raise CheckpointError(
+                f"config.json has {key} {shown(repr(described[key]))}: {family.name} models are supported where it "
+                f"is {value}"
+            )
     for key in described:
         # Transformers sets every key that it does not know as an attribute, over its own methods too.
         known = getattr(PretrainedConfig, key, None)
@@ -122,7 +127,10 @@ def _check(described: dict[str, Any]) -> None:
             raise CheckpointError(f"its config.json is wrong: {shown(key)!r} is no setting")
     _check_sizes(described)
     _check_positions(described)
-    _check_layers(described, pruned=described["model_type"] != family.model_type)
+    for key, value in described.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _wrong(key, value, "a finite number")
+    _check_layers(described, family)
 
 
 def _check_sizes(described: dict[str, Any]) -> None:
@@ -137,15 +145,17 @@ def _check_sizes(described: dict[str, Any]) -> None:
 
 def _check_positions(described: dict[str, Any]) -> None:
     """Check the numbers that the rotary tables and the norms are computed from."""
-    epsilon = described.get("rms_norm_eps", 0)
-    if not _number(epsilon) or not 0 <= epsilon <= 1:
-        raise _wrong("rms_norm_eps", epsilon, "a number from 0 to 1")
+    for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon"):
+        epsilon = described.get(key, 0)
+        if not _number(epsilon) or not 0 <= epsilon <= 1:
+            raise _wrong(key, epsilon, "a number from 0 to 1")
     settings: list[tuple[str, Any]] = [("rope_theta", described.get("rope_theta"))]
     for key in ("rope_scaling", "rope_parameters"):
         rope = described.get(key) or {}
         if not isinstance(rope, dict):
             raise _wrong(key, rope, "an object")
-        settings += rope.items()
+        # Gemma 3 has settings for each kind of layer.
+        settings += [item for one in (rope, *rope.values()) if isinstance(one, dict) for item in one.items()]
     for key, value in settings:
         least = "above" if key in ("rope_theta", "factor") else "from"
         for number in value if isinstance(value, list) else [value]:
@@ -154,26 +164,31 @@ def _check_positions(described: dict[str, Any]) -> None:
                 raise _wrong(key, number, f"a number {least} 0, to 1e18")
 
 
-def _check_layers(described: dict[str, Any], pruned: bool) -> None:
+def _check_layers(described: dict[str, Any], family: Family) -> None:
     """Check the lists of a pruned model: one number for each layer, no more than the dense model has."""
     given = [key for key in (*PER_LAYER_SIZES, *PER_LAYER_FLAGS) if described.get(key) is not None]
     if not given:
         return
-    if not pruned:
+    if described["model_type"] == family.model_type:
         raise _wrong("model_type", described["model_type"], f"a pruned model, since there is {given[0]}")
-    layers = described.get("num_hidden_layers")
-    for key, whole in PER_LAYER_SIZES.items():
-        most = described.get(whole)
+    layers, whole_heads = described.get("num_hidden_layers"), described.get("num_attention_heads")
+    whole_kv_heads = described.get("num_key_value_heads") or whole_heads
+    bounds = {
+        "num_attention_heads": whole_heads,
+        "num_key_value_heads": whole_kv_heads,
+        family.intermediate_size: described.get(family.intermediate_size),
+    }
+    for key, (whole, most) in zip(PER_LAYER_SIZES, bounds.items(), strict=True):
         expected = f"whole numbers from 1 to {whole} ({most})"
         _check_list(key, described.get(key), layers, expected, partial(_whole, least=1, most=most))
     for key in PER_LAYER_FLAGS:
         _check_list(key, described.get(key), layers, "true or false", lambda value: isinstance(value, bool))
     heads, kv_heads = (described[f"{kind}_per_layer"] for kind in ("num_attention_heads", "num_key_value_heads"))
     for layer, (queries, keys) in enumerate(zip(heads, kv_heads, strict=True)):
-        if queries % keys:
+        if queries * whole_kv_heads != keys * whole_heads:
             raise CheckpointError(
                 f"its config.json is wrong: layer {layer} has {queries} heads and {keys} key/value heads, "
-                f"expected a multiple"
+                f"expected as many heads to each as in the model, {whole_heads}/{whole_kv_heads}"
             )
 
 

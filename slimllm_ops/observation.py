@@ -24,6 +24,9 @@ class PackedObservation:
 
     moments: PackedMoments
     input_squares_D: np.ndarray
+    # Squares of what the output projection put out and of what of it was added to the stream, summed; none where
+    # the two are one.
+    powers: tuple[float, float] = (0.0, 0.0)
 
     @property
     def num_bytes(self) -> int:
@@ -49,7 +52,17 @@ class PackedObservation:
 
     def merge(self, other: "PackedObservation") -> "PackedObservation":
         """Return the observation of both sets of tokens."""
-        return PackedObservation(self.moments.merge(other.moments), self.input_squares_D + other.input_squares_D)
+        return PackedObservation(
+            self.moments.merge(other.moments),
+            self.input_squares_D + other.input_squares_D,
+            (self.powers[0] + other.powers[0], self.powers[1] + other.powers[1]),
+        )
+
+    @property
+    def gain(self) -> float:
+        """What an error of the output projection's output is worth in the residual stream, in squares."""
+        output, added = self.powers
+        return added / output if output > 0 else 1.0
 
     def unpack(self, device: torch.device) -> Observation:
         """Return the observation for a decision, on a device."""
@@ -63,6 +76,7 @@ class ObservationSum:
     def __init__(self) -> None:
         self._moments = MomentSum()
         self._squares_D: Tensor | None = None
+        self._powers = (0.0, 0.0)
 
     def add(self, x_NP: Tensor, input_ND: Tensor) -> None:
         """Add what enters a branch's output projection (N, P), and what entered the branch (N, D)."""
@@ -71,7 +85,11 @@ class ObservationSum:
         squares_D = input_ND.double().square_().sum(dim=0)
         self._squares_D = squares_D if self._squares_D is None else self._squares_D + squares_D
 
+    def add_powers(self, output: float, added: float) -> None:
+        """Add the summed squares of what the output projection put out, and of what of it was added to the stream."""
+        self._powers = (self._powers[0] + output, self._powers[1] + added)
+
     def packed(self) -> PackedObservation:
         """Return the observation of all tokens so far."""
         assert self._squares_D is not None, "a stream without blocks has nothing to observe"
-        return PackedObservation(self._moments.packed(), self._squares_D.cpu().numpy())
+        return PackedObservation(self._moments.packed(), self._squares_D.cpu().numpy(), self._powers)

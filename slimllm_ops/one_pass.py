@@ -12,10 +12,11 @@ from slimllm_ops.allocation import LayerSize
 from slimllm_ops.budget import Candidate
 from slimllm_ops.elimination import eliminate
 from slimllm_ops.errors import SolveError
+from slimllm_ops.families import unit_rows
 from slimllm_ops.methods import Method
 from slimllm_ops.moment_store import LayerPaths
 from slimllm_ops.observation import PackedObservation
-from slimllm_ops.plan import Decision, unit_rows
+from slimllm_ops.plan import Decision
 from slimllm_ops.projection import Projection
 from slimllm_ops.ranking import Ranking
 
@@ -24,7 +25,7 @@ from slimllm_ops.ranking import Ranking
 def eliminate_module(
     weight_DP: Tensor, observed: PackedObservation, num_units: int, described: str
 ) -> tuple[Ranking, float]:
-    """Return gram's elimination path of a module, and the variance of its output.
+    """Return gram's elimination path of a module, and the variance of its output, both as the stream sees them.
 
     Args:
         weight_DP: the output projection's weight, on the device to compute on.
@@ -40,7 +41,7 @@ def eliminate_module(
         ranking = eliminate(projection, num_units)
     except SolveError as error:
         raise SolveError(f"{described}: {error}") from None
-    return ranking, float(projection.variance_D.sum())
+    return ranking.scaled(observed.gain), observed.gain * float(projection.variance_D.sum())
 
 
 @torch.inference_mode()

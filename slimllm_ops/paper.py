@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from slimllm_ops.channels import choose_channels
-from slimllm_ops.families import Branch
+from slimllm_ops.families import Branch, unit_rows
 from slimllm_ops.heads import choose_heads
 from slimllm_ops.observation import Observation
-from slimllm_ops.plan import Decision, unit_rows
+from slimllm_ops.plan import Decision
 from slimllm_ops.projection import Projection
 from slimllm_ops.recovery import fit_line
 
@@ -34,7 +34,9 @@ def decide_channels(
     choice = choose_channels(
         projection,
         input_norm_D=observed.input_squares_D.sqrt(),
-        input_weights_PD=[weights[name] for name in branch.input_weights],
+        input_weights_PD=[
+            part for name in branch.input_weights for part in branch.unstack(weights[name], len(projection.weight_PD))
+        ],
         num_removed=num_removed,
         keep_lowest=keep_lowest,
     )

@@ -1,7 +1,6 @@
 """Decisions as values: what each module becomes, and the plan from which a pruned model is rebuilt."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimllm_ops.families import unit_rows
 from slimllm_ops.least_squares import Refit
 from slimllm_ops.recovery import Line
 
 Recovery = Line | Refit
-
-
-def unit_rows(units: Sequence[int], num_units: int, num_rows: int) -> Tensor:
-    """Return the rows of some units, where each of `num_units` has an equal share of `num_rows`, side by side."""
-    width = num_rows // num_units
-    return (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
 
 
 @dataclass(frozen=True)

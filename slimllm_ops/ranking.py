@@ -23,6 +23,10 @@ class Ranking:
         values, order = torch.sort(scores, stable=True)
         return cls(tuple(order.tolist()), tuple(values.tolist()))
 
+    def scaled(self, factor: float) -> "Ranking":
+        """Return the same order at costs so many times as high."""
+        return self if factor == 1 else Ranking(self.order, tuple(factor * cost for cost in self.costs))
+
     def kept_after(self, num_removed: int) -> tuple[int, ...]:
         """Return the units that are left, ascending."""
         return tuple(sorted(self.order[num_removed:]))

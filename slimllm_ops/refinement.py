@@ -79,12 +79,13 @@ class RefinementStream:
         return self.pruned.require_finite(_summed(self._targets(layer, branch)), layer, branch)
 
     @torch.inference_mode()
-    def apply(self, weight_DS: Tensor, bias_D: Tensor | None) -> None:
+    def apply(self, layer: int, branch: Branch, weight_DS: Tensor, bias_D: Tensor | None) -> None:
         """Add the refitted branch's output to the pruned stream; the dense one has gone on already."""
         weight_DS = weight_DS.to(self.pruned.device, self.pruned.dtype)
         bias_D = None if bias_D is None else bias_D.to(weight_DS)
         for index, x_bTS in enumerate(self._kept_inputs):
-            self.pruned.hidden[index] = self.pruned.hidden[index] + functional.linear(x_bTS, weight_DS, bias_D)
+            added = self.pruned.contribution(layer, branch, functional.linear(x_bTS, weight_DS, bias_D))
+            self.pruned.hidden[index] = self.pruned.hidden[index] + added
         self._kept_inputs = self.pruned.store()
 
     def close(self) -> None:
@@ -93,17 +94,20 @@ class RefinementStream:
         self.pruned.close()
 
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
-        for dense, pruned in zip(self._dense.hidden, self.pruned.hidden, strict=True):
+        entering = (stream.entering(layer, branch) for stream in (self._dense, self.pruned))
+        for dense, pruned in zip(*entering, strict=True):
             yield self._dense.normalise(layer, branch, dense), self.pruned.normalise(layer, branch, pruned)
 
     def _targets(self, layer: int, branch: Branch) -> Iterator[Tensor]:
         projection = self._dense.projection(layer, branch)
         states = zip(self._dense.hidden, self.pruned.hidden, self._normalised(layer, branch), strict=True)
         for index, (dense, pruned, (dense_input, pruned_input)) in enumerate(states):
-            dense_after = dense + projection(self._dense.run_branch(layer, branch, dense_input))
+            output = projection(self._dense.run_branch(layer, branch, dense_input))
+            dense_after = dense + self._dense.contribution(layer, branch, output)
             whole = projection(self._dense.run_branch(layer, branch, pruned_input))
             kept = self.pruned.run_branch(layer, branch, pruned_input)
-            target = whole + MIX * ((dense_after - pruned) - whole)
+            missing = MIX * ((dense_after - pruned) - self._dense.contribution(layer, branch, whole))
+            target = whole + self._dense.change_of_output(layer, branch, whole, missing)
             self._dense.hidden[index] = dense_after
             self._kept_inputs.append(kept)
             yield torch.cat([kept, target], dim=-1)

@@ -29,6 +29,8 @@ from slimllm_ops.surgery import recovered_projection
 
 # Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
 LOGIT_TOKENS = 1024
+# A norm's gain below this fraction of its largest passes nothing on.
+SMALLEST_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,14 @@ class LayerStream:
         self.dtype = compute_dtype(device)
         self.batches = batches
         self.store = store
+        self._multiplier = checkpoint.family.multiplier(checkpoint.config)
+        self._parallel = checkpoint.family.is_parallel(checkpoint.config)
         self._model = _build_skeleton(checkpoint)
         self._reader = LayerReader(checkpoint, self._place)
         self._calls: list[dict[str, Any]] = []
         self._layer: int | None = None
         self._branch_outputs = store()
+        self._entered: tuple[int, States] | None = None
         self.hidden = self._embed()
 
     @torch.inference_mode()
@@ -106,8 +111,12 @@ class LayerStream:
         seen, power = ObservationSum(), Mean(0.0, 0)
         project = self._projected(layer, branch, None)
         for index, (normalised, x_bTP) in enumerate(self._run(layer, branch)):
+            output = project(x_bTP)
+            added = self.contribution(layer, branch, output)
             seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
-            power = power.merge(self._add(index, project(x_bTP)))
+            if added is not output:
+                seen.add_powers(_power(output), _power(added))
+            power = power.merge(self._add(index, added))
         return self.require_finite(seen.packed(), layer, branch), power
 
     @torch.inference_mode()
@@ -117,7 +126,7 @@ class LayerStream:
         for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
             project = self._projected(layer, branch, decision)
             for index, (_, x_bTP) in enumerate(self._run(layer, branch)):
-                self._add(index, project(x_bTP))
+                self._add(index, self.contribution(layer, branch, project(x_bTP)))
 
     @torch.inference_mode()
     def apply(self, layer: int, branch: Branch, decision: Decision | None) -> Mean:
@@ -129,55 +138,102 @@ class LayerStream:
         power = Mean(0.0, 0)
         project = self._projected(layer, branch, decision)
         for index, x_bTP in enumerate(self._branch_outputs):
-            power = power.merge(self._add(index, project(x_bTP)))
+            power = power.merge(self._add(index, self.contribution(layer, branch, project(x_bTP))))
         self._branch_outputs = self.store()
         return power
+
+    def entering(self, layer: int, branch: Branch) -> States:
+        """Return the states that a branch of the layer that is being passed reads.
+
+        They are the residual stream's, but for the MLP of a parallel layer, which reads what the attention reads:
+        there they are noted when the layer is first asked for.
+        """
+        if not self._parallel:
+            return self.hidden
+        if self._entered is None or self._entered[0] != layer:
+            noted = self.store()
+            for hidden in self.hidden:
+                noted.append(hidden)
+            self._entered = (layer, noted)
+        return self._entered[1]
 
     @torch.inference_mode()
     def normalise(self, layer: int, branch: Branch, hidden: Tensor) -> Tensor:
         """Return a branch's input (b, T, D) from the residual stream's states (b, T, D)."""
-        return self._load(layer).get_submodule(branch.norm)(hidden)
+        norm = branch.reading.norm
+        return hidden if norm is None else self._load(layer).get_submodule(norm)(hidden)
 
     @torch.inference_mode()
     def run_branch(self, layer: int, branch: Branch, normalised: Tensor) -> Tensor:
         """Return what enters a branch's output projection (b, T, P), from the branch's input (b, T, D)."""
-        part = self._load(layer).get_submodule(branch.module)
+        module = self._load(layer)
+        if branch.reading.activation is not None:
+            (name,) = branch.inputs
+            return module.get_submodule(branch.reading.activation)(module.get_submodule(name)(normalised))
         call = self._calls[layer] if branch == self.checkpoint.family.attention else {}
-        with _without(part, branch.output):
+        part = module.get_submodule(branch.module)
+        with _without(part, branch.names.output):
             output = part(normalised, **call)
         return output[0] if isinstance(output, tuple) else output
 
     def projection(self, layer: int, branch: Branch) -> nn.Linear:
         """Return a branch's output projection, with its weights."""
-        return cast(nn.Linear, self._load(layer).get_submodule(f"{branch.module}.{branch.output}"))
+        return cast(nn.Linear, self._load(layer).get_submodule(branch.output))
+
+    @torch.inference_mode()
+    def contribution(self, layer: int, branch: Branch, output: Tensor) -> Tensor:
+        """Return what a branch adds to the residual stream (b, T, D), from what its output projection puts out."""
+        if (norm := branch.reading.output_norm) is not None:
+            output = self._load(layer).get_submodule(norm)(output)
+        return output if self._multiplier == 1 else output * self._multiplier
+
+    @torch.inference_mode()
+    def change_of_output(self, layer: int, branch: Branch, output: Tensor, change: Tensor) -> Tensor:
+        """Return by how much a branch's output must change for what it adds to change so much, all (b, T, D).
+
+        Exact but for a norm of the output, an RMS norm in all families that have one: its divisor is held.
+        """
+        change = change / self._multiplier
+        if (norm := branch.reading.output_norm) is None:
+            return change
+        gain_D = self._load(layer).get_submodule(norm)(torch.ones_like(output[0, 0]))
+        # A dim that the norm takes away cannot be changed through it.
+        passes_D = gain_D.abs() > SMALLEST_GAIN * gain_D.abs().max()
+        rms = output.float().square().mean(dim=-1, keepdim=True).sqrt().to(output)
+        return torch.where(passes_D, change / torch.where(passes_D, gain_D, 1.0), 0.0) * rms
 
     @torch.inference_mode()
     def negative_log_likelihood(self) -> Mean:
         """Return the next tokens' negative log-likelihood, once every layer is passed."""
         self._unload()
-        norm = self._model.get_submodule(self.checkpoint.family.final_norm)
+        modules = self._load_outside()
         head = self._model.get_output_embeddings()
         tied = self.checkpoint.config.tie_word_embeddings
-        self._load_module(norm, self.checkpoint.family.final_norm)
         self._load_module(head, self._name_of(self._model.get_input_embeddings() if tied else head))
+        # What the layers are given matters to nobody: one row is table enough for any ids.
+        embedding = cast(nn.Embedding, self._model.get_input_embeddings())
+        embedding.weight = nn.Parameter(torch.zeros_like(head.weight[:1]), requires_grad=False)
         total, count = 0.0, 0
         for hidden, ids in zip(self.hidden, self.batches, strict=True):
-            states_ND = hidden[:, :-1].flatten(0, 1)
-            targets_N = ids[:, 1:].flatten().to(self.device)
-            pairs = zip(states_ND.split(LOGIT_TOKENS), targets_N.split(LOGIT_TOKENS), strict=True)
-            for states, targets in pairs:
-                logits_NV = head(norm(states)).float()
-                total += float(functional.cross_entropy(logits_NV, targets, reduction="sum").double())
-            count += len(targets_N)
-        norm.to("meta")
-        head.to("meta")
+            for states_bTD, targets_bT in _spans(hidden[:, :-1], ids[:, 1:].to(self.device)):
+                logits_NV = self._logits(states_bTD).flatten(0, 1).float()
+                total += float(functional.cross_entropy(logits_NV, targets_bT.flatten(), reduction="sum").double())
+                count += targets_bT.numel()
+        for module in (*modules, embedding, head):
+            _release(module)
         return Mean(total, count)
+
+    def _logits(self, states_bTD: Tensor) -> Tensor:
+        """Return what the model makes of the states after its last layer, (b, T, V): its own norm, head and scale."""
+        with _answered(self._layers(), states_bTD):
+            ids = torch.zeros(states_bTD.shape[:2], dtype=torch.int64, device=self.device)
+            return self._model(input_ids=ids, use_cache=False).logits
 
     def close(self) -> None:
         """Give everything back now: modules refer to each other in circles, which Python frees when it likes."""
         self._unload()
         self._reader.close()
-        self.hidden, self._branch_outputs = [], []
+        self.hidden, self._branch_outputs, self._entered = [], [], None
 
     def weights(self, layer: int) -> dict[str, Tensor]:
         """Return the tensors of the layer that is being passed, in the precision that it computes in."""
@@ -185,7 +241,7 @@ class LayerStream:
 
     def _run(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         """Run a branch up to its output projection; yield its input (b, T, D) and what came out (b, T, P)."""
-        for hidden in self.hidden:
+        for hidden in self.entering(layer, branch):
             normalised = self.normalise(layer, branch, hidden)
             yield normalised, self.run_branch(layer, branch, normalised)
 
@@ -200,12 +256,11 @@ class LayerStream:
             kept_S = decision.kept_rows(projection.weight.shape[1]).to(self.device)
         return lambda x_bTP: functional.linear(x_bTP[..., kept_S], weight_DS, bias_D)
 
-    def _add(self, index: int, output: Tensor) -> Mean:
-        """Add a branch's output to a batch's states; return their squared norm, summed over tokens."""
-        hidden = self.hidden[index] + output
+    def _add(self, index: int, added: Tensor) -> Mean:
+        """Add what a branch adds to a batch's states; return their squared norm, summed over tokens."""
+        hidden = self.hidden[index] + added
         self.hidden[index] = hidden
-        power = float(hidden.float().square().sum(dim=-1).double().sum())
-        return Mean(power, hidden.shape[0] * hidden.shape[1])
+        return Mean(_power(hidden), hidden.shape[0] * hidden.shape[1])
 
     def _embed(self) -> States:
         """Return the input of the first layer, and note how the model calls each of its layers."""
@@ -226,7 +281,7 @@ class LayerStream:
                 self._model.base_model(input_ids=positions, use_cache=False)
                 hidden.append(calls[0][0])
         for name in self.checkpoint.outside():
-            self._model.get_submodule(name).to("meta")
+            _release(self._model.get_submodule(name))
         return hidden
 
     def _load_embeddings(self) -> Tensor:
@@ -234,12 +289,19 @@ class LayerStream:
         embedding = cast(nn.Embedding, self._model.get_input_embeddings())
         # The id that it names need not be among the rows of a batch; it matters to gradients alone.
         embedding.padding_idx = None
-        apart = (embedding, self._model.get_output_embeddings())
+        self._load_outside()
+        return self.checkpoint.read_module(self._name_of(embedding))["weight"]
+
+    def _load_outside(self) -> list[nn.Module]:
+        """Load what is outside the layers, but for embeddings and head: norms, tables of positions."""
+        apart = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        loaded = []
         for name in self.checkpoint.outside():
             module = self._model.get_submodule(name)
             if module not in apart:
                 self._load_module(module, name)
-        return self.checkpoint.read_module(self._name_of(embedding))["weight"]
+                loaded.append(module)
+        return loaded
 
     def _name_of(self, module: nn.Module) -> str:
         return next(name for name, one in self._model.named_modules() if one is module)
@@ -258,7 +320,7 @@ class LayerStream:
 
     def _unload(self) -> None:
         if self._layer is not None:
-            self._layers()[self._layer].to("meta")
+            _release(self._layers()[self._layer])
         self._layer = None
 
     def _load_module(self, module: nn.Module, name: str) -> None:
@@ -277,7 +339,7 @@ class LayerStream:
             NonFiniteError: something is; the message names the layer and module.
         """
         if not observed.is_finite():
-            self._raise_non_finite(layer, branch.module)
+            self._raise_non_finite(layer, branch.described)
         return observed
 
     def _raise_non_finite(self, layer: int, part: str) -> None:
@@ -298,10 +360,17 @@ def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     module.load_state_dict({name: tensors[name] for name in module.state_dict()}, assign=True)
 
 
+def _release(module: nn.Module) -> None:
+    """Give the memory of a module's weights back; buffers, which the model computed, stay."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
 def _build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """Build the model without weights; buffers such as rotary tables are real."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
     model.tie_weights()
     return model.eval()
 
@@ -325,6 +394,18 @@ def _recorded(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, An
 
 
 @contextmanager
+def _answered(layers: nn.ModuleList, states: Tensor) -> Iterator[None]:
+    """Let the last layer return states of its own, and the others what they are given."""
+
+    def answer(hidden: Tensor, **call: Any) -> Tensor:
+        return states
+
+    with _recorded(layers):
+        layers[-1].forward = answer
+        yield
+
+
+@contextmanager
 def _without(module: nn.Module, name: str) -> Iterator[None]:
     """Let a module return the input of one of its parts, the last that it runs."""
     part = getattr(module, name)
@@ -333,6 +414,18 @@ def _without(module: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, part)
+
+
+def _spans(states_BTD: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut states and targets into parts of no more tokens than logits are computed of at once."""
+    blocks = max(1, LOGIT_TOKENS // states_BTD.shape[1])
+    for states_bTD, targets_bT in zip(states_BTD.split(blocks), targets_BT.split(blocks), strict=True):
+        yield from zip(states_bTD.split(LOGIT_TOKENS, dim=1), targets_bT.split(LOGIT_TOKENS, dim=1), strict=True)
+
+
+def _power(states: Tensor) -> float:
+    """Return the squared norm of states (..., D), summed over tokens."""
+    return float(states.float().square().sum(dim=-1).double().sum())
 
 
 def _finite(value: float) -> bool:

@@ -32,13 +32,12 @@ def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Dec
 
 
 def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision) -> dict[str, Tensor]:
-    pruned = {}
+    pruned, stored = {}, tensors[branch.output_weight]
     for name in branch.inputs:
-        for kind in ("weight", "bias"):
-            key = f"{branch.module}.{name}.{kind}"
+        for key in (f"{name}.weight", f"{name}.bias"):
             if key in tensors:
-                pruned[key] = tensors[key][decision.kept_rows(len(tensors[key]))]
-    stored = tensors[branch.output_weight]
+                rows = branch.kept_rows(len(tensors[key]), stored.shape[1], decision.kept, decision.num_units)
+                pruned[key] = tensors[key][rows]
     bias_D = tensors.get(branch.output_bias)
     # The recovery is computed in float32 and rounded once, to what the source is stored in.
     weight_DS, new_bias_D = recovered_projection(stored.float(), None if bias_D is None else bias_D.float(), decision)

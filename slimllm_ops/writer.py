@@ -4,6 +4,7 @@ Every shard is whole once it has its name. Nothing about them is held: what was 
 good as what this one wrote.
 """
 
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,13 +14,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slimllm_ops import pruned_model
 from slimllm_ops.checkpoint import INDEX, Checkpoint
 from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.families import layer_shape
 from slimllm_ops.files import write_json, written_whole
 from slimllm_ops.model_config import read_json_object
 from slimllm_ops.plan import Decision, LayerPlan
+from slimllm_ops.pruned_models import pruned_layers
 from slimllm_ops.surgery import prune_layer
 
 # What describes the text side of a model; weights, config and model code are written anew.
@@ -93,15 +94,16 @@ class CheckpointWriter:
         family = self._source.family
         config |= _per_layer(self._source, plans)
         config["model_type"] = f"pruned_{family.model_type}"
-        config["architectures"] = [f"Pruned{family.name}ForCausalLM"]
+        config["architectures"] = [family.pruned.__name__]
         config["dtype"] = str(self._source.dtype).removeprefix("torch.")
-        file = Path(pruned_model.__file__)
+        model, file = family.pruned, Path(inspect.getfile(family.pruned))
         config["auto_map"] = {
-            "AutoConfig": f"{file.stem}.Pruned{family.name}Config",
-            "AutoModelForCausalLM": f"{file.stem}.Pruned{family.name}ForCausalLM",
+            "AutoConfig": f"{file.stem}.{model.config_class.__name__}",
+            "AutoModelForCausalLM": f"{file.stem}.{model.__name__}",
         }
         self._write_json("config.json", config)
-        shutil.copyfile(file, self.directory / file.name)
+        for source in (file, Path(pruned_layers.__file__)):
+            shutil.copyfile(source, self.directory / source.name)
 
     def _copy_files(self) -> None:
         for pattern in COPIED_FILES:

@@ -1,4 +1,4 @@
-"""Random models of every build that a family knows, with biases and norms that are not those of a fresh model."""
+"""Random models of every build of a Llama, and of every family; their norms and biases are random too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from slimllm_ops.families import FAMILIES, family_named
+from tests.tiny import save_tiny
 
 BUILDS: dict[str, dict[str, object]] = {
     "mha": {},
@@ -35,10 +38,14 @@ def make_model(make_llama: Callable[..., Path]) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(scope="session", params=BUILDS)
-def model_dir(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Path:
-    """Each build in turn."""
-    return make_model(**BUILDS[request.param])
+@pytest.fixture(scope="session", params=[*BUILDS, *(family.model_type for family in FAMILIES)])
+def model_dir(
+    request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Each build of a Llama in turn, then each family."""
+    if request.param in BUILDS:
+        return make_model(**BUILDS[request.param])
+    return save_tiny(family_named(request.param), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")

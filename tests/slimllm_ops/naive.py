@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from slimllm_ops.families import family_of
 from slimllm_ops.moments import Moments
 from slimllm_ops.observation import ObservationSum, PackedObservation
 from slimllm_ops.plan import Decision, LayerPlan
@@ -146,8 +147,10 @@ def observe(x_NP: torch.Tensor, input_ND: torch.Tensor | None = None) -> PackedO
     return seen.packed()
 
 
-def random_decision(seed: int, kept: Sequence[int], num_units: int, hidden: int = 32) -> Decision:
-    """Return a decision whose line is far from the identity in every output dim."""
+def random_decision(seed: int, kept: Sequence[int], num_units: int, hidden: int = 32) -> Decision | None:
+    """Return a decision whose line is far from the identity in every output dim; none where no unit can go."""
+    if num_units == 1:
+        return None
     generator = torch.Generator().manual_seed(seed)
     scale_D, bias_D = torch.randn(2, hidden, generator=generator, dtype=torch.float64)
     scores = torch.rand(num_units, generator=generator, dtype=torch.float64)
@@ -156,21 +159,25 @@ def random_decision(seed: int, kept: Sequence[int], num_units: int, hidden: int 
 
 def masked_model(directory: Path, plans: Sequence[LayerPlan]) -> PreTrainedModel:
     """Return the dense model with what each plan removes multiplied by zero, and its lines put into the weights."""
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    for layer, plan in zip(model.model.layers, plans, strict=True):
-        for projection, decision in ((layer.self_attn.o_proj, plan.attention), (layer.mlp.down_proj, plan.mlp)):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for (attention, mlp), plan in zip(_output_projections(model), plans, strict=True):
+        for projection, decision in ((attention, plan.attention), (mlp, plan.mlp)):
             if decision is not None:
                 _mask(projection, decision, list(range(projection.in_features)))
     return model
 
 
+def _output_projections(model: PreTrainedModel) -> list[tuple[torch.nn.Linear, torch.nn.Linear]]:
+    """Return every layer's output projections: that of the attention, and that of the MLP."""
+    family = family_of(model.config)
+    layers = model.get_submodule(family.layers)
+    return [(layer.get_submodule(family.attention.output), layer.get_submodule(family.mlp.output)) for layer in layers]
+
+
 def mask_again(model: PreTrainedModel, plans: Sequence[LayerPlan], further: Sequence[LayerPlan]) -> PreTrainedModel:
     """Mask a model that `masked_model` masked by `plans` by plans that were made for what those left."""
-    for layer, plan, more in zip(model.model.layers, plans, further, strict=True):
-        modules = (
-            (layer.self_attn.o_proj, plan.attention, more.attention),
-            (layer.mlp.down_proj, plan.mlp, more.mlp),
-        )
+    for (attention, mlp), plan, more in zip(_output_projections(model), plans, further, strict=True):
+        modules = ((attention, plan.attention, more.attention), (mlp, plan.mlp, more.mlp))
         for projection, first, second in modules:
             if second is not None:
                 whole = list(range(projection.in_features))

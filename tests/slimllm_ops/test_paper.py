@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.families import family_of, layer_shape
 from slimllm_ops.paper import decide_channels, decide_heads
 from slimllm_ops.plan import Decision
 from slimllm_ops.stream import LayerStream
@@ -19,17 +20,19 @@ LAYER = 1
 
 def activations(directory: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
     """Return what enters each projection of a layer of the whole model, as rows."""
-    model = LlamaForCausalLM.from_pretrained(directory).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    family = family_of(model.config)
     entered: dict[str, np.ndarray] = {}
 
     def noter(name: str) -> Callable[..., None]:
         def note(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
-            entered[name] = arguments[0].flatten(0, 1).double().numpy()
+            entered[name] = arguments[0].flatten(0, -2).double().numpy()
 
         return note
 
-    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-        model.model.layers[LAYER].get_submodule(name).register_forward_pre_hook(noter(name))
+    layer = model.get_submodule(f"{family.layers}.{LAYER}")
+    for name in (family.attention.output, family.mlp.inputs[0], family.mlp.output):
+        layer.get_submodule(name).register_forward_pre_hook(noter(name))
     with torch.inference_mode():
         model(ids)
     return entered
@@ -53,11 +56,11 @@ def stream(model_dir: Path, ids: torch.Tensor) -> LayerStream:
 
 
 def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_dir: Path, ids: torch.Tensor) -> None:
-    num_units = stream.checkpoint.config.num_key_value_heads
+    num_units = layer_shape(stream.checkpoint.config, LAYER).num_attention_units
     branch = stream.checkpoint.family.attention
     observed = stream.observe(LAYER, branch).unpack(torch.device("cpu"))
-    x_NP = activations(model_dir, ids)["self_attn.o_proj"]
-    weight_PD = stream.checkpoint.read_layer(LAYER)["self_attn.o_proj.weight"].T.double().numpy()
+    x_NP = activations(model_dir, ids)[branch.output]
+    weight_PD = stream.checkpoint.read_layer(LAYER)[branch.output_weight].T.double().numpy()
     for num_removed in range(1, num_units):
         decision = decide_heads(stream.weights(LAYER), branch, observed, num_units=num_units, num_removed=num_removed)
         expected, _, _ = naive.choose_heads(x_NP, weight_PD, num_units, num_removed)
@@ -76,11 +79,12 @@ def test_the_kept_channels_are_those_of_raw_activations(
     decision = decide_channels(stream.weights(LAYER), family.mlp, observed, num_removed=17, keep_lowest=0.05)
 
     entered, weights = activations(model_dir, ids), stream.checkpoint.read_layer(LAYER)
-    weight_PD = weights["mlp.down_proj.weight"].T.double().numpy()
-    inputs = [weights[f"mlp.{name}.weight"].double().numpy() for name in ("gate_proj", "up_proj")]
-    scores = naive.channel_scores(entered["mlp.down_proj"], weight_PD, entered["mlp.gate_proj"], inputs)
+    weight_PD = weights[family.mlp.output_weight].T.double().numpy()
+    # Gate and up may be stored as one, the one after the other.
+    inputs = [part.double().numpy() for name in family.mlp.input_weights for part in weights[name].split(48)]
+    scores = naive.channel_scores(entered[family.mlp.output], weight_PD, entered[family.mlp.inputs[0]], inputs)
     np.testing.assert_allclose(decision.scores, scores, rtol=1e-4)
     ascending = np.argsort(scores, kind="stable").tolist()
     # 5 % of 48 channels are 2.4.
     assert list(decision.kept) == sorted(ascending[:2] + ascending[2 + 17 :])
-    assert_recovers(decision, entered["mlp.down_proj"], weight_PD)
+    assert_recovers(decision, entered[family.mlp.output], weight_PD)

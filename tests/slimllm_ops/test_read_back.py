@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import ReadBackError
+from slimllm_ops.families import layer_shape
 from slimllm_ops.plan import LayerPlan
 from slimllm_ops.read_back import read_back
 from slimllm_ops.stream import LayerStream, Mean
@@ -25,7 +26,7 @@ def prune(source: Path, directory: Path, token_ids: torch.Tensor) -> States:
     stream = LayerStream(checkpoint, [token_ids[:2], token_ids[2:4]], torch.device("cpu"))
     writer = CheckpointWriter(checkpoint, directory)
     states, plans = [stream.hidden[0][0].numpy().copy()], []
-    num_units = checkpoint.config.num_key_value_heads
+    num_units = layer_shape(checkpoint.config, 0).num_attention_units
     for layer in range(3):
         plan = LayerPlan(attention=random_decision(layer, [0], num_units), mlp=random_decision(9, range(3, 40), 48))
         family = checkpoint.family

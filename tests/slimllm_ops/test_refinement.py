@@ -93,7 +93,7 @@ def streams(gqa_model: Path, token_blocks: np.ndarray) -> tuple[LayerStream, Lay
 
 def test_states_that_overflow_are_named_by_layer_and_module(streams: tuple[LayerStream, LayerStream]) -> None:
     refinement, branch = RefinementStream(*streams), streams[0].checkpoint.family.mlp
-    norm = streams[1].checkpoint.family.mlp.norm
+    norm = streams[1].checkpoint.family.mlp.reading.norm
     streams[1].weights(0)[f"{norm}.weight"].data.mul_(1e30)
     for observe in (refinement.observe_inputs, refinement.observe_targets):
         with pytest.raises(NonFiniteError, match=r"layer 0: the activations of mlp hold NaN or infinity"):
@@ -116,7 +116,7 @@ def test_a_model_that_is_the_dense_one_is_left_as_it_is(
             moments = refinement.observe_targets(layer, branch).moments.unpack()
             weight, _ = solve_refit(moments, projection.weight.T, with_bias=False)
             torch.testing.assert_close(weight.T.float(), before[branch.output_weight], rtol=1e-3, atol=1e-4)
-            refinement.apply(weight.T, None)
+            refinement.apply(layer, branch, weight.T, None)
     torch.testing.assert_close(pruned.hidden[0], dense.hidden[0], rtol=1e-3, atol=1e-3)
 
 
@@ -139,7 +139,7 @@ def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
         moments = first.observe_targets(0, branch).moments.unpack()
         weight, _ = solve_refit(moments, first.pruned.projection(0, branch).weight.T, with_bias=False)
         refitted = {branch.output_weight: weight.T.to(dtype)}
-        first.apply(refitted[branch.output_weight].float(), None)
+        first.apply(0, branch, refitted[branch.output_weight].float(), None)
         tensors |= aligned | refitted
     writer = CheckpointWriter(checkpoint, tmp_path)
     writer.write_tensors(0, tensors)

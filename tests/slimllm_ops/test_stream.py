@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimllm_ops import stream as stream_module
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.families import family_of, layer_shape
 from slimllm_ops.plan import LayerPlan
 from slimllm_ops.stream import LayerStream
 from tests.slimllm_ops.naive import masked_model, random_decision
@@ -38,16 +39,17 @@ def stream(model_dir: Path, batches: list[torch.Tensor]) -> LayerStream:
 class Whole:
     """What the whole model computes: each layer's output, and what enters its modules."""
 
-    def __init__(self, model: LlamaForCausalLM, batches: list[torch.Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
         self.entered: dict[str, list[torch.Tensor]] = {}
-        self.states: list[list[torch.Tensor]] = []
+        layers = model.get_submodule(family_of(model.config).layers)
+        self.states: list[list[torch.Tensor]] = [[] for _ in range(NUM_LAYERS + 1)]
         for name, module in model.named_modules():
             module.register_forward_pre_hook(self._noter(name), with_kwargs=True)
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(self._keeper(index + 1))
         with torch.inference_mode():
-            outputs = [model(ids, labels=ids, output_hidden_states=True) for ids in batches]
-        # Transformers gives the normalised state in the last one's place.
-        self.states = [[output.hidden_states[layer] for output in outputs] for layer in range(NUM_LAYERS)]
-        self.states.append(self.entered["model.norm"])
+            outputs = [model(ids, labels=ids) for ids in batches]
+        self.states[0] = self.entered[f"{family_of(model.config).layers}.0"]
         self.losses = [float(output.loss) for output in outputs]
 
     def _noter(self, name: str) -> Any:
@@ -57,9 +59,20 @@ class Whole:
 
         return note
 
+    def _keeper(self, index: int) -> Any:
+        def keep(module: torch.nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+            self.states[index].append(output)
+
+        return keep
+
 
 def whole(directory: Path, batches: list[torch.Tensor]) -> Whole:
-    return Whole(LlamaForCausalLM.from_pretrained(directory).eval(), batches)
+    return Whole(AutoModelForCausalLM.from_pretrained(directory).eval(), batches)
+
+
+def rows(batches: list[torch.Tensor]) -> np.ndarray:
+    """Return the rows of all batches (N, ·), be they (b, T, ·) or flat already."""
+    return torch.cat([batch.flatten(0, -2) for batch in batches]).double().numpy()
 
 
 def assert_states(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-6) -> None:
@@ -112,9 +125,9 @@ def test_what_is_observed_are_the_moments_of_what_enters_the_output_projection(
     for layer in range(NUM_LAYERS):
         for branch in (family.attention, family.mlp):
             observed = stream.observe(layer, branch)
-            prefix = f"model.layers.{layer}.{branch.module}"
-            x_NP = torch.cat(entered[f"{prefix}.{branch.output}"]).double().flatten(0, 1).numpy()
-            input_ND = torch.cat(entered[f"{prefix}.{branch.inputs[0]}"]).double().flatten(0, 1).numpy()
+            prefix = f"{family.layers}.{layer}"
+            x_NP = rows(entered[f"{prefix}.{branch.output}"])
+            input_ND = rows(entered[f"{prefix}.{branch.inputs[0]}"])
             covariance_PP = np.cov(x_NP, rowvar=False, bias=True)
             moments = observed.moments.unpack()
             assert moments.count == len(x_NP)
@@ -144,18 +157,18 @@ def test_observing_and_applying_nothing_is_passing_the_layer(
         for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
             stream.observe(layer, branch)
             stream.apply(layer, branch, None)
-        assert_states(stream.hidden, expected.states[layer + 1], tolerance=2e-6)
+        assert_states(stream.hidden, expected.states[layer + 1], tolerance=1e-5)
 
 
 def plans_for(stream: LayerStream) -> list[LayerPlan]:
     """Return plans that prune both branches, one, the other."""
-    num_kv_heads = stream.checkpoint.config.num_key_value_heads
-    heads = {4: (0, 3), 2: (1,)}[num_kv_heads]
+    num_units = layer_shape(stream.checkpoint.config, 0).num_attention_units
+    kept = {4: (0, 3), 2: (1,), 1: ()}[num_units]
     channels = range(1, 48, 2)
     return [
-        LayerPlan(attention=random_decision(0, heads, num_kv_heads), mlp=random_decision(1, channels, 48)),
+        LayerPlan(attention=random_decision(0, kept, num_units), mlp=random_decision(1, channels, 48)),
         LayerPlan(mlp=random_decision(2, channels, 48)),
-        LayerPlan(attention=random_decision(3, heads, num_kv_heads)),
+        LayerPlan(attention=random_decision(3, kept, num_units)),
     ]
 
 
@@ -207,17 +220,20 @@ def test_each_branch_is_run_once_for_every_layer_and_batch(
     stream: LayerStream, batches: list[torch.Tensor], pass_layer: Callable[[LayerStream, int], None]
 ) -> None:
     runs: Counter[tuple[int, str]] = Counter()
+    branches = (stream.checkpoint.family.attention, stream.checkpoint.family.mlp)
+    names = [name for branch in branches for name in (*branch.inputs, branch.output)]
 
     def count(layer: int, name: str) -> Any:
         return lambda *_: runs.update([(layer, name)])
 
     for index, layer in enumerate(stream._layers()):
-        for name in ("self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj"):
+        for name in names:
             layer.get_submodule(name).register_forward_pre_hook(count(index, name))
     for layer in range(NUM_LAYERS):
         pass_layer(stream, layer)
     # The output projections are left out of the branches: only their weights are used.
-    assert runs == {(layer, name): len(batches) for layer in range(NUM_LAYERS) for name in ("self_attn", "mlp")}
+    inputs = [name for branch in branches for name in branch.inputs]
+    assert runs == {(layer, name): len(batches) for layer in range(NUM_LAYERS) for name in inputs}
 
 
 def test_observing_a_dense_branch_is_observing_and_applying_it(stream: LayerStream) -> None:
@@ -228,6 +244,7 @@ def test_observing_a_dense_branch_is_observing_and_applying_it(stream: LayerStre
             expected = holding.observe(layer, branch)
             assert all(map(np.array_equal, observed.moments.rows, expected.moments.rows))
             assert np.array_equal(observed.input_squares_D, expected.input_squares_D)
+            assert (observed.gain == 1) == (branch.reading.output_norm is None and stream._multiplier == 1)
             assert holding.apply(layer, branch, None) == power
         assert all(torch.equal(one, other) for one, other in zip(stream.hidden, holding.hidden, strict=True))
 
@@ -265,12 +282,14 @@ def test_a_layer_is_read_once(stream: LayerStream, monkeypatch: pytest.MonkeyPat
 def test_only_the_layer_that_is_passed_has_weights(stream: LayerStream) -> None:
     def in_memory() -> set[str]:
         names = {name for name, parameter in stream._model.named_parameters() if not parameter.is_meta}
-        return {".".join(name.split(".")[:3]) for name in names}
+        depth = layers.count(".") + 2
+        return {".".join(name.split(".")[:depth]) for name in names}
 
+    layers = stream.checkpoint.family.layers
     assert in_memory() == set()
     for layer in range(NUM_LAYERS):
         stream.forward(layer)
-        assert in_memory() == {f"model.layers.{layer}"}
+        assert in_memory() == {f"{layers}.{layer}"}
     stream.negative_log_likelihood()
     assert in_memory() == set()
 

@@ -7,39 +7,47 @@ import torch
 
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.families import Branch, layer_shape
 from slimllm_ops.least_squares import Refit
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.surgery import prune_layer
 from tests.slimllm_ops.naive import kept_columns, random_decision
 
 KEPT_CHANNELS = (0, 3, 4, 20, 47)
+KINDS = ("weight", "bias")
+# Where the projections that are stored as one begin and end, in fractions of the rows: two query heads to a key.
+PARTS = {"qkv_proj": ((0, 1 / 2), (1 / 2, 3 / 4), (3 / 4, 1)), "gate_up_proj": ((0, 1 / 2), (1 / 2, 1))}
 
 
-def pruned(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[dict, dict, LayerPlan]:
-    """Return a layer's tensors before and after, and the plan that was followed."""
+def pruned(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[dict, dict, list[tuple[Branch, Decision]]]:
+    """Return a layer's tensors before and after, and what was decided of its branches."""
     checkpoint = Checkpoint.open(directory)
-    num_units = checkpoint.config.num_key_value_heads
+    num_units = layer_shape(checkpoint.config, 0).num_attention_units
     plan = LayerPlan(
         attention=random_decision(0, (1, 3)[: num_units // 2], num_units), mlp=random_decision(1, KEPT_CHANNELS, 48)
     )
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.read_layer(1).items()}
-    return tensors, prune_layer(tensors, checkpoint.family, plan), plan
+    decisions = ((checkpoint.family.attention, plan.attention), (checkpoint.family.mlp, plan.mlp))
+    decided = [(branch, decision) for branch, decision in decisions if decision is not None]
+    return tensors, prune_layer(tensors, checkpoint.family, plan), decided
 
 
 def test_rows_into_a_branch_go_with_their_units(model_dir: Path) -> None:
-    before, after, plan = pruned(model_dir)
-    branches = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
-    for module, decision in (("self_attn", plan.attention), ("mlp", plan.mlp)):
-        names = [f"{module}.{name}.{kind}" for name in branches[module] for kind in ("weight", "bias")]
+    before, after, decided = pruned(model_dir)
+    for branch, decision in decided:
+        names = [f"{name}.{kind}" for name in branch.inputs for kind in ("weight", "bias")]
         for name in set(names) & set(before):
             # A unit has an equal share of the rows: its query heads, its key, its value; a channel has one.
-            rows = kept_columns(decision, len(before[name]))
+            rows, num_rows = [], len(before[name])
+            for first, last in PARTS.get(name.split(".")[-2], ((0, 1),)):
+                start, size = first * num_rows, (last - first) * num_rows
+                rows += [round(start) + row for row in kept_columns(decision, round(size))]
             assert torch.equal(after[name], before[name][rows])
 
 
 def test_columns_out_of_a_branch_go_and_the_rest_is_scaled(model_dir: Path) -> None:
-    before, after, plan = pruned(model_dir)
-    for name, decision in (("self_attn.o_proj", plan.attention), ("mlp.down_proj", plan.mlp)):
+    before, after, decided = pruned(model_dir)
+    for name, decision in ((branch.output, decision) for branch, decision in decided):
         columns = kept_columns(decision, before[f"{name}.weight"].shape[1])
         expected = before[f"{name}.weight"][:, columns].double() * decision.recovery.scale_D[:, None]
         torch.testing.assert_close(after[f"{name}.weight"].double(), expected, rtol=1e-6, atol=0)
@@ -48,10 +56,12 @@ def test_columns_out_of_a_branch_go_and_the_rest_is_scaled(model_dir: Path) -> N
 
 
 def test_all_else_stays(model_dir: Path) -> None:
-    before, after, _ = pruned(model_dir)
-    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+    before, after, decided = pruned(model_dir)
+    touched = {f"{name}.{kind}" for one, _ in decided for name in (*one.inputs, one.output) for kind in KINDS}
+    assert set(before) - touched
+    for name in set(before) - touched:
         assert torch.equal(after[name], before[name])
-    assert set(after) == set(before) | {"self_attn.o_proj.bias", "mlp.down_proj.bias"}
+    assert set(after) == set(before) | {branch.output_bias for branch, _ in decided}
 
 
 def test_a_refit_takes_the_place_of_the_kept_columns(biased_model: Path) -> None:
@@ -80,9 +90,9 @@ def test_an_empty_plan_changes_nothing(mha_model: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_recovery_is_rounded_once_to_the_dtype_of_the_source(model_dir: Path, dtype: torch.dtype) -> None:
-    before, after, plan = pruned(model_dir, dtype)
+    before, after, decided = pruned(model_dir, dtype)
     assert {tensor.dtype for tensor in after.values()} == {dtype}
-    for name, decision in (("self_attn.o_proj", plan.attention), ("mlp.down_proj", plan.mlp)):
+    for name, decision in ((branch.output, decision) for branch, decision in decided):
         columns = kept_columns(decision, before[f"{name}.weight"].shape[1])
         exact = before[f"{name}.weight"][:, columns].double() * decision.recovery.scale_D[:, None]
         # Half a unit in the last place, and float32's own rounding before it.

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, NonFiniteError
-from slimllm_ops.plan import LayerPlan
+from slimllm_ops.families import layer_shape
+from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.recovery import Line
 from slimllm_ops.writer import CheckpointWriter
 from tests.slimllm_ops.naive import mask_again, masked_model, random_decision
@@ -42,7 +43,7 @@ def plans_for(num_kv_heads: int) -> list[LayerPlan]:
 
 
 def plans_of(directory: Path) -> list[LayerPlan]:
-    return plans_for(Checkpoint.open(directory).config.num_key_value_heads)
+    return plans_for(layer_shape(Checkpoint.open(directory).config, 0).num_attention_units)
 
 
 @torch.inference_mode()
@@ -74,21 +75,37 @@ def test_pruning_nothing_writes_the_same_model(model_dir: Path, tmp_path: Path, 
     assert torch.equal(logits(written, ids), logits(dense, ids))
 
 
+def test_keeping_every_unit_changes_no_weight(model_dir: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    shape = layer_shape(Checkpoint.open(model_dir).config, 0)
+    units, channels = (
+        Decision(tuple(range(number)), (0.0,) * number, Line(torch.ones(32), torch.zeros(32), 0.0), 0.0)
+        for number in (shape.num_attention_units, shape.intermediate_size)
+    )
+    plans = [LayerPlan(attention=units if shape.num_attention_units > 1 else None, mlp=channels)] * 3
+    once, dense = Checkpoint.open(write(model_dir, tmp_path / "pruned", plans)), Checkpoint.open(model_dir)
+    for layer in range(3):
+        tensors, before = once.read_layer(layer), dense.read_layer(layer)
+        assert all(torch.equal(tensors.pop(name), tensor) for name, tensor in before.items())
+        # What recovery adds to an output that had no bias.
+        assert all(name.endswith("bias") and not tensor.any() for name, tensor in tensors.items())
+    torch.testing.assert_close(logits(load(tmp_path / "pruned"), ids), logits(load(model_dir), ids))
+
+
 def test_a_pruned_checkpoint_may_be_pruned_again(model_dir: Path, tmp_path: Path, ids: torch.Tensor) -> None:
     first = plans_of(model_dir)
     once = write(model_dir, tmp_path / "once", first)
-    left = load(once).config
-    kv_heads, channels = left.num_key_value_heads_per_layer, left.intermediate_size_per_layer
+    shapes = [layer_shape(load(once).config, layer) for layer in range(3)]
+    units, channels = zip(*((shape.num_attention_units, shape.intermediate_size) for shape in shapes), strict=True)
     second = [
         LayerPlan(mlp=random_decision(5, range(0, channels[0], 2), channels[0])),
-        LayerPlan(attention=random_decision(6, [0], kv_heads[1]), mlp=random_decision(7, [1, 2, 9], channels[1])),
-        LayerPlan(attention=random_decision(8, [0], kv_heads[2]), mlp=random_decision(9, range(20), channels[2])),
+        LayerPlan(attention=random_decision(6, [0], units[1]), mlp=random_decision(7, [1, 2, 9], channels[1])),
+        LayerPlan(attention=random_decision(8, [0], units[2]), mlp=random_decision(9, range(20), channels[2])),
     ]
     twice = load(write(once, tmp_path / "twice", second))
     expected = logits(mask_again(masked_model(model_dir, first), first, second), ids)
     torch.testing.assert_close(logits(twice, ids), expected, rtol=1e-4, atol=1e-4)
     assert twice.config.intermediate_size_per_layer == [22, 3, 20]
-    assert twice.config.num_key_value_heads_per_layer[1:] == [1, 1]
+    assert [layer_shape(twice.config, layer).num_attention_units for layer in (1, 2)] == [1, 1]
 
 
 @pytest.mark.parametrize(("num_kv_heads", "heads", "kv_heads"), [(4, [2, 4, 1], [2, 4, 1]), (2, [2, 4, 2], [1, 2, 1])])

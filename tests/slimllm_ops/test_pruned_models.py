@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from slimllm_ops.pruned_model import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from slimllm_ops.pruned_models.pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
 
 DENSE = {
     "vocab_size": 97,
@@ -18,9 +18,8 @@ DENSE = {
     "num_key_value_heads": 4,
     "initializer_range": 0.15,
 }
-# The first layer has a key/value head for every head, the second one for two.
 PER_LAYER = {
-    "num_attention_heads_per_layer": [2, 6],
+    "num_attention_heads_per_layer": [4, 6],
     "num_key_value_heads_per_layer": [2, 3],
     "intermediate_size_per_layer": [7, 48],
     "attention_output_bias_per_layer": [True, False],
@@ -37,10 +36,10 @@ def model() -> PrunedLlamaForCausalLM:
 def test_every_layer_has_its_own_shape(model: PrunedLlamaForCausalLM) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.model.layers[0].named_parameters()}
     assert shapes == {
-        "self_attn.q_proj.weight": (8, 32),
+        "self_attn.q_proj.weight": (16, 32),
         "self_attn.k_proj.weight": (8, 32),
         "self_attn.v_proj.weight": (8, 32),
-        "self_attn.o_proj.weight": (32, 8),
+        "self_attn.o_proj.weight": (32, 16),
         "self_attn.o_proj.bias": (32,),
         "mlp.gate_proj.weight": (7, 32),
         "mlp.up_proj.weight": (7, 32),
@@ -75,7 +74,7 @@ def test_saving_and_loading_gives_the_same_model(
 ) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert (tmp_path / "pruned_model.py").exists()
+    assert {path.name for path in tmp_path.glob("*.py")} == {"pruned_layers.py", "pruned_llama.py"}
     assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
     assert torch.equal(again(ids).logits, model(ids).logits)
 

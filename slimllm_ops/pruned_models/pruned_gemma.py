@@ -1,0 +1,17 @@
+"""Pruned Gemma models (`pruned_layers.py`)."""
+
+from transformers import GemmaConfig, GemmaForCausalLM
+
+from .pruned_layers import PrunedConfigMixin, PrunedModelMixin
+
+
+class PrunedGemmaConfig(PrunedConfigMixin, GemmaConfig):
+    """Config of a pruned Gemma."""
+
+    model_type = "pruned_gemma"
+
+
+class PrunedGemmaForCausalLM(PrunedModelMixin, GemmaForCausalLM):
+    """A pruned Gemma."""
+
+    config_class = PrunedGemmaConfig

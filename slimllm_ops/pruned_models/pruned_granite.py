@@ -1,0 +1,17 @@
+"""Pruned Granite models (`pruned_layers.py`)."""
+
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from .pruned_layers import PrunedConfigMixin, PrunedModelMixin
+
+
+class PrunedGraniteConfig(PrunedConfigMixin, GraniteConfig):
+    """Config of a pruned Granite."""
+
+    model_type = "pruned_granite"
+
+
+class PrunedGraniteForCausalLM(PrunedModelMixin, GraniteForCausalLM):
+    """A pruned Granite."""
+
+    config_class = PrunedGraniteConfig

@@ -1,0 +1,86 @@
+"""Pruned models: the stock transformers classes with fewer heads and channels, a number for each layer.
+
+A copy of this file and of its family's lies in every pruned checkpoint, so that
+`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` needs torch and transformers only. Hence the
+relative import in the families' files, which transformers follows.
+
+The config keeps the dense model's global numbers and adds:
+
+    num_attention_heads_per_layer, num_key_value_heads_per_layer, intermediate_size_per_layer
+    attention_output_bias_per_layer, mlp_output_bias_per_layer      what recovery added to the output projections
+"""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class LinearNames(NamedTuple):
+    """The linear maps of one branch of a decoder layer: a module of the layer ("" for itself), and names in it."""
+
+    module: str
+    inputs: tuple[str, ...]
+    output: str
+
+
+class PrunedConfigMixin:
+    """The numbers of each layer, beside the stock config. Without them the shapes are the dense model's."""
+
+    num_attention_heads_per_layer: list[int] | None = None
+    num_key_value_heads_per_layer: list[int] | None = None
+    intermediate_size_per_layer: list[int] | None = None
+    attention_output_bias_per_layer: list[bool] | None = None
+    mlp_output_bias_per_layer: list[bool] | None = None
+
+
+class PrunedModelMixin:
+    """Resizes the layers that the stock constructor built; every forward is the stock one.
+
+    A family whose names differ from Llama's says so in its class.
+    """
+
+    config_class: Any
+    layers_path = "model.layers"
+    attention_names = LinearNames("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj")
+    mlp_names = LinearNames("mlp", ("gate_proj", "up_proj"), "down_proj")
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if config.num_attention_heads_per_layer is None:
+            return
+        layers: Any = self.get_submodule(self.layers_path)  # type: ignore[attr-defined]
+        for index, layer in enumerate(layers):
+            self.resize_attention(layer.get_submodule(self.attention_names.module), config, index)
+            self.resize_mlp(layer.get_submodule(self.mlp_names.module), config, index)
+
+    def resize_attention(self, attention: Any, config: Any, index: int) -> None:
+        """Give a layer's attention its own number of heads; each key/value head keeps its query heads."""
+        heads = config.num_attention_heads_per_layer[index]
+        bias = config.attention_output_bias_per_layer[index]
+        _resize(attention, self.attention_names, heads, config.num_attention_heads, bias)
+        sizes = {"num_heads": heads, "num_key_value_heads": config.num_key_value_heads_per_layer[index]}
+        for name, value in sizes.items():
+            if hasattr(attention, name):
+                setattr(attention, name, value)
+
+    def resize_mlp(self, mlp: Any, config: Any, index: int) -> None:
+        """Give a layer's MLP its own number of channels."""
+        channels = config.intermediate_size_per_layer[index]
+        whole = getattr(mlp, self.mlp_names.output).in_features
+        _resize(mlp, self.mlp_names, channels, whole, config.mlp_output_bias_per_layer[index])
+        if hasattr(mlp, "intermediate_size"):
+            mlp.intermediate_size = channels
+
+
+def _resize(module: nn.Module, names: LinearNames, kept: int, whole: int, output_bias: bool) -> None:
+    """Leave the linear maps of a branch the share of their rows and columns that belongs to the kept units."""
+    for name in names.inputs:
+        old = getattr(module, name)
+        setattr(module, name, _like(old, old.in_features, old.out_features * kept // whole, old.bias is not None))
+    old = getattr(module, names.output)
+    setattr(module, names.output, _like(old, old.in_features * kept // whole, old.out_features, output_bias))
+
+
+def _like(old: nn.Linear, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """Return a Linear of another shape, on the same device and of the same dtype."""
+    return nn.Linear(in_features, out_features, bias=bias, device=old.weight.device, dtype=old.weight.dtype)

@@ -1,0 +1,17 @@
+"""Pruned Llama models (`pruned_layers.py`)."""
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .pruned_layers import PrunedConfigMixin, PrunedModelMixin
+
+
+class PrunedLlamaConfig(PrunedConfigMixin, LlamaConfig):
+    """Config of a pruned Llama."""
+
+    model_type = "pruned_llama"
+
+
+class PrunedLlamaForCausalLM(PrunedModelMixin, LlamaForCausalLM):
+    """A pruned Llama."""
+
+    config_class = PrunedLlamaConfig

@@ -1,0 +1,40 @@
+"""Pruned Phi-3 models (`pruned_layers.py`)."""
+
+from typing import Any
+
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from .pruned_layers import LinearNames, PrunedConfigMixin, PrunedModelMixin
+
+
+class PrunedPhi3Config(PrunedConfigMixin, Phi3Config):
+    """Config of a pruned Phi-3."""
+
+    model_type = "pruned_phi3"
+
+
+class PrunedPhi3ForCausalLM(PrunedModelMixin, Phi3ForCausalLM):
+    """A pruned Phi-3."""
+
+    config_class = PrunedPhi3Config
+    attention_names = LinearNames("self_attn", ("qkv_proj",), "o_proj")
+    mlp_names = LinearNames("mlp", ("gate_up_proj",), "down_proj")
+
+    def resize_attention(self, attention: Any, config: Any, index: int) -> None:
+        """Give a layer's attention its own number of heads, which its forward reads from the config."""
+        super().resize_attention(attention, config, index)
+        attention.config = LayerConfig(config, config.num_attention_heads_per_layer[index])
+
+
+class LayerConfig:
+    """The model's config, but for one layer's number of heads."""
+
+    def __init__(self, config: Any, num_attention_heads: int) -> None:
+        self.config = config
+        self.num_attention_heads = num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy that is being made has no config yet, and asks for special methods.
+        if name == "config" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.config, name)

@@ -1,0 +1,86 @@
+"""A small random model of every family, with norms and biases that are not those of a fresh model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from slimllm_ops.families import Family
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What differs by family: tied embeddings, sliding windows, kinds of layers, multipliers, scaled rotary tables.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 12},
+    "gemma": {"head_dim": 12},
+    "gemma2": {
+        "head_dim": 12,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {
+        "head_dim": 12,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granite": {
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.4,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "starcoder2": {"use_bias": True, "sliding_window": 8},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24},
+    "gpt_neox": {"rotary_pct": 0.25},
+}
+# The families whose every head has its own keys and values.
+MULTI_HEAD = ("opt", "gpt_neox")
+
+
+def tiny_config(family: Family, **settings: Any) -> PretrainedConfig:
+    """Return the config of a small model of a family."""
+    sizes = SIZES | ({} if family.model_type in MULTI_HEAD else {"num_key_value_heads": 2})
+    sizes |= {family.intermediate_size: 48}
+    return AutoConfig.for_model(family.model_type, **(sizes | SETTINGS.get(family.model_type, {}) | settings))
+
+
+def save_tiny(family: Family, directory: Path, **settings: Any) -> Path:
+    """Save a random model of a family, and return its directory."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape)
+            else:
+                # Enough that every branch matters to the stream; no row of zeros for padding.
+                parameter.normal_(std=0.3 if "layers." in name else 0.5)
+    model.save_pretrained(directory)
+    return directory
