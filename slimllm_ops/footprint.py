@@ -42,12 +42,14 @@ class Footprint:
         """
         values, sums = compute_dtype(device).itemsize, accumulation_dtype(device).itemsize
         hidden, widest = checkpoint.config.hidden_size, _widest(checkpoint)
+        # The MLP of a parallel layer reads what entered the layer, which is held beside the residual stream.
+        held = 2 if checkpoint.family.is_parallel(checkpoint.config) else 1
         layers = [checkpoint.layer_names(layer) for layer in range(checkpoint.num_layers)]
         return cls(
             layers=2 * values * max(map(checkpoint.num_parameters, layers)),
             moments=2 * _triangle(widest, sums),
             decision=sums * (widest**2 + 5 * widest * hidden) if deciding else 0,
-            states_per_token=values * (hidden + (widest if deciding else 0)),
+            states_per_token=values * (held * hidden + (widest if deciding else 0)),
             activations_per_token=values * (WIDE_ACTIVATIONS * widest + NARROW_ACTIVATIONS * hidden),
         )
 
