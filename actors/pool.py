@@ -51,16 +51,29 @@ class SolverPool:
         return self._submit(_eliminate, layer, branch, observed, num_units)
 
     def rank(
-        self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int, method: Method
+        self,
+        layer: int,
+        branch: Branch,
+        observed: ray.ObjectRef,
+        num_units: int,
+        method: Method,
+        with_bias: bool,
     ) -> ray.ObjectRef:
         """Rank a module's units by a method; refers to a `Ranking`."""
-        return self._submit(_rank, layer, branch, observed, num_units, method)
+        return self._submit(_rank, layer, branch, observed, num_units, method, with_bias)
 
     def decide(
-        self, layer: int, branch: Branch, observed: ray.ObjectRef, method: Method, ranking: Ranking, removals: list[int]
+        self,
+        layer: int,
+        branch: Branch,
+        observed: ray.ObjectRef,
+        method: Method,
+        ranking: Ranking,
+        removals: list[int],
+        with_bias: bool,
     ) -> ray.ObjectRef:
         """Decide a module at several numbers of units removed; refers to a list of decisions."""
-        return self._submit(_decide, layer, branch, observed, method, ranking, removals)
+        return self._submit(_decide, layer, branch, observed, method, ranking, removals, with_bias)
 
     def _submit(self, solve: Callable[..., Any], layer: int, branch: Branch, *arguments: Any) -> ray.ObjectRef:
         # A solve is a pure function: one that is lost with its node is run again.
@@ -89,9 +102,15 @@ def _eliminate(
 
 
 def _rank(
-    bench: Workbench, layer: int, branch: Branch, observed: PackedObservation, num_units: int, method: Method
+    bench: Workbench,
+    layer: int,
+    branch: Branch,
+    observed: PackedObservation,
+    num_units: int,
+    method: Method,
+    with_bias: bool,
 ) -> Ranking:
-    return rank_module(_weight(bench, layer, branch), observed, num_units, method)
+    return rank_module(_weight(bench, layer, branch), observed, num_units, method, with_bias)
 
 
 def _decide(
@@ -102,9 +121,10 @@ def _decide(
     method: Method,
     ranking: Ranking,
     removals: list[int],
+    with_bias: bool,
 ) -> list[Decision | None]:
     weight_DP = _weight(bench, layer, branch)
-    return decide_module(weight_DP, observed, method, ranking, removals, _described(layer, branch))
+    return decide_module(weight_DP, observed, method, ranking, removals, _described(layer, branch), with_bias)
 
 
 def _weight(bench: Workbench, layer: int, branch: Branch) -> torch.Tensor:

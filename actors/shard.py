@@ -88,28 +88,39 @@ class Shard:
         """Refuse merged moments that are not of all tokens."""
         observed.require_tokens(num_tokens, described)
 
-    def decide_heads(self, name: str, layer: int, observed: PackedObservation, *, num_removed: int) -> Decision:
+    def decide_heads(
+        self, name: str, layer: int, observed: PackedObservation, *, num_removed: int, with_bias: bool = True
+    ) -> Decision:
         """Decide a layer's attention (`slimllm_ops.paper`)."""
         stream = self._streams[name]
         return decide_heads(
             stream.weights(layer),
             stream.checkpoint.family.attention,
-            observed.unpack(self._device),
+            observed,
             num_units=layer_shape(stream.checkpoint.config, layer).num_attention_units,
             num_removed=num_removed,
+            with_bias=with_bias,
         )
 
     def decide_channels(
-        self, name: str, layer: int, observed: PackedObservation, *, num_removed: int, keep_lowest: float
+        self,
+        name: str,
+        layer: int,
+        observed: PackedObservation,
+        *,
+        num_removed: int,
+        keep_lowest: float,
+        with_bias: bool = True,
     ) -> Decision:
         """Decide a layer's MLP (`slimllm_ops.paper`)."""
         stream = self._streams[name]
         return decide_channels(
             stream.weights(layer),
             stream.checkpoint.family.mlp,
-            observed.unpack(self._device),
+            observed,
             num_removed=num_removed,
             keep_lowest=keep_lowest,
+            with_bias=with_bias,
         )
 
     def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> Mean:

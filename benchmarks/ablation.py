@@ -89,12 +89,12 @@ class PublishedChoice:
         decisions = [decision for layer in self._layers for decision in (layer.attention, layer.mlp)]
         counts = [decision.num_removed if decision else 0 for decision in decisions]
         method = replace(METHODS["gram"], spend=lambda candidates, target: counts)
-        dense = rank_modules(job.pool, job.source, store, method)
+        dense = rank_modules(job.pool, job.source, store, method, job.inputs.form)
         candidates = [
             replace(candidate, ranking=rank(candidate.ranking, decision))
             for candidate, decision in zip(dense.candidates, decisions, strict=True)
         ]
-        write_models(job, store, Ranked(method, candidates), targets)
+        write_models(job, store, Ranked(method, candidates, job.inputs.form), targets)
 
 
 def _order_of(decision: Decision) -> Ranking:

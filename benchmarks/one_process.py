@@ -162,7 +162,8 @@ def prune_slimllm(run: Run) -> Stages:
         with stages.timed("observing"):
             observed = shard.observe("a", layer, family.attention)
         with stages.timed("deciding heads"):
-            heads = shard.decide_heads("a", layer, observed, num_removed=share.units) if share.units else None
+            counts = {"num_removed": share.units}
+            heads = shard.decide_heads("a", layer, observed, **counts) if share.units else None
         with stages.timed("applying"):
             shard.apply("a", layer, family.attention, heads)
         with stages.timed("observing"):

@@ -33,6 +33,9 @@ class PruneConfig:
     pruned_layers: int | None = None
     alpha: float | None = None
     keep_lowest: float = 0.01
+    uniform: bool = False
+    multiple_of: int = 1
+    no_bias: bool = False
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 2048
@@ -63,7 +66,7 @@ class PruneConfig:
             for value in values:
                 _require(0 < value < 1, f"{name} is {value}: it must lie between 0 and 1, both excluded")
         _require(0 <= self.keep_lowest < 1, f"keep_lowest is {self.keep_lowest}: it must lie in [0, 1)")
-        for name in ("samples", "sequence_length", "workers", "pruned_layers"):
+        for name in ("samples", "sequence_length", "workers", "pruned_layers", "multiple_of"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}: it must be at least 1")
         _require(
@@ -85,6 +88,11 @@ class PruneConfig:
 
     def _check_combinations(self) -> None:
         self._check_targets()
+        for name in ("pruned_layers", "alpha"):
+            _require(
+                not self.uniform or getattr(self, name) is None,
+                f"{name} says how layers differ, and uniform that they do not: give one of them",
+            )
         if self.method == "slimllm":
             for name in ("refine", "moments"):
                 _require(not getattr(self, name), f"{name} belongs to --method gram: add that, or leave {name} out")
@@ -120,7 +128,7 @@ class CompareConfig(PruneConfig):
         self._check_targets()
         _require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
         _require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
-        for name in ("refine", "moments", "register", "resume"):
+        for name in ("refine", "moments", "register", "resume", "uniform", "no_bias"):
             _require(not getattr(self, name), f"{name} is a setting of prune: leave it out of a comparison")
 
 

@@ -12,6 +12,7 @@ from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from slimllm_ops.allocation import measure_layer, require_reachable
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError, shown
+from slimllm_ops.form import Form
 from slimllm_ops.moment_store import MomentStore
 
 BUILTIN_NAME = "builtin"
@@ -55,6 +56,7 @@ class Inputs:
     source_digest: str
     calibration: Calibration
     held_out: tuple[TokenBlocks, ...]
+    form: Form
 
     def calibration_blocks(self) -> np.ndarray:
         """Return the calibration blocks (B, T), int32."""
@@ -71,7 +73,8 @@ def load_inputs(config: PruneConfig) -> Inputs:
         DataError: a specification of data does not give token blocks.
     """
     source = Checkpoint.open(resolve_model(config.model))
-    sizes = [measure_layer(source, layer) for layer in range(source.num_layers)]
+    form = Form(uniform=config.uniform, multiple_of=config.multiple_of, with_bias=not config.no_bias)
+    sizes = form.sizes([measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)])
     for sparsity in config.targets:
         if sparsity is not None:
             require_reachable(sizes, sparsity)
@@ -84,6 +87,7 @@ def load_inputs(config: PruneConfig) -> Inputs:
         digest,
         _load_calibration(config, source, digest),
         tuple(_load_held_out(config, source, spec) for spec in specs),
+        form,
     )
 
 

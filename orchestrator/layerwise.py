@@ -1,5 +1,6 @@
 """The paper's order: layer by layer, attention first, each module seeing what the pruned ones before it leave."""
 
+from dataclasses import replace
 from functools import partial
 
 from orchestrator.job import Job, Target
@@ -42,16 +43,20 @@ def measure_similarities(job: Job) -> list[float]:
 
 def allocate(job: Job, similarities: list[float], sparsity: float | None) -> Budget:
     """Return what every layer gives, to meet a sparsity or, where that is None, by the paper's own ratio."""
-    config, num_layers = job.config, job.source.num_layers
-    sizes = [measure_layer(job.source, layer) for layer in range(num_layers)]
+    config, form, num_layers = job.config, job.inputs.form, job.source.num_layers
+    sizes = form.sizes([measure_layer(job.source, layer, form.with_bias) for layer in range(num_layers)])
+    if form.uniform:
+        similarities = similarities[:1]
     # With the paper's own ratio, its published settings stand in for what was not given.
     num_pruned, alpha = published_settings(sparsity or config.ratio or 0.0, num_layers)
-    num_pruned = min(config.pruned_layers or num_pruned, num_layers)
+    num_pruned = min(config.pruned_layers or num_pruned, len(sizes))
     alpha = alpha if config.alpha is None else config.alpha
     if sparsity is not None:
-        return budget_by_sparsity(sizes, similarities, sparsity=sparsity, num_pruned=num_pruned, alpha=alpha)
-    assert config.ratio is not None
-    return budget_by_ratio(sizes, similarities, ratio=config.ratio, num_pruned=num_pruned, alpha=alpha)
+        budget = budget_by_sparsity(sizes, similarities, sparsity=sparsity, num_pruned=num_pruned, alpha=alpha)
+    else:
+        assert config.ratio is not None
+        budget = budget_by_ratio(sizes, similarities, ratio=config.ratio, num_pruned=num_pruned, alpha=alpha)
+    return replace(budget, layers=form.layers(budget.layers, num_layers))
 
 
 def _prune_model(job: Job, target: Target, similarities: list[float], budget: Budget) -> None:
@@ -81,7 +86,8 @@ def _prune_attention(job: Job, branch: Branch, layer: int, num_removed: int) -> 
     observed = job.shards.observe(PRUNED, layer, branch)
     heads = None
     if num_removed:
-        heads = job.shards.decide_heads(PRUNED, layer, observed, num_removed=num_removed)
+        with_bias = job.inputs.form.with_bias
+        heads = job.shards.decide_heads(PRUNED, layer, observed, num_removed=num_removed, with_bias=with_bias)
     job.shards.apply(PRUNED, layer, branch, heads)
     return heads
 
@@ -90,7 +96,7 @@ def _prune_mlp(job: Job, branch: Branch, layer: int, num_removed: int) -> Decisi
     observed = job.shards.observe(PRUNED, layer, branch)
     channels = None
     if num_removed:
-        keep_lowest = job.config.keep_lowest
-        channels = job.shards.decide_channels(PRUNED, layer, observed, num_removed=num_removed, keep_lowest=keep_lowest)
+        settings = {"keep_lowest": job.config.keep_lowest, "with_bias": job.inputs.form.with_bias}
+        channels = job.shards.decide_channels(PRUNED, layer, observed, num_removed=num_removed, **settings)
     job.shards.apply(PRUNED, layer, branch, channels)
     return channels

@@ -22,6 +22,7 @@ from slimllm_ops.allocation import measure_layer, parameters_to_remove
 from slimllm_ops.budget import Candidate
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch, layer_shape
+from slimllm_ops.form import Form
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
 from slimllm_ops.one_pass import candidates_of
@@ -33,10 +34,11 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Ranked:
-    """Every module's candidate for a method, layer by layer, attention before the MLP."""
+    """Every module's candidate for a method, layer by layer, attention before the MLP, and the form to be met."""
 
     method: Method
     candidates: list[Candidate]
+    form: Form
 
     def removals(self, targets: Sequence[int]) -> list[list[int]]:
         """Return, for every module, how many units it gives at each target of removed parameters.
@@ -44,7 +46,7 @@ class Ranked:
         Raises:
             InputError: a target is not reachable.
         """
-        spent = [self.method.spend(self.candidates, target) for target in targets]
+        spent = [self.form.spend(self.method.spend, self.candidates, target) for target in targets]
         return [list(counts) for counts in zip(*spent, strict=True)]
 
 
@@ -57,7 +59,7 @@ def prune_from_moments(job: Job, store: MomentStore, method: Method, targets: li
     """Prune by a one-pass method to every target."""
     if all(len(target.pruned.log) == job.source.num_layers for target in targets):
         return
-    ranked = job.survive(partial(rank_modules, job.pool, job.source, store, method))
+    ranked = job.survive(partial(rank_modules, job.pool, job.source, store, method, job.inputs.form))
     write_models(job, store, ranked, targets)
 
 
@@ -165,15 +167,15 @@ def _observe_layers(job: Job, layers: range) -> Iterator[tuple[Any, ...]]:
         yield attention_ref, mlp_ref, attention_path, mlp_path, power
 
 
-def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method) -> Ranked:
-    """Rank every module's units by a method; gram's ranking was kept with the moments."""
+def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method, form: Form) -> Ranked:
+    """Rank every module's units by a method; gram's ranking, where biases recover, was kept with the moments."""
     paths = [store.load_paths(layer) for layer in range(source.num_layers)]
-    if method.rank is METHODS["gram"].rank:
+    if method.rank is METHODS["gram"].rank and form.with_bias:
         rankings = [[path.attention.ranking, path.mlp.ranking] for path in paths]
     else:
-        rankings = list(results(_submit_rankings(pool, source, store, method)))
-    sizes = [measure_layer(source, layer) for layer in range(source.num_layers)]
-    return Ranked(method, candidates_of(sizes, paths, rankings))
+        rankings = list(results(_submit_rankings(pool, source, store, method, form)))
+    sizes = [measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)]
+    return Ranked(method, candidates_of(sizes, paths, rankings), form)
 
 
 def decide_layers(
@@ -197,13 +199,13 @@ def target_parameters(source: Checkpoint, sparsity: float | None) -> int:
 
 
 def _submit_rankings(
-    pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method
+    pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method, form: Form
 ) -> Iterator[tuple[ray.ObjectRef, ...]]:
     for layer in range(source.num_layers):
         shape = layer_shape(source.config, layer)
         units = (shape.num_attention_units, shape.intermediate_size)
         yield tuple(
-            pool.rank(layer, branch, ray.put(store.load_moments(layer, module)), num_units, method)
+            pool.rank(layer, branch, ray.put(store.load_moments(layer, module)), num_units, method, form.with_bias)
             for (module, branch), num_units in zip(_branches(source), units, strict=True)
         )
 
@@ -225,6 +227,7 @@ def _submit_decisions(
                 ranked.method,
                 ranked.candidates[2 * layer + number].ranking,
                 removals[2 * layer + number],
+                ranked.form.with_bias,
             )
             for number, (module, branch) in enumerate(_branches(source))
         )

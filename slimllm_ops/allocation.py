@@ -43,8 +43,14 @@ class LayerSize:
         return units * self.unit_parameters + channels * self.channel_parameters - added
 
 
-def measure_layer(checkpoint: Checkpoint, layer: int) -> LayerSize:
-    """Return what a decoder layer is made of, from the shapes of its tensors."""
+def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) -> LayerSize:
+    """Return what a decoder layer is made of, from the shapes of its tensors.
+
+    Args:
+        checkpoint: the model.
+        layer: the number of the layer.
+        with_bias: whether recovery adds biases.
+    """
     prefix = checkpoint.layer_prefix(layer)
     shapes = {
         name.removeprefix(prefix): shape for name, shape in checkpoint.shapes(checkpoint.layer_names(layer)).items()
@@ -56,8 +62,8 @@ def measure_layer(checkpoint: Checkpoint, layer: int) -> LayerSize:
         unit_parameters=_branch_parameters(shapes, attention) // shape.num_attention_units,
         num_channels=shape.intermediate_size,
         channel_parameters=_branch_parameters(shapes, mlp) // shape.intermediate_size,
-        attention_bias_parameters=_added_bias(shapes, attention),
-        mlp_bias_parameters=_added_bias(shapes, mlp),
+        attention_bias_parameters=_added_bias(shapes, attention) if with_bias else 0,
+        mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias else 0,
         parameters=sum(math.prod(shape) for shape in shapes.values()),
     )
 

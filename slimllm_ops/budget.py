@@ -7,7 +7,7 @@ each module gives so that exactly the asked number of parameters goes, to within
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimllm_ops.errors import InputError
 from slimllm_ops.ranking import Ranking
@@ -42,9 +42,37 @@ class Candidate:
         """How many units the module has."""
         return len(self.ranking.order)
 
+    @property
+    def scale(self) -> float:
+        """What its errors are divided by, to compare with those of other modules."""
+        return max(self.stream_power**STREAM_WEIGHT * self.output_variance ** (1 - STREAM_WEIGHT), 1e-300)
+
     def removed_parameters(self, num_removed: int) -> int:
         """Return how many parameters the module has fewer without so many units."""
         return num_removed * self.unit_parameters - self.bias_parameters * (num_removed > 0)
+
+
+def in_steps(candidate: Candidate, width: int) -> Candidate:
+    """Return a module whose units go so many at a time, in their order."""
+    costs = candidate.ranking.costs
+    steps = tuple(sum(costs[start : start + width]) for start in range(0, len(costs), width))
+    ranking = Ranking(tuple(range(len(steps))), steps)
+    return replace(candidate, ranking=ranking, unit_parameters=candidate.unit_parameters * width)
+
+
+def as_one(candidates: Sequence[Candidate]) -> Candidate:
+    """Return modules of one size that give equally many units, as a module of all their units and scaled errors."""
+    costs = tuple(
+        sum(one.ranking.costs[index] / one.scale for one in candidates) for index in range(candidates[0].num_units)
+    )
+    return Candidate(
+        layer=0,
+        ranking=Ranking(tuple(range(len(costs))), costs),
+        unit_parameters=sum(one.unit_parameters for one in candidates),
+        bias_parameters=sum(one.bias_parameters for one in candidates),
+        output_variance=1.0,
+        stream_power=1.0,
+    )
 
 
 def spend_by_error(candidates: Sequence[Candidate], target: int) -> list[int]:
@@ -56,8 +84,7 @@ def spend_by_error(candidates: Sequence[Candidate], target: int) -> list[int]:
     """
 
     def price(candidate: Candidate, num_removed: int) -> float:
-        scale = candidate.stream_power**STREAM_WEIGHT * candidate.output_variance ** (1 - STREAM_WEIGHT)
-        return candidate.ranking.costs[num_removed] / candidate.unit_parameters / max(scale, 1e-300)
+        return candidate.ranking.costs[num_removed] / candidate.unit_parameters / candidate.scale
 
     return spend_by_price(candidates, target, price)
 

@@ -2,7 +2,7 @@
 
 MOMENTS/moments.json            which model and data they are of, by digest
 MOMENTS/layer-00000.safetensors     for attention and mlp: count, mean, scatter (block rows of its triangle),
-input_squares, and gram's elimination path: order, costs
+input_squares, powers, and gram's elimination path: order, costs
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from slimllm_ops.moments import PackedMoments
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.ranking import Ranking
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "moments.json"
 MOST_BYTES = 1 << 20
 MANIFEST_FIELDS = {"model": str, "model_digest": str, "calibration": dict}
@@ -93,7 +93,8 @@ class MomentStore:
             rows = tuple(file.get_tensor(f"{module}.scatter.{number}") for number in range(len(names)))
             count = int(_list(file, f"{module}.count")[0])
             moments = PackedMoments(count, file.get_tensor(f"{module}.mean"), rows)
-            return PackedObservation(moments, file.get_tensor(f"{module}.input_squares"))
+            output, added = _list(file, f"{module}.powers")
+            return PackedObservation(moments, file.get_tensor(f"{module}.input_squares"), (output, added))
 
     @contextmanager
     def _opened(self, layer: int) -> Iterator[safe_open]:
@@ -137,6 +138,7 @@ def _pack(path: ModulePath, observed: PackedObservation) -> dict[str, np.ndarray
         "count": np.array([moments.count]),
         "mean": moments.mean_P,
         "input_squares": observed.input_squares_D,
+        "powers": np.array(observed.powers),
         "order": np.array(path.ranking.order),
         "costs": np.array(path.ranking.costs),
         "output_variance": np.array([path.output_variance]),

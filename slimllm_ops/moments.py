@@ -60,6 +60,11 @@ class Moments:
         """L2 norm over tokens of each uncentred column, shape (P,)."""
         return (self.count * (self.covariance_PP.diagonal() + self.mean_P.square())).clamp(min=0).sqrt()
 
+    def about_zero(self) -> "Moments":
+        """Return the second moments E[x x^T] in the covariance's place, about a mean of 0: fits have no intercept."""
+        second_PP = self.covariance_PP + torch.outer(self.mean_P, self.mean_P)
+        return Moments(self.count, torch.zeros_like(self.mean_P), second_PP)
+
     def to(self, device: torch.device) -> "Moments":
         """Return the same moments on `device`, in the precision that is summed in there."""
         precision = accumulation_dtype(device)

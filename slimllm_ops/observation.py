@@ -17,6 +17,10 @@ class Observation:
     moments: Moments
     input_squares_D: Tensor
 
+    def about_zero(self) -> "Observation":
+        """Return the same with moments about zero, so that fits have no intercept."""
+        return Observation(self.moments.about_zero(), self.input_squares_D)
+
 
 @dataclass(frozen=True)
 class PackedObservation:
@@ -64,10 +68,11 @@ class PackedObservation:
         output, added = self.powers
         return added / output if output > 0 else 1.0
 
-    def unpack(self, device: torch.device) -> Observation:
-        """Return the observation for a decision, on a device."""
+    def unpack(self, device: torch.device, with_bias: bool = True) -> Observation:
+        """Return the observation for a decision, on a device; its moments are about zero if no bias is fitted."""
         squares_D = torch.from_numpy(self.input_squares_D.copy()).to(device)
-        return Observation(self.moments.unpack(device), squares_D)
+        observed = Observation(self.moments.unpack(device), squares_D)
+        return observed if with_bias else observed.about_zero()
 
 
 class ObservationSum:

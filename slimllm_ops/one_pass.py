@@ -45,10 +45,12 @@ def eliminate_module(
 
 
 @torch.inference_mode()
-def rank_module(weight_DP: Tensor, observed: PackedObservation, num_units: int, method: Method) -> Ranking:
-    """Return the order in which a method removes a module's units."""
-    projection = Projection.of(observed.unpack(weight_DP.device).moments, weight_DP)
-    return method.rank(projection, num_units)
+def rank_module(
+    weight_DP: Tensor, observed: PackedObservation, num_units: int, method: Method, with_bias: bool = True
+) -> Ranking:
+    """Return the order in which a method removes a module's units, at costs as the stream sees them."""
+    projection = Projection.of(observed.unpack(weight_DP.device, with_bias).moments, weight_DP)
+    return method.rank(projection, num_units).scaled(observed.gain)
 
 
 @torch.inference_mode()
@@ -59,6 +61,7 @@ def decide_module(
     ranking: Ranking,
     removals: list[int],
     described: str,
+    with_bias: bool = True,
 ) -> list[Decision | None]:
     """Return the decision at each number of units removed; None where none is.
 
@@ -69,11 +72,12 @@ def decide_module(
         ranking: the order in which units go.
         removals: numbers of units to remove.
         described: the layer and module, for errors.
+        with_bias: whether recovery has an intercept.
 
     Raises:
         SolveError: the kept inputs' moments cannot be factorised.
     """
-    projection = Projection.of(observed.unpack(weight_DP.device).moments, weight_DP)
+    projection = Projection.of(observed.unpack(weight_DP.device, with_bias).moments, weight_DP)
     decisions: list[Decision | None] = []
     for num_removed in removals:
         if not num_removed:
@@ -85,7 +89,7 @@ def decide_module(
             recovery = method.recover(projection, kept_S)
         except SolveError as error:
             raise SolveError(f"{described}: {error}") from None
-        decisions.append(Decision(kept, ranking.scores(), recovery.cpu(), recovery.relative_error))
+        decisions.append(Decision(kept, ranking.scores(), recovery.cpu(), recovery.relative_error, with_bias))
     return decisions
 
 

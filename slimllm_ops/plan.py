@@ -21,12 +21,14 @@ class Decision:
 
     Units are KV groups or channels; `scores` has one for each of the dense module's, as the method defines it.
     A decision that was read from a plan has no recovery where that is a refit, whose weights are the checkpoint's.
+    `with_bias` says whether recovery gives the output projection a bias, which it else has only if it had one.
     """
 
     kept: tuple[int, ...]
     scores: tuple[float, ...]
     recovery: Recovery | None
     relative_error: float
+    with_bias: bool = True
 
     @property
     def num_units(self) -> int:
@@ -105,6 +107,7 @@ def _describe(decision: Decision | None) -> dict[str, Any] | None:
         "kept": list(decision.kept),
         "scores": list(decision.scores),
         "relative_error": decision.relative_error,
+        "with_bias": decision.with_bias,
     }
     if isinstance(decision.recovery, Line):
         described["scale"] = decision.recovery.scale_D.tolist()
@@ -119,4 +122,10 @@ def _parse(described: dict[str, Any] | None) -> Decision | None:
     if "scale" in described:
         scale_D = torch.tensor(described["scale"], dtype=torch.float64)
         line = Line(scale_D, torch.tensor(described["bias"], dtype=torch.float64), described["relative_error"])
-    return Decision(tuple(described["kept"]), tuple(described["scores"]), line, described["relative_error"])
+    return Decision(
+        tuple(described["kept"]),
+        tuple(described["scores"]),
+        line,
+        described["relative_error"],
+        described["with_bias"],
+    )

@@ -120,7 +120,7 @@ def solve_alignment(moments: Moments) -> Tensor:
     Raises:
         SolveError: the pruned stream's moments cannot be factorised.
     """
-    second = _second_moment(moments)
+    second = moments.about_zero().covariance_PP
     size = len(second) // 2
     inputs_DD = second[:size, :size]
     factor_DD = factorise_with_ridge(inputs_DD, ridge(inputs_DD))
@@ -141,7 +141,7 @@ def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[T
         SolveError: the kept inputs' moments cannot be factorised.
     """
     kept = len(weight_SD)
-    joint = moments.covariance_PP if with_bias else _second_moment(moments)
+    joint = (moments if with_bias else moments.about_zero()).covariance_PP
     weight_SD = weight_SD.to(joint)
     inputs_SS = joint[:kept, :kept]
     factor_SS = factorise_with_ridge(inputs_SS, ridge(inputs_SS))
@@ -158,8 +158,3 @@ def _summed(batches: Iterable[Tensor]) -> PackedObservation:
     for batch in batches:
         seen.add(batch.flatten(0, 1), batch.flatten(0, 1))
     return seen.packed()
-
-
-def _second_moment(moments: Moments) -> Tensor:
-    """Return E[x x^T], not centred."""
-    return moments.covariance_PP + torch.outer(moments.mean_P, moments.mean_P)

@@ -21,14 +21,16 @@ def prune_layer(tensors: dict[str, Tensor], family: Family, plan: LayerPlan) -> 
     return pruned
 
 
-def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Decision) -> tuple[Tensor, Tensor]:
+def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Decision) -> tuple[Tensor, Tensor | None]:
     """Return the output projection's new weight (D, S) and bias (D,), computed in the precision of `weight_DP`."""
     if decision.recovery is None:
         raise ValueError("this decision was read from a plan: the weights of its refit are in the checkpoint")
     kept_S = decision.kept_rows(weight_DP.shape[1]).to(weight_DP.device)
     weight_DS = decision.recovery.restore(weight_DP[:, kept_S].T).T
-    recovered_D = decision.recovery.bias_D.to(weight_DP)
-    return weight_DS.contiguous(), recovered_D if bias_D is None else recovered_D + bias_D
+    if decision.with_bias:
+        recovered_D = decision.recovery.bias_D.to(weight_DP)
+        bias_D = recovered_D if bias_D is None else recovered_D + bias_D
+    return weight_DS.contiguous(), bias_D
 
 
 def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision) -> dict[str, Tensor]:
@@ -42,7 +44,8 @@ def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision
     # The recovery is computed in float32 and rounded once, to what the source is stored in.
     weight_DS, new_bias_D = recovered_projection(stored.float(), None if bias_D is None else bias_D.float(), decision)
     pruned[branch.output_weight] = _rounded(weight_DS, stored.dtype, branch.output_weight)
-    pruned[branch.output_bias] = _rounded(new_bias_D, stored.dtype, branch.output_bias)
+    if new_bias_D is not None:
+        pruned[branch.output_bias] = _rounded(new_bias_D, stored.dtype, branch.output_bias)
     return pruned
 
 

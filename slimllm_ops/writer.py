@@ -140,13 +140,17 @@ def _per_layer(source: Checkpoint, plans: Sequence[LayerPlan]) -> dict[str, list
             _kept(plan.mlp, shape.intermediate_size) for plan, shape in zip(plans, shapes, strict=True)
         ],
         "attention_output_bias_per_layer": [
-            plan.attention is not None or source.has(layer, source.family.attention.output_bias)
+            _adds_bias(plan.attention) or source.has(layer, source.family.attention.output_bias)
             for layer, plan in enumerate(plans)
         ],
         "mlp_output_bias_per_layer": [
-            plan.mlp is not None or source.has(layer, source.family.mlp.output_bias) for layer, plan in enumerate(plans)
+            _adds_bias(plan.mlp) or source.has(layer, source.family.mlp.output_bias) for layer, plan in enumerate(plans)
         ],
     }
+
+
+def _adds_bias(decision: Decision | None) -> bool:
+    return decision is not None and decision.with_bias
 
 
 def _kept(decision: Decision | None, whole: int) -> int:

@@ -58,7 +58,7 @@ def stream(model_dir: Path, ids: torch.Tensor) -> LayerStream:
 def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_dir: Path, ids: torch.Tensor) -> None:
     num_units = layer_shape(stream.checkpoint.config, LAYER).num_attention_units
     branch = stream.checkpoint.family.attention
-    observed = stream.observe(LAYER, branch).unpack(torch.device("cpu"))
+    observed = stream.observe(LAYER, branch)
     x_NP = activations(model_dir, ids)[branch.output]
     weight_PD = stream.checkpoint.read_layer(LAYER)[branch.output_weight].T.double().numpy()
     for num_removed in range(1, num_units):
@@ -75,7 +75,7 @@ def test_the_kept_channels_are_those_of_raw_activations(
     family = stream.checkpoint.family
     stream.observe(LAYER, family.attention)
     stream.apply(LAYER, family.attention, None)
-    observed = stream.observe(LAYER, family.mlp).unpack(torch.device("cpu"))
+    observed = stream.observe(LAYER, family.mlp)
     decision = decide_channels(stream.weights(LAYER), family.mlp, observed, num_removed=17, keep_lowest=0.05)
 
     entered, weights = activations(model_dir, ids), stream.checkpoint.read_layer(LAYER)
@@ -88,3 +88,33 @@ def test_the_kept_channels_are_those_of_raw_activations(
     # 5 % of 48 channels are 2.4.
     assert list(decision.kept) == sorted(ascending[:2] + ascending[2 + 17 :])
     assert_recovers(decision, entered[family.mlp.output], weight_PD)
+
+
+@pytest.mark.parametrize("decide", ["heads", "channels"])
+def test_without_a_bias_lines_go_through_zero(
+    stream: LayerStream, model_dir: Path, ids: torch.Tensor, decide: str
+) -> None:
+    family, num_units = stream.checkpoint.family, layer_shape(stream.checkpoint.config, LAYER).num_attention_units
+    branch = family.attention
+    observed = stream.observe(LAYER, branch)
+    if decide == "channels":
+        stream.apply(LAYER, branch, None)
+        branch = family.mlp
+        observed = stream.observe(LAYER, branch)
+        decision = decide_channels(
+            stream.weights(LAYER), branch, observed, num_removed=17, keep_lowest=0.05, with_bias=False
+        )
+    elif num_units == 1:
+        pytest.skip("no head of this family can go")
+    else:
+        decision = decide_heads(
+            stream.weights(LAYER), branch, observed, num_units=num_units, num_removed=1, with_bias=False
+        )
+    x_NP = activations(model_dir, ids)[branch.output]
+    weight_PD = stream.checkpoint.read_layer(LAYER)[branch.output_weight].T.double().numpy()
+    kept = naive.kept_columns(decision, x_NP.shape[1])
+    y_ND, kept_ND = x_NP @ weight_PD, x_NP[:, kept] @ weight_PD[kept]
+    scale_D = (y_ND * kept_ND).sum(axis=0) / (kept_ND**2).sum(axis=0)
+    np.testing.assert_allclose(decision.recovery.scale_D, scale_D, rtol=1e-4, atol=1e-4)
+    assert not decision.with_bias
+    assert not decision.recovery.bias_D.any()

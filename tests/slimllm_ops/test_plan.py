@@ -52,6 +52,7 @@ def test_a_plan_is_plain_json(tmp_path: Path) -> None:
                     "kept": [0, 2],
                     "scores": [1.0, 2.0, 3.0],
                     "relative_error": 0.5,
+                    "with_bias": True,
                     "scale": [1.0, 1.0],
                     "bias": [0.0, 0.0],
                 },
