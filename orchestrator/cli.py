@@ -130,6 +130,16 @@ def log(output: Path, **asked: Any) -> None:
     click.echo(f"to look at it: {where_to_look(logged.tracking_uri, logged.experiment_id, logged.run_id)}")
 
 
+@main.command()
+def families() -> None:
+    """List the model families that can be pruned, and what of them."""
+    from slimllm_ops.families import FAMILIES
+
+    for family in FAMILIES:
+        what = f"channels; no heads, since {family.attention.reading.whole}" if family.attention.reading.whole else ""
+        click.echo(f"{family.model_type:14}{what or 'heads and channels'}")
+
+
 def _configure(kind: type[Config], config_file: Path | None, flags: dict[str, Any]) -> Config:
     try:
         settings = read_config_file(config_file, kind) if config_file else {}

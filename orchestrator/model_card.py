@@ -23,8 +23,8 @@ model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_co
 tokenizer = AutoTokenizer.from_pretrained("<this directory>")
 ```
 
-The flag lets it load `pruned_model.py`, a copy of which lies here; where slimllm is installed and `slimllm_ops` is
-imported, it is not needed.
+The flag lets it load the model's code, the `pruned_*.py` that lie here; where slimllm is installed and `slimllm_ops`
+is imported, it is not needed.
 
 | | before | after |
 |---|---|---|

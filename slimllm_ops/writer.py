@@ -64,6 +64,12 @@ class CheckpointWriter:
 
     def finish(self, plans: Sequence[LayerPlan]) -> None:
         """Write everything but the layers: embeddings, index, config, model code, tokenizer."""
+        self.finish_as(self._pruned_config(plans))
+        for file in (_code_of(self._source), Path(pruned_layers.__file__)):
+            shutil.copyfile(file, self.directory / file.name)
+
+    def finish_as(self, config: dict[str, Any]) -> None:
+        """Write everything but the layers and code: embeddings, index, this config, tokenizer."""
         for number, module in enumerate(self._source.outside(), start=self._source.num_layers):
             tensors = self._source.read_module(module)
             self._save({f"{module}.{name}": tensor for name, tensor in tensors.items()}, number)
@@ -74,7 +80,7 @@ class CheckpointWriter:
             "weight_map": {tensor: shard for shard, tensors in sizes.items() for tensor in tensors},
         }
         self._write_json(INDEX, index)
-        self._write_config(plans)
+        self._write_json("config.json", config)
         self._copy_files()
 
     @property
@@ -89,21 +95,19 @@ class CheckpointWriter:
         with written_whole(self.directory / self._shard(number)) as partial:
             save_file(contiguous, partial, metadata={"format": "pt"})
 
-    def _write_config(self, plans: Sequence[LayerPlan]) -> None:
+    def _pruned_config(self, plans: Sequence[LayerPlan]) -> dict[str, Any]:
         config = self._source.config.to_dict()
         family = self._source.family
         config |= _per_layer(self._source, plans)
         config["model_type"] = f"pruned_{family.model_type}"
         config["architectures"] = [family.pruned.__name__]
         config["dtype"] = str(self._source.dtype).removeprefix("torch.")
-        model, file = family.pruned, Path(inspect.getfile(family.pruned))
+        code = _code_of(self._source).stem
         config["auto_map"] = {
-            "AutoConfig": f"{file.stem}.{model.config_class.__name__}",
-            "AutoModelForCausalLM": f"{file.stem}.{model.__name__}",
+            "AutoConfig": f"{code}.{family.pruned.config_class.__name__}",
+            "AutoModelForCausalLM": f"{code}.{family.pruned.__name__}",
         }
-        self._write_json("config.json", config)
-        for source in (file, Path(pruned_layers.__file__)):
-            shutil.copyfile(source, self.directory / source.name)
+        return config
 
     def _copy_files(self) -> None:
         for pattern in COPIED_FILES:
@@ -116,6 +120,11 @@ class CheckpointWriter:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_json(self.directory / name, content, indent=2)
+
+
+def _code_of(source: Checkpoint) -> Path:
+    """Return the file of the class of a source's pruned models."""
+    return Path(inspect.getfile(source.family.pruned))
 
 
 def _tensor_sizes(shard: Path) -> dict[str, int]:

@@ -86,7 +86,8 @@ def test_a_run_leaves_every_file_it_promises(gqa_run: PruneResult) -> None:
         "config.json",
         "generation_config.json",
         "model.safetensors.index.json",
-        "pruned_model.py",
+        "pruned_layers.py",
+        "pruned_llama.py",
         "README.md",
     }
     figures = {"figures/kept.png", "figures/scores.png"}

@@ -1,0 +1,223 @@
+"""A uniform pruned model as a model of a stock class, which loads with no code of ours and which servers know.
+
+The family's own class where it takes the shapes; else, for what is built as Llama is, Mistral, whose number of heads
+need not divide the hidden size, and Granite, which has a bias in every projection. Where a class wants a bias that the
+model has not, it gets zeros. Nothing is converted: the tensors are those of the pruned model.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.errors import InputError, ReadBackError
+from slimllm_ops.families import LayerShape, layer_shape
+from slimllm_ops.model_config import PER_LAYER_FLAGS, PER_LAYER_SIZES
+from slimllm_ops.stream import LayerStream
+from slimllm_ops.writer import CheckpointWriter
+
+# Tokens that both models compute, to be compared bit by bit.
+COMPARED_TOKENS = 64
+# What the configs of Llama-like families have in common.
+SHARED_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+)
+LLAMA_LIKE = ("llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True)
+class StockForm:
+    """A stock class that takes a pruned model: its config, and the biases that it wants beyond the model's."""
+
+    config: PretrainedConfig
+    zeros: dict[str, tuple[int, ...]]
+
+    @property
+    def architecture(self) -> str:
+        """The name of the class."""
+        return str(self.config.architectures[0])
+
+
+def stock_form(source: Checkpoint) -> StockForm:
+    """Return the first stock class that takes a pruned model.
+
+    Raises:
+        InputError: its layers differ in shape, or no class takes what it has; the message says why.
+    """
+    shape = _one_shape(source)
+    refused = []
+    for describe in (_own, _as_mistral, _as_granite):
+        described = describe(source, shape)
+        if described is None:
+            continue
+        try:
+            return _fitted(source, CONFIG_MAPPING[described["model_type"]].from_dict(described))
+        # Any: configs are checked by validators of many kinds, and models by their constructors.
+        except Exception as error:
+            refused.append(f"{described['model_type']}: {' '.join(str(error).split())[:160]}")
+    raise InputError(
+        f"no stock class takes {source.directory} ({'; '.join(refused)}): prune with --uniform --no-bias, or serve it "
+        f"with the model code that lies in it"
+    )
+
+
+def write_stock(source: Checkpoint, form: StockForm, directory: Path) -> Checkpoint:
+    """Write a pruned model as one of a stock class, layer by layer, and check that it computes the same.
+
+    Raises:
+        ReadBackError: it does not, to the last bit.
+    """
+    writer, prefix = CheckpointWriter(source, directory), source.layer_prefix
+    for layer in range(source.num_layers):
+        tensors = source.read_layer(layer)
+        for name, size in form.zeros.items():
+            if name.startswith(prefix(layer)):
+                tensors[name.removeprefix(prefix(layer))] = torch.zeros(size, dtype=source.dtype)
+        writer.write_tensors(layer, tensors)
+    writer.finish_as(form.config.to_dict() | {"architectures": [form.architecture]})
+    written = Checkpoint.open(directory)
+    require_same_states(source, written)
+    return written
+
+
+def require_same_states(source: Checkpoint, other: Checkpoint) -> None:
+    """Refuse a model whose hidden states or likelihoods differ from another's in any bit, in float32 on the CPU.
+
+    Raises:
+        ReadBackError: a layer's states differ; the message says by how much.
+    """
+    ids = _some_tokens(source.config)
+    streams = [LayerStream(model, [ids], torch.device("cpu")) for model in (source, other)]
+    for layer in range(source.num_layers):
+        for stream in streams:
+            stream.forward(layer)
+        _require_equal([stream.hidden[0] for stream in streams], f"after layer {layer}")
+    likelihoods = [torch.tensor(stream.negative_log_likelihood().value) for stream in streams]
+    _require_equal(likelihoods, "in its likelihood")
+    for stream in streams:
+        stream.close()
+
+
+def _require_equal(pair: list[Tensor], where: str) -> None:
+    one, other = pair
+    if not torch.equal(one, other):
+        difference = float((one - other).abs().max())
+        raise ReadBackError(
+            f"the exported model differs from the pruned one by {difference:.2g} {where}: this is a bug worth reporting"
+        )
+
+
+def _some_tokens(config: PretrainedConfig) -> Tensor:
+    length = min(COMPARED_TOKENS, config.max_position_embeddings)
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _one_shape(source: Checkpoint) -> LayerShape:
+    """Return the shape of all layers.
+
+    Raises:
+        InputError: they differ.
+    """
+    shapes = [layer_shape(source.config, layer) for layer in range(source.num_layers)]
+    for layer, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise InputError(
+                f"layers 0 and {layer} of {source.directory} differ in shape, and a stock class has one for all: "
+                f"prune with --uniform"
+            )
+    return shapes[0]
+
+
+def _own(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
+    """Describe the model as one of its family's own class."""
+    dense = source.config.to_dict()
+    described = {name: value for name, value in dense.items() if name not in (*PER_LAYER_SIZES, *PER_LAYER_FLAGS)}
+    described.pop("auto_map", None)
+    described |= _sizes(source, shape) | {source.family.intermediate_size: shape.intermediate_size}
+    # A family that has such settings has them for all of a module's projections.
+    for setting, branch in (("attention_bias", source.family.attention), ("mlp_bias", source.family.mlp)):
+        if setting in described and any(source.has(layer, branch.output_bias) for layer in range(source.num_layers)):
+            described[setting] = True
+    return _named(described, source.family.model_type, source.family.name)
+
+
+def _as_mistral(source: Checkpoint, shape: LayerShape) -> dict[str, Any] | None:
+    """Describe a Llama as a Mistral without a window."""
+    if source.family.model_type != "llama":
+        return None
+    described = _shared(source, shape) | {"sliding_window": None}
+    return _named(described, "mistral", "Mistral")
+
+
+def _as_granite(source: Checkpoint, shape: LayerShape) -> dict[str, Any] | None:
+    """Describe what is built as Llama is as a Granite whose multipliers are those of a Llama."""
+    config = source.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if source.family.model_type not in LLAMA_LIKE or window is not None:
+        return None
+    multipliers = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+    described = _shared(source, shape) | multipliers | {"attention_bias": True, "mlp_bias": True}
+    described["attention_multiplier"] = _head_dim(source) ** -0.5
+    return _named(described, "granite", "Granite")
+
+
+def _shared(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
+    dense = source.config.to_dict()
+    described = {name: dense[name] for name in SHARED_SETTINGS if name in dense}
+    return described | _sizes(source, shape) | {"intermediate_size": shape.intermediate_size}
+
+
+def _sizes(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
+    sizes = {"num_attention_heads": shape.num_attention_heads}
+    if hasattr(source.config, "num_key_value_heads"):
+        sizes["num_key_value_heads"] = shape.num_key_value_heads
+    # Without it, the width of a head follows from their number.
+    return sizes | {"head_dim": _head_dim(source)}
+
+
+def _head_dim(source: Checkpoint) -> int:
+    config = source.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _named(described: dict[str, Any], model_type: str, name: str) -> dict[str, Any]:
+    return described | {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
+
+
+def _fitted(source: Checkpoint, config: PretrainedConfig) -> StockForm:
+    """Return the form of a config whose model has the shapes of the checkpoint's tensors, but for biases.
+
+    Raises:
+        InputError: it has not.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    held = source.shapes(list(source.files))
+    for name, size in held.items():
+        if name in wanted and wanted[name] != size:
+            raise InputError(f"{name} would be {wanted[name]}, and is {size}")
+        if name not in wanted and name not in model.state_dict():
+            raise InputError(f"it has no {name}")
+    zeros = {name: size for name, size in wanted.items() if name not in held}
+    if missing := [name for name in zeros if not name.endswith(".bias")]:
+        raise InputError(f"it wants {missing[0]}")
+    return StockForm(config, zeros)
