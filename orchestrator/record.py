@@ -26,9 +26,9 @@ from slimllm_ops.plan import Decision, LayerPlan, Plan
 CALIBRATION_STAGES = ("layer similarities", "pruning", "calibrating", "refining")
 PACKAGES = ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")
 # Settings of one attempt at a run, which may be another at the next; MLflow knows itself where it is.
-OF_AN_ATTEMPT = {"overwrite", "resume", "tracking_uri"}
+OF_AN_ATTEMPT = {"overwrite", "resume", "tracking_uri", "address"}
 # Where a run goes and how it is told: nothing that it gives depends on these.
-PLACES = {"output", "experiment", "run_name", "register", "address", "shared_storage", "offload", "weights_travel"}
+PLACES = {"output", "experiment", "run_name", "register", "shared_storage", "offload", "weights_travel"}
 # Settings that name files, of which the digests tell more.
 DIGESTED = {"model", "calibration", "evaluate", "moments"}
 

@@ -52,7 +52,7 @@ class StockForm:
     @property
     def architecture(self) -> str:
         """The name of the class."""
-        return str(self.config.architectures[0])
+        return str((self.config.architectures or ["?"])[0])
 
 
 def stock_form(source: Checkpoint) -> StockForm:
