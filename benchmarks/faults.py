@@ -34,7 +34,7 @@ METHODS = {
 # How many of each fifty cases are of each kind.
 KINDS = {"worker": 26, "node": 5, "driver": 16, "head": 3}
 NODES, CPUS_PER_NODE = 3, 2
-LAST_SECONDS = 300.0
+LAST_SECONDS = 900.0
 # What a driver started ends so long after it at most.
 LEFT_SECONDS = 30.0
 # Ray's own token would be written to the home folder, and asked for by clusters that others start.
