@@ -131,8 +131,8 @@ class Family:
 
     Attributes:
         pruned: the class of its pruned models, which names its layers and their linear maps.
-        attention: what the attention does around them.
-        mlp: what the MLP does around them.
+        attention_reading: what the attention does around them.
+        mlp_reading: what the MLP does around them.
         intermediate_size: what its config calls the number of channels.
         residual_multiplier: what its config calls the multiplier of what branches add, if it has one.
         parallel: what its config calls the flag of layers whose MLP reads what the attention reads, if it has one.
