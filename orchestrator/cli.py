@@ -15,6 +15,9 @@ from orchestrator.secrets import masked
 
 Config = TypeVar("Config", bound=PruneConfig)
 
+# What a checkpoint may be exported to.
+EXPORTS = ("gguf",)
+
 FAILED = 1
 INTERRUPTED = 130
 TERMINATED = 143
@@ -140,6 +143,16 @@ def families() -> None:
         click.echo(f"{family.model_type:14}{what or 'heads and channels'}")
 
 
+@main.command()
+@click.argument("output", type=Path)
+@click.option("--to", "form", type=click.Choice(EXPORTS), required=True, help="gguf: a file for llama.cpp.")
+@click.option("--output", "path", type=Path, metavar="PATH", help="Where it goes. [beside OUTPUT, of its name]")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+def export(output: Path, form: str, path: Path | None, overwrite: bool) -> None:
+    """Write OUTPUT, a pruned checkpoint, in a form that another program loads."""
+    _run(lambda: _export(output, form, path, overwrite))
+
+
 def _configure(kind: type[Config], config_file: Path | None, flags: dict[str, Any]) -> Config:
     try:
         settings = read_config_file(config_file, kind) if config_file else {}
@@ -169,6 +182,13 @@ def _compare(config: CompareConfig) -> None:
     from orchestrator.summary import print_comparison
 
     print_comparison(run(config))
+
+
+def _export(output: Path, form: str, path: Path | None, overwrite: bool) -> None:
+    from orchestrator.exports.gguf import export_gguf
+
+    exporters = {"gguf": export_gguf}
+    click.echo(f"{form}: {exporters[form](output, path, overwrite)}")
 
 
 def _run(action: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -106,12 +107,11 @@ class Checkpoint:
 
     def shapes(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tensors by their full names, without reading them."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file_name in sorted({self.files[name] for name in names}):
-            with _opened(self.directory / file_name) as file:
-                held = [name for name in names if self.files[name] == file_name]
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in held}
-        return shapes
+        return {name: tuple(stored.get_shape()) for name, stored in self._slices(names)}
+
+    def dtypes(self, names: list[str]) -> dict[str, str]:
+        """Return what tensors are stored in, one of DTYPES, by their full names, without reading them."""
+        return {name: stored.get_dtype() for name, stored in self._slices(names)}
 
     def num_bytes(self) -> int:
         """Return the size of the weights' files."""
@@ -125,6 +125,13 @@ class Checkpoint:
                 while chunk := file.read(1 << 24):
                     sha.update(chunk)
         return sha.hexdigest()
+
+    def _slices(self, names: list[str]) -> Iterator[tuple[str, Any]]:
+        """Yield tensors by their full names, of which a header alone is read; each is good until the next."""
+        for file_name in sorted({self.files[name] for name in names}):
+            with _opened(self.directory / file_name) as file:
+                for name in [name for name in names if self.files[name] == file_name]:
+                    yield name, file.get_slice(name)
 
     def _require_finite(self, tensors: dict[str, Tensor], prefix: str, described: str) -> dict[str, Tensor]:
         """Return tensors by their names after a prefix."""

@@ -97,6 +97,8 @@ def test_tensors_keep_the_dtype_that_they_are_stored_in(make_llama: Callable[...
     checkpoint = Checkpoint.open(make_llama(dtype=dtype))
     assert checkpoint.dtype == dtype
     assert {tensor.dtype for tensor in checkpoint.read_layer(0).values()} == {dtype}
+    names = checkpoint.layer_names(0)
+    assert checkpoint.dtypes(names) == dict.fromkeys(names, {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype])
 
 
 def test_a_digest_is_of_the_weights(copy: Path, mha_model: Path) -> None:
