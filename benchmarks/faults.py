@@ -38,7 +38,12 @@ LAST_SECONDS = 900.0
 # What a driver started ends so long after it at most.
 LEFT_SECONDS = 30.0
 # Ray's own token would be written to the home folder, and asked for by clusters that others start.
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+# Its metrics, which nobody reads here, take most of a core on a cluster that has lost a node.
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+}
 
 
 @dataclass(frozen=True)

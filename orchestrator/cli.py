@@ -16,7 +16,7 @@ from orchestrator.secrets import masked
 Config = TypeVar("Config", bound=PruneConfig)
 
 # What a checkpoint may be exported to.
-EXPORTS = ("gguf",)
+EXPORTS = ("stock", "gguf")
 
 FAILED = 1
 INTERRUPTED = 130
@@ -145,7 +145,13 @@ def families() -> None:
 
 @main.command()
 @click.argument("output", type=Path)
-@click.option("--to", "form", type=click.Choice(EXPORTS), required=True, help="gguf: a file for llama.cpp.")
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(EXPORTS),
+    required=True,
+    help="stock: a class of transformers; gguf: a file for llama.cpp.",
+)
 @click.option("--output", "path", type=Path, metavar="PATH", help="Where it goes. [beside OUTPUT, of its name]")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 def export(output: Path, form: str, path: Path | None, overwrite: bool) -> None:
@@ -186,8 +192,9 @@ def _compare(config: CompareConfig) -> None:
 
 def _export(output: Path, form: str, path: Path | None, overwrite: bool) -> None:
     from orchestrator.exports.gguf import export_gguf
+    from orchestrator.exports.stock import export_stock
 
-    exporters = {"gguf": export_gguf}
+    exporters = {"stock": export_stock, "gguf": export_gguf}
     click.echo(f"{form}: {exporters[form](output, path, overwrite)}")
 
 
