@@ -18,6 +18,9 @@ from orchestrator.cli import OPTIONS, main
 
 README = Path(__file__).parents[1] / "README.md"
 SMALL = ["--samples", "4", "--sequence-length", "64", "--workers", "1"]
+# Commands that pass text through a model, and those that take what an earlier line of the page has pruned.
+PASSES = ("prune", "calibrate", "compare")
+FOLLOWS = {"log": " prune path/to/model", "export": " prune MODEL --uniform"}
 
 
 def shell_lines() -> list[str]:
@@ -45,17 +48,13 @@ def run_in(folder: Path, line: str, tracking_uri: str, monkeypatch: pytest.Monke
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     words = [str(MODEL_DIR) if word == "MODEL" else word for word in shlex.split(line)[1:]]
+    if words[0] in FOLLOWS and not Path(words[1]).exists():
+        earlier = next(one for one in slimllm_commands() if FOLLOWS[words[0]] in one)
+        run_in(folder, earlier, tracking_uri, monkeypatch)
     if words[0] == "log":
-        # What was pruned by an earlier line; the example's server is nobody's.
-        if not Path(words[1]).exists():
-            run_in(
-                folder,
-                next(one for one in slimllm_commands() if " prune path/to/model" in one),
-                tracking_uri,
-                monkeypatch,
-            )
+        # The example's server is nobody's.
         words = [*words[:-1], tracking_uri]
-    else:
+    if words[0] in PASSES:
         words += SMALL
     result = CliRunner().invoke(main, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -1,0 +1,87 @@
+"""`slimllm export OUTPUT --to stock`: what it writes, where, and what it says when it cannot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orchestrator.cli import main
+from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.plan import LayerPlan
+from slimllm_ops.writer import CheckpointWriter
+from tests.slimllm_ops.naive import random_decision
+
+
+def pruned(source: Path, directory: Path, channels: tuple[int, int, int] = (20, 20, 20)) -> Path:
+    """Write a model whose layers keep so many channels."""
+    writer = CheckpointWriter(Checkpoint.open(source), directory)
+    plans = [LayerPlan(mlp=random_decision(layer, range(kept), 48)) for layer, kept in enumerate(channels)]
+    for layer, plan in enumerate(plans):
+        writer.write_layer(layer, plan)
+    writer.finish(plans)
+    (directory / "pruning").mkdir()
+    (directory / "pruning" / "plan.json").write_text("{}")
+    return directory
+
+
+def export(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["export", "--to", "stock", *map(str, arguments)])
+
+
+def test_it_lies_beside_the_pruned_model_and_computes_the_same(gqa_model: Path, tmp_path: Path) -> None:
+    done = export(pruned(gqa_model, tmp_path / "pruned"))
+    assert done.exit_code == 0, done.output
+    assert "pruned-stock, a LlamaForCausalLM that computes the same to the last bit" in done.output
+    written = tmp_path / "pruned-stock"
+    assert (written / "pruning" / "plan.json").exists()
+    assert not list(written.glob("*.py"))
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        found, expected = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits for path in (written, tmp_path / "pruned")
+        )
+    assert torch.equal(found, expected)
+
+
+def test_the_tokenizer_comes_along(shared: Path, tmp_path: Path) -> None:
+    source = shared / "models" / "lab-llama-11m"
+    writer = CheckpointWriter(Checkpoint.open(source), tmp_path / "pruned")
+    for layer in range(8):
+        writer.write_layer(layer, LayerPlan())
+    writer.finish([LayerPlan()] * 8)
+    assert export(tmp_path / "pruned", "--output", tmp_path / "stock").exit_code == 0
+    text = "The history of the city begins with a river ."
+    assert AutoTokenizer.from_pretrained(tmp_path / "stock")(text) == AutoTokenizer.from_pretrained(source)(text)
+
+
+def test_layers_that_differ_are_refused_and_nothing_is_left(gqa_model: Path, tmp_path: Path) -> None:
+    done = export(pruned(gqa_model, tmp_path / "pruned", (20, 20, 24)))
+    assert done.exit_code == 2
+    assert "differ in shape, and a stock class has one for all: prune with --uniform" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_what_is_there_stays_unless_it_is_to_be_replaced(gqa_model: Path, tmp_path: Path) -> None:
+    source = pruned(gqa_model, tmp_path / "pruned")
+    assert export(source).exit_code == 0
+    again = export(source)
+    assert again.exit_code == 2
+    assert "is not empty: choose another --output, or pass --overwrite" in again.output
+    assert export(source, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("missing", ["nothing", "empty"])
+def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, missing: str) -> None:
+    (tmp_path / "empty").mkdir()
+    done = export(tmp_path / missing)
+    assert done.exit_code == 2
+    assert len(done.output.splitlines()) == 1
+
+
+def test_every_family_is_listed() -> None:
+    said = CliRunner().invoke(main, ["families"]).output.splitlines()
+    assert len(said) >= 14
+    assert "llama         heads and channels" in said
+    assert any(line.startswith("olmo2") and "no heads, since its q_norm and k_norm" in line for line in said)
