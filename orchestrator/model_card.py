@@ -20,7 +20,7 @@ layer, and what is left is refitted. It loads in plain transformers:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+tokenizer = AutoTokenizer.from_pretrained("<this directory>", trust_remote_code=True)
 ```
 
 The flag lets it load the model's code, the `pruned_*.py` that lie here; where slimllm is installed and `slimllm_ops`

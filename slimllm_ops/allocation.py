@@ -155,20 +155,26 @@ def budget_by_sparsity(
 ) -> Budget:
     """Solve for the ratio that removes `sparsity` of the layers' parameters, then make it exact by channels.
 
-    The result is within one channel below the target. Where `num_pruned` layers cannot give so much,
-    more layers are pruned, and the note says so.
+    The result is within one channel below the target, as long as there are channels that can go. Where `num_pruned`
+    layers cannot give so much, more layers are pruned, and the note says so.
 
     Raises:
         InputError: all layers together cannot give so much with one KV group and one channel left in each.
     """
     target = parameters_to_remove(sizes, sparsity)
+    channel = min(size.channel_parameters for size in sizes)
+    nearest, least_missing = None, math.inf
     for pruned in range(num_pruned, len(sizes) + 1):
-        weights = layer_weights(similarities, pruned, alpha)
-        layers = _meet(sizes, weights, target)
-        if layers is not None:
+        layers = _meet(sizes, layer_weights(similarities, pruned, alpha), target)
+        # Layers that were pruned before may have heads, but no channel left to make it exact: others may.
+        if layers is not None and (missing := target - _removed(sizes, layers)) < least_missing:
             note = f"{num_pruned} layers cannot give so much: {pruned} are pruned" if pruned > num_pruned else ""
-            return Budget(layers, note)
-    raise _unreachable(sizes, sparsity)
+            nearest, least_missing = Budget(layers, note), missing
+        if least_missing < channel:
+            break
+    if nearest is None:
+        raise _unreachable(sizes, sparsity)
+    return nearest
 
 
 def require_reachable(sizes: Sequence[LayerSize], sparsity: float) -> None:
@@ -206,7 +212,7 @@ def _unreachable(sizes: Sequence[LayerSize], sparsity: float) -> InputError:
 
 
 def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) -> tuple[LayerBudget, ...] | None:
-    """Return the budget that removes `target` parameters, less than a channel short, or None if none does."""
+    """Return the budget nearest below `target` removed parameters, or None where these layers cannot give so much."""
     # At this ratio every pruned layer is down to one unit and one channel.
     low, high = 0.0, 1.0 / max(min(weights.values()), 1e-300)
     if _removed(sizes, _round_ratio(sizes, weights, high)) < target:

@@ -1,6 +1,7 @@
 """Every command of the README runs as it stands there, on the built-in model and less text than it would take."""
 
 import json
+import os
 import re
 import shlex
 import socket
@@ -83,6 +84,24 @@ def test_the_python_example_runs(
     small = "samples=4, sequence_length=64, workers=1, overwrite=True, "
     exec(example.replace("PruneConfig(model", f"PruneConfig({small}model"), {})
     assert "builtin:heldout" in capsys.readouterr().out
+
+
+def test_the_example_on_a_models_card_runs_where_the_package_is_not_and_asks_nothing(
+    workplace: Path, local_ray: None, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned = workplace / "pruned" / "model-0.2"
+    if not pruned.exists():
+        line = next(one for one in slimllm_commands() if FOLLOWS["log"] in one)
+        run_in(workplace, line, tracking_uri, monkeypatch)
+    (example,) = re.findall(r"```python\n(.*?)```", (pruned / "README.md").read_text(), flags=re.DOTALL)
+    without = "import sys; sys.modules['slimllm_ops'] = None\n"
+    command = [sys.executable, "-c", without + example.replace("<this directory>", str(pruned))]
+    environment = os.environ | {"HF_MODULES_CACHE": str(workplace / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
 
 
 def test_the_table_of_options_has_every_option() -> None:

@@ -1,6 +1,7 @@
 """Layer budgets: the paper's formula by hand, a target met to within a channel, and bounds that others make up for."""
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -217,6 +218,44 @@ def test_more_layers_are_pruned_where_the_asked_ones_cannot_give_so_much() -> No
     budget = budget_by_sparsity([SIZES["mha"]] * 4, [0.9, 0.8, 0.7, 0.6], sparsity=0.5, num_pruned=1, alpha=5.0)
     assert [layer.ratio > 0 for layer in budget.layers] == [True, True, True, False]
     assert budget.note == "1 layers cannot give so much: 3 are pruned"
+
+
+def test_more_layers_are_pruned_where_the_asked_ones_have_no_channel_left_to_make_it_exact() -> None:
+    """As in a model that was pruned before: layers with heads and one channel, others with channels and one head."""
+    heads, channels = size_of(32, 8, 8, 4, 1, has_bias=True), size_of(32, 1, 1, 4, 96, has_bias=True)
+    sizes = [channels, heads, heads]
+    whole = sum(size.parameters for size in sizes)
+    target = 1.5 * heads.unit_parameters
+    budget = budget_by_sparsity(sizes, [0.6, 0.9, 0.8], sparsity=target / whole, num_pruned=1, alpha=5.0)
+    assert 0 <= target - removed(sizes, budget) < channels.channel_parameters
+    assert budget.note == "1 layers cannot give so much: 3 are pruned"
+
+
+def test_where_no_channel_is_left_heads_are_removed_as_far_as_they_go() -> None:
+    size = size_of(32, 8, 8, 4, 1, has_bias=True)
+    budget = budget_by_sparsity(
+        [size] * 3,
+        [0.6, 0.9, 0.8],
+        sparsity=2.5 * size.unit_parameters / (3 * size.parameters),
+        num_pruned=1,
+        alpha=5.0,
+    )
+    assert [layer.units for layer in budget.layers] == [0, 2, 0]
+    assert budget.note == ""
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_layers_have_left_a_sparsity_is_met_to_within_the_smallest_unit_that_can_go(seed: int) -> None:
+    rng = random.Random(seed)
+    shapes = [(rng.choice([1, 1, 2, 8]), rng.choice([1, 1, 3, 40])) for _ in range(5)]
+    sizes = [size_of(32, heads, heads, 4, channels, has_bias=True) for heads, channels in shapes]
+    target = int(rng.uniform(0.2, 0.9) * most(sizes))
+    sparsity = (target + 0.5) / sum(size.parameters for size in sizes)
+    budget = budget_by_sparsity(sizes, random_similarities(seed, 5), sparsity=sparsity, num_pruned=3, alpha=8.0)
+    given = list(zip(sizes, budget.layers, strict=True))
+    left = [size.unit_parameters for size, layer in given if layer.units < size.num_units - 1]
+    left += [size.channel_parameters for size, layer in given if layer.channels < size.num_channels - 1]
+    assert 0 <= target - removed(sizes, budget) < min(left, default=math.inf)
 
 
 def test_layers_beyond_the_most_similar_are_left_whole() -> None:
