@@ -136,7 +136,7 @@ def compare(
     chosen = choose(config.methods) if chosen is None else chosen
     tracking = tracking_options(config)
     inputs = load_inputs(config)
-    chosen = _refinable(chosen, config.methods, inputs.source.family)
+    chosen = refinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
     output = Path(config.output or f"comparisons/{inputs.name}")
@@ -160,17 +160,20 @@ def compare(
         )
 
 
-def _refinable(chosen: Sequence[Contestant], names: Sequence[str], family: Family) -> list[Contestant]:
-    """Return what takes part on a family: where that cannot be refined, what refines stays out unless it is named.
+def refinable(
+    chosen: Sequence[Contestant], names: Sequence[str], family: Family, note: Callable[[str], None]
+) -> list[Contestant]:
+    """Return what takes part on a family: where that cannot be refined, what refines stays out, and a note says so.
 
     Raises:
-        InputError: it is named, and the family cannot be refined.
+        InputError: what refines was asked for by its name.
     """
     try:
         require_refinable(family)
-    except InputError:
+    except InputError as error:
         if any(one.refine and one.name in names for one in chosen):
             raise
+        note(f"{', '.join(one.name for one in chosen if one.refine)} does not take part: {error}")
         return [one for one in chosen if not one.refine]
     return list(chosen)
 

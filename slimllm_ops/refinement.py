@@ -45,8 +45,8 @@ def require_refinable(family: Family) -> None:
     """
     if family.mlp.reading.experts is not None:
         raise InputError(
-            f"{family.name} models are not refined: the second pass corrects one output projection of a branch, and "
-            f"their MLPs have one for every expert; prune without --refine"
+            f"{family.name} models cannot be refined, since that corrects one output projection of a branch, and their "
+            f"MLPs have one for every expert: leave refinement out"
         )
 
 

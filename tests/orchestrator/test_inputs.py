@@ -50,5 +50,5 @@ def test_a_mixture_of_experts_is_not_refined(token_file: Path, tmp_path: Path) -
     model = save_tiny(family_named("mixtral"), tmp_path / "model")
     config = PruneConfig(model=str(model), calibration=str(token_file), sparsity=0.3, method="gram")
     assert load_inputs(config).source.family.name == "Mixtral"
-    with pytest.raises(InputError, match=r"Mixtral models are not refined: .* prune without --refine"):
+    with pytest.raises(InputError, match=r"Mixtral models cannot be refined, .*: leave refinement out"):
         load_inputs(replace(config, refine=True))

@@ -1,5 +1,6 @@
 """What is decided of experts, against each one's raw activations; what becomes of one that no token reaches."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from slimllm_ops.paper import decide_channels
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.recovery import Line
 from slimllm_ops.routing import PackedExperts
+from slimllm_ops.stream import LayerStream
 from tests.slimllm_ops import naive
 from tests.slimllm_ops.test_routing import LAYER, mixture, observe
 
@@ -207,6 +209,19 @@ def test_a_decision_about_experts_is_read_as_it_was_written(seen: Seen) -> None:
     assert (found.kept, found.scores, found.idle_experts) == (decision.kept, decision.scores, (0, 3))
     assert torch.equal(found.recovery.scale_D, decision.recovery.scale_D)
     assert (found.with_bias, found.relative_error) == (False, decision.relative_error)
+
+
+def test_a_layer_is_passed_again_by_what_was_read(mixture: Path, ids: torch.Tensor) -> None:
+    """A run of the paper's method that is resumed passes the layers that are solved by their plans."""
+    observed, stream = observe(mixture, [ids])
+    branch = stream.checkpoint.family.mlp
+    decision = decide_channels(stream.weights(LAYER), branch, observed, num_removed=REMOVED, keep_lowest=0.05)
+    stream.apply(LAYER, branch, decision)
+    again = LayerStream(stream.checkpoint, [ids], torch.device("cpu"))
+    for layer in range(LAYER):
+        again.forward(layer)
+    again.forward_pruned(LAYER, LayerPlan.parse(json.loads(json.dumps(LayerPlan(mlp=decision).describe()))))
+    torch.testing.assert_close(again.hidden[0], stream.hidden[0], rtol=1e-5, atol=1e-5)
 
 
 def channels_that_differ(kept: Sequence[Sequence[int]]) -> int:
