@@ -118,10 +118,11 @@ class Checkpoint:
         prefix, num_experts = self.layer_prefix(layer), self.family.num_experts(self.config)
         shapes = {name.removeprefix(prefix): shape for name, shape in self.shapes(self.layer_names(layer)).items()}
         for stored in self.family.stored:
-            names = list(stored.names(num_experts))
-            if names[0] in shapes:
-                shapes[stored.name] = stored.whole_shape(shapes[names[0]], num_experts)
-                shapes = {name: shape for name, shape in shapes.items() if name not in names}
+            first = next(stored.names(num_experts))
+            if first in shapes:
+                shapes[stored.name] = stored.whole_shape(shapes[first], num_experts)
+                for name in stored.names(num_experts):
+                    del shapes[name]
         return shapes
 
     def shapes(self, names: list[str]) -> dict[str, tuple[int, ...]]:

@@ -34,9 +34,16 @@ class Routed(NamedTuple):
 
 
 @torch.inference_mode()
-def route(router: nn.Module, experts: nn.Module, activation: nn.Module, input_bTD: Tensor) -> Routed:
-    """Send tokens (b, T, D) through the experts that a router chooses, up to their output projections."""
-    input_ND, gate_up_ERD = input_bTD.flatten(0, 1), experts.get_parameter("gate_up_proj")
+def route(router: nn.Module, gate_up_ERD: Tensor, activation: nn.Module, input_bTD: Tensor) -> Routed:
+    """Send tokens through the experts that a router chooses, up to their output projections.
+
+    Args:
+        router: gives tokens (N, D) their logits, their experts' weights (N, k), and which experts those are (N, k).
+        gate_up_ERD: the experts' weights of gate and up, R = 2 I rows, one after the other.
+        activation: what follows the gate.
+        input_bTD: the tokens.
+    """
+    input_ND = input_bTD.flatten(0, 1)
     _, weights_Nk, experts_Nk = router(input_ND)
     x_NkI = input_ND.new_empty(*experts_Nk.shape, gate_up_ERD.shape[1] // 2)
     for expert, tokens_n, places_n in _reached(experts_Nk):

@@ -186,8 +186,9 @@ class LayerStream:
         """Return what enters the output projections of a branch's experts, from the branch's input (b, T, D)."""
         module, read = self._load(layer), branch.reading.experts
         assert read is not None, "a branch without experts has one output projection"
-        experts = module.get_submodule(branch.module)
-        return route(module.get_submodule(read.router), experts, experts.get_submodule(read.activation), normalised)
+        (gate_up,) = branch.inputs
+        activation = module.get_submodule(branch.module).get_submodule(read.activation)
+        return route(module.get_submodule(read.router), module.get_parameter(gate_up), activation, normalised)
 
     def projection(self, layer: int, branch: Branch) -> nn.Linear:
         """Return a branch's output projection, with its weights."""

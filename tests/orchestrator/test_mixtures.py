@@ -115,11 +115,11 @@ def test_units_are_the_experts_channels(told: Told) -> None:
     scores = pq.read_table(told.result.output / "pruning" / "importance.parquet").to_pandas()
     kept = told.logged("channels_kept")
     widths = Checkpoint.open(told.result.output).config.intermediate_size_per_layer
+    assert kept == {layer: EXPERTS * width for layer, width in enumerate(widths)}
     for layer, rows in scores[scores["module"] == "mlp"].groupby("layer"):
         assert list(rows["unit"]) == list(range(EXPERTS * CHANNELS))
         of_each = rows["kept"].to_numpy().reshape(EXPERTS, CHANNELS).sum(axis=1)
         assert set(of_each) == {widths[layer]}
-        assert kept[layer] == EXPERTS * widths[layer]
         assert np.isfinite(rows["score"]).all()
 
 

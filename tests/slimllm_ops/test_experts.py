@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from slimllm_ops.allocation import measure_layer
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import SolveError
 from slimllm_ops.families import Branch
@@ -241,4 +242,10 @@ def test_layers_of_a_mixture_are_read_merged_and_held_by_expert(mixture: Path) -
     tensors = checkpoint.read_layer(LAYER)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == checkpoint.layer_shapes(LAYER)
     branch = checkpoint.family.mlp
+    size, num_experts = measure_layer(checkpoint, LAYER), len(tensors[branch.output_weight])
+    assert (size.num_channels, size.num_experts) == (CHANNELS, num_experts)
+    assert size.channel_parameters == num_experts * 3 * 32
+    # Experts get no bias; the attention's output projection does.
+    assert (size.mlp_bias_parameters, size.attention_bias_parameters) == (0, 32)
+    assert size.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert torch.equal(checkpoint.read_weight(LAYER, branch.output_weight), tensors[branch.output_weight])
