@@ -17,10 +17,10 @@ from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch
 from slimllm_ops.memory import return_large_blocks
 from slimllm_ops.methods import Method
-from slimllm_ops.observation import PackedObservation
 from slimllm_ops.one_pass import decide_module, eliminate_module, rank_module
 from slimllm_ops.plan import Decision
 from slimllm_ops.ranking import Ranking
+from slimllm_ops.routing import Observed
 
 IN_FLIGHT = 3
 
@@ -96,7 +96,7 @@ def results(submissions: Iterable[tuple[ray.ObjectRef, ...]]) -> Iterator[list[A
 
 
 def _eliminate(
-    bench: Workbench, layer: int, branch: Branch, observed: PackedObservation, num_units: int
+    bench: Workbench, layer: int, branch: Branch, observed: Observed, num_units: int
 ) -> tuple[Ranking, float]:
     return eliminate_module(_weight(bench, layer, branch), observed, num_units, _described(layer, branch))
 
@@ -105,19 +105,20 @@ def _rank(
     bench: Workbench,
     layer: int,
     branch: Branch,
-    observed: PackedObservation,
+    observed: Observed,
     num_units: int,
     method: Method,
     with_bias: bool,
 ) -> Ranking:
-    return rank_module(_weight(bench, layer, branch), observed, num_units, method, with_bias)
+    weight_DP, described = _weight(bench, layer, branch), _described(layer, branch)
+    return rank_module(weight_DP, observed, num_units, method, with_bias, described)
 
 
 def _decide(
     bench: Workbench,
     layer: int,
     branch: Branch,
-    observed: PackedObservation,
+    observed: Observed,
     method: Method,
     ranking: Ranking,
     removals: list[int],
@@ -131,8 +132,7 @@ def _weight(bench: Workbench, layer: int, branch: Branch) -> torch.Tensor:
     """Read the output projection's weight onto the device that this task was given."""
     return_large_blocks()
     torch.set_num_threads(bench.threads)
-    name = bench.checkpoint.layer_prefix(layer) + branch.output_weight
-    return bench.checkpoint.read([name])[name].to(bench.device, torch.float32)
+    return bench.checkpoint.read_weight(layer, branch.output_weight).to(bench.device, torch.float32)
 
 
 def _described(layer: int, branch: Branch) -> str:

@@ -9,6 +9,7 @@ import socket
 from functools import partial, reduce
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from slimllm_ops.observation import PackedObservation
 from slimllm_ops.paper import decide_channels, decide_heads
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.refinement import RefinementStream, solve_alignment, solve_refit
+from slimllm_ops.routing import Observed
 from slimllm_ops.states import SpilledStates, StateStore
 from slimllm_ops.stream import LayerStream, Mean
 
@@ -68,11 +70,11 @@ class Shard:
         """Pass a layer as a plan leaves it, with nothing observed."""
         self._streams[name].forward_pruned(layer, plan)
 
-    def observe(self, name: str, layer: int, branch: Branch) -> PackedObservation:
+    def observe(self, name: str, layer: int, branch: Branch) -> Observed:
         """Run a branch up to its output projection; return the moments of what came out, and hold it until `apply`."""
         return self._streams[name].observe(layer, branch)
 
-    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[PackedObservation, Mean]:
+    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[Observed, Mean]:
         """Pass a branch as it is; return its moments, and the summed squares of the states that it leaves."""
         return self._streams[name].observe_dense(layer, branch)
 
@@ -80,11 +82,12 @@ class Shard:
         """Return the mean over all shards' tokens."""
         return reduce(Mean.merge, parts).value
 
-    def merge(self, left: PackedObservation, right: PackedObservation) -> PackedObservation:
-        """Return the observation of both sets of tokens."""
-        return left.merge(right)
+    def merge(self, left: Observed, right: Observed) -> Observed:
+        """Return the observation of both sets of tokens; both are of one branch, and so of one kind."""
+        one: Any = left
+        return one.merge(right)
 
-    def require_tokens(self, observed: PackedObservation, num_tokens: int, described: str) -> None:
+    def require_tokens(self, observed: Observed, num_tokens: int, described: str) -> None:
         """Refuse merged moments that are not of all tokens."""
         observed.require_tokens(num_tokens, described)
 
@@ -106,7 +109,7 @@ class Shard:
         self,
         name: str,
         layer: int,
-        observed: PackedObservation,
+        observed: Observed,
         *,
         num_removed: int,
         keep_lowest: float,

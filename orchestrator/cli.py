@@ -139,8 +139,11 @@ def families() -> None:
     from slimllm_ops.families import FAMILIES
 
     for family in FAMILIES:
-        what = f"channels; no heads, since {family.attention.reading.whole}" if family.attention.reading.whole else ""
-        click.echo(f"{family.model_type:14}{what or 'heads and channels'}")
+        channels = "channels" if family.mlp.reading.experts is None else "channels of each expert, as many of all"
+        whole = family.attention.reading.whole
+        click.echo(
+            f"{family.model_type:14}{f'{channels}; no heads, since {whole}' if whole else f'heads and {channels}'}"
+        )
 
 
 @main.command()

@@ -27,8 +27,11 @@ from orchestrator.pipeline import complete, settle_workers, tracking_options, wo
 from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_parameters, log_inputs, run_params, write_record
 from orchestrator.tracking import Run, tracked_run
+from slimllm_ops.errors import InputError
+from slimllm_ops.families import Family
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.moment_store import MomentStore
+from slimllm_ops.refinement import require_refinable
 
 # Every gap is a fraction of this method's.
 REFERENCE = "slimllm"
@@ -133,6 +136,7 @@ def compare(
     chosen = choose(config.methods) if chosen is None else chosen
     tracking = tracking_options(config)
     inputs = load_inputs(config)
+    chosen = refinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
     output = Path(config.output or f"comparisons/{inputs.name}")
@@ -154,6 +158,24 @@ def compare(
             experiment_id=run.experiment_id,
             run_id=run.run_id,
         )
+
+
+def refinable(
+    chosen: Sequence[Contestant], names: Sequence[str], family: Family, note: Callable[[str], None]
+) -> list[Contestant]:
+    """Return what takes part on a family: where that cannot be refined, what refines stays out, and a note says so.
+
+    Raises:
+        InputError: what refines was asked for by its name.
+    """
+    try:
+        require_refinable(family)
+    except InputError as error:
+        if any(one.refine and one.name in names for one in chosen):
+            raise
+        note(f"{', '.join(one.name for one in chosen if one.refine)} does not take part: {error}")
+        return [one for one in chosen if not one.refine]
+    return list(chosen)
 
 
 def choose(names: Sequence[str]) -> list[Contestant]:

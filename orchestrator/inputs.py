@@ -14,6 +14,7 @@ from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError, shown
 from slimllm_ops.form import Form
 from slimllm_ops.moment_store import MomentStore
+from slimllm_ops.refinement import require_refinable
 
 BUILTIN_NAME = "builtin"
 BUILTIN_CALIBRATION = "builtin:calibration"
@@ -69,10 +70,12 @@ def load_inputs(config: PruneConfig) -> Inputs:
 
     Raises:
         CheckpointError: the model is missing, broken or unknown.
-        InputError: a sparsity is more than the model can give.
+        InputError: a sparsity is more than the model can give, or it is to be refined and cannot be.
         DataError: a specification of data does not give token blocks.
     """
     source = Checkpoint.open(resolve_model(config.model))
+    if config.refine:
+        require_refinable(source.family)
     form = Form(uniform=config.uniform, multiple_of=config.multiple_of, with_bias=not config.no_bias)
     sizes = form.sizes([measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)])
     for sparsity in config.targets:

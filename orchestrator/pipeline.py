@@ -212,10 +212,23 @@ def complete(job: Job, target: Target) -> Totals:
 
 def _finish(job: Job, target: Target, params: dict[str, object], output: Path) -> PrunedModel:
     """Complete a target's checkpoint, write its record and log it."""
+    _tell_idle_experts(job, target)
     totals = complete(job, target)
     write_record(target.directory, params | {"sparsity": target.sparsity}, job.inputs, target.final.log.plans, totals)
     model_uri = log_record(target.run, target.directory, job.inputs.name, totals)
     return PrunedModel(output=output, totals=totals, run_id=target.run.run_id, model_uri=model_uri)
+
+
+def _tell_idle_experts(job: Job, target: Target) -> None:
+    """Say which experts no calibration token was sent to, so that nothing is known of their channels but weights."""
+    plans = enumerate(target.final.log.plans)
+    idle = [(layer, plan.mlp.idle_experts) for layer, plan in plans if plan.mlp is not None and plan.mlp.idle_experts]
+    if idle:
+        first = f"layer {idle[0][0]}: {', '.join(map(str, idle[0][1][:8]))}"
+        job.reporter.note(
+            f"no calibration token reached {sum(len(experts) for _, experts in idle)} of the experts ({first} ...): "
+            f"they lost the channels of the smallest weights; calibrate on more text to know better"
+        )
 
 
 def _tell_resumed(job: Job) -> None:

@@ -186,6 +186,8 @@ def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None
     # Only the paper's method measures similarities and follows ratios.
     if plan.similarity is not None and plan.ratio is not None:
         metrics |= {"cosine": plan.similarity, "ratio": plan.ratio}
+    if plan.mlp is not None and source.family.mlp.reading.experts is not None:
+        metrics["idle_experts"] = len(plan.mlp.idle_experts)
     run.log_metrics(metrics, step=layer)
 
 
@@ -257,8 +259,8 @@ def _layer_kept(source: Checkpoint, layer: int, plan: LayerPlan) -> LayerKept:
         layer=layer,
         heads_kept=len(plan.attention.kept) * group if plan.attention else shape.num_attention_heads,
         heads_total=shape.num_attention_heads,
-        channels_kept=len(plan.mlp.kept) if plan.mlp else shape.intermediate_size,
-        channels_total=shape.intermediate_size,
+        channels_kept=len(plan.mlp.kept) if plan.mlp else shape.num_channels,
+        channels_total=shape.num_channels,
     )
 
 

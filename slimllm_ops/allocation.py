@@ -36,6 +36,8 @@ class LayerSize:
     attention_bias_parameters: int
     mlp_bias_parameters: int
     parameters: int
+    # A channel is then one of each expert.
+    num_experts: int = 1
 
     def removed_parameters(self, units: int, channels: int) -> int:
         """Return how many parameters the layer has fewer without so many units and channels."""
@@ -51,10 +53,7 @@ def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) ->
         layer: the number of the layer.
         with_bias: whether recovery adds biases.
     """
-    prefix = checkpoint.layer_prefix(layer)
-    shapes = {
-        name.removeprefix(prefix): shape for name, shape in checkpoint.shapes(checkpoint.layer_names(layer)).items()
-    }
+    shapes = checkpoint.layer_shapes(layer)
     shape = layer_shape(checkpoint.config, layer)
     attention, mlp = checkpoint.family.attention, checkpoint.family.mlp
     return LayerSize(
@@ -63,15 +62,16 @@ def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) ->
         num_channels=shape.intermediate_size,
         channel_parameters=_branch_parameters(shapes, mlp) // shape.intermediate_size,
         attention_bias_parameters=_added_bias(shapes, attention) if with_bias else 0,
-        mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias else 0,
+        mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias and mlp.reading.experts is None else 0,
         parameters=sum(math.prod(shape) for shape in shapes.values()),
+        num_experts=shape.num_experts,
     )
 
 
 def _branch_parameters(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
     """Return how many parameters belong to a branch's units: all but the bias of its output projection."""
-    names = [f"{name}.{kind}" for name in branch.inputs for kind in ("weight", "bias")]
-    return sum(math.prod(shapes[name]) for name in (*names, branch.output_weight) if name in shapes)
+    names = (*branch.input_weights, *(f"{name}.bias" for name in branch.inputs), branch.output_weight)
+    return sum(math.prod(shapes[name]) for name in names if name in shapes)
 
 
 def _added_bias(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:

@@ -28,6 +28,7 @@ class Candidate:
         bias_parameters: parameters that its recovery adds once.
         output_variance: tr(W^T C W), the variance of the module's output, summed over the dims.
         stream_power: E|h|^2 of the layer's output, the residual stream.
+        units_at_once: how many units go together, where there are experts: one of each.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class Candidate:
     bias_parameters: int
     output_variance: float
     stream_power: float
+    units_at_once: int = 1
 
     @property
     def num_units(self) -> int:

@@ -46,11 +46,15 @@ def choose_channels(
         keep_lowest: the fraction of channels of lowest score that stay (published: .01).
     """
     scores_P = channel_scores(projection, input_norm_D, input_weights_PD)
+    return ChannelChoice(drop_lowest(scores_P, num_removed, keep_lowest), scores_P)
+
+
+def drop_lowest(scores_P: Tensor, num_removed: int, keep_lowest: float) -> tuple[int, ...]:
+    """Return the channels that stay, ascending, where those of low score go, above a tail of the lowest."""
     order = torch.argsort(scores_P, stable=True).tolist()
     # Where little is left, the tail gives way first: the highest score stays whatever goes.
     tail = min(round(keep_lowest * len(order)), len(order) - num_removed - 1)
-    kept = order[:tail] + order[tail + num_removed :]
-    return ChannelChoice(tuple(sorted(kept)), scores_P)
+    return tuple(sorted(order[:tail] + order[tail + num_removed :]))
 
 
 def channel_scores(projection: Projection, input_norm_D: Tensor, input_weights_PD: Sequence[Tensor]) -> Tensor:

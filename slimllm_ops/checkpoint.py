@@ -57,7 +57,8 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the first layer's weights are stored in."""
-        return self.read([self.layer_prefix(0) + self.family.mlp.output_weight]).popitem()[1].dtype
+        name = self._held_names(0, self.family.mlp.output_weight)[0]
+        return self.read([name]).popitem()[1].dtype
 
     def layer_prefix(self, layer: int) -> str:
         """Return what the names of a layer's tensors begin with."""
@@ -89,13 +90,20 @@ class Checkpoint:
         return self._require_finite(tensors, f"{stored}.", module)
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """Return one layer's tensors as stored, by their names relative to the layer.
+        """Return one layer's tensors as stored, by what the model's class calls them, relative to the layer.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite.
         """
         prefix = self.layer_prefix(layer)
-        return self._require_finite(self.read(self.layer_names(layer)), prefix, f"layer {layer}")
+        held = self._require_finite(self.read(self.layer_names(layer)), prefix, f"layer {layer}")
+        return self._merged(held)
+
+    def read_weight(self, layer: int, name: str) -> Tensor:
+        """Return one of a layer's tensors as stored, by what the model's class calls it, relative to the layer."""
+        prefix = self.layer_prefix(layer)
+        held = self.read(self._held_names(layer, name))
+        return self._merged({key.removeprefix(prefix): tensor for key, tensor in held.items()})[name]
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Return tensors by their full names, as stored; files are opened only for as long as it takes."""
@@ -104,6 +112,18 @@ class Checkpoint:
     def num_parameters(self, names: list[str]) -> int:
         """Return how many scalars tensors hold, without reading them."""
         return sum(math.prod(shape) for shape in self.shapes(names).values())
+
+    def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one layer's tensors, by what the model's class calls them, without reading them."""
+        prefix, num_experts = self.layer_prefix(layer), self.family.num_experts(self.config)
+        shapes = {name.removeprefix(prefix): shape for name, shape in self.shapes(self.layer_names(layer)).items()}
+        for stored in self.family.stored:
+            first = next(stored.names(num_experts))
+            if first in shapes:
+                shapes[stored.name] = stored.whole_shape(shapes[first], num_experts)
+                for name in stored.names(num_experts):
+                    del shapes[name]
+        return shapes
 
     def shapes(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tensors by their full names, without reading them."""
@@ -157,18 +177,20 @@ class Checkpoint:
         """Compare names, shapes and dtypes with those of the model that the config describes."""
         model = _build_on_meta(self.directory, self.config)
         # Tied weights are one parameter of two names, of which the checkpoint may have one.
-        for name, _ in model.named_parameters():
-            if self._stored_name(name) not in self.files:
-                described, key = self._place_of(name)
-                raise CheckpointError(f"{described} has no {key}: the checkpoint is incomplete")
+        for name, parameter in model.named_parameters():
+            for held, _ in self._held(name, tuple(parameter.shape)):
+                if held not in self.files:
+                    described, key = self._place_of(held)
+                    raise CheckpointError(f"{described} has no {key}: the checkpoint is incomplete")
         modules = {name for name, _ in model.named_modules() if name}
         if unknown := [name for name in self.outside() if name not in modules]:
             raise CheckpointError(
                 f"{self.directory} holds tensors of {shown(unknown[0]) or 'no module'}, which a "
                 f"{self.config.model_type} model has not: save it anew by transformers' save_pretrained"
             )
-        shapes = {self._stored_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        expected = {name: shape for name, shape in shapes.items() if name in self.files}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        stored_shapes = (one for name, shape in shapes.items() for one in self._held(name, shape))
+        expected = {name: shape for name, shape in stored_shapes if name in self.files}
         for file_name in sorted({self.files[name] for name in expected}):
             with _opened(self.directory / file_name) as file:
                 for name in [name for name in expected if self.files[name] == file_name]:
@@ -191,6 +213,32 @@ class Checkpoint:
             if name.startswith(f"{module}.") and any(one.startswith(f"{stored}.") for one in self.files):
                 return renamed
         return name
+
+    def _held(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield what the files hold in the place of a tensor of the model, by its full name: names and shapes."""
+        prefix, _, key = name.removeprefix(f"{self.family.layers}.").partition(".")
+        split = next((one for one in self.family.stored if one.name == key), None)
+        if split is None or name in self.files:
+            yield self._stored_name(name), shape
+            return
+        for part in split.names(self.family.num_experts(self.config)):
+            yield f"{self.family.layers}.{prefix}.{part}", split.part_shape(shape)
+
+    def _held_names(self, layer: int, name: str) -> list[str]:
+        """Return the names of what the files hold in the place of a layer's tensor."""
+        full = self.layer_prefix(layer) + name
+        split = next((one for one in self.family.stored if one.name == name), None)
+        if split is None or full in self.files:
+            return [full]
+        return [self.layer_prefix(layer) + part for part in split.names(self.family.num_experts(self.config))]
+
+    def _merged(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of a layer by what the class calls them; those that are held in parts are put together."""
+        num_experts = self.family.num_experts(self.config)
+        for stored in self.family.stored:
+            if next(stored.names(num_experts)) in held:
+                held[stored.name] = stored.merge(held, num_experts)
+        return held
 
     def _place_of(self, name: str) -> tuple[str, str]:
         """Return which layer of which directory a tensor is of, and its name there."""

@@ -6,6 +6,9 @@
     states: the residual stream of every token, and X, a branch's activations, where they wait for a decision
     activations of one micro-batch
 
+Of a mixture of experts, the moments are of every expert, a decision is about one after the other, and X is what the
+experts of a token, k of them, make of it.
+
 Shapes: D hidden size, P the larger input of an output projection.
 """
 
@@ -41,16 +44,22 @@ class Footprint:
             deciding: whether its worker decides, so that a branch's activations wait for the decision.
         """
         values, sums = compute_dtype(device).itemsize, accumulation_dtype(device).itemsize
-        hidden, widest = checkpoint.config.hidden_size, _widest(checkpoint)
+        hidden, widths = checkpoint.config.hidden_size, _widths(checkpoint)
+        attention, mlp = widths
+        family, config = checkpoint.family, checkpoint.config
+        experts, chosen = family.num_experts(config), family.experts_per_token(config)
+        widest, entering = max(widths), max(attention, chosen * mlp)
+        # Where there are experts, it is held which of them a token was sent to.
+        routes = torch.int64.itemsize * chosen if family.mlp.reading.experts is not None else 0
         # The MLP of a parallel layer reads what entered the layer, which is held beside the residual stream.
-        held = 2 if checkpoint.family.is_parallel(checkpoint.config) else 1
+        held = 2 if family.is_parallel(config) else 1
         layers = [checkpoint.layer_names(layer) for layer in range(checkpoint.num_layers)]
         return cls(
             layers=2 * values * max(map(checkpoint.num_parameters, layers)),
-            moments=2 * _triangle(widest, sums),
+            moments=2 * max(_triangle(attention, sums), experts * _triangle(mlp, sums)),
             decision=sums * (widest**2 + 5 * widest * hidden) if deciding else 0,
-            states_per_token=values * (held * hidden + (widest if deciding else 0)),
-            activations_per_token=values * (WIDE_ACTIVATIONS * widest + NARROW_ACTIVATIONS * hidden),
+            states_per_token=values * held * hidden + (values * entering + routes if deciding else 0),
+            activations_per_token=values * (WIDE_ACTIVATIONS * entering + NARROW_ACTIVATIONS * hidden),
         )
 
     @classmethod
@@ -58,7 +67,7 @@ class Footprint:
         """Return what the dense and the pruned stream take side by side, with the joint moments of their states."""
         one, other = (cls.of(model, device, deciding=model is pruned) for model in (dense, pruned))
         hidden, sums = dense.config.hidden_size, accumulation_dtype(device).itemsize
-        joint = max(_widest(pruned) + hidden, 2 * hidden)
+        joint = max(max(_widths(pruned)) + hidden, 2 * hidden)
         return cls(
             layers=one.layers + other.layers,
             moments=2 * _triangle(joint, sums),
@@ -82,8 +91,8 @@ def _triangle(width: int, itemsize: int) -> int:
     return itemsize * width**2 * (TRIANGLE_BLOCKS + 1) // (2 * TRIANGLE_BLOCKS)
 
 
-def _widest(checkpoint: Checkpoint) -> int:
-    """Return the largest number of inputs of an output projection."""
-    outputs = (checkpoint.family.attention.output_weight, checkpoint.family.mlp.output_weight)
-    names = [checkpoint.layer_prefix(layer) + name for layer in range(checkpoint.num_layers) for name in outputs]
-    return max(shape[1] for shape in checkpoint.shapes(names).values())
+def _widths(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return the largest numbers of inputs of an attention's output projection, and of an MLP's, or of an expert's."""
+    shapes = [checkpoint.layer_shapes(layer) for layer in range(checkpoint.num_layers)]
+    attention, mlp = checkpoint.family.attention.output_weight, checkpoint.family.mlp.output_weight
+    return max(one[attention][-1] for one in shapes), max(one[mlp][-1] for one in shapes)

@@ -68,12 +68,14 @@ class Form:
             target: parameters to remove.
         """
         attentions = list(candidates[0::2])
-        mlps = [in_steps(candidate, self.multiple_of) for candidate in candidates[1::2]]
+        # Of a mixture of experts, every expert gives a channel at a time.
+        steps = [self.multiple_of * candidate.units_at_once for candidate in candidates[1::2]]
+        mlps = [in_steps(candidate, step) for candidate, step in zip(candidates[1::2], steps, strict=True)]
         if self.uniform:
             spent = rule([as_one(attentions), as_one(mlps)], target) * len(attentions)
         else:
             spent = rule([one for pair in zip(attentions, mlps, strict=True) for one in pair], target)
-        widths = (1, self.multiple_of) * len(attentions)
+        widths = [width for step in steps for width in (1, step)]
         return [count * width for count, width in zip(spent, widths, strict=True)]
 
     @staticmethod
@@ -94,4 +96,5 @@ class Form:
             attention_bias_parameters=first.attention_bias_parameters * number,
             mlp_bias_parameters=first.mlp_bias_parameters * number,
             parameters=first.parameters * number,
+            num_experts=first.num_experts,
         )

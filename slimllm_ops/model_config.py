@@ -30,6 +30,11 @@ SIZES = {
     # OPT's own.
     "ffn_dim": (1, 1 << 24),
     "word_embed_proj_dim": (1, 1 << 20),
+    # Those of mixtures of experts, of which a config calls their number one or the other.
+    "num_local_experts": (1, 1 << 14),
+    "num_experts": (1, 1 << 14),
+    "num_experts_per_tok": (1, 1 << 14),
+    "moe_intermediate_size": (1, 1 << 24),
 }
 # The same of those that may be left to a default, or be null.
 OPTIONAL_SIZES = {
@@ -114,11 +119,11 @@ def _check(described: dict[str, Any]) -> None:
     for key, reason in UNSUPPORTED.items():
         if described.get(key) is not None:
             raise CheckpointError(f"config.json has a {key}, so {reason}")
-    for key, value in family.requires:
+    for key, value, reason in family.requires:
         if described.get(key, value) != value:
             raise CheckpointError(
                 f"config.json has {key} {shown(repr(described[key]))}: {family.name} models are supported where it "
-                f"is {value}"
+                f"is {value}{f': {reason}' if reason else ''}"
             )
     for key in described:
         # Transformers sets every key that it does not know as an attribute, over its own methods too.
@@ -141,6 +146,10 @@ def _check_sizes(described: dict[str, Any]) -> None:
     heads, kv_heads = described.get("num_attention_heads"), described.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         raise _wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
+    chosen = described.get("num_experts_per_tok", 1)
+    for key in ("num_local_experts", "num_experts"):
+        if chosen > described.get(key, chosen):
+            raise _wrong("num_experts_per_tok", chosen, f"{key} ({described[key]}) at most")
 
 
 def _check_positions(described: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 MOMENTS/moments.json            which model and data they are of, by digest
 MOMENTS/layer-00000.safetensors     for attention and mlp: count, mean, scatter (block rows of its triangle),
-input_squares, powers, and gram's elimination path: order, costs
+input_squares, powers, and gram's elimination path: order, costs; of an mlp of experts, their number, tokens and powers,
+and what else there is of each that tokens were sent to, as mlp.0.count and so on
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from slimllm_ops.model_config import read_json_object
 from slimllm_ops.moments import PackedMoments
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.ranking import Ranking
+from slimllm_ops.routing import Observed, PackedExperts
 
 FORMAT = 2
 MANIFEST = "moments.json"
@@ -52,11 +54,11 @@ class MomentStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def save(self, layer: int, paths: LayerPaths, attention: PackedObservation, mlp: PackedObservation) -> None:
+    def save(self, layer: int, paths: LayerPaths, attention: Observed, mlp: Observed) -> None:
         """Write a layer's file."""
         arrays = {"stream_power": np.array([paths.stream_power])}
         for module, path, observed in (("attention", paths.attention, attention), ("mlp", paths.mlp, mlp)):
-            packed = _pack(path, observed)
+            packed = _pack_path(path) | _pack(observed)
             arrays |= {f"{module}.{name}": np.ascontiguousarray(array) for name, array in packed.items()}
         self.directory.mkdir(parents=True, exist_ok=True)
         with written_whole(self._path(layer)) as partial:
@@ -82,19 +84,21 @@ class MomentStore:
             )
             return LayerPaths(attention, mlp, _list(file, "stream_power")[0])
 
-    def load_moments(self, layer: int, module: str) -> PackedObservation:
+    def load_moments(self, layer: int, module: str) -> Observed:
         """Read the moments of a layer's "attention" or "mlp".
 
         Raises:
             InputError: the file is missing or broken.
         """
         with self._opened(layer) as file:
-            names = [name for name in file.keys() if name.startswith(f"{module}.scatter.")]  # noqa: SIM118
-            rows = tuple(file.get_tensor(f"{module}.scatter.{number}") for number in range(len(names)))
-            count = int(_list(file, f"{module}.count")[0])
-            moments = PackedMoments(count, file.get_tensor(f"{module}.mean"), rows)
+            names = set(file.keys())
+            if f"{module}.experts" not in names:
+                return _load(file, names, module)
+            num_experts, count = _list(file, f"{module}.experts")
+            experts = (f"{module}.{expert}" for expert in range(num_experts))
+            seen = tuple(_load(file, names, expert) if f"{expert}.count" in names else None for expert in experts)
             output, added = _list(file, f"{module}.powers")
-            return PackedObservation(moments, file.get_tensor(f"{module}.input_squares"), (output, added))
+            return PackedExperts(count, seen, (output, added))
 
     @contextmanager
     def _opened(self, layer: int) -> Iterator[safe_open]:
@@ -132,18 +136,37 @@ class MomentStore:
         return self.directory / f"layer-{layer:05d}.safetensors"
 
 
-def _pack(path: ModulePath, observed: PackedObservation) -> dict[str, np.ndarray]:
+def _pack_path(path: ModulePath) -> dict[str, np.ndarray]:
+    return {
+        "order": np.array(path.ranking.order),
+        "costs": np.array(path.ranking.costs),
+        "output_variance": np.array([path.output_variance]),
+    }
+
+
+def _pack(observed: Observed) -> dict[str, np.ndarray]:
+    if isinstance(observed, PackedExperts):
+        arrays = {"experts": np.array([len(observed.experts), observed.count]), "powers": np.array(observed.powers)}
+        for expert, seen in enumerate(observed.experts):
+            arrays |= {f"{expert}.{name}": array for name, array in (_pack(seen) if seen else {}).items()}
+        return arrays
     moments = observed.moments
     arrays = {
         "count": np.array([moments.count]),
         "mean": moments.mean_P,
         "input_squares": observed.input_squares_D,
         "powers": np.array(observed.powers),
-        "order": np.array(path.ranking.order),
-        "costs": np.array(path.ranking.costs),
-        "output_variance": np.array([path.output_variance]),
     }
     return arrays | {f"scatter.{number}": row for number, row in enumerate(moments.rows)}
+
+
+def _load(file: safe_open, names: set[str], prefix: str) -> PackedObservation:
+    """Return the observation whose arrays have names of such a beginning."""
+    num_rows = sum(name.startswith(f"{prefix}.scatter.") for name in names)
+    rows = tuple(file.get_tensor(f"{prefix}.scatter.{number}") for number in range(num_rows))
+    moments = PackedMoments(int(_list(file, f"{prefix}.count")[0]), file.get_tensor(f"{prefix}.mean"), rows)
+    output, added = _list(file, f"{prefix}.powers")
+    return PackedObservation(moments, file.get_tensor(f"{prefix}.input_squares"), (output, added))
 
 
 def _list(file: safe_open, name: str) -> list[Any]:

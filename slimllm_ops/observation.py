@@ -84,10 +84,10 @@ class ObservationSum:
         self._powers = (0.0, 0.0)
 
     def add(self, x_NP: Tensor, input_ND: Tensor) -> None:
-        """Add what enters a branch's output projection (N, P), and what entered the branch (N, D)."""
-        self._moments.add(x_NP)
+        """Add what enters a branch's output projection (N, P), and what entered the branch (N, D); N may be (b, T)."""
+        self._moments.add(x_NP.flatten(0, -2))
         # The square of what float32 holds need not be held by it.
-        squares_D = input_ND.double().square_().sum(dim=0)
+        squares_D = input_ND.flatten(0, -2).double().square_().sum(dim=0)
         self._squares_D = squares_D if self._squares_D is None else self._squares_D + squares_D
 
     def add_powers(self, output: float, added: float) -> None:

@@ -12,23 +12,22 @@ from slimllm_ops.allocation import LayerSize
 from slimllm_ops.budget import Candidate
 from slimllm_ops.elimination import eliminate
 from slimllm_ops.errors import SolveError
+from slimllm_ops.experts import rank_experts, refit_experts
 from slimllm_ops.families import unit_rows
 from slimllm_ops.methods import Method
 from slimllm_ops.moment_store import LayerPaths
-from slimllm_ops.observation import PackedObservation
 from slimllm_ops.plan import Decision
 from slimllm_ops.projection import Projection
 from slimllm_ops.ranking import Ranking
+from slimllm_ops.routing import Observed, PackedExperts
 
 
 @torch.inference_mode()
-def eliminate_module(
-    weight_DP: Tensor, observed: PackedObservation, num_units: int, described: str
-) -> tuple[Ranking, float]:
+def eliminate_module(weight_DP: Tensor, observed: Observed, num_units: int, described: str) -> tuple[Ranking, float]:
     """Return gram's elimination path of a module, and the variance of its output, both as the stream sees them.
 
     Args:
-        weight_DP: the output projection's weight, on the device to compute on.
+        weight_DP: the output projection's weight, on the device to compute on; that of experts is (E, D, P).
         observed: its moments.
         num_units: how many units its inputs make.
         described: the layer and module, for errors.
@@ -36,6 +35,8 @@ def eliminate_module(
     Raises:
         SolveError: the moments cannot be inverted.
     """
+    if isinstance(observed, PackedExperts):
+        return rank_experts(weight_DP, observed, eliminate, described)
     projection = Projection.of(observed.unpack(weight_DP.device).moments, weight_DP)
     try:
         ranking = eliminate(projection, num_units)
@@ -46,9 +47,16 @@ def eliminate_module(
 
 @torch.inference_mode()
 def rank_module(
-    weight_DP: Tensor, observed: PackedObservation, num_units: int, method: Method, with_bias: bool = True
+    weight_DP: Tensor,
+    observed: Observed,
+    num_units: int,
+    method: Method,
+    with_bias: bool = True,
+    described: str = "",
 ) -> Ranking:
     """Return the order in which a method removes a module's units, at costs as the stream sees them."""
+    if isinstance(observed, PackedExperts):
+        return rank_experts(weight_DP, observed, method.rank, described)[0]
     projection = Projection.of(observed.unpack(weight_DP.device, with_bias).moments, weight_DP)
     return method.rank(projection, num_units).scaled(observed.gain)
 
@@ -56,7 +64,7 @@ def rank_module(
 @torch.inference_mode()
 def decide_module(
     weight_DP: Tensor,
-    observed: PackedObservation,
+    observed: Observed,
     method: Method,
     ranking: Ranking,
     removals: list[int],
@@ -66,7 +74,7 @@ def decide_module(
     """Return the decision at each number of units removed; None where none is.
 
     Args:
-        weight_DP: the output projection's weight, on the device to compute on.
+        weight_DP: the output projection's weight, on the device to compute on; that of experts is (E, D, P).
         observed: its moments.
         method: how the rest is recovered.
         ranking: the order in which units go.
@@ -77,6 +85,8 @@ def decide_module(
     Raises:
         SolveError: the kept inputs' moments cannot be factorised.
     """
+    if isinstance(observed, PackedExperts):
+        return refit_experts(weight_DP, observed, method.recover, ranking, removals, described)
     projection = Projection.of(observed.unpack(weight_DP.device, with_bias).moments, weight_DP)
     decisions: list[Decision | None] = []
     for num_removed in removals:
@@ -106,8 +116,14 @@ def candidates_of(
     candidates = []
     for layer, (size, path, (attention, mlp)) in enumerate(zip(sizes, paths, rankings, strict=True)):
         modules = (
-            (attention, size.unit_parameters, size.attention_bias_parameters, path.attention.output_variance),
-            (mlp, size.channel_parameters, size.mlp_bias_parameters, path.mlp.output_variance),
+            (attention, size.unit_parameters, size.attention_bias_parameters, path.attention.output_variance, 1),
+            (
+                mlp,
+                size.channel_parameters // size.num_experts,
+                size.mlp_bias_parameters,
+                path.mlp.output_variance,
+                size.num_experts,
+            ),
         )
         candidates += [
             Candidate(
@@ -117,7 +133,8 @@ def candidates_of(
                 bias_parameters=bias_parameters,
                 output_variance=output_variance,
                 stream_power=path.stream_power,
+                units_at_once=units_at_once,
             )
-            for ranking, unit_parameters, bias_parameters, output_variance in modules
+            for ranking, unit_parameters, bias_parameters, output_variance, units_at_once in modules
         ]
     return candidates

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from slimllm_ops.channels import choose_channels
+from slimllm_ops.experts import choose_expert_channels
 from slimllm_ops.families import Branch, unit_rows
 from slimllm_ops.heads import choose_heads
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.plan import Decision
 from slimllm_ops.projection import Projection
 from slimllm_ops.recovery import fit_line
+from slimllm_ops.routing import Observed, PackedExperts
 
 
 @torch.inference_mode()
@@ -45,22 +47,24 @@ def decide_heads(
 def decide_channels(
     weights: dict[str, Tensor],
     branch: Branch,
-    observed: PackedObservation,
+    observed: Observed,
     *,
     num_removed: int,
     keep_lowest: float,
     with_bias: bool = True,
 ) -> Decision:
-    """Choose the channels of an MLP that stay, and the line that recovers its output.
+    """Choose the channels of an MLP that stay, and the line that recovers its output; of its experts, each one's.
 
     Args:
         weights: the layer's tensors by their names in it, on the device to compute on.
         branch: the MLP.
         observed: its merged moments.
-        num_removed: how many channels to remove.
+        num_removed: how many channels to remove, of each expert where there are some.
         keep_lowest: the fraction of channels of lowest score that stay.
-        with_bias: whether the lines have an intercept.
+        with_bias: whether the lines have an intercept, which those of experts never have.
     """
+    if isinstance(observed, PackedExperts):
+        return choose_expert_channels(weights, branch, observed, num_removed=num_removed, keep_lowest=keep_lowest)
     weight_DP = weights[branch.output_weight]
     unpacked = observed.unpack(weight_DP.device, with_bias)
     projection = Projection.of(unpacked.moments, weight_DP)

@@ -22,6 +22,7 @@ class Decision:
     Units are KV groups or channels; `scores` has one for each of the dense module's, as the method defines it.
     A decision that was read from a plan has no recovery where that is a refit, whose weights are the checkpoint's.
     `with_bias` says whether recovery gives the output projection a bias, which it else has only if it had one.
+    `idle_experts` are those of an MLP's experts that no calibration token was sent to.
     """
 
     kept: tuple[int, ...]
@@ -29,6 +30,7 @@ class Decision:
     recovery: Recovery | None
     relative_error: float
     with_bias: bool = True
+    idle_experts: tuple[int, ...] = ()
 
     @property
     def num_units(self) -> int:
@@ -109,6 +111,8 @@ def _describe(decision: Decision | None) -> dict[str, Any] | None:
         "relative_error": decision.relative_error,
         "with_bias": decision.with_bias,
     }
+    if decision.idle_experts:
+        described["idle_experts"] = list(decision.idle_experts)
     if isinstance(decision.recovery, Line):
         described["scale"] = decision.recovery.scale_D.tolist()
         described["bias"] = decision.recovery.bias_D.tolist()
@@ -128,4 +132,5 @@ def _parse(described: dict[str, Any] | None) -> Decision | None:
         line,
         described["relative_error"],
         described["with_bias"],
+        tuple(described.get("idle_experts", ())),
     )

@@ -24,7 +24,10 @@ CONSTANT = 1e-12
 
 @dataclass(frozen=True)
 class Line:
-    """Scale (D,) and bias (D,) of every output dim, and what they leave of the output's variance unexplained."""
+    """Scale (D,) and bias (D,) of every output dim, and what they leave of the output's variance unexplained.
+
+    Where there are experts, each has a scale of its own, (E, D), and the kept part is theirs, one after the other.
+    """
 
     scale_D: Tensor
     bias_D: Tensor
@@ -32,7 +35,8 @@ class Line:
 
     def restore(self, weight_SD: Tensor) -> Tensor:
         """Return the kept part's new weight (S, D) from its dense one."""
-        return weight_SD * self.scale_D.to(weight_SD)
+        scale_ED = self.scale_D.to(weight_SD).view(-1, 1, weight_SD.shape[1])
+        return (weight_SD.unflatten(0, (len(scale_ED), -1)) * scale_ED).flatten(0, 1)
 
     def cpu(self) -> "Line":
         """Return the line in the driver's memory."""

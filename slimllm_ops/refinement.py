@@ -27,13 +27,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimllm_ops.elimination import factorise_with_ridge, ridge
-from slimllm_ops.families import Branch
+from slimllm_ops.errors import InputError
+from slimllm_ops.families import Branch, Family
 from slimllm_ops.moments import Moments
 from slimllm_ops.observation import ObservationSum, PackedObservation
 from slimllm_ops.plan import LayerPlan
 from slimllm_ops.stream import LayerStream
 
 MIX = 0.75
+
+
+def require_refinable(family: Family) -> None:
+    """Refuse a family whose branches are not one output projection each.
+
+    Raises:
+        InputError: its MLP has one for every expert.
+    """
+    if family.mlp.reading.experts is not None:
+        raise InputError(
+            f"{family.name} models cannot be refined, since that corrects one output projection of a branch, and their "
+            f"MLPs have one for every expert: leave refinement out"
+        )
 
 
 class RefinementStream:

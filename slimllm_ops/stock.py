@@ -2,7 +2,8 @@
 
 The family's own class where it takes the shapes; else, for what is built as Llama is, Mistral, whose number of heads
 need not divide the hidden size, and Granite, which has a bias in every projection. Where a class wants a bias that the
-model has not, it gets zeros. Nothing is converted: the tensors are those of the pruned model.
+model has not, it gets zeros. Nothing is converted: the tensors are those of the pruned model, but that every expert's
+are written by themselves, as checkpoints of stock classes have them.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError, ReadBackError
 from slimllm_ops.families import LayerShape, layer_shape
 from slimllm_ops.model_config import PER_LAYER_FLAGS, PER_LAYER_SIZES
+from slimllm_ops.pruned_models.pruned_layers import WHOLE_CHANNELS
 from slimllm_ops.stream import LayerStream
 from slimllm_ops.writer import CheckpointWriter
 
@@ -62,6 +64,11 @@ def stock_form(source: Checkpoint) -> StockForm:
         InputError: its layers differ in shape, or no class takes what it has; the message says why.
     """
     shape = _one_shape(source)
+    if source.family.mlp.reading.experts is not None and shape.intermediate_size % WHOLE_CHANNELS:
+        raise InputError(
+            f"the experts of {source.directory} have {shape.intermediate_size} channels each, and the grouped products "
+            f"of stock classes take multiples of {WHOLE_CHANNELS}: prune with --uniform --multiple-of {WHOLE_CHANNELS}"
+        )
     refused = []
     for describe in (_own, _as_mistral, _as_granite):
         described = describe(source, shape)
@@ -90,7 +97,7 @@ def write_stock(source: Checkpoint, form: StockForm, directory: Path) -> Checkpo
         for name, size in form.zeros.items():
             if name.startswith(prefix(layer)):
                 tensors[name.removeprefix(prefix(layer))] = torch.zeros(size, dtype=source.dtype)
-        writer.write_tensors(layer, tensors)
+        writer.write_tensors(layer, _split(source, tensors))
     writer.finish_as(form.config.to_dict() | {"architectures": [form.architecture]})
     written = Checkpoint.open(directory)
     require_same_states(source, written)
@@ -184,6 +191,13 @@ def _shared(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
     return described | _sizes(source, shape) | {"intermediate_size": shape.intermediate_size}
 
 
+def _split(source: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's tensors as checkpoints of its family's stock class hold them."""
+    for stored in source.family.stored:
+        tensors |= stored.split(tensors.pop(stored.name))
+    return tensors
+
+
 def _sizes(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
     sizes = {"num_attention_heads": shape.num_attention_heads}
     if hasattr(source.config, "num_key_value_heads"):
@@ -211,7 +225,9 @@ def _fitted(source: Checkpoint, config: PretrainedConfig) -> StockForm:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    held = source.shapes(list(source.files))
+    held = source.shapes([name for name in source.files if not name.startswith(f"{source.family.layers}.")])
+    for layer in range(source.num_layers):
+        held |= {source.layer_prefix(layer) + name: size for name, size in source.layer_shapes(layer).items()}
     for name, size in held.items():
         if name in wanted and wanted[name] != size:
             raise InputError(f"{name} would be {wanted[name]}, and is {size}")

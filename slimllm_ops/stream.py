@@ -2,7 +2,8 @@
 
 The model's own code runs: its masks, rotary tables and modules. Each branch is run once per layer and batch, with
 its output projection left out, so that the branch returns X, the projection's input. The output that the layer adds
-to the residual stream, dense or pruned, is then X[:, S] W + b, with no second forward pass.
+to the residual stream, dense or pruned, is then X[:, S] W + b, with no second forward pass. An MLP of experts is run
+in the same way (`slimllm_ops.routing`), but for its router and its activation by code of this package.
 
 Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an output projection, V vocabulary.
 """
@@ -10,7 +11,7 @@ Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -22,15 +23,18 @@ from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.families import Branch
 from slimllm_ops.layer_reader import LayerReader
-from slimllm_ops.observation import ObservationSum, PackedObservation
+from slimllm_ops.observation import ObservationSum
 from slimllm_ops.plan import Decision, LayerPlan
+from slimllm_ops.routing import Observed, Routed, RoutedStates, RoutedSum, project, route
 from slimllm_ops.states import States, StateStore
-from slimllm_ops.surgery import recovered_projection
+from slimllm_ops.surgery import recovered_experts, recovered_projection
 
 # Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
 LOGIT_TOKENS = 1024
 # A norm's gain below this fraction of its largest passes nothing on.
 SMALLEST_GAIN = 1e-3
+
+Seen = TypeVar("Seen", bound=Observed)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class LayerStream:
         self._reader = LayerReader(checkpoint, self._place)
         self._calls: list[dict[str, Any]] = []
         self._layer: int | None = None
-        self._branch_outputs = store()
+        self._branch_outputs: States | RoutedStates = store()
         self._entered: tuple[int, States] | None = None
         self.hidden = self._embed()
 
@@ -93,27 +97,27 @@ class LayerStream:
         return Mean(total, count)
 
     @torch.inference_mode()
-    def observe(self, layer: int, branch: Branch) -> PackedObservation:
+    def observe(self, layer: int, branch: Branch) -> Observed:
         """Run a branch up to its output projection, hold what came out until `apply`, and return its moments."""
-        seen, self._branch_outputs = ObservationSum(), self.store()
+        seen, self._branch_outputs = self._begin(branch)
         for normalised, x_bTP in self._run(layer, branch):
-            seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
+            seen.add(x_bTP, normalised)
             self._branch_outputs.append(x_bTP)
         return self.require_finite(seen.packed(), layer, branch)
 
     @torch.inference_mode()
-    def observe_dense(self, layer: int, branch: Branch) -> tuple[PackedObservation, Mean]:
+    def observe_dense(self, layer: int, branch: Branch) -> tuple[Observed, Mean]:
         """Pass a branch as it is and return its moments; nothing but the residual stream is held.
 
         Returns:
             The moments, and the squared norm of the states that result, summed over tokens.
         """
-        seen, power = ObservationSum(), Mean(0.0, 0)
+        seen, power = self._begin(branch)[0], Mean(0.0, 0)
         project = self._projected(layer, branch, None)
         for index, (normalised, x_bTP) in enumerate(self._run(layer, branch)):
             output = project(x_bTP)
             added = self.contribution(layer, branch, output)
-            seen.add(x_bTP.flatten(0, 1), normalised.flatten(0, 1))
+            seen.add(x_bTP, normalised)
             if added is not output:
                 seen.add_powers(_power(output), _power(added))
             power = power.merge(self._add(index, added))
@@ -167,6 +171,8 @@ class LayerStream:
     def run_branch(self, layer: int, branch: Branch, normalised: Tensor) -> Tensor:
         """Return what enters a branch's output projection (b, T, P), from the branch's input (b, T, D)."""
         module = self._load(layer)
+        if branch.reading.experts is not None:
+            raise TypeError("a branch of experts has as many output projections: run_experts")
         if branch.reading.activation is not None:
             (name,) = branch.inputs
             return module.get_submodule(branch.reading.activation)(module.get_submodule(name)(normalised))
@@ -175,6 +181,14 @@ class LayerStream:
         with _without(part, branch.names.output):
             output = part(normalised, **call)
         return output[0] if isinstance(output, tuple) else output
+
+    def run_experts(self, layer: int, branch: Branch, normalised: Tensor) -> Routed:
+        """Return what enters the output projections of a branch's experts, from the branch's input (b, T, D)."""
+        module, read = self._load(layer), branch.reading.experts
+        assert read is not None, "a branch without experts has one output projection"
+        (gate_up,) = branch.inputs
+        activation = module.get_submodule(branch.module).get_submodule(read.activation)
+        return route(module.get_submodule(read.router), module.get_parameter(gate_up), activation, normalised)
 
     def projection(self, layer: int, branch: Branch) -> nn.Linear:
         """Return a branch's output projection, with its weights."""
@@ -239,14 +253,23 @@ class LayerStream:
         """Return the tensors of the layer that is being passed, in the precision that it computes in."""
         return dict(self._load(layer).named_parameters())
 
-    def _run(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run a branch up to its output projection; yield its input (b, T, D) and what came out (b, T, P)."""
+    def _begin(self, branch: Branch) -> tuple[Any, Any]:
+        """Return what sums the observations of a branch, and what holds what they are of."""
+        if branch.reading.experts is None:
+            return ObservationSum(), self.store()
+        return RoutedSum(self.checkpoint.family.num_experts(self.checkpoint.config)), RoutedStates(self.store)
+
+    def _run(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Any]]:
+        """Run a branch up to its output projection; yield its input (b, T, D), and X (b, T, P), or `Routed`."""
+        run = self.run_branch if branch.reading.experts is None else self.run_experts
         for hidden in self.entering(layer, branch):
             normalised = self.normalise(layer, branch, hidden)
-            yield normalised, self.run_branch(layer, branch, normalised)
+            yield normalised, run(layer, branch, normalised)
 
-    def _projected(self, layer: int, branch: Branch, decision: Decision | None) -> Callable[[Tensor], Tensor]:
+    def _projected(self, layer: int, branch: Branch, decision: Decision | None) -> Callable[[Any], Tensor]:
         """Return what maps the input (b, T, P) of a branch's output projection to its output, dense or as decided."""
+        if branch.reading.experts is not None:
+            return self._projected_experts(layer, branch, decision)
         projection = self.projection(layer, branch)
         weight_DS: Tensor = projection.weight
         bias_D: Tensor | None = projection.bias
@@ -255,6 +278,13 @@ class LayerStream:
             weight_DS, bias_D = recovered_projection(weight_DS, bias_D, decision)
             kept_S = decision.kept_rows(projection.weight.shape[1]).to(self.device)
         return lambda x_bTP: functional.linear(x_bTP[..., kept_S], weight_DS, bias_D)
+
+    def _projected_experts(self, layer: int, branch: Branch, decision: Decision | None) -> Callable[[Routed], Tensor]:
+        weight_EDS: Tensor = self._load(layer).get_parameter(branch.output)
+        kept_ES: Tensor | None = None
+        if decision is not None:
+            weight_EDS, kept_ES = recovered_experts(weight_EDS, decision)
+        return lambda routed: project(routed, weight_EDS, kept_ES)
 
     def _add(self, index: int, added: Tensor) -> Mean:
         """Add what a branch adds to a batch's states; return their squared norm, summed over tokens."""
@@ -332,7 +362,7 @@ class LayerStream:
         """Bring a tensor to where it computes, in the precision that it computes in."""
         return tensor.to(self.device, self.dtype)
 
-    def require_finite(self, observed: PackedObservation, layer: int, branch: Branch) -> PackedObservation:
+    def require_finite(self, observed: Seen, layer: int, branch: Branch) -> Seen:
         """Return an observation in which nothing is NaN or infinite.
 
         Raises:

@@ -1,4 +1,7 @@
-"""Taking units out of a layer's tensors: whole rows into a branch, whole columns out of it."""
+"""Taking units out of a layer's tensors: whole rows into a branch, whole columns out of it.
+
+Shapes: P inputs of an output projection, S of them kept, D hidden size; of experts, E, each of I channels, S kept.
+"""
 
 import torch
 from torch import Tensor
@@ -17,7 +20,8 @@ def prune_layer(tensors: dict[str, Tensor], family: Family, plan: LayerPlan) -> 
     pruned = dict(tensors)
     for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
         if decision is not None:
-            pruned |= _prune_branch(tensors, branch, decision)
+            prune = _prune_branch if branch.reading.experts is None else _prune_experts
+            pruned |= prune(tensors, branch, decision)
     return pruned
 
 
@@ -31,6 +35,32 @@ def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Dec
         recovered_D = decision.recovery.bias_D.to(weight_DP)
         bias_D = recovered_D if bias_D is None else recovered_D + bias_D
     return weight_DS.contiguous(), bias_D
+
+
+def recovered_experts(weight_EDI: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
+    """Return the experts' new output weights (E, D, S), computed in the precision of `weight_EDI`, and what they keep.
+
+    Returns:
+        The weights, and the channels that each expert keeps (E, S), ascending.
+    """
+    num_experts, _, num_channels = weight_EDI.shape
+    weight_DS, _ = recovered_projection(weight_EDI.transpose(0, 1).flatten(1), None, decision)
+    kept_ES = torch.tensor(decision.kept, device=weight_EDI.device).unflatten(0, (num_experts, -1)) % num_channels
+    return weight_DS.unflatten(1, (num_experts, -1)).transpose(0, 1).contiguous(), kept_ES
+
+
+def _prune_experts(tensors: dict[str, Tensor], branch: Branch, decision: Decision) -> dict[str, Tensor]:
+    stored = tensors[branch.output_weight]
+    weight_EDS, kept_ES = recovered_experts(stored.float(), decision)
+    pruned = {branch.output_weight: _rounded(weight_EDS, stored.dtype, branch.output_weight)}
+    for name in branch.input_weights:
+        # The parts that are stored as one lie one after the other, each with a row for every channel.
+        parts = tensors[name].split(stored.shape[2], dim=1)
+        rows = [
+            torch.stack([part[kept_S] for part, kept_S in zip(parts_EID, kept_ES, strict=True)]) for parts_EID in parts
+        ]
+        pruned[name] = torch.cat(rows, dim=1)
+    return pruned
 
 
 def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision) -> dict[str, Tensor]:

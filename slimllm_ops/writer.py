@@ -146,7 +146,7 @@ def _per_layer(source: Checkpoint, plans: Sequence[LayerPlan]) -> dict[str, list
         ],
         "num_key_value_heads_per_layer": kv_heads,
         "intermediate_size_per_layer": [
-            _kept(plan.mlp, shape.intermediate_size) for plan, shape in zip(plans, shapes, strict=True)
+            _kept(plan.mlp, shape.num_channels) // shape.num_experts for plan, shape in zip(plans, shapes, strict=True)
         ],
         "attention_output_bias_per_layer": [
             _adds_bias(plan.attention) or source.has(layer, source.family.attention.output_bias)

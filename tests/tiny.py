@@ -59,6 +59,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "starcoder2": {"use_bias": True, "sliding_window": 8},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24},
     "gpt_neox": {"rotary_pct": 0.25},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "qwen3_moe": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 12, "norm_topk_prob": False},
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

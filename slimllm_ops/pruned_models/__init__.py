@@ -15,11 +15,13 @@ from slimllm_ops.pruned_models.pruned_granite import PrunedGraniteForCausalLM
 from slimllm_ops.pruned_models.pruned_layers import LinearNames, PrunedModelMixin
 from slimllm_ops.pruned_models.pruned_llama import PrunedLlamaForCausalLM
 from slimllm_ops.pruned_models.pruned_mistral import PrunedMistralForCausalLM
+from slimllm_ops.pruned_models.pruned_mixtral import PrunedMixtralForCausalLM
 from slimllm_ops.pruned_models.pruned_olmo2 import PrunedOlmo2ForCausalLM
 from slimllm_ops.pruned_models.pruned_opt import PrunedOPTForCausalLM
 from slimllm_ops.pruned_models.pruned_phi3 import PrunedPhi3ForCausalLM
 from slimllm_ops.pruned_models.pruned_qwen2 import PrunedQwen2ForCausalLM
 from slimllm_ops.pruned_models.pruned_qwen3 import PrunedQwen3ForCausalLM
+from slimllm_ops.pruned_models.pruned_qwen3_moe import PrunedQwen3MoeForCausalLM
 from slimllm_ops.pruned_models.pruned_smollm3 import PrunedSmolLM3ForCausalLM
 from slimllm_ops.pruned_models.pruned_starcoder2 import PrunedStarcoder2ForCausalLM
 
@@ -32,12 +34,14 @@ __all__ = [
     "PrunedGraniteForCausalLM",
     "PrunedLlamaForCausalLM",
     "PrunedMistralForCausalLM",
+    "PrunedMixtralForCausalLM",
     "PrunedModelMixin",
     "PrunedOPTForCausalLM",
     "PrunedOlmo2ForCausalLM",
     "PrunedPhi3ForCausalLM",
     "PrunedQwen2ForCausalLM",
     "PrunedQwen3ForCausalLM",
+    "PrunedQwen3MoeForCausalLM",
     "PrunedSmolLM3ForCausalLM",
     "PrunedStarcoder2ForCausalLM",
     "register",

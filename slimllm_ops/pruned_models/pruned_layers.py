@@ -8,11 +8,17 @@ The config keeps the dense model's global numbers and adds:
 
     num_attention_heads_per_layer, num_key_value_heads_per_layer, intermediate_size_per_layer
     attention_output_bias_per_layer, mlp_output_bias_per_layer      what recovery added to the output projections
+
+Of a mixture of experts, `intermediate_size_per_layer` is the number of channels of each of a layer's experts.
 """
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+
+# Channels that make whole 16 bytes in two bytes each, as grouped products on a GPU want them.
+WHOLE_CHANNELS = 8
 
 
 class LinearNames(NamedTuple):
@@ -70,6 +76,33 @@ class PrunedModelMixin:
         _resize(mlp, self.mlp_names, channels, whole, config.mlp_output_bias_per_layer[index])
         if hasattr(mlp, "intermediate_size"):
             mlp.intermediate_size = channels
+
+
+class PrunedExpertsMixin(PrunedModelMixin):
+    """The same where a layer's MLP is many experts, whose weights are parameters of three dimensions."""
+
+    mlp_names = LinearNames("mlp.experts", ("gate_up_proj",), "down_proj")
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        channels = config.intermediate_size_per_layer or []
+        # Without a choice of the user's, transformers takes grouped products, which do not take any number of channels.
+        if config._experts_implementation is None and any(number % WHOLE_CHANNELS for number in channels):
+            config._experts_implementation = "eager"
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The experts are the stock class's; transformers would look for them in this file, and not find them.
+        return True
+
+    def resize_mlp(self, mlp: Any, config: Any, index: int) -> None:
+        """Give every expert of a layer the layer's number of channels."""
+        channels = config.intermediate_size_per_layer[index]
+        mlp.gate_up_proj = nn.Parameter(mlp.gate_up_proj.detach()[:, : 2 * channels].clone())
+        mlp.down_proj = nn.Parameter(
+            mlp.down_proj.detach()[:, :, :channels].clone(memory_format=torch.contiguous_format)
+        )
+        mlp.intermediate_dim = channels
 
 
 def _resize(module: nn.Module, names: LinearNames, kept: int, whole: int, output_bias: bool) -> None:

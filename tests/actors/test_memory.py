@@ -12,8 +12,10 @@ import torch
 
 from benchmarks.random_model import Shape, write_model
 from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.families import family_named
 from slimllm_ops.footprint import Footprint
 from tests.actors.one_pass import AT_ONCE
+from tests.tiny import save_tiny
 
 Peaks = Callable[..., int]
 ROOT = Path(__file__).parents[2]
@@ -32,11 +34,16 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> Peaks:
         model = folder / f"{layers}"
         if not model.exists():
             write_model(model, shape_of(layers))
-        command = [sys.executable, "-m", "tests.actors.one_pass", str(model), way, str(blocks), str(BLOCK), *options]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True)
-        return json.loads(done.stdout)["peak"]
+        return measured(model, way, blocks, *options)
 
     return measure
+
+
+def measured(model: Path, way: str, blocks: int, *options: str) -> int:
+    """Return the peak of a pass in a process of its own, in bytes."""
+    command = [sys.executable, "-m", "tests.actors.one_pass", str(model), way, str(blocks), str(BLOCK), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True)
+    return json.loads(done.stdout)["peak"]
 
 
 def shape_of(layers: int) -> Shape:
@@ -76,3 +83,12 @@ def test_the_footprint_bounds_the_peak(peaks: Peaks, checkpoint: Checkpoint, way
     tokens = MANY * BLOCK
     allowed = footprint.fixed + footprint.states_per_token * tokens + footprint.activations_per_token * AT_ONCE
     assert 0.6 * allowed < peaks(way, SHALLOW, MANY) < 1.15 * allowed
+
+
+def test_the_footprint_of_a_mixture_of_experts_bounds_the_peak(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "vocab_size": 500}
+    more = {"num_local_experts": 8, "max_position_embeddings": BLOCK, "sliding_window": None}
+    model = save_tiny(family_named("mixtral"), tmp_path / "model", **sizes, **more)
+    footprint = Footprint.of(Checkpoint.open(model), torch.device("cpu"), deciding=True)
+    held = footprint.fixed + footprint.states_per_token * MANY * BLOCK
+    assert 0.6 * held < measured(model, "deciding", MANY) < 1.15 * (held + footprint.activations_per_token * AT_ONCE)

@@ -133,8 +133,8 @@ def test_a_third_is_gone_and_what_is_left_is_what_the_plan_says(family: Family, 
     assert run.sparsity == pytest.approx(0.33, abs=0.01)
     for index, layer in enumerate(run.plans):
         if layer.mlp is not None:
-            width = model.get_submodule(f"{family.layers}.{index}.{family.mlp.output}").in_features
-            assert width == len(layer.mlp.kept)
+            weight = dict(model.get_submodule(f"{family.layers}.{index}").named_parameters())[family.mlp.output_weight]
+            assert weight.numel() // weight.shape[-2] == len(layer.mlp.kept)
         assert layer.attention is None or not family.attention.reading.whole
 
 

@@ -1,5 +1,6 @@
 """What a run starts from: which model is meant, and how its data are cut for the workers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from orchestrator import PruneConfig
 from orchestrator.inputs import load_inputs, model_name, resolve_model
 from slimllm_ops.errors import CheckpointError, InputError
+from slimllm_ops.families import family_named
+from tests.tiny import save_tiny
 
 
 def test_a_model_is_called_by_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +44,11 @@ def test_a_sparsity_out_of_reach_is_known_before_anything_starts(gqa_model: Path
     config = PruneConfig(model=str(gqa_model), calibration=str(token_file), sparsity=0.9)
     with pytest.raises(InputError, match=r"sparsity 0.9 is not reachable.*one channel left.*ask for less"):
         load_inputs(config)
+
+
+def test_a_mixture_of_experts_is_not_refined(token_file: Path, tmp_path: Path) -> None:
+    model = save_tiny(family_named("mixtral"), tmp_path / "model")
+    config = PruneConfig(model=str(model), calibration=str(token_file), sparsity=0.3, method="gram")
+    assert load_inputs(config).source.family.name == "Mixtral"
+    with pytest.raises(InputError, match=r"Mixtral models cannot be refined, .*: leave refinement out"):
+        load_inputs(replace(config, refine=True))

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from slimllm_ops.families import family_of
+from slimllm_ops.families import LayerShape, family_of
 from slimllm_ops.moments import Moments
 from slimllm_ops.observation import ObservationSum, PackedObservation
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.projection import Projection
 from slimllm_ops.recovery import Line
+from slimllm_ops.routing import Observed
 
 
 def random_activations(
@@ -107,6 +108,14 @@ def channel_scores(
     return np.array(scores)
 
 
+def channel_scores_through_zero(
+    x_NP: np.ndarray, weight_PD: np.ndarray, input_ND: np.ndarray, input_weights_PD: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Return the score of each channel where nothing has a mean: by as many tokens again of the other sign."""
+    both_NP, inputs_ND = (np.concatenate([rows, -rows]) for rows in (x_NP, input_ND))
+    return channel_scores(both_NP, weight_PD, inputs_ND, input_weights_PD) / math.sqrt(2)
+
+
 def fit_lines(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the slope and intercept (D,) of each full output dim over the kept part's, by polynomial fitting."""
     y_ND, part_ND = x_NP @ weight_PD, x_NP[:, list(kept_S)] @ weight_PD[list(kept_S)]
@@ -130,6 +139,16 @@ def ridge_fit(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int], d:
     """
     rows_MP = np.concatenate([(x_NP - x_NP.mean(axis=0)) / math.sqrt(len(x_NP)), math.sqrt(d) * np.eye(len(weight_PD))])
     return np.linalg.lstsq(rows_MP[:, list(kept_S)], rows_MP @ weight_PD, rcond=None)[0]
+
+
+def ridge_fit_through_zero(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int], d: float) -> np.ndarray:
+    """Return the same fit without an intercept: to inputs that are mirrored, so that their mean is 0."""
+    return ridge_fit(np.concatenate([x_NP, -x_NP]), weight_PD, kept_S, d)
+
+
+def ridge_residual_through_zero(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int], d: float) -> float:
+    """Return what is left of that fit's objective."""
+    return ridge_residual(np.concatenate([x_NP, -x_NP]), weight_PD, kept_S, d)
 
 
 def ridge_residual(x_NP: np.ndarray, weight_PD: np.ndarray, kept_S: Sequence[int], d: float) -> float:
@@ -157,21 +176,78 @@ def random_decision(seed: int, kept: Sequence[int], num_units: int, hidden: int 
     return Decision(tuple(kept), tuple(scores.tolist()), Line(scale_D, bias_D, 0.1 / 3), relative_error=0.1 / 3)
 
 
+@torch.inference_mode()
+def expert_activations(directory: Path, ids: torch.Tensor, layer: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return, of each of a layer's experts in the whole model, what enters its output projection, weighted, (n, I).
+
+    And what entered the expert, (n, D): a row for every token that was sent to it, token by token.
+    """
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    block = model.model.layers[layer].mlp
+    given: list[tuple[torch.Tensor, ...]] = []
+    block.experts.register_forward_pre_hook(lambda module, arguments: given.append(arguments))
+    model(ids)
+    ((input_ND, experts_Nk, weights_Nk),) = given
+    rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in block.experts.gate_up_proj]
+    for token_D, experts, weights in zip(input_ND, experts_Nk.tolist(), weights_Nk, strict=True):
+        for expert, weight in zip(experts, weights, strict=True):
+            gate_ID, up_ID = block.experts.gate_up_proj[expert].chunk(2)
+            x_I = torch.nn.functional.silu(gate_ID @ token_D) * (up_ID @ token_D) * weight
+            rows[expert].append((x_I, token_D))
+    return [tuple(torch.stack(part).double().numpy() for part in zip(*one, strict=True)) for one in rows]
+
+
+def random_channels(seed: int, kept: Sequence[int], shape: LayerShape) -> Decision:
+    """Return such a decision about an MLP; of its experts, each keeps other channels and has a line through zero."""
+    if shape.num_experts == 1:
+        decision = random_decision(seed, kept, shape.intermediate_size)
+        assert decision is not None
+        return decision
+    width, generator = shape.intermediate_size, torch.Generator().manual_seed(seed)
+    channels = [sorted((channel + expert) % width for channel in kept) for expert in range(shape.num_experts)]
+    units = tuple(expert * width + channel for expert, ours in enumerate(channels) for channel in ours)
+    scale_ED = torch.randn(shape.num_experts, 32, generator=generator, dtype=torch.float64)
+    scores = torch.rand(shape.num_channels, generator=generator, dtype=torch.float64)
+    line = Line(scale_ED, torch.zeros(32, dtype=torch.float64), 0.1 / 3)
+    return Decision(units, tuple(scores.tolist()), line, relative_error=0.1 / 3, with_bias=False)
+
+
+def observations(observed: Observed) -> list[PackedObservation]:
+    """Return what was observed of a branch's output projection, or of each of its experts' that tokens reached."""
+    if isinstance(observed, PackedObservation):
+        return [observed]
+    return [seen for seen in observed.experts if seen is not None]
+
+
+def flat(weight: torch.Tensor) -> torch.Tensor:
+    """Return output weights (D, P); those of experts (E, D, I), side by side."""
+    return weight if weight.dim() == 2 else torch.cat(list(weight), dim=1)
+
+
 def masked_model(directory: Path, plans: Sequence[LayerPlan]) -> PreTrainedModel:
     """Return the dense model with what each plan removes multiplied by zero, and its lines put into the weights."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     for (attention, mlp), plan in zip(_output_projections(model), plans, strict=True):
         for projection, decision in ((attention, plan.attention), (mlp, plan.mlp)):
             if decision is not None:
-                _mask(projection, decision, list(range(projection.in_features)))
+                _mask(projection, decision, list(range(_num_inputs(projection))))
     return model
 
 
-def _output_projections(model: PreTrainedModel) -> list[tuple[torch.nn.Linear, torch.nn.Linear]]:
+# An output projection, or the weights (E, D, I) of experts' ones.
+Output = torch.nn.Linear | torch.nn.Parameter
+
+
+def _output_projections(model: PreTrainedModel) -> list[tuple[torch.nn.Linear, Output]]:
     """Return every layer's output projections: that of the attention, and that of the MLP."""
     family = family_of(model.config)
     layers = model.get_submodule(family.layers)
-    return [(layer.get_submodule(family.attention.output), layer.get_submodule(family.mlp.output)) for layer in layers]
+    find = "get_submodule" if family.mlp.reading.experts is None else "get_parameter"
+    return [(layer.get_submodule(family.attention.output), getattr(layer, find)(family.mlp.output)) for layer in layers]
+
+
+def _num_inputs(projection: Output) -> int:
+    return flat(projection if isinstance(projection, torch.nn.Parameter) else projection.weight).shape[1]
 
 
 def mask_again(model: PreTrainedModel, plans: Sequence[LayerPlan], further: Sequence[LayerPlan]) -> PreTrainedModel:
@@ -180,7 +256,7 @@ def mask_again(model: PreTrainedModel, plans: Sequence[LayerPlan], further: Sequ
         modules = ((attention, plan.attention, more.attention), (mlp, plan.mlp, more.mlp))
         for projection, first, second in modules:
             if second is not None:
-                whole = list(range(projection.in_features))
+                whole = list(range(_num_inputs(projection)))
                 _mask(projection, second, whole if first is None else kept_columns(first, len(whole)))
     return model
 
@@ -192,10 +268,15 @@ def kept_columns(decision: Decision, num_columns: int) -> list[int]:
 
 
 @torch.no_grad()
-def _mask(projection: torch.nn.Linear, decision: Decision, columns: list[int]) -> None:
+def _mask(projection: Output, decision: Decision, columns: list[int]) -> None:
     """Mask a decision about those of a projection's inputs that are left."""
     kept = [columns[index] for index in kept_columns(decision, len(columns))]
-    gone = [column for column in range(projection.in_features) if column not in kept]
+    gone = [column for column in range(_num_inputs(projection)) if column not in kept]
+    if isinstance(projection, torch.nn.Parameter):
+        for unit in gone:
+            projection[unit // projection.shape[2], :, unit % projection.shape[2]] = 0
+        projection *= decision.recovery.scale_D[:, :, None].float()
+        return
     projection.weight[:, gone] = 0
     projection.weight *= decision.recovery.scale_D[:, None].float()
     bias_D = decision.recovery.bias_D.float()

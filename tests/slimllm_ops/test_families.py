@@ -17,11 +17,12 @@ def test_every_name_of_a_row_is_one_of_the_familys_model(family: Family) -> None
     named = {name for branch in branches for name in (*branch.input_weights, branch.output_weight)}
     around = [(branch.reading.norm, branch.reading.output_norm) for branch in branches]
     norms = {f"{name}.weight" for names in around for name in names if name is not None}
-    assert named | norms <= set(tensors)
+    routers = {f"{branch.reading.experts.router}.weight" for branch in branches if branch.reading.experts}
+    assert named | norms | routers <= set(tensors)
     # Whatever else a layer holds must not depend on how many units it has.
-    assert not {name for name in set(tensors) - named if len(tensors[name].shape) > 1}
+    assert not {name for name in set(tensors) - named - routers if len(tensors[name].shape) > 1}
     for branch in branches:
-        assert branch.output_bias == branch.output_weight.replace(".weight", ".bias")
+        assert branch.output_bias == branch.output_weight.removesuffix(".weight") + ".bias"
 
 
 def test_dense_and_pruned_models_are_of_one_family() -> None:

@@ -1,6 +1,7 @@
 """A budget that is spent on a form: alike layers, channels by steps, no biases."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,15 @@ def candidates(layers: int = 4, heads: int = 4, channels: int = 40) -> list[Cand
 def removed_parameters(spent: Sequence[int]) -> int:
     sizes = (UNIT, CHANNEL) * (len(spent) // 2)
     return sum(count * size - BIAS * (count > 0) for count, size in zip(spent, sizes, strict=True))
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_experts_give_as_many_channels_each(multiple_of: int, uniform: bool) -> None:
+    given = [replace(one, units_at_once=4 if number % 2 else 1) for number, one in enumerate(candidates())]
+    spent = Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_error, given, 6000)
+    assert all(count % (4 * multiple_of) == 0 for count in spent[1::2])
+    assert 0 <= 6000 - removed_parameters(spent) < 4 * multiple_of * CHANNEL * (4 if uniform else 1)
 
 
 @pytest.mark.parametrize("multiple_of", [1, 8])

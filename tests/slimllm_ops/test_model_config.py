@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.errors import CheckpointError
+from slimllm_ops.errors import CheckpointError, NonFiniteError
+from slimllm_ops.families import family_named
 from slimllm_ops.model_config import LARGEST_CONFIG, read_config
 from slimllm_ops.plan import LayerPlan
 from slimllm_ops.writer import CheckpointWriter
+from tests.tiny import save_tiny
 
 REMOVE = object()
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -160,6 +163,77 @@ def test_a_wrong_list_of_a_pruned_model_is_refused(pruned: Path, wrong: str) -> 
     rewrite(pruned, changes)
     with pytest.raises(CheckpointError, match=said):
         Checkpoint.open(pruned)
+
+
+MIXTURE_WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "experts without end": (
+        "mixtral",
+        {"num_local_experts": 10**9},
+        "num_local_experts is 1000000000, expected a whole",
+    ),
+    "experts by another name": ("qwen3_moe", {"num_experts": 10**9}, "num_experts is 1000000000, expected a whole"),
+    "no experts": ("qwen3_moe", {"num_local_experts": 0}, "num_local_experts is 0"),
+    "more than there are": (
+        "mixtral",
+        {"num_experts_per_tok": 5},
+        r"_per_tok is 5, expected num_local_experts \(4\) at",
+    ),
+    "none for a token": ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+    "huge experts": ("qwen3_moe", {"moe_intermediate_size": 10**15}, "moe_intermediate_size is 10"),
+    "a null of experts": ("mixtral", {"num_local_experts": None}, "num_local_experts is None"),
+    "more experts than are held": (
+        "mixtral",
+        {"num_local_experts": 1 << 14},
+        r"experts\.4\.w1\.weight|gate\.weight is",
+    ),
+    "fewer experts than are held": (
+        "mixtral",
+        {"num_local_experts": 3},
+        r"does not fit its config\.json: .*gate.weight",
+    ),
+    "wider experts": (
+        "mixtral",
+        {"intermediate_size": 49},
+        r"experts\.0\.w1\.weight is \(48, 32\), expected \(49, 32\)",
+    ),
+    "layers without experts": (
+        "qwen3_moe",
+        {"mlp_only_layers": [0]},
+        "mlp_only_layers .0.: Qwen3Moe .* without experts",
+    ),
+    "every other layer": ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2: .* without experts"),
+}
+
+
+@pytest.mark.parametrize("wrong", MIXTURE_WRONG)
+def test_a_wrong_config_of_a_mixture_of_experts_is_refused(tmp_path: Path, wrong: str) -> None:
+    model_type, changes, said = MIXTURE_WRONG[wrong]
+    directory = save_tiny(family_named(model_type), tmp_path / "model")
+    rewrite(directory, changes)
+    with pytest.raises(CheckpointError, match=said) as raised:
+        Checkpoint.open(directory)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("missing", ["experts.2.w2.weight", "gate.weight", "experts.3.w3.weight"])
+def test_a_missing_tensor_of_an_expert_is_named(tmp_path: Path, missing: str) -> None:
+    directory = save_tiny(family_named("mixtral"), tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[f"model.layers.1.block_sparse_moe.{missing}"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"layer 1 .* has no block_sparse_moe\.{missing}: the checkpoint is inc"):
+        Checkpoint.open(directory)
+
+
+def test_a_weight_of_an_expert_that_is_no_number_is_named(tmp_path: Path) -> None:
+    directory = save_tiny(family_named("qwen3_moe"), tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.2.mlp.experts.4.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        NonFiniteError, match=r"layer 2 of .* holds NaN or infinity in mlp\.experts\.4\.up_proj\.weight"
+    ):
+        Checkpoint.open(directory).read_layer(2)
 
 
 def test_the_largest_config_takes_no_memory(copy: Path) -> None:

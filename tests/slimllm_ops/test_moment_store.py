@@ -11,6 +11,7 @@ from slimllm_ops.errors import InputError
 from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.ranking import Ranking
+from slimllm_ops.routing import PackedExperts
 from tests.slimllm_ops.naive import observe
 
 
@@ -49,6 +50,23 @@ def test_what_is_read_is_what_was_written_to_the_last_bit(store: MomentStore, la
         assert len(read.moments.rows) == len(written.moments.rows)
         unpacked = read.unpack(torch.device("cpu")).moments
         assert torch.equal(unpacked.covariance_PP, written.unpack(torch.device("cpu")).moments.covariance_PP)
+
+
+def test_experts_are_read_as_they_were_written_and_one_without_tokens_stays_so(tmp_path: Path) -> None:
+    experts = PackedExperts(150, (observed(1, 16), None, observed(2, 16)), (2.0, 3.0))
+    store = MomentStore(tmp_path)
+    store.save(0, LayerPaths(path_of(0, 4), path_of(1, 48), 0.5), observed(0, 12), experts)
+    assert store.load_paths(0) == LayerPaths(path_of(0, 4), path_of(1, 48), 0.5)
+    assert isinstance(store.load_moments(0, "attention"), PackedObservation)
+    read = store.load_moments(0, "mlp")
+    assert isinstance(read, PackedExperts)
+    assert (read.count, read.idle, read.powers) == (150, (1,), (2.0, 3.0))
+    for one, other in ((read.experts[0], experts.experts[0]), (read.experts[2], experts.experts[2])):
+        assert one is not None
+        assert other is not None
+        assert one.moments.count == other.moments.count
+        np.testing.assert_array_equal(one.input_squares_D, other.input_squares_D)
+        assert all(map(np.array_equal, one.moments.rows, other.moments.rows))
 
 
 def test_the_scatter_takes_half_the_room_of_the_square(store: MomentStore, tmp_path: Path) -> None:

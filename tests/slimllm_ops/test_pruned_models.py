@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from slimllm_ops.pruned_models.pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from slimllm_ops.pruned_models.pruned_mixtral import PrunedMixtralConfig, PrunedMixtralForCausalLM
 
 DENSE = {
     "vocab_size": 97,
@@ -95,6 +96,37 @@ def test_it_runs_with_every_attention(model: PrunedLlamaForCausalLM, ids: torch.
     expected = model(ids).logits
     model.set_attn_implementation(implementation)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+MIXTURE = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "attention_output_bias_per_layer": [True, False],
+    "mlp_output_bias_per_layer": [False, False],
+    "num_attention_heads_per_layer": [4, 6],
+    "num_key_value_heads_per_layer": [2, 3],
+}
+
+
+@pytest.mark.parametrize(("channels", "implementation"), [([7, 48], "eager"), ([8, 48], "grouped_mm")])
+@torch.inference_mode()
+def test_experts_of_any_number_of_channels_compute(
+    channels: list[int], implementation: str, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """What transformers computes experts by, unless it is told otherwise, takes multiples of 8 alone."""
+    torch.manual_seed(0)
+    config = PrunedMixtralConfig(**DENSE, **MIXTURE, intermediate_size_per_layer=channels)
+    made = PrunedMixtralForCausalLM(config).eval()
+    assert tuple(made.model.layers[0].mlp.experts.gate_up_proj.shape) == (4, 2 * channels[0], 32)
+    assert tuple(made.model.layers[0].mlp.experts.down_proj.shape) == (4, 32, channels[0])
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config._experts_implementation == implementation
+    expected = loaded(ids).logits
+    assert torch.equal(made(ids).logits, expected)
+    for other in ("eager", "batched_mm"):
+        loaded.set_experts_implementation(other)
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_can_be_trained(model: PrunedLlamaForCausalLM, ids: torch.Tensor) -> None:

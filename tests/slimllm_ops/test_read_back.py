@@ -15,7 +15,7 @@ from slimllm_ops.plan import LayerPlan
 from slimllm_ops.read_back import read_back
 from slimllm_ops.stream import LayerStream, Mean
 from slimllm_ops.writer import CheckpointWriter
-from tests.slimllm_ops.naive import random_decision
+from tests.slimllm_ops.naive import random_channels, random_decision
 
 States = tuple[np.ndarray, list[np.ndarray]]
 
@@ -26,9 +26,10 @@ def prune(source: Path, directory: Path, token_ids: torch.Tensor) -> States:
     stream = LayerStream(checkpoint, [token_ids[:2], token_ids[2:4]], torch.device("cpu"))
     writer = CheckpointWriter(checkpoint, directory)
     states, plans = [stream.hidden[0][0].numpy().copy()], []
-    num_units = layer_shape(checkpoint.config, 0).num_attention_units
+    shape = layer_shape(checkpoint.config, 0)
     for layer in range(3):
-        plan = LayerPlan(attention=random_decision(layer, [0], num_units), mlp=random_decision(9, range(3, 40), 48))
+        heads = random_decision(layer, [0], shape.num_attention_units)
+        plan = LayerPlan(attention=heads, mlp=random_channels(9, range(3, 40), shape))
         family = checkpoint.family
         for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
             stream.observe(layer, branch)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.families import layer_shape
 from slimllm_ops.states import SpilledStates
 from slimllm_ops.stream import LayerStream
-from tests.slimllm_ops.naive import random_decision
+from tests.slimllm_ops.naive import observations, random_channels
 
 CPU = torch.device("cpu")
 
@@ -58,11 +59,12 @@ def test_a_stream_that_spills_computes_what_one_in_memory_does(
     batches = [ids[:3], ids[3:5]]
     spilling = LayerStream(checkpoint, batches, CPU, lambda: SpilledStates(tmp_path, CPU))
     held = LayerStream(checkpoint, batches, CPU)
-    decision = random_decision(0, range(1, 48, 2), 48)
+    decision = random_channels(0, range(1, 48, 2), layer_shape(checkpoint.config, 0))
     for layer in range(checkpoint.num_layers):
         for branch, choice in ((checkpoint.family.attention, None), (checkpoint.family.mlp, decision)):
-            one, other = (stream.observe(layer, branch) for stream in (spilling, held))
-            assert torch.equal(one.moments.unpack().covariance_PP, other.moments.unpack().covariance_PP)
+            observed = (stream.observe(layer, branch) for stream in (spilling, held))
+            for one, other in zip(*map(observations, observed), strict=True):
+                assert torch.equal(one.moments.unpack().covariance_PP, other.moments.unpack().covariance_PP)
             assert spilling.apply(layer, branch, choice) == held.apply(layer, branch, choice)
     assert all(torch.equal(one, other) for one, other in zip(spilling.hidden, held.hidden, strict=True))
     assert spilling.negative_log_likelihood() == held.negative_log_likelihood()

@@ -14,7 +14,7 @@ from slimllm_ops.families import FAMILIES, Family, family_named, layer_shape
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.stock import require_same_states, stock_form, write_stock
 from slimllm_ops.writer import CheckpointWriter
-from tests.slimllm_ops.naive import random_decision
+from tests.slimllm_ops.naive import random_channels, random_decision
 from tests.tiny import save_tiny
 
 CHANNELS = (range(0, 48, 2), range(24, 48), range(24))
@@ -28,11 +28,12 @@ def prune(source: Path, directory: Path, *, with_bias: bool, heads: bool = True)
     """Prune every layer to the same numbers, though not of the same units."""
     checkpoint = Checkpoint.open(source)
     writer, plans = CheckpointWriter(checkpoint, directory), []
-    units = layer_shape(checkpoint.config, 0).num_attention_units
+    shape = layer_shape(checkpoint.config, 0)
+    units = shape.num_attention_units
     for layer in range(3):
         kept = [unit for unit in range(units) if unit != layer % units]
         attention = random_decision(layer, kept, units) if heads else None
-        mlp = random_decision(9 + layer, CHANNELS[layer], 48)
+        mlp = random_channels(9 + layer, CHANNELS[layer], shape)
         if not with_bias:
             attention, mlp = without_bias(attention), without_bias(mlp)
         plans.append(LayerPlan(attention=attention, mlp=mlp))
@@ -69,6 +70,13 @@ def test_without_new_biases_every_family_is_one_of_its_own_or_a_mistral(
     model = export(pruned, tmp_path / "stock", ids)
     assert type(model).__name__ in (f"{family.name}ForCausalLM", "MistralForCausalLM")
     assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(pruned.directory).num_parameters()
+
+
+def test_experts_whose_channels_make_no_whole_rows_are_refused(tmp_path: Path) -> None:
+    """The stock classes' own product of all experts at once does not take them."""
+    source = Checkpoint.open(save_tiny(family_named("mixtral"), tmp_path / "dense", intermediate_size=44))
+    with pytest.raises(InputError, match=r"have 44 channels each, .* multiples of 8: prune with .*--multiple-of 8"):
+        stock_form(source)
 
 
 HEADS_OF_THREE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}

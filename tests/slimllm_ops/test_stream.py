@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slimllm_ops import stream as stream_module
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import NonFiniteError
-from slimllm_ops.families import family_of, layer_shape
+from slimllm_ops.families import Branch, family_of, layer_shape
 from slimllm_ops.plan import LayerPlan
 from slimllm_ops.stream import LayerStream
-from tests.slimllm_ops.naive import masked_model, random_decision
+from tests.slimllm_ops.naive import masked_model, observations, random_channels, random_decision
 
 CPU = torch.device("cpu")
 NUM_LAYERS = 3
@@ -125,6 +125,10 @@ def test_what_is_observed_are_the_moments_of_what_enters_the_output_projection(
     for layer in range(NUM_LAYERS):
         for branch in (family.attention, family.mlp):
             observed = stream.observe(layer, branch)
+            if branch.reading.experts is not None:
+                # Those of experts are looked at in `test_routing.py`.
+                stream.apply(layer, branch, None)
+                continue
             prefix = f"{family.layers}.{layer}"
             x_NP = rows(entered[f"{prefix}.{branch.output}"])
             input_ND = rows(entered[f"{prefix}.{branch.inputs[0]}"])
@@ -162,12 +166,12 @@ def test_observing_and_applying_nothing_is_passing_the_layer(
 
 def plans_for(stream: LayerStream) -> list[LayerPlan]:
     """Return plans that prune both branches, one, the other."""
-    num_units = layer_shape(stream.checkpoint.config, 0).num_attention_units
+    shape = layer_shape(stream.checkpoint.config, 0)
+    num_units, channels = shape.num_attention_units, range(1, 48, 2)
     kept = {4: (0, 3), 2: (1,), 1: ()}[num_units]
-    channels = range(1, 48, 2)
     return [
-        LayerPlan(attention=random_decision(0, kept, num_units), mlp=random_decision(1, channels, 48)),
-        LayerPlan(mlp=random_decision(2, channels, 48)),
+        LayerPlan(attention=random_decision(0, kept, num_units), mlp=random_channels(1, channels, shape)),
+        LayerPlan(mlp=random_channels(2, channels, shape)),
         LayerPlan(attention=random_decision(3, kept, num_units)),
     ]
 
@@ -206,7 +210,8 @@ def pass_deciding(stream: LayerStream, layer: int) -> None:
     stream.observe(layer, stream.checkpoint.family.attention)
     stream.apply(layer, stream.checkpoint.family.attention, None)
     stream.observe(layer, stream.checkpoint.family.mlp)
-    stream.apply(layer, stream.checkpoint.family.mlp, random_decision(0, range(24), 48))
+    shape = layer_shape(stream.checkpoint.config, layer)
+    stream.apply(layer, stream.checkpoint.family.mlp, random_channels(0, range(24), shape))
 
 
 def pass_dense(stream: LayerStream, layer: int) -> None:
@@ -221,7 +226,8 @@ def test_each_branch_is_run_once_for_every_layer_and_batch(
 ) -> None:
     runs: Counter[tuple[int, str]] = Counter()
     branches = (stream.checkpoint.family.attention, stream.checkpoint.family.mlp)
-    names = [name for branch in branches for name in (*branch.inputs, branch.output)]
+    names = [name for branch in branches for name in run_in(branch)]
+    names += [branch.output for branch in branches if branch.reading.experts is None]
 
     def count(layer: int, name: str) -> Any:
         return lambda *_: runs.update([(layer, name)])
@@ -232,8 +238,13 @@ def test_each_branch_is_run_once_for_every_layer_and_batch(
     for layer in range(NUM_LAYERS):
         pass_layer(stream, layer)
     # The output projections are left out of the branches: only their weights are used.
-    inputs = [name for branch in branches for name in branch.inputs]
+    inputs = [name for branch in branches for name in run_in(branch)]
     assert runs == {(layer, name): len(batches) for layer in range(NUM_LAYERS) for name in inputs}
+
+
+def run_in(branch: Branch) -> tuple[str, ...]:
+    """Return the modules of a branch that are run as modules; of experts, the router."""
+    return branch.inputs if branch.reading.experts is None else (branch.reading.experts.router,)
 
 
 def test_observing_a_dense_branch_is_observing_and_applying_it(stream: LayerStream) -> None:
@@ -242,8 +253,9 @@ def test_observing_a_dense_branch_is_observing_and_applying_it(stream: LayerStre
         for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
             observed, power = stream.observe_dense(layer, branch)
             expected = holding.observe(layer, branch)
-            assert all(map(np.array_equal, observed.moments.rows, expected.moments.rows))
-            assert np.array_equal(observed.input_squares_D, expected.input_squares_D)
+            for one, other in zip(*map(observations, (observed, expected)), strict=True):
+                assert all(map(np.array_equal, one.moments.rows, other.moments.rows))
+                assert np.array_equal(one.input_squares_D, other.input_squares_D)
             assert (observed.gain == 1) == (branch.reading.output_norm is None and stream._multiplier == 1)
             assert holding.apply(layer, branch, None) == power
         assert all(torch.equal(one, other) for one, other in zip(stream.hidden, holding.hidden, strict=True))

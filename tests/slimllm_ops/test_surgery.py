@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from slimllm_ops.families import Branch, layer_shape
 from slimllm_ops.least_squares import Refit
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.surgery import prune_layer
-from tests.slimllm_ops.naive import kept_columns, random_decision
+from tests.slimllm_ops.naive import flat, kept_columns, random_channels, random_decision
 
 KEPT_CHANNELS = (0, 3, 4, 20, 47)
 KINDS = ("weight", "bias")
@@ -22,10 +23,10 @@ PARTS = {"qkv_proj": ((0, 1 / 2), (1 / 2, 3 / 4), (3 / 4, 1)), "gate_up_proj": (
 def pruned(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[dict, dict, list[tuple[Branch, Decision]]]:
     """Return a layer's tensors before and after, and what was decided of its branches."""
     checkpoint = Checkpoint.open(directory)
-    num_units = layer_shape(checkpoint.config, 0).num_attention_units
-    plan = LayerPlan(
-        attention=random_decision(0, (1, 3)[: num_units // 2], num_units), mlp=random_decision(1, KEPT_CHANNELS, 48)
-    )
+    shape = layer_shape(checkpoint.config, 0)
+    num_units = shape.num_attention_units
+    heads = random_decision(0, (1, 3)[: num_units // 2], num_units)
+    plan = LayerPlan(attention=heads, mlp=random_channels(1, KEPT_CHANNELS, shape))
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.read_layer(1).items()}
     decisions = ((checkpoint.family.attention, plan.attention), (checkpoint.family.mlp, plan.mlp))
     decided = [(branch, decision) for branch, decision in decisions if decision is not None]
@@ -36,6 +37,10 @@ def test_rows_into_a_branch_go_with_their_units(model_dir: Path) -> None:
     before, after, decided = pruned(model_dir)
     for branch, decision in decided:
         names = [f"{name}.{kind}" for name in branch.inputs for kind in ("weight", "bias")]
+        for name in branch.input_weights if branch.reading.experts else ():
+            # Of every expert, the rows of its gate and those of its projection up.
+            for expert, rows in enumerate(np.split(np.array(decision.kept) % 48, len(before[name]))):
+                assert torch.equal(after[name][expert], before[name][expert, [*rows, *rows + 48]])
         for name in set(names) & set(before):
             # A unit has an equal share of the rows: its query heads, its key, its value; a channel has one.
             rows, num_rows = [], len(before[name])
@@ -47,21 +52,30 @@ def test_rows_into_a_branch_go_with_their_units(model_dir: Path) -> None:
 
 def test_columns_out_of_a_branch_go_and_the_rest_is_scaled(model_dir: Path) -> None:
     before, after, decided = pruned(model_dir)
-    for name, decision in ((branch.output, decision) for branch, decision in decided):
-        columns = kept_columns(decision, before[f"{name}.weight"].shape[1])
-        expected = before[f"{name}.weight"][:, columns].double() * decision.recovery.scale_D[:, None]
-        torch.testing.assert_close(after[f"{name}.weight"].double(), expected, rtol=1e-6, atol=0)
-        bias_D = decision.recovery.bias_D + before.get(f"{name}.bias", torch.zeros(32))
-        torch.testing.assert_close(after[f"{name}.bias"].double(), bias_D.double(), rtol=1e-6, atol=1e-6)
+    for branch, decision in decided:
+        expected = scaled(before[branch.output_weight], decision)
+        torch.testing.assert_close(flat(after[branch.output_weight]).double(), expected, rtol=1e-6, atol=0)
+        if decision.with_bias:
+            bias_D = decision.recovery.bias_D + before.get(branch.output_bias, torch.zeros(32))
+            torch.testing.assert_close(after[branch.output_bias].double(), bias_D.double(), rtol=1e-6, atol=1e-6)
+
+
+def scaled(weight: torch.Tensor, decision: Decision) -> torch.Tensor:
+    """Return the columns of an output weight that a decision keeps, times its scales, exactly."""
+    weight_DP = flat(weight)
+    scale_DE = torch.atleast_2d(decision.recovery.scale_D).T
+    scale_DP = scale_DE.repeat_interleave(weight_DP.shape[1] // scale_DE.shape[1], dim=1)
+    return (weight_DP.double() * scale_DP)[:, kept_columns(decision, weight_DP.shape[1])]
 
 
 def test_all_else_stays(model_dir: Path) -> None:
     before, after, decided = pruned(model_dir)
     touched = {f"{name}.{kind}" for one, _ in decided for name in (*one.inputs, one.output) for kind in KINDS}
+    touched |= {name for one, _ in decided for name in (*one.input_weights, one.output_weight)}
     assert set(before) - touched
     for name in set(before) - touched:
         assert torch.equal(after[name], before[name])
-    assert set(after) == set(before) | {branch.output_bias for branch, _ in decided}
+    assert set(after) == set(before) | {branch.output_bias for branch, decision in decided if decision.with_bias}
 
 
 def test_a_refit_takes_the_place_of_the_kept_columns(biased_model: Path) -> None:
@@ -92,12 +106,11 @@ def test_an_empty_plan_changes_nothing(mha_model: Path) -> None:
 def test_the_recovery_is_rounded_once_to_the_dtype_of_the_source(model_dir: Path, dtype: torch.dtype) -> None:
     before, after, decided = pruned(model_dir, dtype)
     assert {tensor.dtype for tensor in after.values()} == {dtype}
-    for name, decision in ((branch.output, decision) for branch, decision in decided):
-        columns = kept_columns(decision, before[f"{name}.weight"].shape[1])
-        exact = before[f"{name}.weight"][:, columns].double() * decision.recovery.scale_D[:, None]
+    for branch, decision in decided:
+        exact = scaled(before[branch.output_weight], decision)
         # Half a unit in the last place, and float32's own rounding before it.
         torch.testing.assert_close(
-            after[f"{name}.weight"].double(), exact, rtol=0.5001 * torch.finfo(dtype).eps, atol=1e-7
+            flat(after[branch.output_weight]).double(), exact, rtol=0.5001 * torch.finfo(dtype).eps, atol=1e-7
         )
 
 

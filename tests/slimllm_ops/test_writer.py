@@ -20,7 +20,7 @@ from slimllm_ops.families import layer_shape
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.recovery import Line
 from slimllm_ops.writer import CheckpointWriter
-from tests.slimllm_ops.naive import mask_again, masked_model, random_decision
+from tests.slimllm_ops.naive import mask_again, masked_model, random_channels, random_decision
 
 
 def write(source: Path, directory: Path, plans: list[LayerPlan]) -> Path:
@@ -43,7 +43,14 @@ def plans_for(num_kv_heads: int) -> list[LayerPlan]:
 
 
 def plans_of(directory: Path) -> list[LayerPlan]:
-    return plans_for(layer_shape(Checkpoint.open(directory).config, 0).num_attention_units)
+    """Return such plans for a model of any build."""
+    shape = layer_shape(Checkpoint.open(directory).config, 0)
+    first, second, third = plans_for(shape.num_attention_units)
+    return [
+        replace(first, mlp=random_channels(1, range(5, 48), shape)),
+        replace(second, mlp=random_channels(2, range(0, 48, 3), shape)),
+        third,
+    ]
 
 
 @torch.inference_mode()
@@ -79,8 +86,11 @@ def test_keeping_every_unit_changes_no_weight(model_dir: Path, tmp_path: Path, i
     shape = layer_shape(Checkpoint.open(model_dir).config, 0)
     units, channels = (
         Decision(tuple(range(number)), (0.0,) * number, Line(torch.ones(32), torch.zeros(32), 0.0), 0.0)
-        for number in (shape.num_attention_units, shape.intermediate_size)
+        for number in (shape.num_attention_units, shape.num_channels)
     )
+    if shape.num_experts > 1:
+        line = Line(torch.ones(shape.num_experts, 32), torch.zeros(32), 0.0)
+        channels = replace(channels, recovery=line, with_bias=False)
     plans = [LayerPlan(attention=units if shape.num_attention_units > 1 else None, mlp=channels)] * 3
     once, dense = Checkpoint.open(write(model_dir, tmp_path / "pruned", plans)), Checkpoint.open(model_dir)
     for layer in range(3):
@@ -95,11 +105,11 @@ def test_a_pruned_checkpoint_may_be_pruned_again(model_dir: Path, tmp_path: Path
     first = plans_of(model_dir)
     once = write(model_dir, tmp_path / "once", first)
     shapes = [layer_shape(load(once).config, layer) for layer in range(3)]
-    units, channels = zip(*((shape.num_attention_units, shape.intermediate_size) for shape in shapes), strict=True)
+    units = [shape.num_attention_units for shape in shapes]
     second = [
-        LayerPlan(mlp=random_decision(5, range(0, channels[0], 2), channels[0])),
-        LayerPlan(attention=random_decision(6, [0], units[1]), mlp=random_decision(7, [1, 2, 9], channels[1])),
-        LayerPlan(attention=random_decision(8, [0], units[2]), mlp=random_decision(9, range(20), channels[2])),
+        LayerPlan(mlp=random_channels(5, range(0, shapes[0].intermediate_size, 2), shapes[0])),
+        LayerPlan(attention=random_decision(6, [0], units[1]), mlp=random_channels(7, [1, 2, 9], shapes[1])),
+        LayerPlan(attention=random_decision(8, [0], units[2]), mlp=random_channels(9, range(20), shapes[2])),
     ]
     twice = load(write(once, tmp_path / "twice", second))
     expected = logits(mask_again(masked_model(model_dir, first), first, second), ids)

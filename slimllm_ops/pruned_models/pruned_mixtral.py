@@ -1,0 +1,17 @@
+"""Pruned Mixtral models (`pruned_layers.py`)."""
+
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from .pruned_layers import PrunedConfigMixin, PrunedExpertsMixin
+
+
+class PrunedMixtralConfig(PrunedConfigMixin, MixtralConfig):
+    """Config of a pruned Mixtral."""
+
+    model_type = "pruned_mixtral"
+
+
+class PrunedMixtralForCausalLM(PrunedExpertsMixin, MixtralForCausalLM):
+    """A pruned Mixtral."""
+
+    config_class = PrunedMixtralConfig

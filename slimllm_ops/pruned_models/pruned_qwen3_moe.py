@@ -1,0 +1,17 @@
+"""Pruned Qwen3 mixtures of experts (`pruned_layers.py`)."""
+
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from .pruned_layers import PrunedConfigMixin, PrunedExpertsMixin
+
+
+class PrunedQwen3MoeConfig(PrunedConfigMixin, Qwen3MoeConfig):
+    """Config of a pruned Qwen3 mixture of experts."""
+
+    model_type = "pruned_qwen3_moe"
+
+
+class PrunedQwen3MoeForCausalLM(PrunedExpertsMixin, Qwen3MoeForCausalLM):
+    """A pruned Qwen3 mixture of experts."""
+
+    config_class = PrunedQwen3MoeConfig
