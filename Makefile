@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types ablation benchmarks memory faults builtin-model
+.PHONY: install demo test lint types ablation benchmarks memory forms faults builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/slimllm prune --overwrite
 
 test: install
-	$(BIN)/pytest -m 'not slow' tests
+	$(BIN)/pytest -m 'not slow' --durations=20 tests
 
 lint: install
 	$(BIN)/ruff check .
@@ -45,6 +45,10 @@ benchmarks: install
 # Peak memory of every process by depth, width and tokens, in half an hour; other work beside it does not matter.
 memory: install
 	$(BIN)/python -m benchmarks.memory
+
+# What a pruned model's form costs in perplexity, and which stock class takes it; minutes.
+forms: install
+	$(BIN)/python -m benchmarks.forms
 
 # Kills workers, nodes, heads and drivers in whole runs, 50 times, and compares what comes of them; half an hour.
 faults: install

@@ -80,7 +80,7 @@ def _stock_class(result: PruneResult) -> str:
             export_stock(model.output, None, overwrite=True)
     except InputError:
         return "none"
-    return ", ".join({stock_form(Checkpoint.open(model.output)).architecture for model in result.models})
+    return ", ".join(sorted({stock_form(Checkpoint.open(model.output)).architecture for model in result.models}))
 
 
 if __name__ == "__main__":
