@@ -21,7 +21,7 @@ README = Path(__file__).parents[1] / "README.md"
 SMALL = ["--samples", "4", "--sequence-length", "64", "--workers", "1"]
 # Commands that pass text through a model, and those that take what an earlier line of the page has pruned.
 PASSES = ("prune", "calibrate", "compare")
-FOLLOWS = {"log": " prune path/to/model", "export": " prune MODEL --uniform"}
+FOLLOWS = {"log": " prune path/to/model", "export": " --output pruned/uniform"}
 
 
 def shell_lines() -> list[str]:
