@@ -78,7 +78,8 @@ def rows(batches: list[torch.Tensor]) -> np.ndarray:
 def assert_states(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-6) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        # Rounding is relative to what was summed, which for some values is much more than what is left of it.
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
 def test_states_are_the_whole_models_after_every_layer(
