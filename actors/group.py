@@ -7,7 +7,7 @@ cluster has lost some of those, a worker holds several.
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -178,7 +178,15 @@ class ShardGroup:
             ray.kill(actor)
         self._actors, self._streams = [], {}
 
-    def open_stream(self, name: str, checkpoint: Checkpoint, blocks_BT: np.ndarray, *, deciding: bool = False) -> None:
+    def open_stream(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        blocks_BT: np.ndarray,
+        *,
+        deciding: bool = False,
+        measures_change: bool = False,
+    ) -> None:
         """Spread token blocks (B, T), int32, over the shards, in order and evenly.
 
         Args:
@@ -186,16 +194,23 @@ class ShardGroup:
             checkpoint: the model that they pass.
             blocks_BT: the blocks.
             deciding: whether branches will wait for decisions, so that their outputs are held.
+            measures_change: whether it is seen what layers change, so that what enters them is held.
 
         Raises:
             InputError: a worker has not the memory for it.
         """
         device = torch.device(self._placement.device)
-        footprint = Footprint.of(checkpoint, device, deciding=deciding)
-        self._open(name, blocks_BT, footprint, "open_stream", checkpoint)
+        footprint = Footprint.of(checkpoint, device, deciding=deciding, measures_change=measures_change)
+        self._open(name, blocks_BT, footprint, "open_stream", (checkpoint,), measures_change)
 
     def _open(
-        self, name: str, blocks_BT: np.ndarray, footprint: Footprint, method: str, *checkpoints: Checkpoint
+        self,
+        name: str,
+        blocks_BT: np.ndarray,
+        footprint: Footprint,
+        method: str,
+        checkpoints: tuple[Checkpoint, ...],
+        *settings: Any,
     ) -> None:
         self.start()
         at_once = self._settle(name, lambda: self._tokens_at_once(footprint, blocks_BT))
@@ -208,7 +223,7 @@ class ShardGroup:
         self._streams[name] = SharedStream(shares, blocks_BT.size)
         get_in_order(
             [
-                getattr(share.actor, method).remote(share.stream, *models, part)
+                getattr(share.actor, method).remote(share.stream, *models, part, *settings)
                 for share, part in zip(shares, parts, strict=True)
             ]
         )
@@ -231,15 +246,19 @@ class ShardGroup:
         return self._merged(name, "observe", layer, branch)
 
     def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-        """Pass a branch as it is; return references to the merged moments, and to E|h|^2 of what it leaves."""
+        """Pass a branch as it is; return references to the merged moments, and to two powers.
+
+        Those are E|h|^2 of the states that it leaves, and of what the layer has added to them so far, where that is
+        measured, else None.
+        """
         stream = self._streams[name]
         calls = [
             share.actor.observe_dense.options(num_returns=2).remote(share.stream, layer, branch)
             for share in stream.shares
         ]
-        observed, powers = zip(*calls, strict=True)
+        observed, passages = zip(*calls, strict=True)
         merged = merge_on_actors([share.actor for share in stream.shares], list(observed))
-        return merged, stream.first.actor.mean.remote(*powers)
+        return merged, stream.first.actor.mean_powers.remote(*passages)
 
     def decide_heads(self, name: str, layer: int, observed: ray.ObjectRef, **counts: Any) -> Decision:
         """Decide a layer's attention, where its moments were merged."""
@@ -257,10 +276,24 @@ class ShardGroup:
         """Return the mean negative log-likelihood per token of a stream that has passed every layer."""
         return _mean(get_in_order(self._streams[name].call("negative_log_likelihood")))
 
-    def open_refinement(self, name: str, dense: Checkpoint, pruned: Checkpoint, blocks_BT: np.ndarray) -> None:
-        """Spread blocks over the shards, each to pass the dense and the pruned model side by side."""
+    def open_refinement(
+        self, name: str, dense: Checkpoint, pruned: Checkpoint, blocks_BT: np.ndarray, origins: Sequence[int]
+    ) -> None:
+        """Spread blocks over the shards, each to pass the dense and the pruned model side by side.
+
+        Args:
+            name: what the stream is called from here on.
+            dense: the model as it was.
+            pruned: the model as it is pruned; layers are numbered as here.
+            blocks_BT: the blocks, int32.
+            origins: which dense layer each of the pruned ones is.
+        """
         footprint = Footprint.of_refinement(dense, pruned, torch.device(self._placement.device))
-        self._open(name, blocks_BT, footprint, "open_refinement", dense, pruned)
+        self._open(name, blocks_BT, footprint, "open_refinement", (dense, pruned), tuple(origins))
+
+    def forward_dropped(self, name: str, layer: int) -> None:
+        """Pass a dense layer that the pruned model has not."""
+        get_in_order(self._streams[name].call("forward_dropped", layer))
 
     def align(self, name: str, layer: int, branch: Branch) -> Refined:
         """Observe both streams' inputs of a branch, align every shard's pruned one; return its input projections."""

@@ -6,6 +6,7 @@ What a method returns is a function of its arguments and of the decisions applie
 import os
 import resource
 import socket
+from collections.abc import Sequence
 from functools import partial, reduce
 from pathlib import Path
 from tempfile import gettempdir
@@ -23,7 +24,7 @@ from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.refinement import RefinementStream, solve_alignment, solve_refit
 from slimllm_ops.routing import Observed
 from slimllm_ops.states import SpilledStates, StateStore
-from slimllm_ops.stream import LayerStream, Mean
+from slimllm_ops.stream import LayerStream, Mean, Passage
 
 # The read-back of a checkpoint compares the states of so many first tokens: causal, so they need no others.
 PROBED_TOKENS = 64
@@ -51,9 +52,11 @@ class Shard:
         self._streams: dict[str, LayerStream] = {}
         self._refinements: dict[str, RefinementStream] = {}
 
-    def open_stream(self, name: str, checkpoint: Checkpoint, batches: list[np.ndarray]) -> None:
+    def open_stream(
+        self, name: str, checkpoint: Checkpoint, batches: list[np.ndarray], measures_change: bool = False
+    ) -> None:
         """Embed batches of token blocks, each (b, T) int32, as the input of a model's first layer."""
-        self._streams[name] = self._stream(checkpoint, batches)
+        self._streams[name] = self._stream(checkpoint, batches, measures_change)
 
     def close_stream(self, name: str) -> None:
         """Give a stream's memory back."""
@@ -74,13 +77,14 @@ class Shard:
         """Run a branch up to its output projection; return the moments of what came out, and hold it until `apply`."""
         return self._streams[name].observe(layer, branch)
 
-    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[Observed, Mean]:
-        """Pass a branch as it is; return its moments, and the summed squares of the states that it leaves."""
+    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[Observed, Passage]:
+        """Pass a branch as it is; return its moments, and the summed squares of what it leaves."""
         return self._streams[name].observe_dense(layer, branch)
 
-    def mean(self, *parts: Mean) -> float:
-        """Return the mean over all shards' tokens."""
-        return reduce(Mean.merge, parts).value
+    def mean_powers(self, *parts: Passage) -> tuple[float, float | None]:
+        """Return the means over all shards' tokens of what a branch left: the states' power, the layer's change."""
+        whole = reduce(Passage.merge, parts)
+        return whole.power.value, None if whole.change is None else whole.change.value
 
     def merge(self, left: Observed, right: Observed) -> Observed:
         """Return the observation of both sets of tokens; both are of one branch, and so of one kind."""
@@ -130,10 +134,16 @@ class Shard:
         """Add the observed branch's output, pruned or dense, to the hidden states; return their summed squares."""
         return self._streams[name].apply(layer, branch, decision)
 
-    def open_refinement(self, name: str, dense: Checkpoint, pruned: Checkpoint, batches: list[np.ndarray]) -> None:
+    def open_refinement(
+        self, name: str, dense: Checkpoint, pruned: Checkpoint, batches: list[np.ndarray], origins: Sequence[int]
+    ) -> None:
         """Embed batches of token blocks in the dense and in the pruned model, side by side."""
         self.open_stream(name, pruned, batches)
-        self._refinements[name] = RefinementStream(self._stream(dense, batches), self._streams[name])
+        self._refinements[name] = RefinementStream(self._stream(dense, batches), self._streams[name], origins)
+
+    def forward_dropped(self, name: str, layer: int) -> None:
+        """Pass a dense layer that the pruned model has not."""
+        self._refinements[name].forward_dropped(layer)
 
     def observe_inputs(self, name: str, layer: int, branch: Branch) -> PackedObservation:
         """Return the joint moments of a branch's input in the pruned stream, and of what the dense one adds."""
@@ -197,9 +207,9 @@ class Shard:
         # Received arrays are read-only views of shared memory.
         return {name: torch.from_numpy(array.copy()).to(self._device) for name, array in refined.items()}
 
-    def _stream(self, checkpoint: Checkpoint, batches: list[np.ndarray]) -> LayerStream:
+    def _stream(self, checkpoint: Checkpoint, batches: list[np.ndarray], measures_change: bool = False) -> LayerStream:
         tensors = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
-        return LayerStream(checkpoint, tensors, self._device, self._store)
+        return LayerStream(checkpoint, tensors, self._device, self._store, measures_change=measures_change)
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

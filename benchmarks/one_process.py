@@ -196,18 +196,17 @@ def prune_gram(run: Run) -> Stages:
         shard = run.shard()
     for layer in range(source.num_layers):
         shape = layer_shape(source.config, layer)
-        seen, paths, power = [], [], 0.0
+        seen, paths, passage = [], [], None
         for branch, num_units in zip(
             _branches(source), (shape.num_attention_units, shape.intermediate_size), strict=True
         ):
             with stages.timed("observing"):
-                observed, mean = shard.observe_dense("a", layer, branch)
-                power = mean.value
+                observed, passage = shard.observe_dense("a", layer, branch)
             with stages.timed("eliminating"):
                 paths.append(ModulePath(*eliminate_module(run.weight(layer, branch), observed, num_units, "")))
             seen.append(observed)
         with stages.timed("storing moments"):
-            store.save(layer, LayerPaths(*paths, power), *seen)
+            store.save(layer, LayerPaths(*paths, passage.power.value), *seen)
     shard.close_stream("a")
     _write_models(run, store, stages, (0.2, 0.3, 0.5))
     forward, moments = _forward_operations(source), _moment_operations(source)

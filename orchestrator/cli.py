@@ -55,6 +55,7 @@ OPTIONS = {
     "uniform": click.option("--uniform", is_flag=True, default=None, help="As many heads and channels in every layer."),
     "multiple_of": click.option("--multiple-of", type=int, metavar="N", help="Keep channels by multiples of N. [1]"),
     "no_bias": click.option("--no-bias", is_flag=True, default=None, help="Recover without new biases."),
+    "drop_layers": click.option("--drop-layers", is_flag=True, default=None, help="gram: whole layers may go too."),
     "calibration": click.option("--calibration", metavar="SPEC", help="Text or tokens. [builtin:calibration]"),
     "samples": click.option("--samples", type=int, metavar="N", help="Blocks of calibration text. [128]"),
     "sequence_length": click.option("--sequence-length", type=int, metavar="N", help="Tokens per block. [2048]"),
@@ -100,10 +101,10 @@ def prune(config_file: Path | None, **flags: Any) -> None:
 
 @main.command()
 @click.argument("model", required=False)
-@with_options("output", "overwrite", "resume", *DATA, *CLUSTER, "config")
+@with_options("output", "overwrite", "resume", "drop_layers", *DATA, *CLUSTER, "config")
 def calibrate(config_file: Path | None, **flags: Any) -> None:
     """Keep MODEL's moments, for `prune --method gram --moments` at any sparsity with no forward pass."""
-    config = _configure(PruneConfig, config_file, flags)
+    config = _configure(PruneConfig, config_file, flags | {"method": "gram"})
     _run(lambda: _calibrate(config))
 
 

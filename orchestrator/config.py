@@ -36,6 +36,7 @@ class PruneConfig:
     uniform: bool = False
     multiple_of: int = 1
     no_bias: bool = False
+    drop_layers: bool = False
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 2048
@@ -94,7 +95,7 @@ class PruneConfig:
                 f"{name} says how layers differ, and uniform that they do not: give one of them",
             )
         if self.method == "slimllm":
-            for name in ("refine", "moments"):
+            for name in ("refine", "moments", "drop_layers"):
                 _require(not getattr(self, name), f"{name} belongs to --method gram: add that, or leave {name} out")
         else:
             for name in ("ratio", "pruned_layers", "alpha"):
@@ -128,7 +129,7 @@ class CompareConfig(PruneConfig):
         self._check_targets()
         _require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
         _require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
-        for name in ("refine", "moments", "register", "resume", "uniform", "no_bias"):
+        for name in ("refine", "moments", "register", "resume", "uniform", "no_bias", "drop_layers"):
             _require(not getattr(self, name), f"{name} is a setting of prune: leave it out of a comparison")
 
 

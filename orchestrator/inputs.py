@@ -76,11 +76,16 @@ def load_inputs(config: PruneConfig) -> Inputs:
     source = Checkpoint.open(resolve_model(config.model))
     if config.refine:
         require_refinable(source.family)
-    form = Form(uniform=config.uniform, multiple_of=config.multiple_of, with_bias=not config.no_bias)
+    form = Form(
+        uniform=config.uniform,
+        multiple_of=config.multiple_of,
+        with_bias=not config.no_bias,
+        drop_layers=config.drop_layers,
+    )
     sizes = form.sizes([measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)])
     for sparsity in config.targets:
         if sparsity is not None:
-            require_reachable(sizes, sparsity)
+            require_reachable(sizes, sparsity, drop_layers=form.drop_layers)
     defaults = (BUILTIN_HELDOUT,) if config.calibration is None and config.moments is None else ()
     specs = config.evaluate or defaults
     digest = source.digest()
@@ -103,6 +108,11 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str) -> C
         raise InputError(
             f"the moments in {config.moments} are of {manifest['model']} with weights {manifest['model_digest'][:12]}, "
             f"{source.directory} has {digest[:12]}: run `slimllm calibrate` on this model"
+        )
+    if config.drop_layers and not manifest.get("drop_layers"):
+        raise InputError(
+            f"the moments in {config.moments} do not say what each layer changes, by which layers are to be dropped: "
+            f"run `slimllm calibrate --drop-layers`"
         )
     try:
         kept = Calibration(**manifest["calibration"])

@@ -96,12 +96,14 @@ class Draft:
 
     def commit(self, plan: LayerPlan, state_TD: np.ndarray) -> None:
         """Write the next layer by its plan; `state_TD` is what it leaves of the tokens that are followed."""
-        self.writer.write_layer(len(self.log), plan)
+        if not plan.dropped:
+            self.writer.write_layer(len(self.log), plan, self.log.num_kept)
         self.log.commit(plan, state_TD)
 
     def commit_tensors(self, plan: LayerPlan, tensors: dict[str, Tensor], state_TD: np.ndarray) -> None:
-        """Write the next layer's tensors, by their names in it."""
-        self.writer.write_tensors(len(self.log), tensors)
+        """Write the next layer's tensors, by their names in it; none where the layer is dropped."""
+        if not plan.dropped:
+            self.writer.write_tensors(self.log.num_kept, tensors)
         self.log.commit(plan, state_TD)
 
     def finish(self) -> Checkpoint:

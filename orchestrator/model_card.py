@@ -30,6 +30,7 @@ is imported, it is not needed.
 |---|---|---|
 | parameters | {parameters_before:,} | {parameters_after:,} |
 | parameters of the decoder layers | {layer_parameters_before:,} | {layer_parameters_after:,} |
+| decoder layers | {layers_before} | {layers_after} |
 {perplexity}
 Calibrated on {tokens:,} tokens of `{calibration}` (digest `{digest}`), seed {seed}.
 `pruning/plan.json` has every decision and setting, `pruning/importance.parquet` the score of every unit.
@@ -50,6 +51,8 @@ def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], to
         parameters_after=totals.parameters_after,
         layer_parameters_before=totals.layer_parameters_before,
         layer_parameters_after=totals.layer_parameters_after,
+        layers_before=totals.layers_before,
+        layers_after=totals.layers_after,
         perplexity="".join(rows),
         tokens=totals.calibration_tokens,
         calibration=inputs.calibration.spec,

@@ -23,6 +23,7 @@ from slimllm_ops.budget import Candidate
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import Branch, layer_shape
 from slimllm_ops.form import Form
+from slimllm_ops.layer_budget import Spent, layer_candidates, spend_on_layers_too
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
 from slimllm_ops.one_pass import candidates_of
@@ -34,20 +35,36 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Ranked:
-    """Every module's candidate for a method, layer by layer, attention before the MLP, and the form to be met."""
+    """What a method can take, and the form to be met.
+
+    Attributes:
+        method: the method.
+        candidates: every module, layer by layer, attention before the MLP.
+        form: what is asked of the shapes.
+        layers: every layer as a whole, where layers may go.
+    """
 
     method: Method
     candidates: list[Candidate]
     form: Form
+    layers: Sequence[Candidate] = ()
 
-    def removals(self, targets: Sequence[int]) -> list[list[int]]:
-        """Return, for every module, how many units it gives at each target of removed parameters.
+    def relative_change(self, layer: int) -> float | None:
+        """Return what a layer adds to the states that leave it, relative to them, where it was measured."""
+        if not self.layers:
+            return None
+        return self.layers[layer].output_variance / max(self.layers[layer].stream_power, 1e-300)
+
+    def spend(self, target: int) -> Spent:
+        """Return what goes, to remove so many parameters.
 
         Raises:
-            InputError: a target is not reachable.
+            InputError: the target is not reachable.
         """
-        spent = [self.form.spend(self.method.spend, self.candidates, target) for target in targets]
-        return [list(counts) for counts in zip(*spent, strict=True)]
+        spend = partial(self.form.spend, self.method.spend)
+        if not self.form.drop_layers:
+            return Spent(tuple(spend(self.candidates, target)))
+        return spend_on_layers_too(self.layers, self.candidates, target, spend)
 
 
 def prune_one_pass(job: Job, targets: list[Target]) -> None:
@@ -83,15 +100,15 @@ def calibrate(job: Job, store: MomentStore) -> None:
 def _observe(job: Job, store: MomentStore) -> None:
     shards, num_layers, tokens = job.shards, job.source.num_layers, job.inputs.calibration.num_tokens
     first = store.num_saved(num_layers)
-    shards.open_stream(DENSE, job.source, job.inputs.calibration_blocks())
+    shards.open_stream(DENSE, job.source, job.inputs.calibration_blocks(), measures_change=job.inputs.form.drop_layers)
     for layer in job.reporter.layers("replaying", first, tokens):
         shards.forward_pruned(DENSE, layer, LayerPlan())
     solved = results(_observe_layers(job, range(first, num_layers)))
     for layer in job.reporter.layers("calibrating", num_layers, tokens, first):
-        attention, mlp, attention_path, mlp_path, power = next(solved)
+        attention, mlp, attention_path, mlp_path, powers = next(solved)
         for observed in (attention, mlp):
             observed.require_tokens(tokens, f"layer {layer}")
-        store.save(layer, LayerPaths(ModulePath(*attention_path), ModulePath(*mlp_path), power), attention, mlp)
+        store.save(layer, LayerPaths(ModulePath(*attention_path), ModulePath(*mlp_path), *powers), attention, mlp)
     shards.close_stream(DENSE)
 
 
@@ -101,6 +118,7 @@ def moments_of(inputs: Inputs) -> dict[str, Any]:
         "model": inputs.name,
         "model_digest": inputs.source_digest,
         "calibration": inputs.calibration.describe(),
+        "drop_layers": inputs.form.drop_layers,
     }
 
 
@@ -162,9 +180,9 @@ def _observe_layers(job: Job, layers: range) -> Iterator[tuple[Any, ...]]:
         shape = layer_shape(source.config, layer)
         attention_ref, _ = shards.observe_dense(DENSE, layer, attention)
         attention_path = pool.eliminate(layer, attention, attention_ref, shape.num_attention_units)
-        mlp_ref, power = shards.observe_dense(DENSE, layer, mlp)
+        mlp_ref, powers = shards.observe_dense(DENSE, layer, mlp)
         mlp_path = pool.eliminate(layer, mlp, mlp_ref, shape.intermediate_size)
-        yield attention_ref, mlp_ref, attention_path, mlp_path, power
+        yield attention_ref, mlp_ref, attention_path, mlp_path, powers
 
 
 def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method, form: Form) -> Ranked:
@@ -175,7 +193,8 @@ def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, metho
     else:
         rankings = list(results(_submit_rankings(pool, source, store, method, form)))
     sizes = [measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)]
-    return Ranked(method, candidates_of(sizes, paths, rankings), form)
+    layers = layer_candidates(sizes, paths) if form.drop_layers else ()
+    return Ranked(method, candidates_of(sizes, paths, rankings), form, layers)
 
 
 def decide_layers(
@@ -187,9 +206,14 @@ def decide_layers(
     layers: range,
 ) -> Iterator[list[LayerPlan]]:
     """Yield, for each of the layers, its plan at each target of removed parameters."""
-    submissions = _submit_decisions(pool, source, store, ranked, ranked.removals(targets), layers)
-    for attention, mlp in results(submissions):
-        yield [LayerPlan(attention=a, mlp=m) for a, m in zip(attention, mlp, strict=True)]
+    spent = [ranked.spend(target) for target in targets]
+    decided = results(_submit_decisions(pool, source, store, ranked, spent, layers))
+    for layer, (attention, mlp) in zip(layers, decided, strict=True):
+        change = ranked.relative_change(layer)
+        yield [
+            LayerPlan(attention=heads, mlp=channels, relative_change=change, dropped=layer in one.dropped)
+            for heads, channels, one in zip(attention, mlp, spent, strict=True)
+        ]
 
 
 def target_parameters(source: Checkpoint, sparsity: float | None) -> int:
@@ -215,7 +239,7 @@ def _submit_decisions(
     source: Checkpoint,
     store: MomentStore,
     ranked: Ranked,
-    removals: list[list[int]],
+    spent: Sequence[Spent],
     layers: range,
 ) -> Iterator[tuple[ray.ObjectRef, ...]]:
     for layer in layers:
@@ -226,7 +250,7 @@ def _submit_decisions(
                 ray.put(store.load_moments(layer, module)),
                 ranked.method,
                 ranked.candidates[2 * layer + number].ranking,
-                removals[2 * layer + number],
+                [one.units[2 * layer + number] for one in spent],
                 ranked.form.with_bias,
             )
             for number, (module, branch) in enumerate(_branches(source))

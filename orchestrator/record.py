@@ -41,6 +41,8 @@ class Totals:
     parameters_after: int
     layer_parameters_before: int
     layer_parameters_after: int
+    layers_before: int
+    layers_after: int
     bytes_before: int
     bytes_after: int
     perplexity: dict[str, tuple[float, float]]
@@ -73,6 +75,8 @@ class Totals:
             "parameters_after": self.parameters_after,
             "layer_parameters_before": self.layer_parameters_before,
             "layer_parameters_after": self.layer_parameters_after,
+            "layers_before": self.layers_before,
+            "layers_after": self.layers_after,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "tokens_per_second": self.tokens_per_second,
@@ -109,6 +113,8 @@ def count_totals(
         parameters_after=after,
         layer_parameters_before=layers_before,
         layer_parameters_after=layers_after,
+        layers_before=inputs.source.num_layers,
+        layers_after=pruned.num_layers,
         bytes_before=inputs.source.num_bytes(),
         bytes_after=pruned.num_bytes(),
         perplexity=perplexity,
@@ -186,6 +192,8 @@ def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None
     # Only the paper's method measures similarities and follows ratios.
     if plan.similarity is not None and plan.ratio is not None:
         metrics |= {"cosine": plan.similarity, "ratio": plan.ratio}
+    if plan.relative_change is not None:
+        metrics["relative_change"] = plan.relative_change
     if plan.mlp is not None and source.family.mlp.reading.experts is not None:
         metrics["idle_experts"] = len(plan.mlp.idle_experts)
     run.log_metrics(metrics, step=layer)
@@ -257,11 +265,15 @@ def _layer_kept(source: Checkpoint, layer: int, plan: LayerPlan) -> LayerKept:
     group = shape.num_attention_heads // shape.num_key_value_heads
     return LayerKept(
         layer=layer,
-        heads_kept=len(plan.attention.kept) * group if plan.attention else shape.num_attention_heads,
+        heads_kept=0 if plan.dropped else _num_kept(plan.attention, shape.num_key_value_heads) * group,
         heads_total=shape.num_attention_heads,
-        channels_kept=len(plan.mlp.kept) if plan.mlp else shape.num_channels,
+        channels_kept=0 if plan.dropped else _num_kept(plan.mlp, shape.num_channels),
         channels_total=shape.num_channels,
     )
+
+
+def _num_kept(decision: Decision | None, whole: int) -> int:
+    return whole if decision is None else len(decision.kept)
 
 
 def _scored(layers: Sequence[LayerPlan]) -> dict[str, list[ScoredUnits]]:

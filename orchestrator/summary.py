@@ -24,6 +24,8 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
         table.add_column(heading, justify="left" if not heading else "right")
     _add_row(table, "parameters", totals.parameters_before, totals.parameters_after, "{:,}")
     _add_row(table, "  of the layers", totals.layer_parameters_before, totals.layer_parameters_after, "{:,}")
+    if totals.layers_after < totals.layers_before:
+        _add_row(table, "layers", totals.layers_before, totals.layers_after, "{:,}")
     _add_row(table, "weights, MB", totals.bytes_before / 1e6, totals.bytes_after / 1e6, "{:,.1f}")
     for spec, (dense, pruned) in totals.perplexity.items():
         _add_row(table, f"perplexity, {Path(spec).name}", dense, pruned, "{:,.3f}")

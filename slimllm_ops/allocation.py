@@ -38,6 +38,8 @@ class LayerSize:
     parameters: int
     # A channel is then one of each expert.
     num_experts: int = 1
+    # Layers that are to be alike are one size, of all of them.
+    num_layers: int = 1
 
     def removed_parameters(self, units: int, channels: int) -> int:
         """Return how many parameters the layer has fewer without so many units and channels."""
@@ -177,8 +179,13 @@ def budget_by_sparsity(
     return nearest
 
 
-def require_reachable(sizes: Sequence[LayerSize], sparsity: float) -> None:
+def require_reachable(sizes: Sequence[LayerSize], sparsity: float, *, drop_layers: bool = False) -> None:
     """Raise unless so much can be removed with one KV group and one channel left in every layer.
+
+    Args:
+        sizes: what each layer is made of.
+        sparsity: fraction of the layers' parameters to remove.
+        drop_layers: whether layers may go as a whole, all but one.
 
     Raises:
         InputError: it cannot, or is less than any unit; the message says how much can.
@@ -189,12 +196,16 @@ def require_reachable(sizes: Sequence[LayerSize], sparsity: float) -> None:
             f"sparsity {sparsity:g} removes nothing: the smallest head (KV group) or channel is "
             f"{math.ceil(1e6 * least / total) / 1e6:g} of the layers; ask for that at least"
         )
-    if int(sparsity * sum(size.parameters for size in sizes)) > _most_removable(sizes):
-        raise _unreachable(sizes, sparsity)
+    if int(sparsity * total) > _most_removable(sizes, drop_layers):
+        raise _unreachable(sizes, sparsity, drop_layers)
 
 
-def _most_removable(sizes: Sequence[LayerSize]) -> int:
-    return sum(size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes)
+def _most_removable(sizes: Sequence[LayerSize], drop_layers: bool = False) -> int:
+    most = [size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes]
+    if not drop_layers:
+        return sum(most)
+    least_layer = min((size.parameters - gone) // size.num_layers for size, gone in zip(sizes, most, strict=True))
+    return sum(size.parameters for size in sizes) - least_layer
 
 
 def _least_removable(sizes: Sequence[LayerSize]) -> int | None:
@@ -203,10 +214,11 @@ def _least_removable(sizes: Sequence[LayerSize]) -> int | None:
     return min(units + [size.removed_parameters(0, 1) for size in sizes if size.num_channels > 1], default=None)
 
 
-def _unreachable(sizes: Sequence[LayerSize], sparsity: float) -> InputError:
-    reachable = _most_removable(sizes) / sum(size.parameters for size in sizes)
+def _unreachable(sizes: Sequence[LayerSize], sparsity: float, drop_layers: bool = False) -> InputError:
+    reachable = _most_removable(sizes, drop_layers) / sum(size.parameters for size in sizes)
+    left = "in one layer" if drop_layers else "in every layer"
     return InputError(
-        f"sparsity {sparsity:g} is not reachable: with one head (KV group) and one channel left in every layer "
+        f"sparsity {sparsity:g} is not reachable: with one head (KV group) and one channel left {left} "
         f"it is {reachable:.3f}; ask for less"
     )
 

@@ -40,8 +40,13 @@ class CommitLog:
             self.plans.append(LayerPlan.parse(json.loads(path.read_text())))
 
     def __len__(self) -> int:
-        """How many layers are committed."""
+        """How many layers are committed, those that are dropped included."""
         return len(self.plans)
+
+    @property
+    def num_kept(self) -> int:
+        """How many of them the pruned model has."""
+        return sum(not plan.dropped for plan in self.plans)
 
     def begin(self, ids_T: np.ndarray, state_TD: np.ndarray) -> None:
         """Note the tokens whose states are followed, and their states before the first layer."""
@@ -62,9 +67,10 @@ class CommitLog:
         return self._state(len(self) - 1)
 
     def probe(self) -> Probe:
-        """Return the states that were followed."""
+        """Return the states that were followed, of the layers that the pruned model has."""
+        kept = [layer for layer, plan in enumerate(self.plans) if not plan.dropped]
         with np.load(self._directory / "start.npz") as start:
-            return Probe(start["ids_T"], [self._state(layer) for layer in range(-1, len(self))])
+            return Probe(start["ids_T"], [self._state(layer) for layer in (-1, *kept)])
 
     def _state(self, layer: int) -> np.ndarray:
         """Return the states after a layer; -1 is before the first."""

@@ -35,13 +35,16 @@ class Footprint:
     activations_per_token: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, device: torch.device, *, deciding: bool) -> "Footprint":
+    def of(
+        cls, checkpoint: Checkpoint, device: torch.device, *, deciding: bool, measures_change: bool = False
+    ) -> "Footprint":
         """Return what a stream takes on a device.
 
         Args:
             checkpoint: the model that it passes.
             device: where it computes.
             deciding: whether its worker decides, so that a branch's activations wait for the decision.
+            measures_change: whether what enters a layer is held, to see what the layer changes.
         """
         values, sums = compute_dtype(device).itemsize, accumulation_dtype(device).itemsize
         hidden, widths = checkpoint.config.hidden_size, _widths(checkpoint)
@@ -52,7 +55,7 @@ class Footprint:
         # Where there are experts, it is held which of them a token was sent to.
         routes = torch.int64.itemsize * chosen if family.mlp.reading.experts is not None else 0
         # The MLP of a parallel layer reads what entered the layer, which is held beside the residual stream.
-        held = 2 if family.is_parallel(config) else 1
+        held = 2 if measures_change or family.is_parallel(config) else 1
         layers = [checkpoint.layer_names(layer) for layer in range(checkpoint.num_layers)]
         return cls(
             layers=2 * values * max(map(checkpoint.num_parameters, layers)),

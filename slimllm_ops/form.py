@@ -24,11 +24,13 @@ class Form:
         uniform: whether every layer has the same numbers of heads and channels.
         multiple_of: what the number of channels that a layer keeps is a multiple of.
         with_bias: whether recovery may add a bias to an output projection.
+        drop_layers: whether layers may go as a whole.
     """
 
     uniform: bool = False
     multiple_of: int = 1
     with_bias: bool = True
+    drop_layers: bool = False
 
     def sizes(self, sizes: Sequence[LayerSize]) -> list[LayerSize]:
         """Return what a budget is spent on: every layer with its channels in steps, or all of them as one.
@@ -97,4 +99,5 @@ class Form:
             mlp_bias_parameters=first.mlp_bias_parameters * number,
             parameters=first.parameters * number,
             num_experts=first.num_experts,
+            num_layers=number,
         )

@@ -6,7 +6,7 @@ What is checked here is what is parsed: the file is read once, no other file tha
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ OPTIONAL_SIZES = {
 }
 # Lists with a number for each layer, of pruned models alone.
 PER_LAYER_SIZES = ("num_attention_heads_per_layer", "num_key_value_heads_per_layer", "intermediate_size_per_layer")
+# Lists with a value for each layer, of families that have layers of several kinds.
+PER_LAYER_KINDS = ("layer_types", "no_rope_layers")
 PER_LAYER_FLAGS = ("attention_output_bias_per_layer", "mlp_output_bias_per_layer")
 # What changes how a model is built or stored, in ways that no family here has.
 UNSUPPORTED = {
@@ -68,6 +70,13 @@ def read_config(directory: Path) -> PretrainedConfig:
     # Any: transformers and its validators raise a dozen kinds, and a config that they refuse is always the cause.
     except Exception as error:
         raise wrong_config(directory, error) from error
+
+
+def kept_layers(described: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """Return a config as JSON has it, of the model that has only some of its layers."""
+    lists = (*PER_LAYER_SIZES, *PER_LAYER_FLAGS, *PER_LAYER_KINDS)
+    of_kept = {key: [described[key][layer] for layer in kept] for key in lists if described.get(key) is not None}
+    return described | of_kept | {"num_hidden_layers": len(kept)}
 
 
 def wrong_config(directory: Path, error: Exception) -> CheckpointError:

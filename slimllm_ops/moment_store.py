@@ -1,9 +1,11 @@
 """Moments on disk: a calibration pass that is kept, a layer a file, so that pruning needs no forward pass.
 
 MOMENTS/moments.json            which model and data they are of, by digest
-MOMENTS/layer-00000.safetensors     for attention and mlp: count, mean, scatter (block rows of its triangle),
-input_squares, powers, and gram's elimination path: order, costs; of an mlp of experts, their number, tokens and powers,
-and what else there is of each that tokens were sent to, as mlp.0.count and so on
+MOMENTS/layer-00000.safetensors     stream_power, and change where layers may go as a whole
+
+and for attention and mlp: count, mean, scatter (block rows of its triangle), input_squares, powers, and gram's
+elimination path: order, costs; of an mlp of experts, their number, tokens and powers, and what else there is of each
+that tokens were sent to, as mlp.0.count and so on
 """
 
 from collections.abc import Iterator
@@ -41,11 +43,19 @@ class ModulePath:
 
 @dataclass(frozen=True)
 class LayerPaths:
-    """The paths of a decoder layer's modules; `stream_power` is E|h|^2 of the layer's output."""
+    """The paths of a decoder layer's modules, and what the layer does as a whole.
+
+    Attributes:
+        attention: of its heads.
+        mlp: of its channels.
+        stream_power: E|h|^2 of the layer's output.
+        change: E|h_out - h_in|^2, the error of a model without the layer; None where it was not measured.
+    """
 
     attention: ModulePath
     mlp: ModulePath
     stream_power: float
+    change: float | None = None
 
 
 class MomentStore:
@@ -57,6 +67,8 @@ class MomentStore:
     def save(self, layer: int, paths: LayerPaths, attention: Observed, mlp: Observed) -> None:
         """Write a layer's file."""
         arrays = {"stream_power": np.array([paths.stream_power])}
+        if paths.change is not None:
+            arrays["change"] = np.array([paths.change])
         for module, path, observed in (("attention", paths.attention, attention), ("mlp", paths.mlp, mlp)):
             packed = _pack_path(path) | _pack(observed)
             arrays |= {f"{module}.{name}": np.ascontiguousarray(array) for name, array in packed.items()}
@@ -82,7 +94,8 @@ class MomentStore:
                 )
                 for module in MODULES
             )
-            return LayerPaths(attention, mlp, _list(file, "stream_power")[0])
+            change = _list(file, "change")[0] if "change" in file.keys() else None  # noqa: SIM118 - no mapping
+            return LayerPaths(attention, mlp, _list(file, "stream_power")[0], change)
 
     def load_moments(self, layer: int, module: str) -> Observed:
         """Read the moments of a layer's "attention" or "mlp".

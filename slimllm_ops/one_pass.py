@@ -85,6 +85,8 @@ def decide_module(
     Raises:
         SolveError: the kept inputs' moments cannot be factorised.
     """
+    if not any(removals):
+        return [None] * len(removals)
     if isinstance(observed, PackedExperts):
         return refit_experts(weight_DP, observed, method.recover, ranking, removals, described)
     projection = Projection.of(observed.unpack(weight_DP.device, with_bias).moments, weight_DP)

@@ -13,6 +13,8 @@ from slimllm_ops.least_squares import Refit
 from slimllm_ops.recovery import Line
 
 Recovery = Line | Refit
+# What a layer's plan says beside its decisions.
+LAYER_FIELDS = ("similarity", "ratio", "relative_change", "dropped")
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One decoder layer: its decisions; None leaves a module whole.
+    """One decoder layer of the dense model: its decisions; None leaves a module whole.
 
-    The paper's method allocates by the layer's similarity s_l and its ratio; other methods have none.
+    The paper's method allocates by the layer's similarity s_l and its ratio; other methods have none. Where layers may
+    go as a whole, `relative_change` is E|h_out - h_in|^2 / E|h_out|^2, and a layer that is `dropped` is not in the
+    pruned model, whose layers are those that stay, in their order.
     """
 
     attention: Decision | None = None
     mlp: Decision | None = None
     similarity: float | None = None
     ratio: float | None = None
+    relative_change: float | None = None
+    dropped: bool = False
 
     def recorded(self) -> "LayerPlan":
         """Return the layer as a plan keeps it."""
@@ -70,18 +76,14 @@ class LayerPlan:
 
     def describe(self) -> dict[str, Any]:
         """Return the layer as JSON has it."""
-        return {
-            "similarity": self.similarity,
-            "ratio": self.ratio,
-            "attention": _describe(self.attention),
-            "mlp": _describe(self.mlp),
-        }
+        decisions = {"attention": _describe(self.attention), "mlp": _describe(self.mlp)}
+        return {name: getattr(self, name) for name in LAYER_FIELDS} | decisions
 
     @classmethod
     def parse(cls, described: dict[str, Any]) -> "LayerPlan":
         """Return the layer that `describe` described."""
         attention, mlp = _parse(described["attention"]), _parse(described["mlp"])
-        return cls(attention, mlp, described["similarity"], described["ratio"])
+        return cls(attention, mlp, **{name: described[name] for name in LAYER_FIELDS})
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ calibration tokens are few.
 Shapes: N tokens, D hidden size, S kept inputs of an output projection.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -51,11 +51,18 @@ def require_refinable(family: Family) -> None:
 
 
 class RefinementStream:
-    """The dense and the pruned model's hidden states over the same blocks."""
+    """The dense and the pruned model's hidden states over the same blocks.
 
-    def __init__(self, dense: LayerStream, pruned: LayerStream) -> None:
+    Args:
+        dense: the dense model's.
+        pruned: the pruned model's; layers are numbered as in it.
+        origins: which dense layer each of the pruned ones is; those between are passed by `forward_dropped`.
+    """
+
+    def __init__(self, dense: LayerStream, pruned: LayerStream, origins: Sequence[int]) -> None:
         self._dense = dense
         self.pruned = pruned
+        self._origins = origins
         self._kept_inputs = pruned.store()
 
     @torch.inference_mode()
@@ -82,9 +89,13 @@ class RefinementStream:
 
     def forward_refined(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Pass a layer whose refined tensors are known in both streams, without a look at its moments."""
-        self._dense.forward_pruned(layer, LayerPlan())
+        self.forward_dropped(self._origins[layer])
         self.replace(layer, tensors)
         self.pruned.forward_pruned(layer, LayerPlan())
+
+    def forward_dropped(self, layer: int) -> None:
+        """Pass a dense layer in the dense stream alone."""
+        self._dense.forward_pruned(layer, LayerPlan())
 
     @torch.inference_mode()
     def observe_targets(self, layer: int, branch: Branch) -> PackedObservation:
@@ -108,20 +119,22 @@ class RefinementStream:
         self.pruned.close()
 
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
-        entering = (stream.entering(layer, branch) for stream in (self._dense, self.pruned))
+        origin = self._origins[layer]
+        entering = (self._dense.entering(origin, branch), self.pruned.entering(layer, branch))
         for dense, pruned in zip(*entering, strict=True):
-            yield self._dense.normalise(layer, branch, dense), self.pruned.normalise(layer, branch, pruned)
+            yield self._dense.normalise(origin, branch, dense), self.pruned.normalise(layer, branch, pruned)
 
     def _targets(self, layer: int, branch: Branch) -> Iterator[Tensor]:
-        projection = self._dense.projection(layer, branch)
+        origin = self._origins[layer]
+        projection = self._dense.projection(origin, branch)
         states = zip(self._dense.hidden, self.pruned.hidden, self._normalised(layer, branch), strict=True)
         for index, (dense, pruned, (dense_input, pruned_input)) in enumerate(states):
-            output = projection(self._dense.run_branch(layer, branch, dense_input))
-            dense_after = dense + self._dense.contribution(layer, branch, output)
-            whole = projection(self._dense.run_branch(layer, branch, pruned_input))
+            output = projection(self._dense.run_branch(origin, branch, dense_input))
+            dense_after = dense + self._dense.contribution(origin, branch, output)
+            whole = projection(self._dense.run_branch(origin, branch, pruned_input))
             kept = self.pruned.run_branch(layer, branch, pruned_input)
-            missing = MIX * ((dense_after - pruned) - self._dense.contribution(layer, branch, whole))
-            target = whole + self._dense.change_of_output(layer, branch, whole, missing)
+            missing = MIX * ((dense_after - pruned) - self._dense.contribution(origin, branch, whole))
+            target = whole + self._dense.change_of_output(origin, branch, whole, missing)
             self._dense.hidden[index] = dense_after
             self._kept_inputs.append(kept)
             yield torch.cat([kept, target], dim=-1)

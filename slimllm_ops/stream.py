@@ -54,6 +54,25 @@ class Mean:
         return self.total / self.count
 
 
+@dataclass(frozen=True)
+class Passage:
+    """What a pass of a branch leaves: squared norms, summed over tokens.
+
+    Attributes:
+        power: of the states.
+        change: of what the layer has added to them so far; None where that is not measured.
+    """
+
+    power: Mean
+    change: Mean | None = None
+
+    def merge(self, other: "Passage") -> "Passage":
+        """Return the sums over both sets of tokens."""
+        if self.change is None or other.change is None:
+            return Passage(self.power.merge(other.power))
+        return Passage(self.power.merge(other.power), self.change.merge(other.change))
+
+
 class LayerStream:
     """The hidden states of batches of token blocks, on their way through a checkpoint.
 
@@ -62,16 +81,24 @@ class LayerStream:
         batches: token ids, each (b, T), int64.
         device: where the layers run; on the CPU in float32, on a GPU in bfloat16.
         store: makes what holds the batches' states; in the device's memory if it is not given.
+        measures_change: whether the states that enter a layer are held, to see what it changes.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, batches: list[Tensor], device: torch.device, store: StateStore = list
+        self,
+        checkpoint: Checkpoint,
+        batches: list[Tensor],
+        device: torch.device,
+        store: StateStore = list,
+        *,
+        measures_change: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = compute_dtype(device)
         self.batches = batches
         self.store = store
+        self._measures_change = measures_change
         self._multiplier = checkpoint.family.multiplier(checkpoint.config)
         self._parallel = checkpoint.family.is_parallel(checkpoint.config)
         self._model = _build_skeleton(checkpoint)
@@ -106,13 +133,13 @@ class LayerStream:
         return self.require_finite(seen.packed(), layer, branch)
 
     @torch.inference_mode()
-    def observe_dense(self, layer: int, branch: Branch) -> tuple[Observed, Mean]:
-        """Pass a branch as it is and return its moments; nothing but the residual stream is held.
+    def observe_dense(self, layer: int, branch: Branch) -> tuple[Observed, Passage]:
+        """Pass a branch as it is and return its moments, and what is known of the states that result.
 
-        Returns:
-            The moments, and the squared norm of the states that result, summed over tokens.
+        Nothing is held but the residual stream, and what entered the layer where its change is measured.
         """
-        seen, power = self._begin(branch)[0], Mean(0.0, 0)
+        seen, power, change = self._begin(branch)[0], Mean(0.0, 0), Mean(0.0, 0)
+        before = self._entered_by(layer) if self._measures_change else None
         project = self._projected(layer, branch, None)
         for index, (normalised, x_bTP) in enumerate(self._run(layer, branch)):
             output = project(x_bTP)
@@ -121,11 +148,15 @@ class LayerStream:
             if added is not output:
                 seen.add_powers(_power(output), _power(added))
             power = power.merge(self._add(index, added))
-        return self.require_finite(seen.packed(), layer, branch), power
+            if before is not None:
+                change = change.merge(_summed_power(self.hidden[index] - before[index]))
+        return self.require_finite(seen.packed(), layer, branch), Passage(power, None if before is None else change)
 
     @torch.inference_mode()
     def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
         """Pass a layer as a plan leaves it, without a look at its moments."""
+        if plan.dropped:
+            return
         family = self.checkpoint.family
         for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
             project = self._projected(layer, branch, decision)
@@ -152,8 +183,10 @@ class LayerStream:
         They are the residual stream's, but for the MLP of a parallel layer, which reads what the attention reads:
         there they are noted when the layer is first asked for.
         """
-        if not self._parallel:
-            return self.hidden
+        return self._entered_by(layer) if self._parallel else self.hidden
+
+    def _entered_by(self, layer: int) -> States:
+        """Return the states that entered a layer, noted when it is first asked for them."""
         if self._entered is None or self._entered[0] != layer:
             noted = self.store()
             for hidden in self.hidden:
@@ -290,7 +323,7 @@ class LayerStream:
         """Add what a branch adds to a batch's states; return their squared norm, summed over tokens."""
         hidden = self.hidden[index] + added
         self.hidden[index] = hidden
-        return Mean(_power(hidden), hidden.shape[0] * hidden.shape[1])
+        return _summed_power(hidden)
 
     def _embed(self) -> States:
         """Return the input of the first layer, and note how the model calls each of its layers."""
@@ -456,6 +489,11 @@ def _spans(states_BTD: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Ten
 def _power(states: Tensor) -> float:
     """Return the squared norm of states (..., D), summed over tokens."""
     return float(states.float().square().sum(dim=-1).double().sum())
+
+
+def _summed_power(states_bTD: Tensor) -> Mean:
+    """Return the squared norm of a batch's states."""
+    return Mean(_power(states_bTD), states_bTD.shape[0] * states_bTD.shape[1])
 
 
 def _finite(value: float) -> bool:

@@ -18,7 +18,7 @@ from slimllm_ops.checkpoint import INDEX, Checkpoint
 from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.families import layer_shape
 from slimllm_ops.files import write_json, written_whole
-from slimllm_ops.model_config import read_json_object
+from slimllm_ops.model_config import kept_layers, read_json_object
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.pruned_models import pruned_layers
 from slimllm_ops.surgery import prune_layer
@@ -46,8 +46,13 @@ class CheckpointWriter:
         self._tokenizer = read_json_object(described, MOST_SETTINGS) if described.exists() else {}
         directory.mkdir(parents=True, exist_ok=True)
 
-    def write_layer(self, layer: int, plan: LayerPlan) -> None:
+    def write_layer(self, layer: int, plan: LayerPlan, number: int | None = None) -> None:
         """Write a layer, pruned by its plan, in the source's dtype.
+
+        Args:
+            layer: which of the source's layers it is.
+            plan: what becomes of it.
+            number: which of the pruned model's; the same if it is not given, as where no layer is dropped.
 
         Raises:
             NonFiniteError: a weight is infinite in that dtype; it names the layer.
@@ -56,24 +61,29 @@ class CheckpointWriter:
             tensors = prune_layer(self._source.read_layer(layer), self._source.family, plan)
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {layer}: {error}") from None
-        self.write_tensors(layer, tensors)
+        self.write_tensors(layer if number is None else number, tensors)
 
-    def write_tensors(self, layer: int, tensors: dict[str, Tensor]) -> None:
+    def write_tensors(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Write a layer's tensors as they are, given by their names relative to the layer."""
-        self._save({self._source.layer_prefix(layer) + name: tensor for name, tensor in tensors.items()}, layer)
+        self._save({self._source.layer_prefix(number) + name: tensor for name, tensor in tensors.items()}, number)
 
     def finish(self, plans: Sequence[LayerPlan]) -> None:
-        """Write everything but the layers: embeddings, index, config, model code, tokenizer."""
+        """Write everything but the layers: embeddings, index, config, model code, tokenizer.
+
+        Args:
+            plans: what became of the source's layers.
+        """
         self.finish_as(self._pruned_config(plans))
         for file in (_code_of(self._source), Path(pruned_layers.__file__)):
             shutil.copyfile(file, self.directory / file.name)
 
     def finish_as(self, config: dict[str, Any]) -> None:
         """Write everything but the layers and code: embeddings, index, this config, tokenizer."""
-        for number, module in enumerate(self._source.outside(), start=self._source.num_layers):
+        outside, num_layers = self._source.outside(), config["num_hidden_layers"]
+        for number, module in enumerate(outside, start=num_layers):
             tensors = self._source.read_module(module)
             self._save({f"{module}.{name}": tensor for name, tensor in tensors.items()}, number)
-        shards = [self.directory / self._shard(number) for number in range(self._num_shards)]
+        shards = [self._shard(number) for number in range(num_layers + len(outside))]
         sizes = {shard.name: _tensor_sizes(shard) for shard in shards}
         index = {
             "metadata": {"total_size": sum(sum(tensors.values()) for tensors in sizes.values())},
@@ -83,22 +93,19 @@ class CheckpointWriter:
         self._write_json("config.json", config)
         self._copy_files()
 
-    @property
-    def _num_shards(self) -> int:
-        return self._source.num_layers + len(self._source.outside())
-
-    def _shard(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{self._num_shards:05d}.safetensors"
+    def _shard(self, number: int) -> Path:
+        # Not "of" how many: while the first are written, nobody knows how many layers will stay.
+        return self.directory / f"model-{number + 1:05d}.safetensors"
 
     def _save(self, tensors: dict[str, Tensor], number: int) -> None:
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        with written_whole(self.directory / self._shard(number)) as partial:
+        with written_whole(self._shard(number)) as partial:
             save_file(contiguous, partial, metadata={"format": "pt"})
 
     def _pruned_config(self, plans: Sequence[LayerPlan]) -> dict[str, Any]:
-        config = self._source.config.to_dict()
-        family = self._source.family
-        config |= _per_layer(self._source, plans)
+        kept = [layer for layer, plan in enumerate(plans) if not plan.dropped]
+        config, family = kept_layers(self._source.config.to_dict(), kept), self._source.family
+        config |= _per_layer(self._source, {layer: plans[layer] for layer in kept})
         config["model_type"] = f"pruned_{family.model_type}"
         config["architectures"] = [family.pruned.__name__]
         config["dtype"] = str(self._source.dtype).removeprefix("torch.")
@@ -135,10 +142,11 @@ def _tensor_sizes(shard: Path) -> dict[str, int]:
     return {name: end - begin for name, (begin, end) in begins_ends.items()}
 
 
-def _per_layer(source: Checkpoint, plans: Sequence[LayerPlan]) -> dict[str, list[int] | list[bool]]:
+def _per_layer(source: Checkpoint, plans: dict[int, LayerPlan]) -> dict[str, list[int] | list[bool]]:
     """Return the numbers of each layer that the pruned model's config adds to the dense one's."""
-    shapes = [layer_shape(source.config, layer) for layer in range(len(plans))]
-    kv_heads = [_kept(plan.attention, shape.num_key_value_heads) for plan, shape in zip(plans, shapes, strict=True)]
+    shapes = [layer_shape(source.config, layer) for layer in plans]
+    shaped = list(zip(plans.values(), shapes, strict=True))
+    kv_heads = [_kept(plan.attention, shape.num_key_value_heads) for plan, shape in shaped]
     return {
         "num_attention_heads_per_layer": [
             kept * (shape.num_attention_heads // shape.num_key_value_heads)
@@ -146,14 +154,14 @@ def _per_layer(source: Checkpoint, plans: Sequence[LayerPlan]) -> dict[str, list
         ],
         "num_key_value_heads_per_layer": kv_heads,
         "intermediate_size_per_layer": [
-            _kept(plan.mlp, shape.num_channels) // shape.num_experts for plan, shape in zip(plans, shapes, strict=True)
+            _kept(plan.mlp, shape.num_channels) // shape.num_experts for plan, shape in shaped
         ],
         "attention_output_bias_per_layer": [
             _adds_bias(plan.attention) or source.has(layer, source.family.attention.output_bias)
-            for layer, plan in enumerate(plans)
+            for layer, plan in plans.items()
         ],
         "mlp_output_bias_per_layer": [
-            _adds_bias(plan.mlp) or source.has(layer, source.family.mlp.output_bias) for layer, plan in enumerate(plans)
+            _adds_bias(plan.mlp) or source.has(layer, source.family.mlp.output_bias) for layer, plan in plans.items()
         ],
     }
 

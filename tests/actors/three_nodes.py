@@ -94,10 +94,10 @@ def use_parts(inputs: Inputs) -> dict[str, Any]:
         ray.get([actor.__ray_call__.remote(refuse_files) for actor in shards._actors])
         shards.open_stream("served", inputs.source, inputs.calibration_blocks())
         shards.forward("served", 0)
-        observed, power = shards.observe_dense("served", 1, branch)
+        observed, powers = shards.observe_dense("served", 1, branch)
         pool = SolverPool(served, placement)
         num_channels = inputs.source.config.intermediate_size
-        (ranking, _), _ = next(results([(pool.eliminate(1, branch, observed, num_channels), power)]))
+        (ranking, _), _ = next(results([(pool.eliminate(1, branch, observed, num_channels), powers)]))
         return {
             "actors": nodes,
             "solves": ray.get(solves),

@@ -81,7 +81,7 @@ def loss(model: PreTrainedModel, ids: Tensor) -> float:
 
 def test_a_run_leaves_every_file_it_promises(gqa_run: PruneResult) -> None:
     left = {str(path.relative_to(gqa_run.output)) for path in gqa_run.output.rglob("*") if path.is_file()}
-    weights = {f"model-{number:05d}-of-00006.safetensors" for number in range(1, 7)}
+    weights = {f"model-{number:05d}.safetensors" for number in range(1, 7)}
     described = {
         "config.json",
         "generation_config.json",

@@ -33,6 +33,16 @@ def test_what_is_committed_is_there_again_to_the_last_bit(tmp_path: Path) -> Non
     assert np.array_equal(CommitLog(tmp_path / "log").last_state(), STATES[3])
 
 
+def test_layers_that_are_dropped_are_committed_but_not_followed(tmp_path: Path) -> None:
+    log = CommitLog(tmp_path)
+    log.begin(np.arange(5), STATES[0])
+    for dropped, state in ((True, STATES[0]), (False, STATES[1]), (True, STATES[1])):
+        log.commit(LayerPlan(dropped=dropped), state)
+    again = CommitLog(tmp_path)
+    assert (len(again), again.num_kept) == (3, 1)
+    assert all(np.array_equal(*pair) for pair in zip(again.probe().states_TD, STATES[:2], strict=True))
+
+
 def test_a_layer_without_its_record_was_not_committed(tmp_path: Path) -> None:
     log = CommitLog(tmp_path)
     log.begin(np.arange(5), STATES[0])

@@ -26,12 +26,16 @@ def path_of(seed: int, units: int) -> ModulePath:
     return ModulePath(Ranking(tuple(rng.permutation(units).tolist()), tuple(rng.random(units).tolist())), rng.random())
 
 
+# What a layer changes is measured where layers may go.
+CHANGES = (None, 2 / 3)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> MomentStore:
     """Two layers, of different widths."""
     store = MomentStore(tmp_path)
     for layer in range(2):
-        paths = LayerPaths(path_of(layer, 4), path_of(layer + 10, 30), 1 / 3 + layer)
+        paths = LayerPaths(path_of(layer, 4), path_of(layer + 10, 30), 1 / 3 + layer, CHANGES[layer])
         store.save(layer, paths, observed(layer, 16), observed(layer + 10, 30))
     store.seal({"model": "a model", "model_digest": "0123", "calibration": {}})
     return store
@@ -40,7 +44,8 @@ def store(tmp_path: Path) -> MomentStore:
 @pytest.mark.parametrize("layer", [0, 1])
 def test_what_is_read_is_what_was_written_to_the_last_bit(store: MomentStore, layer: int) -> None:
     again = MomentStore(store.directory)
-    assert again.load_paths(layer) == LayerPaths(path_of(layer, 4), path_of(layer + 10, 30), 1 / 3 + layer)
+    expected = LayerPaths(path_of(layer, 4), path_of(layer + 10, 30), 1 / 3 + layer, CHANGES[layer])
+    assert again.load_paths(layer) == expected
     for module, seed, width in (("attention", layer, 16), ("mlp", layer + 10, 30)):
         read, written = again.load_moments(layer, module), observed(seed, width)
         assert read.moments.count == written.moments.count == 100

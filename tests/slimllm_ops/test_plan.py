@@ -19,14 +19,15 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         LayerPlan(attention=attention, similarity=0.1, ratio=0.2),
         LayerPlan(similarity=2 / 3, ratio=0.0),
         LayerPlan(mlp=mlp),
+        LayerPlan(relative_change=1e-3, dropped=True),
     )
     plan = Plan({"method": "slimllm", "model": {"digest": "abc"}}, layers)
     plan.write(tmp_path / "plan.json")
     again = Plan.read(tmp_path / "plan.json")
 
     assert again.header == plan.header
-    assert [(layer.similarity, layer.ratio) for layer in again.layers] == [(0.1, 0.2), (2 / 3, 0.0), (None, None)]
-    assert again.layers[1] == layers[1]
+    assert [(layer.similarity, layer.ratio) for layer in again.layers[:3]] == [(0.1, 0.2), (2 / 3, 0.0), (None, None)]
+    assert (again.layers[1], again.layers[3]) == (layers[1], layers[3])
     assert again.layers[0].mlp is None
     assert again.layers[2].attention is None
     for found, expected in ((again.layers[0].attention, attention), (again.layers[2].mlp, mlp)):
@@ -48,6 +49,8 @@ def test_a_plan_is_plain_json(tmp_path: Path) -> None:
             {
                 "similarity": 0.9,
                 "ratio": 0.3,
+                "relative_change": None,
+                "dropped": False,
                 "attention": {
                     "kept": [0, 2],
                     "scores": [1.0, 2.0, 3.0],

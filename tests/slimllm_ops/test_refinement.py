@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import NonFiniteError, SolveError
 from slimllm_ops.moments import Moments
+from slimllm_ops.plan import LayerPlan
 from slimllm_ops.refinement import MIX, RefinementStream, solve_alignment, solve_refit
 from slimllm_ops.stream import LayerStream
 from slimllm_ops.writer import CheckpointWriter
@@ -44,7 +45,7 @@ def test_an_aligned_projection_does_what_aligning_its_input_does(streams: tuple[
     weights = {name: pruned.weights(1)[name].clone() for name in branch.input_weights}
     size = dense.checkpoint.config.hidden_size
     alignment, x = torch.randn(size, size), torch.randn(9, size)
-    aligned = RefinementStream(dense, pruned).aligned(1, branch, alignment)
+    aligned = RefinementStream(dense, pruned, range(3)).aligned(1, branch, alignment)
     assert aligned.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(x @ aligned[name].T, (x @ alignment) @ weight.T, rtol=1e-4, atol=1e-4)
@@ -92,7 +93,7 @@ def streams(gqa_model: Path, token_blocks: np.ndarray) -> tuple[LayerStream, Lay
 
 
 def test_states_that_overflow_are_named_by_layer_and_module(streams: tuple[LayerStream, LayerStream]) -> None:
-    refinement, branch = RefinementStream(*streams), streams[0].checkpoint.family.mlp
+    refinement, branch = RefinementStream(*streams, range(3)), streams[0].checkpoint.family.mlp
     norm = streams[1].checkpoint.family.mlp.reading.norm
     streams[1].weights(0)[f"{norm}.weight"].data.mul_(1e30)
     for observe in (refinement.observe_inputs, refinement.observe_targets):
@@ -104,7 +105,7 @@ def test_a_model_that_is_the_dense_one_is_left_as_it_is(
     streams: tuple[LayerStream, LayerStream], gqa_model: Path
 ) -> None:
     dense, pruned = streams
-    refinement = RefinementStream(dense, pruned)
+    refinement = RefinementStream(dense, pruned, range(3))
     family = dense.checkpoint.family
     for layer in range(dense.checkpoint.num_layers):
         before = {name: weight.clone() for name, weight in pruned.weights(layer).items()}
@@ -120,6 +121,34 @@ def test_a_model_that_is_the_dense_one_is_left_as_it_is(
     torch.testing.assert_close(pruned.hidden[0], dense.hidden[0], rtol=1e-3, atol=1e-3)
 
 
+def test_after_a_layer_that_was_dropped_the_stream_is_brought_back_to_the_dense_one(
+    gqa_model: Path, token_blocks: np.ndarray, tmp_path: Path
+) -> None:
+    checkpoint, ids = Checkpoint.open(gqa_model), torch.from_numpy(token_blocks.astype(np.int64))
+    writer, plans = CheckpointWriter(checkpoint, tmp_path), [LayerPlan(dropped=layer == 1) for layer in range(3)]
+    writer.write_layer(0, plans[0])
+    writer.write_layer(2, plans[2], 1)
+    writer.finish(plans)
+    dense, pruned = (LayerStream(model, [ids], CPU) for model in (checkpoint, Checkpoint.open(tmp_path)))
+    refinement = RefinementStream(dense, pruned, (0, 2))
+    refinement.forward_refined(0, checkpoint.read_layer(0))
+    assert torch.equal(pruned.hidden[0], dense.hidden[0])
+    refinement.forward_dropped(1)
+    lost = float((pruned.hidden[0] - dense.hidden[0]).norm())
+    assert lost
+    for branch in (checkpoint.family.attention, checkpoint.family.mlp):
+        alignment = solve_alignment(refinement.observe_inputs(1, branch).moments.unpack())
+        refinement.replace(1, refinement.aligned(1, branch, alignment))
+        moments = refinement.observe_targets(1, branch).moments.unpack()
+        weight, _ = solve_refit(moments, pruned.projection(1, branch).weight.T, with_bias=False)
+        refinement.apply(1, branch, weight.T, None)
+    expected = LayerStream(checkpoint, [ids], CPU)
+    for layer in range(3):
+        expected.forward(layer)
+    torch.testing.assert_close(dense.hidden[0], expected.hidden[0])
+    assert float((pruned.hidden[0] - dense.hidden[0]).norm()) < 0.9 * lost
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
     make_llama: Callable[..., Path], token_blocks: np.ndarray, tmp_path: Path, dtype: torch.dtype
@@ -127,7 +156,7 @@ def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
     ids = torch.from_numpy(token_blocks.astype(np.int64))
     checkpoint = Checkpoint.open(make_llama(dtype=dtype, num_key_value_heads=2))
     first, again = (
-        RefinementStream(LayerStream(checkpoint, [ids], CPU), LayerStream(checkpoint, [ids], CPU)) for _ in range(2)
+        RefinementStream(*(LayerStream(checkpoint, [ids], CPU) for _ in range(2)), range(3)) for _ in range(2)
     )
     family = checkpoint.family
     tensors = checkpoint.read_layer(0)
@@ -156,7 +185,7 @@ def test_the_target_lies_between_the_whole_branch_and_the_dense_stream(
     dense, pruned = streams
     branch = dense.checkpoint.family.mlp
     pruned.hidden = [hidden + 0.1 for hidden in pruned.hidden]
-    refinement = RefinementStream(dense, pruned)
+    refinement = RefinementStream(dense, pruned, range(3))
     before, drifted = dense.hidden[0].clone(), pruned.hidden[0].clone()
 
     moments = refinement.observe_targets(0, branch).moments.unpack()

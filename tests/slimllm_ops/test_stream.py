@@ -18,7 +18,7 @@ from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.families import Branch, family_of, layer_shape
 from slimllm_ops.plan import LayerPlan
-from slimllm_ops.stream import LayerStream
+from slimllm_ops.stream import LayerStream, Passage
 from tests.slimllm_ops.naive import masked_model, observations, random_channels, random_decision
 
 CPU = torch.device("cpu")
@@ -252,14 +252,37 @@ def test_observing_a_dense_branch_is_observing_and_applying_it(stream: LayerStre
     holding = LayerStream(stream.checkpoint, stream.batches, CPU)
     for layer in range(NUM_LAYERS):
         for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
-            observed, power = stream.observe_dense(layer, branch)
+            observed, passage = stream.observe_dense(layer, branch)
             expected = holding.observe(layer, branch)
             for one, other in zip(*map(observations, (observed, expected)), strict=True):
                 assert all(map(np.array_equal, one.moments.rows, other.moments.rows))
                 assert np.array_equal(one.input_squares_D, other.input_squares_D)
             assert (observed.gain == 1) == (branch.reading.output_norm is None and stream._multiplier == 1)
-            assert holding.apply(layer, branch, None) == power
+            assert passage == Passage(holding.apply(layer, branch, None))
         assert all(torch.equal(one, other) for one, other in zip(stream.hidden, holding.hidden, strict=True))
+
+
+def test_what_a_layer_changes_is_the_distance_of_what_leaves_it_from_what_enters_it(stream: LayerStream) -> None:
+    measuring = LayerStream(stream.checkpoint, stream.batches, CPU, measures_change=True)
+    for layer in range(NUM_LAYERS):
+        before = list(stream.hidden)
+        for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
+            passage = measuring.observe_dense(layer, branch)[1]
+            assert passage.power == stream.observe_dense(layer, branch)[1].power
+        changes = [after - entered for after, entered in zip(stream.hidden, before, strict=True)]
+        expected = sum(float(change.double().square().sum()) for change in changes)
+        assert passage.change is not None
+        assert passage.change.total == pytest.approx(expected, rel=1e-5)
+        assert passage.change.count == sum(ids.numel() for ids in stream.batches)
+
+
+def test_a_layer_that_is_dropped_changes_nothing_and_is_not_read(
+    stream: LayerStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_load", None)
+    before = list(stream.hidden)
+    stream.forward_pruned(1, LayerPlan(dropped=True))
+    assert all(map(torch.equal, stream.hidden, before))
 
 
 def test_the_next_layer_is_read_while_this_one_is_at_work(stream: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, NonFiniteError
 from slimllm_ops.families import layer_shape
+from slimllm_ops.model_config import PER_LAYER_KINDS
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.recovery import Line
 from slimllm_ops.writer import CheckpointWriter
@@ -26,8 +27,11 @@ from tests.slimllm_ops.naive import mask_again, masked_model, random_channels, r
 def write(source: Path, directory: Path, plans: list[LayerPlan]) -> Path:
     directory.mkdir()
     writer = CheckpointWriter(Checkpoint.open(source), directory)
+    number = 0
     for layer, plan in enumerate(plans):
-        writer.write_layer(layer, plan)
+        if not plan.dropped:
+            writer.write_layer(layer, plan, number)
+            number += 1
     writer.finish(plans)
     return directory
 
@@ -157,13 +161,37 @@ def test_the_dtype_is_named_though_the_source_does_not_name_it(make_llama: Calla
     assert written["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("gone", [{0}, {1}, {0, 2}], ids=str)
+def test_a_model_without_layers_is_the_dense_one_whose_layers_are_taken_out(
+    model_dir: Path, ids: torch.Tensor, tmp_path: Path, gone: set[int]
+) -> None:
+    plans = [LayerPlan(dropped=layer in gone) for layer in range(3)]
+    directory = write(model_dir, tmp_path / "pruned", plans)
+    dense = AutoModelForCausalLM.from_pretrained(model_dir)
+    layers = dense.get_submodule(Checkpoint.open(model_dir).family.layers)
+    kinds = getattr(dense.config, "layer_types", None)
+    for layer in sorted(gone, reverse=True):
+        del layers[layer]
+    if kinds is not None:
+        dense.config.layer_types = [kind for layer, kind in enumerate(kinds) if layer not in gone]
+    dense.config.num_hidden_layers = len(layers)
+    expected = dense.eval()(ids, use_cache=False).logits
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory), ids), expected)
+
+
+def test_every_list_of_a_config_with_a_value_for_each_layer_is_one_that_is_known(model_dir: Path) -> None:
+    described = Checkpoint.open(model_dir).config.to_dict()
+    lists = {key for key, value in described.items() if isinstance(value, list) and len(value) == 3}
+    assert lists <= {*PER_LAYER_KINDS}
+
+
 def test_every_layer_is_a_shard_and_the_index_names_every_tensor(mha_model: Path, tmp_path: Path) -> None:
     directory = write(mha_model, tmp_path / "pruned", plans_for(4))
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in directory.glob("*.safetensors")}
     assert index["weight_map"] == {name: shard for shard, tensors in shards.items() for name in tensors}
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in shards.values() for t in tensors.values())
-    assert sorted(shards) == [f"model-{number:05d}-of-00006.safetensors" for number in range(1, 7)]
+    assert sorted(shards) == [f"model-{number:05d}.safetensors" for number in range(1, 7)]
     held = [{".".join(name.split(".")[:3]) for name in shards[shard]} for shard in sorted(shards)]
     layers = [{f"model.layers.{layer}"} for layer in range(3)]
     assert held == [*layers, {"lm_head.weight"}, {"model.embed_tokens.weight"}, {"model.norm.weight"}]
@@ -172,7 +200,7 @@ def test_every_layer_is_a_shard_and_the_index_names_every_tensor(mha_model: Path
 def test_a_layer_is_on_disk_when_it_is_committed(mha_model: Path, tmp_path: Path) -> None:
     writer = CheckpointWriter(Checkpoint.open(mha_model), tmp_path)
     writer.write_layer(0, plans_for(4)[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00006.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model-00001.safetensors"]
 
 
 def test_the_tokenizer_and_the_license_come_along_and_other_weights_do_not(mha_model: Path, tmp_path: Path) -> None:
