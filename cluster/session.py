@@ -66,7 +66,7 @@ class WorkerPlan:
 
 
 @contextmanager
-def session(address: str | None, packages: Sequence[ModuleType]) -> Iterator[Resources]:
+def session(address: str | None, packages: Sequence[ModuleType], *, verbose: bool = False) -> Iterator[Resources]:
     """Connect to the Ray at `address`, or start a local one, for as long as the context lasts.
 
     Inside a Ray job, or where the program has already connected, that connection is used and left open.
@@ -74,6 +74,7 @@ def session(address: str | None, packages: Sequence[ModuleType]) -> Iterator[Res
     Args:
         address: "host:port" of a cluster's head, "auto", or None for a local Ray (or the job's own cluster).
         packages: packages that the workers import; a cluster that is connected to receives them.
+        verbose: whether what Ray and the workers log is printed.
 
     Raises:
         ClusterError: nothing answers at the address, or the program is connected to another one.
@@ -83,17 +84,17 @@ def session(address: str | None, packages: Sequence[ModuleType]) -> Iterator[Res
         yield _resources()
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    logging: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with _sigterm_handler_kept():
             # "local" starts one of its own, where None would join whatever Ray last ran on this machine.
-            ray.init("local", include_dashboard=False, **quiet)
+            ray.init("local", include_dashboard=False, **logging)
     else:
         _require_answer(address)
         try:
             with _sigterm_handler_kept():
-                ray.init(address, runtime_env={"py_modules": list(packages)}, **quiet)
+                ray.init(address, runtime_env={"py_modules": list(packages)}, **logging)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ClusterError(f"the Ray at {address} cannot be used: {reason}; {AS_THE_CLUSTER}") from error

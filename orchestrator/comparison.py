@@ -142,7 +142,7 @@ def compare(
     output = Path(config.output or f"comparisons/{inputs.name}")
     with (
         staged(output, config.overwrite) as staging,
-        session(config.address, (actors, slimllm_ops)) as resources,
+        session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
         tracked_run(tracking, staging.directory / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(config, resources, staging)

@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import partial
 
 from orchestrator.job import Job, Target
-from orchestrator.record import log_layer
 from slimllm_ops.allocation import (
     Budget,
     LayerBudget,
@@ -69,7 +68,7 @@ def _prune_model(job: Job, target: Target, similarities: list[float], budget: Bu
         attention, mlp = _prune_layer(job, layer, budget.layers[layer])
         plan = LayerPlan(attention, mlp, similarities[layer], budget.layers[layer].ratio)
         target.pruned.commit(plan, shards.probe(PRUNED))
-        log_layer(target.run, job.source, layer, plan)
+        job.log_layer(target.run, layer, plan)
     shards.close_stream(PRUNED)
 
 

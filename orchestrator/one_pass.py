@@ -17,7 +17,6 @@ from actors.pool import SolverPool, results
 from actors.shard import PROBED_TOKENS
 from orchestrator.inputs import Inputs
 from orchestrator.job import Job, Target
-from orchestrator.record import log_layer
 from slimllm_ops.allocation import measure_layer, parameters_to_remove
 from slimllm_ops.budget import Candidate
 from slimllm_ops.checkpoint import Checkpoint
@@ -141,7 +140,7 @@ def _write_models(job: Job, store: MomentStore, ranked: Ranked, targets: list[Ta
             if len(target.pruned.log) == layer:
                 state_TD = witness.forward(target.pruned.log.last_state(), layer, plan)
                 target.pruned.commit(plan, state_TD)
-                log_layer(target.run, job.source, layer, plan)
+                job.log_layer(target.run, layer, plan)
     witness.close()
 
 

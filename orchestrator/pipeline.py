@@ -26,7 +26,6 @@ from orchestrator.record import (
     Totals,
     count_totals,
     log_inputs,
-    log_layer,
     log_record,
     run_params,
     what_is_asked,
@@ -98,7 +97,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         return PruneResult(output=output, models=(), tracking_uri=None, experiment_id=None, run_id=None)
     with (
         staged(output, config.overwrite, asked, config.resume) as staging,
-        session(config.address, (actors, slimllm_ops)) as resources,
+        session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(config, resources, staging)
@@ -139,7 +138,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path:
         return output
     with (
         staged(output, config.overwrite, asked, config.resume) as staging,
-        session(config.address, (actors, slimllm_ops)) as resources,
+        session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
     ):
         workers = settle_workers(config, resources, staging)
         with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
@@ -242,7 +241,7 @@ def _log_committed(job: Job, targets: list[Target]) -> None:
     """Log the layers that were committed just before an earlier process ended, and so were not."""
     for target in targets:
         for layer, plan in enumerate(target.pruned.log.plans):
-            log_layer(target.run, job.source, layer, plan)
+            job.log_layer(target.run, layer, plan)
 
 
 def tracking_options(config: PruneConfig) -> TrackingOptions:

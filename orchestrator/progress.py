@@ -12,21 +12,32 @@ LINE_SECONDS = 10.0
 
 
 class Reporter:
-    """Shows the stage, the layer, the rate and the time left on `console`; keeps the seconds of each stage."""
+    """Shows the stage, the layer, the rate and the time left on `console`; keeps the seconds of each stage.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Args:
+        console: where it is shown; stderr if it is not given.
+        verbose: whether details are printed too.
+    """
+
+    def __init__(self, console: Console | None = None, *, verbose: bool = False) -> None:
         self.console = console or Console(stderr=True, highlight=False)
+        self.verbose = verbose
         self.seconds: dict[str, float] = {}
 
     def continued(self) -> "Reporter":
         """Return another on the same console that goes on from this one's seconds, and leaves them as they are."""
-        reporter = Reporter(self.console)
+        reporter = Reporter(self.console, verbose=self.verbose)
         reporter.seconds |= self.seconds
         return reporter
 
     def note(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, soft_wrap=True, markup=False)
+
+    def detail(self, text: str) -> None:
+        """Print a line that only those want who look closely."""
+        if self.verbose:
+            self.note(text)
 
     def warn(self, text: str) -> None:
         """Print a warning."""

@@ -176,10 +176,8 @@ def _log_dataset(
     run.log_dataset(Path(spec).name, digest, context, spec, num_blocks, length)
 
 
-def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None:
-    """Log a layer's metrics, with step = layer, unless an earlier attempt at the run has logged them."""
-    if layer in run.logged_steps:
-        return
+def layer_metrics(source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
+    """Return what became of a layer, as metrics."""
     shape = layer_shape(source.config, layer)
     kept = _layer_kept(source, layer, plan)
     metrics: dict[str, float] = {
@@ -196,7 +194,7 @@ def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> None
         metrics["relative_change"] = plan.relative_change
     if plan.mlp is not None and source.family.mlp.reading.experts is not None:
         metrics["idle_experts"] = len(plan.mlp.idle_experts)
-    run.log_metrics(metrics, step=layer)
+    return metrics
 
 
 def write_record(

@@ -1,7 +1,9 @@
-"""The short table at the end of a run, and where everything is."""
+"""What a run tells at its end: a short table and where everything is, or the same for machines."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +11,7 @@ from rich.table import Table
 from orchestrator.comparison import Comparison
 from orchestrator.comparison_table import print_table
 from orchestrator.pipeline import PruneResult
+from orchestrator.record import Totals
 from orchestrator.tracking import how_to_log, where_to_look
 
 
@@ -34,6 +37,18 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
     peak = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in totals.peak_memory.items())
     lines = [f"seconds: {stages}", f"peak memory of a worker: {peak}", f"checkpoint: {result.output}"]
     _print_lines(console, [*lines, *_of_mlflow(result, f"MLflow run {result.run_id}: {result.model_uri}")])
+
+
+def describe_result(result: PruneResult) -> dict[str, Any]:
+    """Return what pruning gave as JSON has it: every model with its totals."""
+    models = [asdict(model) | {"totals": describe_totals(model.totals)} for model in result.models]
+    return asdict(result) | {"finished_before": not result.models, "models": models}
+
+
+def describe_totals(totals: Totals) -> dict[str, Any]:
+    """Return the figures of a run by their names."""
+    perplexity = {spec: {"before": before, "after": after} for spec, (before, after) in totals.perplexity.items()}
+    return asdict(totals) | {"sparsity": totals.sparsity, "perplexity": perplexity}
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

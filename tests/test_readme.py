@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from orchestrator.builtin import MODEL_DIR, calibration_text, heldout_text
-from orchestrator.cli import OPTIONS, main
+from orchestrator.cli import main
+from orchestrator.cli.options import OPTIONS
 
 README = Path(__file__).parents[1] / "README.md"
 SMALL = ["--samples", "4", "--sequence-length", "64", "--workers", "1"]

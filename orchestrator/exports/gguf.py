@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from orchestrator.exports import Exported
 from orchestrator.exports.gguf_vocabulary import read_vocabulary
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError
@@ -85,8 +86,8 @@ class Part:
     read: Callable[[], dict[str, Tensor]]
 
 
-def export_gguf(output: Path, path: Path | None, overwrite: bool) -> str:
-    """Write what a run left as a GGUF file, whole or not at all, and say what it is and where.
+def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Exported:
+    """Write what a run left as a GGUF file, whole or not at all.
 
     Args:
         output: a pruned checkpoint.
@@ -121,7 +122,7 @@ def export_gguf(output: Path, path: Path | None, overwrite: bool) -> str:
             raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
         finally:
             writer.close()
-    return f"{path}, of llama.cpp's architecture {architecture}"
+    return Exported(path, architecture, f"of llama.cpp's architecture {architecture}")
 
 
 def interleaved(tensor: Tensor, heads: int) -> Tensor:

@@ -3,13 +3,14 @@
 import shutil
 from pathlib import Path
 
+from orchestrator.exports import Exported
 from orchestrator.output import staged
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.stock import stock_form, write_stock
 
 
-def export_stock(output: Path, path: Path | None, overwrite: bool) -> str:
-    """Write a uniform pruned checkpoint as a stock one, and say what it is and where.
+def export_stock(output: Path, path: Path | None, overwrite: bool) -> Exported:
+    """Write a uniform pruned checkpoint as a stock one.
 
     Args:
         output: a pruned checkpoint.
@@ -31,4 +32,4 @@ def export_stock(output: Path, path: Path | None, overwrite: bool) -> str:
         write_stock(source, form, staging.directory)
         if (output / "pruning").is_dir():
             shutil.copytree(output / "pruning", staging.directory / "pruning")
-    return f"{path}, a {form.architecture} that computes the same to the last bit"
+    return Exported(path, form.architecture, f"a {form.architecture} that computes the same to the last bit")

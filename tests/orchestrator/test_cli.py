@@ -15,8 +15,7 @@ import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from orchestrator import cli
-from orchestrator.cli import main
+from orchestrator.cli import main, pruning
 from orchestrator.config import PruneConfig
 from slimllm_ops.plan import Plan
 from tests.conftest import content
@@ -31,7 +30,7 @@ ENVIRONMENT.pop("RAY_ADDRESS", None)
 def configured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PruneConfig]:
     """What `slimllm prune` would run with."""
     seen: list[PruneConfig] = []
-    monkeypatch.setattr(cli, "_prune", seen.append)
+    monkeypatch.setattr(pruning, "_prune", lambda config, **telling: seen.append(config))
 
     def run(*arguments: object) -> PruneConfig:
         result = CliRunner().invoke(main, ["prune", *map(str, arguments)])

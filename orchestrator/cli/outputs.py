@@ -1,0 +1,82 @@
+"""The commands about what was pruned, or can be: `log`, `export`, `families`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.cli.ending import explained, print_json
+from orchestrator.cli.options import TELLING, Command, with_options
+
+if TYPE_CHECKING:
+    from orchestrator.exports import Exported
+    from slimllm_ops.families import Family
+
+# What a checkpoint may be exported to.
+EXPORTS = ("stock", "gguf")
+
+
+@click.command(cls=Command)
+@click.argument("output", type=Path)
+@with_options("experiment", "tracking_uri", "run_name", "register", *TELLING)
+def log(output: Path, as_json: bool, verbose: bool, **asked: Any) -> None:
+    """Log a finished OUTPUT in MLflow, where the tracking server was not there or was lost; twice does nothing."""
+    from orchestrator.tracking import log_output, where_to_look
+
+    with explained(as_json=as_json, verbose=verbose):
+        logged = log_output(output, **asked)
+    if as_json:
+        print_json(asdict(logged) | {"output": output})
+        return
+    click.echo(f"{output} is logged{' already' if logged.before else ''} as MLflow run {logged.run_id}")
+    click.echo(f"to look at it: {where_to_look(logged.tracking_uri, logged.experiment_id, logged.run_id)}")
+
+
+@click.command(cls=Command)
+@with_options("json")
+def families(as_json: bool) -> None:
+    """List the model families that can be pruned, and what of them."""
+    from slimllm_ops.families import FAMILIES
+
+    units = {family.model_type: _units_of(family) for family in FAMILIES}
+    if as_json:
+        print_json(units)
+        return
+    for model_type, described in units.items():
+        click.echo(f"{model_type:14}{described}")
+
+
+def _units_of(family: "Family") -> str:
+    channels = "channels" if family.mlp.reading.experts is None else "channels of each expert, as many of all"
+    whole = family.attention.reading.whole
+    return f"{channels}; no heads, since {whole}" if whole else f"heads and {channels}"
+
+
+@click.command(cls=Command)
+@click.argument("output", type=Path)
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(EXPORTS),
+    required=True,
+    help="stock: a class of transformers; gguf: a file for llama.cpp.",
+)
+@click.option("--output", "path", type=Path, metavar="PATH", help="Where it goes. [beside OUTPUT, of its name]")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@with_options(*TELLING)
+def export(output: Path, form: str, path: Path | None, overwrite: bool, as_json: bool, verbose: bool) -> None:
+    """Write OUTPUT, a pruned checkpoint, in a form that another program loads."""
+    with explained(as_json=as_json, verbose=verbose):
+        exported = _export(output, form, path, overwrite)
+    if as_json:
+        print_json(asdict(exported) | {"form": form})
+    else:
+        click.echo(f"{form}: {exported.path}, {exported.described}")
+
+
+def _export(output: Path, form: str, path: Path | None, overwrite: bool) -> "Exported":
+    from orchestrator.exports.gguf import export_gguf
+    from orchestrator.exports.stock import export_stock
+
+    return {"stock": export_stock, "gguf": export_gguf}[form](output, path, overwrite)

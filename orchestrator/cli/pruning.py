@@ -1,0 +1,92 @@
+"""The commands that pass text through a model: `prune`, `calibrate`, `compare`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+# What takes seconds to import is imported by the commands; `--help` does not wait for it.
+from orchestrator.cli.ending import explained, print_json
+from orchestrator.cli.options import CLUSTER, DATA, GROUPS, TELLING, Command, with_options
+from orchestrator.config import CompareConfig, PruneConfig, read_config_file
+
+Config = TypeVar("Config", bound=PruneConfig)
+
+COMPARED = ("sparsity", "ratio", "pruned_layers", "alpha", "keep_lowest", *DATA, "evaluate", *CLUSTER)
+EXAMPLES = """\b
+Examples:
+  slimllm prune meta-llama/Llama-3.1-8B --sparsity .2 --evaluate heldout.txt
+  slimllm prune MODEL --method gram --refine --calibration text.jsonl
+  slimllm prune MODEL --method gram --sparsity .2 --sparsity .3 --sparsity .5
+"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.argument("model", required=False)
+@with_options(*(name for options in GROUPS.values() for name in options))
+def prune(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
+    """Prune MODEL, a directory or hub id; without one, the built-in model."""
+    with explained(as_json=as_json, verbose=verbose):
+        _prune(_configure(PruneConfig, config_file, flags), as_json=as_json, verbose=verbose)
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@with_options("output", "overwrite", "resume", "drop_layers", *DATA, *CLUSTER, "config", *TELLING)
+def calibrate(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
+    """Keep MODEL's moments, for `prune --method gram --moments` at any sparsity with no forward pass."""
+    with explained(as_json=as_json, verbose=verbose):
+        _calibrate(_configure(PruneConfig, config_file, flags | {"method": "gram"}), as_json=as_json, verbose=verbose)
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="Beside slimllm; repeatable. [all there are]")
+@with_options("output", "overwrite", *COMPARED, "experiment", "tracking_uri", "run_name", "config", *TELLING)
+@click.option("--keep-checkpoints", is_flag=True, default=None, help="Keep every model that was measured.")
+def compare(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
+    """Compare methods on MODEL, at the same parameter count and from the same calibration data."""
+    with explained(as_json=as_json, verbose=verbose):
+        _compare(_configure(CompareConfig, config_file, flags), as_json=as_json, verbose=verbose)
+
+
+def _configure(kind: type[Config], config_file: Path | None, flags: dict[str, Any]) -> Config:
+    settings = read_config_file(config_file, kind) if config_file else {}
+    return kind(**settings | {name: value for name, value in flags.items() if value not in (None, ())})
+
+
+def _prune(config: PruneConfig, as_json: bool, verbose: bool) -> None:
+    from orchestrator.pipeline import prune as run
+    from orchestrator.progress import Reporter
+    from orchestrator.summary import describe_result, print_summary
+
+    result = run(config, Reporter(verbose=verbose))
+    if as_json:
+        print_json(describe_result(result))
+    else:
+        print_summary(result)
+
+
+def _calibrate(config: PruneConfig, as_json: bool, verbose: bool) -> None:
+    from orchestrator.pipeline import calibrate as run
+    from orchestrator.progress import Reporter
+
+    moments = run(config, Reporter(verbose=verbose))
+    if as_json:
+        print_json({"moments": moments})
+        return
+    click.echo(f"moments: {moments}")
+    click.echo(f"to prune from them: slimllm prune {config.model or ''} --method gram --moments {moments}")
+
+
+def _compare(config: CompareConfig, as_json: bool, verbose: bool) -> None:
+    from orchestrator.comparison import compare as run
+    from orchestrator.progress import Reporter
+    from orchestrator.summary import print_comparison
+
+    comparison = run(config, Reporter(verbose=verbose))
+    if as_json:
+        print_json(asdict(comparison))
+    else:
+        print_comparison(comparison)
