@@ -26,6 +26,7 @@ from orchestrator.output import Staging, staged
 from orchestrator.pipeline import complete, settle_workers, tracking_options, working
 from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_parameters, log_inputs, run_params, write_record
+from orchestrator.run_file import RUN_FILE, write_run_file
 from orchestrator.tracking import Run, tracked_run
 from slimllm_ops.errors import InputError
 from slimllm_ops.families import Family
@@ -146,6 +147,7 @@ def compare(
         tracked_run(tracking, staging.directory / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(config, resources, staging)
+        write_run_file(staging.directory / RUN_FILE, "compare", config, inputs, workers)
         params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
         log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
         with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:

@@ -32,6 +32,7 @@ from orchestrator.record import (
     write_record,
 )
 from orchestrator.refine import refine_model
+from orchestrator.run_file import RUN_FILE, write_run_file
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
 from slimllm_ops.errors import InputError
 from slimllm_ops.memory import return_large_blocks
@@ -101,8 +102,11 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(config, resources, staging)
+        run_file = staging.directory / "pruning" / RUN_FILE
+        write_run_file(run_file, "prune", config, inputs, workers)
         params = run_params(config, inputs, workers)
         log_inputs(run, params, inputs)
+        run.log_artifacts(run_file, to="pruning")
         with (
             open_targets(config, staging, inputs.source, run) as targets,
             working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job,
@@ -141,6 +145,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path:
         session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
     ):
         workers = settle_workers(config, resources, staging)
+        write_run_file(staging.directory / "pruning" / RUN_FILE, "calibrate", config, inputs, workers)
         with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
             _tell_resumed(job)
             store = MomentStore(staging.solved / "moments")

@@ -116,8 +116,8 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
-def _group_of(parameter: click.Parameter) -> str:
-    if parameter.name == "help":
+def _group_of(option: click.Option) -> str:
+    flag = option.opts[-1].removeprefix("--").replace("-", "_")
+    if flag == "help":
         return "Other"
-    flag = parameter.opts[-1].removeprefix("--").replace("-", "_")
     return next((name for name, options in GROUPS.items() if flag in options), "Options")
