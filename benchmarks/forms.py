@@ -1,8 +1,8 @@
 """What the form of a pruned model costs in perplexity: `python -m benchmarks.forms`.
 
 lab-llama-11m, both methods, 20 and 40 % of the decoder layers: free, with alike layers, with channels by multiples,
-without new biases, and all of these together, which is what a stock class takes. Every uniform checkpoint is exported
-to a stock class, which checks that it computes the same to the last bit.
+without new biases, and all of these together, which is what a stock class takes; by gram also where layers may go. Each
+uniform checkpoint is exported to a stock class, which checks that it computes the same to the last bit.
 """
 
 import tempfile
@@ -34,21 +34,28 @@ METHODS: dict[str, dict[str, Any]] = {
     "gram": {"method": "gram"},
     "gram, refined": {"method": "gram", "refine": True},
 }
+# Of gram's forms alone.
+LAYERS_GO: dict[str, dict[str, Any]] = {
+    "layers may go": {"drop_layers": True},
+    "uniform, layers may go": {"drop_layers": True, "uniform": True},
+}
 
 
 @click.command()
 @click.option("--output", type=Path, default=ROOT / "benchmarks" / "results" / "forms.md")
 def main(output: Path) -> None:
     """Prune in every form by every method, and write the table."""
-    rows = [["method, form", *(f"{sparsity:.0%}" for sparsity in SPARSITIES), "stock class"]]
+    rows = [["method, form", *(f"{sparsity:.0%}" for sparsity in SPARSITIES), "layers left", "stock class"]]
     with tempfile.TemporaryDirectory() as folder:
         for method, settings in METHODS.items():
-            for form, shapes in FORMS.items():
+            forms = FORMS if settings["method"] == "slimllm" else FORMS | LAYERS_GO
+            for form, shapes in forms.items():
                 result = _prune(Path(folder) / f"{method}, {form}", **settings, **shapes)
                 if len(rows) == 1:
-                    rows.append(["dense", *[f"{_perplexities(result)[0][0]:.2f}"] * 2, "LlamaForCausalLM"])
+                    rows.append(["dense", *[f"{_perplexities(result)[0][0]:.2f}"] * 2, "", "LlamaForCausalLM"])
                 pruned = [f"{after:.2f}" for _, after in _perplexities(result)]
-                rows.append([f"{method}, {form}", *pruned, _stock_class(result)])
+                layers = ", ".join(str(model.totals.layers_after) for model in result.models)
+                rows.append([f"{method}, {form}", *pruned, layers, _stock_class(result)])
                 print(*rows[-1], sep=" | ", flush=True)
                 write_table(output, "Perplexity of lab-llama-11m by form", describe_machine(), rows)
 
