@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -94,7 +95,7 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
         _require_answer(address)
         try:
             with _sigterm_handler_kept():
-                ray.init(address, runtime_env={"py_modules": list(packages)}, **logging)
+                ray.init(address, runtime_env={"py_modules": _folders(packages)}, **logging)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ClusterError(f"the Ray at {address} cannot be used: {reason}; {AS_THE_CLUSTER}") from error
@@ -102,6 +103,11 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
         yield _resources()
     finally:
         ray.shutdown()
+
+
+def _folders(packages: Sequence[ModuleType]) -> list[str]:
+    """Return where packages lie. Inside a job, Ray copies its environment deeply, which modules do not bear."""
+    return [str(Path(package.__path__[0])) for package in packages]
 
 
 def plan_workers(

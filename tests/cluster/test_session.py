@@ -1,10 +1,14 @@
 """How many workers a cluster has room for, and which Ray a run is connected to."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import ray
+from ray.runtime_env.runtime_env import _merge_runtime_env
 
+import actors
+import slimllm_ops
 from cluster import ClusterError, Node, Resources, plan_workers, session
 
 
@@ -73,6 +77,22 @@ def test_a_connection_that_is_there_is_used_and_left_open() -> None:
         with session(asked, ()) as resources:
             assert (resources.cpus, resources.gpus, resources.local) == (8, 0, True)
         assert ray.is_initialized()
+
+
+def test_what_is_sent_to_a_cluster_can_be_sent_from_inside_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray merges a driver's environment with that of its job, which it copies deeply: modules cannot be copied."""
+    sent = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address, *, runtime_env, **others: sent.append(runtime_env))
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with session("auto", (actors, slimllm_ops)):
+        (environment,) = sent
+    merged = _merge_runtime_env({"env_vars": {"A": "B"}}, environment)
+    assert [(Path(folder).name, Path(folder, "__init__.py").is_file()) for folder in merged["py_modules"]] == [
+        ("actors", True),
+        ("slimllm_ops", True),
+    ]
 
 
 @pytest.mark.usefixtures("local_ray")
