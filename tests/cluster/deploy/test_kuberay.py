@@ -1,0 +1,195 @@
+"""The manifests against what the API server says of them, against each other, and against how workers are placed."""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from mlflow.cli import server
+from mlflow.server.security_utils import is_allowed_host_header
+
+from cluster import Node, Resources, plan_workers
+from tests.cluster.deploy.commands import DEPLOY, IMAGE, documents, pinned, schema, settings_of
+
+FOLDER = DEPLOY / "kuberay"
+OBJECTS = [one for path in sorted(FOLDER.glob("*.yaml")) for one in documents(path)]
+KUBERNETES = "1.32"
+UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}
+
+Object = dict[str, Any]
+
+
+def of_kind(kind: str, name: str | None = None) -> Object:
+    (found,) = [one for one in OBJECTS if one["kind"] == kind and name in (None, one["metadata"]["name"])]
+    return found
+
+
+def ray_clusters() -> list[Object]:
+    """The specs of Ray clusters: the one that stays, and the job's."""
+    return [of_kind("RayCluster")["spec"], of_kind("RayJob")["spec"]["rayClusterSpec"]]
+
+
+def pods_of(one: Object) -> Iterator[Object]:
+    """The specs of all pods that an object makes."""
+    spec = one["spec"]
+    match one["kind"]:
+        case "Pod":
+            yield spec
+        case "Deployment":
+            yield spec["template"]["spec"]
+        case "RayCluster" | "RayJob":
+            spec = spec.get("rayClusterSpec", spec)
+            yield from (group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]))
+
+
+def quantity(text: str | int) -> float:
+    number, unit = re.fullmatch(r"([\d.]+)([A-Za-z]*)", str(text)).groups()
+    return float(number) * UNITS[unit]
+
+
+def check(one: Object) -> None:
+    """Raise where the API server would refuse an object, or drop a part of it."""
+    if one["apiVersion"] != "ray.io/v1":
+        kubernetes_validate.validate(one, KUBERNETES, strict=True)
+        return
+    job = schema()
+    described = job if one["kind"] == "RayJob" else copy.deepcopy(job)
+    if one["kind"] == "RayCluster":
+        described["properties"]["spec"] = described["properties"]["spec"]["properties"]["rayClusterSpec"]
+    jsonschema.validate(one, described)
+    for pod in pods_of(one):
+        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod}
+        kubernetes_validate.validate(whole, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("one", OBJECTS, ids=lambda one: f"{one['kind']}-{one['metadata']['name']}")
+def test_the_api_server_takes_every_object_whole(one: Object) -> None:
+    check(one)
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "value"),
+    [
+        ((), "backoffLimits", 3),
+        ((), "ttlSecondsAfterFinished", "soon"),
+        (("rayClusterSpec", "workerGroupSpecs", 0), "minReplica", 1),
+        (("rayClusterSpec", "autoscalerOptions"), "version", "v3"),
+        (("rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0), "imagePullPolice", "Always"),
+    ],
+)
+def test_what_the_api_server_would_not_take_is_found(path: tuple[str | int, ...], key: str, value: object) -> None:
+    job = copy.deepcopy(of_kind("RayJob"))
+    place = job["spec"]
+    for step in path:
+        place = place[step]
+    place[key] = value
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError), match=key):
+        check(job)
+
+
+def test_every_claim_service_volume_and_image_that_is_named_is_there() -> None:
+    claims = {one["metadata"]["name"] for one in OBJECTS if one["kind"] == "PersistentVolumeClaim"}
+    for pod in (pod for one in OBJECTS for pod in pods_of(one)):
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "emptyDir" not in v} <= claims
+        for container in pod["containers"]:
+            assert container["image"] == IMAGE
+            assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    service = of_kind("Service")
+    served = of_kind("Deployment")["spec"]["template"]
+    assert service["spec"]["selector"].items() <= served["metadata"]["labels"].items()
+    assert service["spec"]["ports"][0]["targetPort"] in [p["name"] for p in served["spec"]["containers"][0]["ports"]]
+
+
+@pytest.mark.parametrize("spec", ray_clusters(), ids=["RayCluster", "RayJob"])
+def test_what_kuberay_refuses_beyond_its_schema(spec: Object) -> None:
+    """Its operator's own rules: of `ValidateRayClusterSpec` and `ValidateRayJobSpec`."""
+    assert spec["rayVersion"] == pinned("ray")
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["enableInTreeAutoscaling"]
+    for group in spec["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    # Version 2 of the autoscaler sets what a pod does when it ends.
+    assert all("restartPolicy" not in pod for pod in pods_of({"kind": "RayCluster", "spec": spec}))
+    job = of_kind("RayJob")
+    assert job["spec"]["shutdownAfterJobFinishes"]
+    assert len(job["metadata"]["name"]) <= 47
+
+
+@pytest.mark.parametrize("spec", ray_clusters(), ids=["RayCluster", "RayJob"])
+def test_a_worker_is_placed_on_each_gpu_with_all_cpus_that_fall_to_it(spec: Object) -> None:
+    parameters = spec["headGroupSpec"]["rayStartParams"]
+    nodes = [Node(int(parameters["num-cpus"]), int(parameters["num-gpus"]))]
+    for group in spec["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        nodes += [Node(int(limits["cpu"]), int(limits["nvidia.com/gpu"]))] * group["minReplicas"]
+    plan = plan_workers(Resources(tuple(nodes), local=False), None, None)
+    (_, first, *_) = nodes
+    assert (plan.num_workers, plan.gpus_per_worker) == (sum(node.gpus for node in nodes), 1.0)
+    assert plan.cpus_per_worker == first.cpus // first.gpus
+
+
+@pytest.mark.parametrize("spec", ray_clusters(), ids=["RayCluster", "RayJob"])
+def test_rays_object_store_fits_its_memory_and_that_the_pods(spec: Object) -> None:
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        container = pod["containers"][0]
+        (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+        assert volume["emptyDir"]["medium"] == "Memory"
+        store = int(group["rayStartParams"]["object-store-memory"])
+        memory = quantity(container["resources"]["limits"]["memory"])
+        assert store <= quantity(volume["emptyDir"]["sizeLimit"]) <= memory / 2
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_the_jobs_cluster_is_the_one_that_stays_but_for_how_far_it_grows() -> None:
+    stays, jobs = map(copy.deepcopy, ray_clusters())
+    for spec in (stays, jobs):
+        for group in spec["workerGroupSpecs"]:
+            del group["maxReplicas"]
+    assert stays == jobs
+
+
+def test_the_job_writes_where_the_volume_is_and_goes_on_when_it_is_tried_again() -> None:
+    job = of_kind("RayJob")["spec"]
+    config = settings_of(job["entrypoint"])
+    (head,) = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    (mount,) = [mount["mountPath"] for mount in head["volumeMounts"] if mount["name"] == "data"]
+    assert config.output.startswith(f"{mount}/")
+    assert {one["name"]: one["value"] for one in head["env"]}["HF_HOME"].startswith(f"{mount}/")
+    assert config.resume
+    assert job["backoffLimit"] > 0
+    # The driver runs in the head's pod, and the workers have no such volume.
+    assert not config.shared_storage
+    assert config.address is None
+
+
+def test_a_command_with_an_option_that_is_none_is_found() -> None:
+    command = of_kind("RayJob")["spec"]["entrypoint"]
+    with pytest.raises(Exception, match="No such option '--sparsities'"):
+        settings_of(command.replace("--sparsity", "--sparsities"))
+
+
+def test_mlflow_listens_where_the_drivers_look_and_takes_them_for_its_own() -> None:
+    (container,) = of_kind("Deployment")["spec"]["template"]["spec"]["containers"]
+    program, command, *arguments = container["args"]
+    assert (program, command) == ("mlflow", "server")
+    settings = server.make_context("server", arguments).params
+    port = of_kind("Service")["spec"]["ports"][0]["port"]
+    assert settings["port"] == port == container["ports"][0]["containerPort"]
+    (mount,) = container["volumeMounts"]
+    assert settings["backend_store_uri"].startswith(f"sqlite:///{mount['mountPath']}/")
+    assert settings["artifacts_destination"].startswith(f"{mount['mountPath']}/")
+    assert settings["serve_artifacts"]
+    hosts = settings["allowed_hosts"].split(",")
+    name = of_kind("Service")["metadata"]["name"]
+    for spec in ray_clusters():
+        environment = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+        assert {"name": "MLFLOW_TRACKING_URI", "value": f"http://{name}:{port}"} in environment
+    for host in (f"{name}:{port}", f"{name}.default.svc.cluster.local:{port}", "localhost:5000", "127.0.0.1:8080"):
+        assert is_allowed_host_header(hosts, host)
+    assert not is_allowed_host_header(hosts, "elsewhere.example.com")
