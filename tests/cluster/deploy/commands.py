@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def settings_of(command: str) -> PruneConfig:
     program, name, *words = shlex.split(command)
     assert (program, name) == ("slimllm", "prune")
     read = main.commands[name].make_context(name, words).params
-    return PruneConfig(**{key: value for key, value in read.items() if value not in (None, ())})
+    settings = {field.name for field in fields(PruneConfig)} & read.keys()
+    return PruneConfig(**{name: read[name] for name in settings if read[name] not in (None, ())})
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
