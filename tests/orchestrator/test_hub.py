@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import hub
+from orchestrator import apart, hub
 from orchestrator.builtin import MODEL_DIR
 from orchestrator.data import DataError
 from orchestrator.data.documents import read_documents
@@ -172,14 +172,14 @@ def test_a_row_that_has_no_text_is_said_of_the_row(server: Hub) -> None:
 
 def test_the_process_ends_with_whoever_reads(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
-    popen = hub.subprocess.Popen
+    popen = apart.subprocess.Popen
 
     def noted(*arguments: object, **settings: object) -> object:
         process = popen(*arguments, **settings)
         started.append(process.pid)
         return process
 
-    monkeypatch.setattr(hub.subprocess, "Popen", noted)
+    monkeypatch.setattr(apart.subprocess, "Popen", noted)
     documents = read_documents("me/tiny", None)
     assert next(documents) == "once upon a time"
     documents.close()
