@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.inputs import Inputs
+from orchestrator.secrets import masked
 
 CARD = """---
 library_name: transformers
@@ -59,4 +60,4 @@ def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], to
         digest=inputs.calibration.digest[:16],
         seed=params["seed"],
     )
-    (directory / "README.md").write_text(card)
+    (directory / "README.md").write_text(masked(card))

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from orchestrator.secrets import masked
+
 # Where lines are printed instead of a bar, one every so many seconds is enough.
 LINE_SECONDS = 10.0
 
@@ -31,8 +33,8 @@ class Reporter:
         return reporter
 
     def note(self, text: str) -> None:
-        """Print a line."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        """Print a line, without secrets."""
+        self.console.print(masked(text), soft_wrap=True, markup=False)
 
     def detail(self, text: str) -> None:
         """Print a line that only those want who look closely."""
@@ -41,7 +43,7 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
+        self.console.print(f"warning: {masked(text)}", style="yellow", soft_wrap=True, markup=False)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -206,7 +206,7 @@ def write_record(
     """
     pruning = directory / "pruning"
     settings = {name: value for name, value in params.items() if name not in PLACES}
-    header = {"format": 1, "params": settings, "totals": totals.recorded()}
+    header = {"format": 1, "params": settings, "totals": masked_all(totals.recorded())}
     Plan(header, tuple(layers)).write(pruning / "plan.json")
     pq.write_table(importance_table(layers), pruning / "importance.parquet")
     figures = pruning / "figures"

@@ -1,7 +1,7 @@
 """Text without the secrets in it, before it is printed, written to a file or told to a server.
 
 Three things are secret: what stands before the @ of an address, the values of an address's query, and the values of
-environment variables that are named as secrets are (HF_TOKEN, MLFLOW_TRACKING_PASSWORD).
+environment variables that are named as secrets are (HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD).
 """
 
 import os
@@ -15,7 +15,9 @@ _CREDENTIALS = re.compile(r"://(?:[^\s'\"<>/?#@:]*:(?!\d+(?:[/?#\s'\"]|$))[^\s'\
 # Errors name a query without its address too: "Max retries exceeded with url: /?token=...".
 _QUERY = re.compile(r"\?[^\s'\"<>#]*")
 _QUERY_VALUE = re.compile(r"=[^&;]*")
-_SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY|ACCESS_KEY)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY|ACCESS_KEY|STORAGE_KEY|CONNECTION_STRING)$", re.IGNORECASE
+)
 # Shorter values would be found in words that have nothing to do with them.
 _SHORTEST = 4
 

@@ -16,6 +16,8 @@ from orchestrator.secrets import masked, masked_all
         ("url: /?token=secret/api/2.0 (refused)", "url: /?token=*** (refused)"),
         ("sqlite:////tmp/a@b/x.db", "sqlite:////tmp/a@b/x.db"),
         ("'http://host:5000/a@b'", "'http://host:5000/a@b'"),
+        ("s3://me:secret@bucket/x", "s3://***@bucket/x"),
+        ("s3://bucket/a@b/x", "s3://bucket/a@b/x"),
         ("mail a@b, is it?", "mail a@b, is it?"),
     ],
 )  # fmt: skip
@@ -28,7 +30,12 @@ def test_the_values_of_secret_variables_are_hidden(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hf_abcdef")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("SHORT_TOKEN", "a")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA-me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalr/XUtn")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "FwoG+ZXI=")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountKey=x1y2")
     assert masked("hf_abc, hf_abcdef, false, a") == "***, ***, false, a"
+    assert masked("AKIA-me, wJalr/XUtn, FwoG+ZXI=, AccountKey=x1y2") == "AKIA-me, ***, ***, ***"
 
 
 def test_values_are_masked_within_lists_and_mappings() -> None:
