@@ -1,12 +1,14 @@
 """What a run starts from: the model's directory and its token blocks, found and checked before anything starts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator import builtin, hub
+from orchestrator import builtin, hub, storage
 from orchestrator.config import PruneConfig
 from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from slimllm_ops.allocation import measure_layer, require_reachable
@@ -58,6 +60,7 @@ class Inputs:
     calibration: Calibration
     held_out: tuple[TokenBlocks, ...]
     form: Form
+    moments: Path | None = None
 
     def calibration_blocks(self) -> np.ndarray:
         """Return the calibration blocks (B, T), int32."""
@@ -70,10 +73,13 @@ def load_inputs(config: PruneConfig) -> Inputs:
 
     Raises:
         CheckpointError: the model is missing, broken or unknown.
-        InputError: a sparsity is more than the model can give, or it is to be refined and cannot be.
+        InputError: the moments are not there or of something else, a sparsity is more than the model can give, or it is
+            to be refined and cannot be.
         DataError: a specification of data does not give token blocks.
     """
-    source = Checkpoint.open(resolve_model(config.model))
+    directory = resolve_model(config.model)
+    with _named(config.model, directory):
+        source = Checkpoint.open(directory)
     if config.refine:
         require_refinable(source.family)
     form = Form(
@@ -88,22 +94,24 @@ def load_inputs(config: PruneConfig) -> Inputs:
             require_reachable(sizes, sparsity, drop_layers=form.drop_layers)
     defaults = (BUILTIN_HELDOUT,) if config.calibration is None and config.moments is None else ()
     specs = config.evaluate or defaults
-    digest = source.digest()
+    digest, moments = source.digest(), resolve_moments(config.moments)
     return Inputs(
         model_name(config.model),
         source,
         digest,
-        _load_calibration(config, source, digest),
+        _load_calibration(config, source, digest, moments),
         tuple(_load_held_out(config, source, spec) for spec in specs),
         form,
+        moments,
     )
 
 
-def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str) -> Calibration:
+def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, moments: Path | None) -> Calibration:
     """Load the calibration blocks; where moments were kept and no other pass is made, take what those rest on."""
-    if config.moments is None:
+    if moments is None:
         return Calibration.of(_load(config, source, config.calibration or BUILTIN_CALIBRATION))
-    manifest = MomentStore(Path(config.moments)).manifest()
+    with _named(config.moments, moments):
+        manifest = MomentStore(moments).manifest()
     if manifest["model_digest"] != digest:
         raise InputError(
             f"the moments in {config.moments} are of {manifest['model']} with weights {manifest['model_digest'][:12]}, "
@@ -137,13 +145,18 @@ def model_name(model: str | None) -> str:
 
 
 def resolve_model(model: str | None) -> Path:
-    """Return the directory of a model: the built-in one, a local one, or a hub id's, downloaded if need be.
+    """Return the directory of a model: the built-in one, a local one, or a URI's or hub id's, fetched if need be.
 
     Raises:
-        CheckpointError: there is no such directory, and the hub cannot give it.
+        CheckpointError: there is no such directory, and the store or the hub cannot give it.
     """
     if model is None:
         return builtin.MODEL_DIR
+    if storage.is_uri(model):
+        try:
+            return storage.fetch_directory(model, DOWNLOADED)
+        except storage.StorageError as error:
+            raise CheckpointError(f"model {error}") from error
     path = Path(model)
     try:
         if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -160,6 +173,33 @@ def resolve_model(model: str | None) -> Path:
             f"{model} is no directory here, and as a hub id it could not be had ({error}): "
             f"check the name and the network, or pass the directory of a downloaded model"
         ) from error
+
+
+def resolve_moments(moments: str | None) -> Path | None:
+    """Return the directory of moments that were kept, fetched if a URI names it.
+
+    Raises:
+        InputError: the store cannot give it.
+    """
+    if moments is None:
+        return None
+    if not storage.is_uri(moments):
+        return Path(moments)
+    try:
+        return storage.fetch_directory(moments)
+    except storage.StorageError as error:
+        raise InputError(f"moments {error}") from error
+
+
+@contextmanager
+def _named(given: str | None, directory: Path) -> Iterator[None]:
+    """Errors about what was fetched name the URI that it is known by."""
+    try:
+        yield
+    except InputError as error:
+        if given is None or not storage.is_uri(given):
+            raise
+        raise type(error)(str(error).replace(str(directory), given)) from error
 
 
 def _load_held_out(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:

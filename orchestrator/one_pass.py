@@ -6,7 +6,6 @@ No barrier: while the shards observe a layer, solves of the layers before run wh
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,8 +80,8 @@ def prune_from_moments(job: Job, store: MomentStore, method: Method, targets: li
 
 def observed_moments(job: Job) -> MomentStore:
     """Return the moments that the config names, or those of a pass that is made now."""
-    if job.config.moments is not None:
-        return MomentStore(Path(job.config.moments))
+    if job.inputs.moments is not None:
+        return MomentStore(job.inputs.moments)
     store = MomentStore(job.staging.solved / "moments")
     calibrate(job, store)
     return store

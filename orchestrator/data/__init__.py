@@ -7,7 +7,7 @@ not overlap (``text.py``); a table with an ``input_ids`` column holds blocks alr
 from pathlib import Path
 
 from orchestrator.data.blocks import DataError, TextOptions, TokenBlocks, check_fits, freeze, save_blocks
-from orchestrator.data.files import local_file, read_rows, table_columns
+from orchestrator.data.files import local_file, named, read_rows, table_columns
 from orchestrator.data.text import read_text
 
 __all__ = ["DataError", "TextOptions", "TokenBlocks", "load_tokens", "save_blocks"]
@@ -19,8 +19,9 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
     Args:
         spec: ``builtin:calibration`` or ``builtin:heldout``; a ``.txt`` file; a ``.jsonl``, ``.parquet`` or
             ``.arrow`` file with a ``text`` column; a ``.parquet`` or ``.arrow`` file with ``input_ids`` rows
-            (which win over a ``text`` column); or a dataset on the hub with a ``text`` column,
-            ``name[:config[:split]]``, whose split is train where none is given.
+            (which win over a ``text`` column); the URI of such a file in a store (``s3://``, ``gs://``, ``hf://``);
+            or a dataset on the hub with a ``text`` column, ``name[:config[:split]]``, whose split is train where none
+            is given.
         model_dir: Where the model's tokenizer is; not looked at for token files.
         vocab_size: The model's, which bounds the token ids.
         max_length: Tokens that the model takes in a sequence (``max_position_embeddings``).
@@ -33,11 +34,12 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
         DataError: In one line, whatever is wrong with the source, the tokenizer or the tokens.
     """
     path = local_file(spec)
-    if path is not None and "input_ids" in table_columns(path):
-        ids_BT = read_rows(path)
-        found, source_digest = len(ids_BT), None
-    else:
-        length = min(options.sequence_length, max_length)
-        ids_BT, found, source_digest = read_text(spec, path, model_dir, length, options)
+    with named(spec, path):
+        if path is not None and "input_ids" in table_columns(path):
+            ids_BT = read_rows(path)
+            found, source_digest = len(ids_BT), None
+        else:
+            length = min(options.sequence_length, max_length)
+            ids_BT, found, source_digest = read_text(spec, path, model_dir, length, options)
     check_fits(spec, ids_BT, vocab_size, max_length)
     return freeze(spec, ids_BT, found, source_digest)

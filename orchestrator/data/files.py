@@ -1,4 +1,4 @@
-"""Local files: which one a spec names, the columns of a table, and rows of token ids."""
+"""Files: which one a spec names, the columns of a table, and rows of token ids."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from orchestrator import storage
 from orchestrator.data.blocks import DataError
 from slimllm_ops.errors import shown
 
@@ -25,9 +26,24 @@ _SHOWN_NAMES = 10
 
 
 def local_file(spec: str) -> Path | None:
-    """The file that the spec names; None for a built-in text and for what can only be a name on the hub."""
+    """The file that the spec names, a URI's as fetched; None for a built-in text and what can only be on the hub."""
     if spec.startswith("builtin:"):
         return None
+    return _fetched_file(spec) if storage.is_uri(spec) else _file_here(spec)
+
+
+def _fetched_file(uri: str) -> Path:
+    """The local copy of a file in a store."""
+    try:
+        _require_known_suffix(uri, Path(storage.name_of(uri)))
+        path = storage.fetch_file(uri)
+    except storage.StorageError as error:
+        raise DataError(str(error)) from error
+    _require_content(uri, path)
+    return path
+
+
+def _file_here(spec: str) -> Path | None:
     try:
         path = Path(spec).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
@@ -41,11 +57,30 @@ def local_file(spec: str) -> Path | None:
         if path.suffix in SUFFIXES or not HUB_NAME.fullmatch(spec):
             raise DataError(f"{spec}: no such file: check the path, or use builtin:calibration, builtin:heldout")
         return None
+    _require_known_suffix(spec, path)
+    _require_content(spec, path)
+    return path
+
+
+def _require_known_suffix(spec: str, path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{spec}: files of type {path.suffix!r} are not known: use {', '.join(SUFFIXES)}")
+
+
+def _require_content(spec: str, path: Path) -> None:
     if path.stat().st_size == 0:
         raise DataError(f"{spec}: the file is empty: give one with text or token blocks")
-    return path
+
+
+@contextmanager
+def named(spec: str, path: Path | None) -> Iterator[None]:
+    """Errors about a file that was fetched name the URI that it is known by."""
+    try:
+        yield
+    except DataError as error:
+        if path is None or not storage.is_uri(spec):
+            raise
+        raise DataError(str(error).replace(str(path), spec)) from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from orchestrator import apart, hub
 from orchestrator.builtin import MODEL_DIR
 from orchestrator.data import DataError
 from orchestrator.data.documents import read_documents
+from orchestrator.data.files import local_file
 from orchestrator.inputs import resolve_model
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import CheckpointError
@@ -124,6 +125,17 @@ def test_a_model_comes_whole(server: Hub) -> None:
     assert Checkpoint.open(directory).digest() == Checkpoint.open(MODEL_DIR).digest()
     # Of all that a repository may hold, what a model needs: no data, no code.
     assert "train.jsonl" not in {path.name for path in directory.iterdir()}
+
+
+def test_files_come_whole_by_their_uris(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = resolve_model("hf://me/tiny")
+    assert Checkpoint.open(directory).digest() == Checkpoint.open(MODEL_DIR).digest()
+    path = local_file("hf://datasets/me/tiny/train.jsonl")
+    assert path is not None
+    assert path.read_bytes() == server.files["train.jsonl"]
+    with pytest.raises(CheckpointError, match=r"^model hf://me/none: there is nothing of this name \("):
+        resolve_model("hf://me/none")
 
 
 @pytest.mark.parametrize(
