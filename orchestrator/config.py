@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from orchestrator.storage import is_uri
+
 METHODS = ("slimllm", "gram")
 
 
@@ -127,6 +129,10 @@ class CompareConfig(PruneConfig):
 
     def _check_combinations(self) -> None:
         self._check_targets()
+        _require(
+            not is_uri(self.output or ""),
+            f"output {self.output} is a URI, and a comparison is written to a directory: pass one, and copy it there",
+        )
         _require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
         _require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
         for name in ("refine", "moments", "register", "resume", "uniform", "no_bias", "drop_layers"):

@@ -121,9 +121,9 @@ def is_finished(output: Path, asked: dict[str, Any]) -> bool:
         ConfigError: it is whole, but was asked to be something else.
     """
     # What is there may be the result of earlier settings, which an unfinished run is about to overwrite.
-    if not (output / ASKED).exists() or _staging(output).directory.exists():
+    if not (output / ASKED).exists() or is_begun(output):
         return False
-    _require_same(json.loads((output / ASKED).read_text()), asked, f"output {output}")
+    require_same(json.loads((output / ASKED).read_text()), asked, f"output {output}")
     # A run may end between giving the output its name and this.
     shutil.rmtree(output / ".work", ignore_errors=True)
     return True
@@ -147,32 +147,48 @@ def _staging(output: Path) -> Staging:
     return Staging(output.parent / f".{output.name}.partial")
 
 
+def is_begun(output: Path) -> bool:
+    """Return whether an earlier run of an output was not finished, and left what it had."""
+    return _staging(output).directory.exists()
+
+
 @contextmanager
 def _held(output: Path) -> Iterator[Staging]:
     """Make the directory beside the output, and hold it for as long as this process lives."""
     staging = _staging(output)
+    with held(staging.holder, str(output)):
+        yield staging
+
+
+@contextmanager
+def held(holder: Path, output: str) -> Iterator[None]:
+    """Hold what an output is made in for as long as this process lives; the file says who does.
+
+    Raises:
+        ConfigError: another run holds it, or the file cannot be written.
+    """
     try:
-        staging.work.mkdir(parents=True, exist_ok=True)
-        holder = staging.holder.open("a+")
+        holder.parent.mkdir(parents=True, exist_ok=True)
+        file = holder.open("a+")
     except OSError as error:
         raise ConfigError(f"output {output} cannot be written: {error.strerror}; choose another --output") from error
-    with holder:
+    with file:
         try:
             # The system lets go of it when the process ends, however it ends.
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder.seek(0)
+            file.seek(0)
             raise ConfigError(
-                f"output {output} is being written by another run ({holder.read().strip()}): "
+                f"output {output} is being written by another run ({file.read().strip()}): "
                 f"wait for it, or choose another --output"
             ) from None
-        if not staging.holder.exists():
+        if not holder.exists():
             raise ConfigError(f"output {output} was finished by another run just now: choose another --output")
-        holder.truncate(0)
+        file.truncate(0)
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        holder.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
-        holder.flush()
-        yield staging
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
+        file.flush()
+        yield
 
 
 def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> Staging:
@@ -180,7 +196,7 @@ def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resu
     earlier = staging.directory / ASKED
     if asked is not None and earlier.exists():
         if resume:
-            _require_same(json.loads(earlier.read_text()), asked, f"the run in {staging.directory} that is unfinished")
+            require_same(json.loads(earlier.read_text()), asked, f"the run in {staging.directory} that is unfinished")
             return Staging(staging.directory, resumed=True)
         if staging.is_solved() and not overwrite:
             raise ConfigError(
@@ -197,7 +213,12 @@ def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resu
     return staging
 
 
-def _require_same(earlier: dict[str, Any], asked: dict[str, Any], described: str) -> None:
+def require_same(earlier: dict[str, Any], asked: dict[str, Any], described: str) -> None:
+    """Refuse to take one thing for another.
+
+    Raises:
+        ConfigError: what was asked earlier differs from what is asked.
+    """
     asked = json.loads(json.dumps(asked))
     differing = sorted(name for name in earlier.keys() | asked.keys() if earlier.get(name) != asked.get(name))
     if differing:

@@ -15,12 +15,13 @@ from actors.serving import shared_files, weight_server
 from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers, session
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
+from orchestrator.delivery import Destination, delivered, is_delivered
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.job import Job, Target, open_targets
 from orchestrator.layerwise import prune_layerwise
 from orchestrator.one_pass import calibrate as observe_model
 from orchestrator.one_pass import prune_one_pass
-from orchestrator.output import Staging, is_finished, staged
+from orchestrator.output import Staging, staged
 from orchestrator.progress import Reporter
 from orchestrator.record import (
     Totals,
@@ -33,7 +34,7 @@ from orchestrator.record import (
 )
 from orchestrator.refine import refine_model
 from orchestrator.run_file import RUN_FILE, write_run_file
-from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
+from orchestrator.tracking import TrackingError, TrackingOptions, how_to_log, tracked_run
 from slimllm_ops.errors import InputError
 from slimllm_ops.memory import return_large_blocks
 from slimllm_ops.moment_store import MomentStore
@@ -50,9 +51,9 @@ PRUNERS: dict[str, Callable[[Job, list[Target]], None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedModel:
-    """One checkpoint that a run gave, and where MLflow has it (None: nowhere)."""
+    """One checkpoint that a run gave, a directory or a URI, and where MLflow has it (None: nowhere)."""
 
-    output: Path
+    output: Path | str
     totals: Totals
     run_id: str | None
     model_uri: str | None
@@ -60,13 +61,17 @@ class PrunedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """What a run gave: a model for every sparsity that was asked for; none where all was finished before."""
+    """What a run gave: a model for every sparsity that was asked for; none where all was finished before.
 
-    output: Path
+    `log_command` is what gives MLflow what it lacks of the run; None where it has everything.
+    """
+
+    output: Path | str
     models: tuple[PrunedModel, ...]
     tracking_uri: str | None
     experiment_id: str | None
     run_id: str | None
+    log_command: str | None = None
 
     @property
     def totals(self) -> Totals:
@@ -85,6 +90,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     Raises:
         ConfigError, DataError, InputError, ClusterError, TrackingError: what was asked cannot be done as asked.
         ShardError: workers were lost and not replaced.
+        DeliveryError: a store did not take the output, which is whole on this machine.
         OSError: the disk is full, or something else that the machine refuses.
 
     Whatever ends the run, what was solved waits for the same config with `resume`; where nothing was, nothing is left.
@@ -93,11 +99,25 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     tracking = tracking_options(config)
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
-    output, asked = Path(config.output or default_output(config, inputs.name)), what_is_asked(config, inputs)
-    if config.resume and is_finished(output, asked):
-        return PruneResult(output=output, models=(), tracking_uri=None, experiment_id=None, run_id=None)
+    output = Destination.of(config.output or default_output(config, inputs.name))
+    if config.resume and is_delivered(output, what_is_asked(config, inputs), config.overwrite, reporter.note):
+        return PruneResult(output=output.place, models=(), tracking_uri=None, experiment_id=None, run_id=None)
+    with delivered(output, config.overwrite, reporter.note) as directory:
+        result = _prune_into(directory, output, config, inputs, tracking, reporter)
+        return replace(result, log_command=how_to_log(directory, output.place))
+
+
+def _prune_into(
+    directory: Path,
+    output: Destination,
+    config: PruneConfig,
+    inputs: Inputs,
+    tracking: TrackingOptions,
+    reporter: Reporter,
+) -> PruneResult:
+    """Prune into a directory, which appears when it is whole; the result names the places where it goes."""
     with (
-        staged(output, config.overwrite, asked, config.resume) as staging,
+        staged(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
         session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
@@ -115,11 +135,11 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
             _log_committed(job, targets)
             PRUNERS[config.method](job, targets)
             models = [
-                _finish(job, target, params, output / target.directory.relative_to(staging.directory))
+                _finish(job, target, params, output.place_of(target.directory.relative_to(staging.directory)))
                 for target in targets
             ]
         return PruneResult(
-            output=output,
+            output=output.place,
             models=tuple(models),
             tracking_uri=run.tracking_uri,
             experiment_id=run.experiment_id,
@@ -127,21 +147,26 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         )
 
 
-def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path:
+def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | str:
     """Pass the calibration data through a model once and keep the moments, for `prune` with `moments`.
+
+    Returns:
+        Where they are: a directory or a URI.
 
     Raises:
         ConfigError, DataError, InputError, ClusterError: what was asked cannot be done as asked; nothing is left.
         ShardError: workers were lost and not replaced; what was solved waits for the same config with `resume`.
+        DeliveryError: a store did not take the output, which is whole on this machine.
     """
     reporter = reporter or Reporter()
     inputs = load_inputs(config)
-    output, asked = Path(config.output or f"moments/{inputs.name}"), what_is_asked(config, inputs)
-    if config.resume and is_finished(output, asked):
-        reporter.note(f"{output} is finished: there is nothing to resume")
-        return output
+    output, asked = Destination.of(config.output or f"moments/{inputs.name}"), what_is_asked(config, inputs)
+    if config.resume and is_delivered(output, asked, config.overwrite, reporter.note):
+        reporter.note(f"{output.place} is finished: there is nothing to resume")
+        return output.place
     with (
-        staged(output, config.overwrite, asked, config.resume) as staging,
+        delivered(output, config.overwrite, reporter.note) as directory,
+        staged(directory, config.overwrite, asked, config.resume) as staging,
         session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
     ):
         workers = settle_workers(config, resources, staging)
@@ -152,7 +177,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path:
             observe_model(job, store)
             for path in store.directory.iterdir():
                 path.rename(staging.directory / path.name)
-    return output
+    return output.place
 
 
 def default_output(config: PruneConfig, name: str) -> str:
@@ -214,7 +239,7 @@ def complete(job: Job, target: Target) -> Totals:
     return count_totals(job.inputs, pruned, perplexity, job.reporter.seconds, job.shards.peak_memory(), error)
 
 
-def _finish(job: Job, target: Target, params: dict[str, object], output: Path) -> PrunedModel:
+def _finish(job: Job, target: Target, params: dict[str, object], output: Path | str) -> PrunedModel:
     """Complete a target's checkpoint, write its record and log it."""
     _tell_idle_experts(job, target)
     totals = complete(job, target)

@@ -12,6 +12,7 @@ from orchestrator.comparison import Comparison
 from orchestrator.comparison_table import print_table
 from orchestrator.pipeline import PruneResult
 from orchestrator.record import Totals
+from orchestrator.secrets import masked
 from orchestrator.tracking import how_to_log, where_to_look
 
 
@@ -19,7 +20,7 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
     """Print what pruning changed, what it took, and the paths."""
     console = console or Console(highlight=False)
     if not result.models:
-        console.print(f"{result.output} is finished: there is nothing to resume", soft_wrap=True, markup=False)
+        _print_lines(console, [f"{result.output} is finished: there is nothing to resume"])
         return
     totals = result.totals
     table = Table()
@@ -36,7 +37,8 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.seconds.items())
     peak = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in totals.peak_memory.items())
     lines = [f"seconds: {stages}", f"peak memory of a worker: {peak}", f"checkpoint: {result.output}"]
-    _print_lines(console, [*lines, *_of_mlflow(result, f"MLflow run {result.run_id}: {result.model_uri}")])
+    found = f"MLflow run {result.run_id}: {result.model_uri}"
+    _print_lines(console, [*lines, *_of_mlflow(result, result.log_command, found)])
 
 
 def describe_result(result: PruneResult) -> dict[str, Any]:
@@ -55,13 +57,14 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     """Print how the methods did, and the paths."""
     console = console or Console(highlight=False)
     print_table(comparison.rows, console)
-    found = _of_mlflow(comparison, f"MLflow run {comparison.run_id}, with a child for each model")
-    _print_lines(console, [f"table and figure: {comparison.output}", *found])
+    found = f"MLflow run {comparison.run_id}, with a child for each model"
+    told = _of_mlflow(comparison, how_to_log(comparison.output), found)
+    _print_lines(console, [f"table and figure: {comparison.output}", *told])
 
 
-def _of_mlflow(result: PruneResult | Comparison, found: str) -> list[str]:
+def _of_mlflow(result: PruneResult | Comparison, command: str | None, found: str) -> list[str]:
     """Return what MLflow has and where to look at it; the last is a command to run where it lacks something."""
-    if command := how_to_log(result.output):
+    if command:
         return ["MLflow does not have all of this run; when its server answers again, log it by", command]
     assert result.tracking_uri is not None, "a run that MLflow has was stored somewhere"
     return [found, f"to look at it: {where_to_look(result.tracking_uri, result.experiment_id, result.run_id)}"]
@@ -69,7 +72,7 @@ def _of_mlflow(result: PruneResult | Comparison, found: str) -> list[str]:
 
 def _print_lines(console: Console, lines: list[str]) -> None:
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(masked(line), soft_wrap=True, markup=False)
 
 
 def _add_row(table: Table, name: str, before: float, after: float, form: str) -> None:

@@ -12,7 +12,7 @@ from orchestrator.cli.pruning import calibrate, compare, prune
 EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    workers, Ray's head or a disk failed; what is solved stays, --resume goes on
+  1    workers, Ray's head, a disk or an upload failed; what is solved stays, --resume goes on
   2    it cannot be done as asked; the line says what to change
   130  Ctrl-C, 143 SIGTERM; --resume goes on
 """

@@ -74,12 +74,13 @@ def _ending_of(error: BaseException) -> tuple[str, int] | None:
             return _with_notes(str(error), error), REFUSED
     # What else there is takes seconds to import, and a wrong setting is known before.
     from actors.errors import ShardError
+    from orchestrator.delivery import DeliveryError
     from orchestrator.pipeline import USER_ERRORS
     from slimllm_ops.errors import MiscountError, ReadBackError
 
     if isinstance(error, USER_ERRORS):
         return _with_notes(str(error), error), REFUSED
-    if isinstance(error, ShardError | ReadBackError | MiscountError):
+    if isinstance(error, ShardError | ReadBackError | MiscountError | DeliveryError):
         return _with_notes(str(error), error), FAILED
     if isinstance(error, OSError):
         # A disk that is full or gone. The command line's own files are checked before, with messages of their own.

@@ -12,7 +12,9 @@ from orchestrator.config import METHODS
 GROUPS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "Result": {
         "output": click.option(
-            "--output", metavar="DIR", help="Where the result goes. [pruned/, moments/ or comparisons/<model>]"
+            "--output",
+            metavar="DIR",
+            help="Where the result goes; also a URI. [pruned/, moments/ or comparisons/<model>]",
         ),
         "overwrite": click.option(
             "--overwrite", is_flag=True, default=None, help="Replace an output that is not empty."

@@ -1,5 +1,7 @@
 """The commands about what was pruned, or can be: `log`, `export`, `families`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +10,9 @@ import click
 
 from orchestrator.cli.ending import explained, print_json
 from orchestrator.cli.options import TELLING, Command, with_options
+from orchestrator.config import ConfigError
+from orchestrator.secrets import masked
+from orchestrator.storage import is_uri
 
 if TYPE_CHECKING:
     from orchestrator.exports import Exported
@@ -18,18 +23,18 @@ EXPORTS = ("stock", "gguf")
 
 
 @click.command(cls=Command)
-@click.argument("output", type=Path)
+@click.argument("output")
 @with_options("experiment", "tracking_uri", "run_name", "register", *TELLING)
-def log(output: Path, as_json: bool, verbose: bool, **asked: Any) -> None:
+def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
     """Log a finished OUTPUT in MLflow, where the tracking server was not there or was lost; twice does nothing."""
     from orchestrator.tracking import log_output, where_to_look
 
-    with explained(as_json=as_json, verbose=verbose):
-        logged = log_output(output, **asked)
+    with explained(as_json=as_json, verbose=verbose), _here(output) as directory:
+        logged = log_output(directory, **asked)
     if as_json:
         print_json(asdict(logged) | {"output": output})
         return
-    click.echo(f"{output} is logged{' already' if logged.before else ''} as MLflow run {logged.run_id}")
+    click.echo(f"{masked(output)} is logged{' already' if logged.before else ''} as MLflow run {logged.run_id}")
     click.echo(f"to look at it: {where_to_look(logged.tracking_uri, logged.experiment_id, logged.run_id)}")
 
 
@@ -54,7 +59,7 @@ def _units_of(family: "Family") -> str:
 
 
 @click.command(cls=Command)
-@click.argument("output", type=Path)
+@click.argument("output")
 @click.option(
     "--to",
     "form",
@@ -62,10 +67,10 @@ def _units_of(family: "Family") -> str:
     required=True,
     help="stock: a class of transformers; gguf: a file for llama.cpp.",
 )
-@click.option("--output", "path", type=Path, metavar="PATH", help="Where it goes. [beside OUTPUT, of its name]")
+@click.option("--output", "path", metavar="PATH", help="Where it goes. [beside OUTPUT, of its name]")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @with_options(*TELLING)
-def export(output: Path, form: str, path: Path | None, overwrite: bool, as_json: bool, verbose: bool) -> None:
+def export(output: str, form: str, path: str | None, overwrite: bool, as_json: bool, verbose: bool) -> None:
     """Write OUTPUT, a pruned checkpoint, in a form that another program loads."""
     with explained(as_json=as_json, verbose=verbose):
         exported = _export(output, form, path, overwrite)
@@ -75,8 +80,23 @@ def export(output: Path, form: str, path: Path | None, overwrite: bool, as_json:
         click.echo(f"{form}: {exported.path}, {exported.described}")
 
 
-def _export(output: Path, form: str, path: Path | None, overwrite: bool) -> "Exported":
+def _export(output: str, form: str, path: str | None, overwrite: bool) -> "Exported":
     from orchestrator.exports.gguf import export_gguf
     from orchestrator.exports.stock import export_stock
 
-    return {"stock": export_stock, "gguf": export_gguf}[form](output, path, overwrite)
+    if is_uri(path or "") or (is_uri(output) and path is None):
+        raise ConfigError(f"what is exported is written on this machine, not to {path or output}: pass --output PATH")
+    with _here(output) as directory:
+        return {"stock": export_stock, "gguf": export_gguf}[form](directory, Path(path) if path else None, overwrite)
+
+
+@contextmanager
+def _here(output: str) -> Iterator[Path]:
+    """Give the directory of an output, brought here if it is in a store."""
+    if not is_uri(output):
+        yield Path(output)
+        return
+    from orchestrator.delivery import brought
+
+    with brought(output) as directory:
+        yield directory

@@ -26,7 +26,7 @@ Examples:
 @click.argument("model", required=False)
 @with_options(*(name for options in GROUPS.values() for name in options))
 def prune(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
-    """Prune MODEL, a directory or hub id; without one, the built-in model."""
+    """Prune MODEL, a directory, URI or hub id; without one, the built-in model."""
     with explained(as_json=as_json, verbose=verbose):
         _prune(_configure(PruneConfig, config_file, flags), as_json=as_json, verbose=verbose)
 

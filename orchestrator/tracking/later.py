@@ -72,13 +72,18 @@ def log_output(
     )
 
 
-def how_to_log(output: Path) -> str | None:
-    """Return the command that gives MLflow what it lacks of a finished output; None where it has everything."""
+def how_to_log(output: Path, place: Path | str | None = None) -> str | None:
+    """Return the command that gives MLflow what it lacks of a finished output; None where it has everything.
+
+    Args:
+        output: The directory of the output.
+        place: Where it is in the end, if not there.
+    """
     runs = [journal.events() for journal in _journals(output)]
     if all(events[-1]["event"] == "logged" for events in runs):
         return None
     uri = _last(runs[0], "start")["uri"]
-    return f"slimllm log {shlex.quote(str(output))} --tracking-uri {shlex.quote(uri)}"
+    return f"slimllm log {shlex.quote(str(place or output))} --tracking-uri {shlex.quote(uri)}"
 
 
 def where_to_look(tracking_uri: str, experiment_id: str | None, run_id: str | None) -> str:
