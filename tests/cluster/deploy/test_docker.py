@@ -59,7 +59,8 @@ def test_what_is_copied_is_there_and_docker_sees_it(instructions: list[tuple[str
 
 
 def test_it_installs_what_is_pinned_for_the_python_that_all_nodes_have(instructions: list[tuple[str, str]]) -> None:
-    assert any("pip install --no-cache-dir --constraint constraints.txt ." in value for value in valued(instructions, "RUN"))
+    (install,) = [value for value in valued(instructions, "RUN") if value.startswith("pip install")]
+    assert install == "pip install --no-cache-dir --constraint constraints.txt '.[s3,gs]'"
     # Of PyPI, where this version's build is the one with CUDA: no local version, no other index.
     assert "+" not in pinned("torch")
     assert "index-url" not in DOCKERFILE.read_text()

@@ -5,9 +5,12 @@ import re
 from tests.cluster.deploy.commands import DEPLOY, IMAGE, ROOT, settings_of
 
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
-BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)]
 # Docker, a job, a cluster that stays, the launcher, Slurm.
 WAYS = 5
+# What holds of every way has sections of its own.
+OTHER = ("Submit a job", "Models, data and output")
+SECTIONS = [section for section in PAGE.split("\n## ")[1:] if not section.startswith(OTHER)]
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", "".join(SECTIONS), flags=re.DOTALL)]
 
 
 def commands() -> list[str]:
