@@ -115,15 +115,17 @@ class _FinishedRun(Run):
         confirmed = {event["run_id"] for event in self._earlier if event["event"] == "logged"}
         if stored is None or stored.run_id not in confirmed or stored.status != "FINISHED":
             return None
-        models = all(self._has_model(stored, event["name"]) for event in self._checkpoints)
+        models = all(self._has_model(stored, event) for event in self._checkpoints)
         return stored.run_id if models and all(child.is_logged() for child in self.children()) else None
 
-    def _has_model(self, stored: StoredRun, name: str) -> bool:
-        model = self._server.ask(lambda: stored.find_model(name))
+    def _has_model(self, stored: StoredRun, checkpoint: dict[str, Any]) -> bool:
+        model = self._server.ask(lambda: stored.find_model(checkpoint["name"]))
         if model is None or model.status != "READY":
             return False
         register = self._options.register
-        return register is None or self._server.ask(lambda: stored.find_version(model.model_id, register)) is not None
+        return register is None or bool(
+            self._server.ask(lambda: stored.registry.has(model.model_id, register, checkpoint))
+        )
 
     def log(self) -> bool:
         """Tell MLflow all of it, its children inside it; return whether nothing of files and models was refused."""

@@ -55,6 +55,10 @@ class Run:
         values = {key: float(value) for key, value in metrics.items()}
         self._log({"event": "metrics", "step": step, "metrics": values})
 
+    def log_note(self, text: str) -> None:
+        """Log what the run's page says of it in words, in Markdown."""
+        self._log({"event": "note", "text": text})
+
     def log_dataset(
         self,
         name: str,
@@ -78,8 +82,25 @@ class Run:
                 raise FileNotFoundError(f"{path} does not exist: nothing to log")
         self._log({"event": "artifacts", "paths": [self._from_journal(path) for path in paths], "to": to})
 
-    def log_checkpoint(self, directory: Path, name: str, params: Mapping[str, object]) -> str | None:
+    def log_checkpoint(
+        self,
+        directory: Path,
+        name: str,
+        params: Mapping[str, object],
+        *,
+        measured: Mapping[str, float] | None = None,
+        alias: str | None = None,
+        description: str | None = None,
+    ) -> str | None:
         """Upload a checkpoint as a logged model, linked with the run's metrics that have no step.
+
+        Args:
+            directory: The checkpoint.
+            name: What the logged model is called.
+            params: What it was made by: its parameters, and tags of its version if it is registered.
+            measured: More tags of the version.
+            alias: What the version is loaded by until another takes the alias; dots become dashes.
+            description: What the version is, in a line.
 
         Returns:
             models:/NAME/VERSION if it was registered, models:/ID if not, None when there is no server.
@@ -88,8 +109,9 @@ class Run:
         if not directory.is_dir():
             raise NotADirectoryError(f"{directory} is not a directory: nothing to log")
         place = self._from_journal(directory)
-        event = self._journal.append({"event": "checkpoint", "directory": place, "name": name, "params": params})
-        return self._tell(event)
+        version = {"measured": measured or {}, "alias": alias, "description": description}
+        model = {"directory": place, "name": name, "params": params}
+        return self._tell(self._journal.append({"event": "checkpoint", **model, **version}))
 
     @contextmanager
     def child(self, run_name: str, journal: Path | None = None) -> Iterator["Run"]:
@@ -147,7 +169,7 @@ class Run:
         if missing := {key: value for key, value in given.items() if key not in told}:
             self._tell({"event": "params", "params": missing})
         for event in self._earlier:
-            if event["event"] in ("metrics", "dataset"):
+            if event["event"] in ("metrics", "dataset", "note"):
                 self._tell(event)
 
     def _end(self, status: str, error: str | None = None) -> None:
@@ -193,7 +215,7 @@ class Run:
         self._uploaded &= model_id is not None
         if model_id is None or not (register := self._options.register):
             return model_id and f"models:/{model_id}"
-        version = self._server.ask(lambda: stored.register(model_id, register))
+        version = self._server.ask(lambda: stored.registry.register(model_id, register, event))
         self._uploaded &= version is not None
         return f"models:/{register}/{version}" if version else f"models:/{model_id}"
 

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from orchestrator.secrets import masked, masked_all
 from orchestrator.tracking.options import TrackingError, TrackingOptions
+from orchestrator.tracking.registry import Registry
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
@@ -41,6 +42,8 @@ MAX_DIGEST = 36
 # By this tag a run is found again, whatever became of the process that created it.
 KEY_TAG = "slimllm.key"
 PARENT_TAG = "mlflow.parentRunId"
+# What the page of a run shows as its description.
+NOTE_TAG = "mlflow.note.content"
 
 
 class Server:
@@ -139,6 +142,7 @@ class StoredRun:
         self._server, self._client, self._found_again = server, server.client, found_again
         self.run_id, self.status, self._begun = run.info.run_id, run.info.status, run.info.start_time
         self.params: dict[str, str] = dict(run.data.params)
+        self.registry = Registry(self._client, server.uri, self.run_id, found_again)
         self._totals: list[Any] = []
         self._model_id: str | None = None
 
@@ -157,6 +161,8 @@ class StoredRun:
                 self._tell_metrics(event)
             case "dataset":
                 self._tell_dataset(event)
+            case "note":
+                self._client.set_tag(self.run_id, NOTE_TAG, event["text"])
             case "end":
                 self._client.set_terminated(self.run_id, event["status"], end_time=_stamp(event))
 
@@ -254,30 +260,6 @@ class StoredRun:
             return set()
         outputs = self._client.get_run(self.run_id).outputs
         return {output.model_id for output in outputs.model_outputs} if outputs else set()
-
-    def register(self, model_id: str, name: str) -> str:
-        """A version of a registered model, which is made where it is missing."""
-        from mlflow.exceptions import MlflowException
-
-        if version := self.find_version(model_id, name):
-            return version
-        with suppress(MlflowException):
-            self._client.create_registered_model(name)
-        source = f"models:/{model_id}"
-        if not urlsplit(self._server.uri).scheme.startswith(("http", "databricks")):
-            # A database store resolves models:/ID by the process's global tracking URI, which is not ours.
-            source = self._client.get_logged_model(model_id).artifact_location
-        version = self._client.create_model_version(name, source, self.run_id, await_creation_for=0, model_id=model_id)
-        return str(version.version)
-
-    def find_version(self, model_id: str, name: str) -> str | None:
-        """The version that an earlier attempt registered a logged model as."""
-        if not self._found_again:
-            return None
-        versions = self._client.search_model_versions(f"run_id = '{self.run_id}'")
-        # A database keeps no id of the model with the version, but its source is of that model either way.
-        found = [version for version in versions if version.name == name and model_id in version.source]
-        return str(found[0].version) if found else None
 
     def sample_system(self, stop: threading.Event) -> None:
         """Log processor, memory, disk, network and GPU every two seconds, until told to stop or it fails."""

@@ -132,6 +132,31 @@ def test_a_checkpoint_is_uploaded_and_registered_once(
     assert [(model.model_id, model.status) for model in found] == [(output.model_id, "READY")]
 
 
+def test_a_resumed_run_takes_no_alias_from_what_was_registered_after_it(
+    uri: str, client: MlflowClient, journal: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = TrackingOptions(experiment="aliases", tracking_uri=uri, register="resumed")
+    holders = []
+    for path in (journal, tmp_path / "later.jsonl", journal):
+        with suppress(KeyboardInterrupt), tracked_run(options, path) as run:
+            run.log_checkpoint(checkpoint, "tiny", {}, alias="ratio-0.25")
+            holders.append({name: str(held) for name, held in client.get_registered_model("resumed").aliases.items()})
+            raise KeyboardInterrupt
+    assert holders == [{"ratio-0-25": "1"}, {"ratio-0-25": "2"}, {"ratio-0-25": "2"}]
+
+
+def test_an_alias_that_was_not_set_any_more_is_set_by_the_run_that_goes_on(
+    uri: str, client: MlflowClient, journal: Path, checkpoint: Path
+) -> None:
+    options = TrackingOptions(experiment="aliases", tracking_uri=uri, register="killed between")
+    for _ in range(2):
+        with suppress(KeyboardInterrupt), tracked_run(options, journal) as run:
+            assert run.log_checkpoint(checkpoint, "tiny", {}, alias="sparsity-0.20") == "models:/killed between/1"
+            assert client.get_registered_model("killed between").aliases.keys() == {"sparsity-0-20"}
+            client.delete_registered_model_alias("killed between", "sparsity-0-20")
+            raise KeyboardInterrupt
+
+
 def test_an_upload_that_was_cut_short_is_completed(
     uri: str, client: MlflowClient, journal: Path, checkpoint: Path
 ) -> None:

@@ -135,6 +135,23 @@ def test_a_registered_checkpoint_comes_back_byte_for_byte(uri, client, journal, 
     assert client.get_model_version("tiny-pruned", "1").run_id == run.run_id
 
 
+def test_a_version_has_tags_a_description_and_an_alias_as_mlflow_takes_it(uri, client, journal, checkpoint):
+    with tracked_run(TrackingOptions(tracking_uri=uri, register="aliased-once"), journal) as run:
+        told = {"measured": {"perplexity": 7.0}, "alias": "ratio-0.25 x", "description": "in a line"}
+        run.log_checkpoint(checkpoint, "tiny", {"method": "gram"}, **told)
+    # Letters, digits, dashes and underscores.
+    version = client.get_model_version_by_alias("aliased-once", "ratio-0-25-x")
+    assert (version.run_id, version.description) == (run.run_id, "in a line")
+    assert version.tags == {"method": "gram", "perplexity": "7.0"}
+
+
+def test_a_run_has_a_description(uri, client, journal):
+    with tracked_run(TrackingOptions(tracking_uri=uri), journal) as run:
+        run.log_note("first")
+        run.log_note("| a | table |")
+    assert client.get_run(run.run_id).data.tags["mlflow.note.content"] == "| a | table |"
+
+
 def test_a_checkpoint_that_is_not_registered_has_an_address(uri, client, journal, checkpoint):
     with tracked_run(TrackingOptions(tracking_uri=uri), journal) as run:
         address = run.log_checkpoint(checkpoint, "tiny", {})
