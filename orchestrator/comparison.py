@@ -23,7 +23,7 @@ from orchestrator.job import Job, Target, open_target, target_name
 from orchestrator.layerwise import prune_layerwise
 from orchestrator.one_pass import observed_moments, prune_from_moments
 from orchestrator.output import Staging, staged
-from orchestrator.pipeline import complete, settle_workers, tracking_options, working
+from orchestrator.pipeline import amount, complete, named, settle_workers, tracking_options, working
 from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_parameters, log_inputs, run_params, write_record
 from orchestrator.run_file import RUN_FILE, write_run_file
@@ -140,6 +140,7 @@ def compare(
     chosen = refinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
+    tracking = named(tracking, f"{inputs.name}-comparison-{amount(config)}")
     output = Path(config.output or f"comparisons/{inputs.name}")
     with (
         staged(output, config.overwrite) as staging,
@@ -223,7 +224,7 @@ def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row]
     job, run = contest.job, contest.run
     board = _Board(job.inputs, {blocks.spec: job.dense_perplexity(blocks) for blocks in job.inputs.held_out})
     board.enter_dense()
-    run.log_metrics({f"dense_{name}": value for name, value in _losses(board.rows).items()})
+    run.log_metrics(_losses(board.rows, "before"))
     start = time.perf_counter()
     store = observed_moments(job)
     calibration_seconds = time.perf_counter() - start
@@ -275,7 +276,7 @@ def _open_targets(job: Job, run: Run, method: str, sparsities: Sequence[float | 
     with ExitStack() as stack:
         targets = []
         for sparsity in sparsities:
-            name = f"{method}-{target_name(sparsity) if sparsity is not None else f'ratio-{job.config.ratio:g}'}"
+            name = f"{method}-{target_name(sparsity, job.config)}"
             directory = job.staging.directory / "checkpoints" / name
             child = stack.enter_context(run.child(name))
             targets.append(open_target(sparsity, directory, child, job.source, job.staging, job.config.refine))
@@ -286,14 +287,15 @@ def _log(run: Run, params: dict[str, Any], rows: Sequence[Row]) -> None:
     """Log what a model was made by, and its rows."""
     first = rows[0]
     run.log_params(params)
-    run.log_metrics({"sparsity": first.sparsity, "parameters": first.parameters, "seconds": first.seconds})
+    run.log_metrics({"sparsity": first.sparsity, "parameters_after": first.parameters, "seconds": first.seconds})
     gaps = {f"gap{_suffix(number)}": row.gap for number, row in enumerate(rows)}
-    run.log_metrics(_losses(rows) | gaps)
+    run.log_metrics(_losses(rows, "after") | gaps)
 
 
-def _losses(rows: Sequence[Row]) -> dict[str, float]:
-    perplexities = {f"perplexity{_suffix(number)}": row.perplexity for number, row in enumerate(rows)}
-    return perplexities | {f"loss{_suffix(number)}": row.loss for number, row in enumerate(rows)}
+def _losses(rows: Sequence[Row], when: str) -> dict[str, float]:
+    """Return a model's losses under the names that `prune` has for them too: both are compared in one chart."""
+    perplexities = {f"perplexity_{when}{_suffix(number)}": row.perplexity for number, row in enumerate(rows)}
+    return perplexities | {f"loss_{when}{_suffix(number)}": row.loss for number, row in enumerate(rows)}
 
 
 def _suffix(number: int) -> str:
@@ -317,6 +319,7 @@ def _publish(
     results = staging.work / "tables"
     results.mkdir()
     write_table(rows, header, results)
+    run.log_note((results / "comparison.md").read_text())
     run.log_artifacts(*[path.rename(staging.directory / path.name) for path in sorted(results.iterdir())])
     if not any((checkpoints := staging.directory / "checkpoints").iterdir()):
         checkpoints.rmdir()

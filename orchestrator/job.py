@@ -155,8 +155,7 @@ def open_targets(config: PruneConfig, staging: Staging, source: Checkpoint, run:
     with ExitStack() as stack:
         targets = []
         for sparsity in sparsities:
-            assert sparsity is not None, "a ratio is one target"
-            directory = staging.directory / target_name(sparsity)
+            directory = staging.directory / target_name(sparsity, config)
             child = stack.enter_context(run.child(directory.name, directory / "pruning" / "metrics.jsonl"))
             targets.append(open_target(sparsity, directory, child, source, staging, config.refine))
         yield targets
@@ -177,6 +176,8 @@ def open_target(
     )
 
 
-def target_name(sparsity: float) -> str:
-    """Return what a target is called in paths and runs."""
+def target_name(sparsity: float | None, config: PruneConfig) -> str:
+    """Return what a target is called in paths, runs and the registry: by its sparsity, or else the ratio."""
+    if sparsity is None:
+        return f"ratio-{config.ratio:g}"
     return f"sparsity-{sparsity:.2f}" if sparsity == round(sparsity, 2) else f"sparsity-{sparsity:g}"

@@ -17,7 +17,7 @@ from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
 from orchestrator.delivery import Destination, delivered, is_delivered
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.job import Job, Target, open_targets
+from orchestrator.job import Job, Target, open_targets, target_name
 from orchestrator.layerwise import prune_layerwise
 from orchestrator.one_pass import calibrate as observe_model
 from orchestrator.one_pass import prune_one_pass
@@ -29,12 +29,14 @@ from orchestrator.record import (
     log_inputs,
     log_record,
     run_params,
+    settings_of,
     what_is_asked,
     write_record,
 )
 from orchestrator.refine import refine_model
 from orchestrator.run_file import RUN_FILE, write_run_file
-from orchestrator.tracking import TrackingError, TrackingOptions, how_to_log, tracked_run
+from orchestrator.sweep import log_sweep
+from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
 from slimllm_ops.errors import InputError
 from slimllm_ops.memory import return_large_blocks
 from slimllm_ops.moment_store import MomentStore
@@ -57,6 +59,11 @@ class PrunedModel:
     totals: Totals
     run_id: str | None
     model_uri: str | None
+
+    @property
+    def name(self) -> str:
+        """The last part of its place, which tells it from the others of a sweep."""
+        return str(self.output).rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +106,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     tracking = tracking_options(config)
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
+    tracking = named(tracking, f"{inputs.name}-{config.method}-{amount(config)}")
     output = Destination.of(config.output or default_output(config, inputs.name))
     if config.resume and is_delivered(output, what_is_asked(config, inputs), config.overwrite, reporter.note):
         return PruneResult(output=output.place, models=(), tracking_uri=None, experiment_id=None, run_id=None)
@@ -132,12 +140,16 @@ def _prune_into(
             working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job,
         ):
             _tell_resumed(job)
+            _log_children(job, targets, run, params)
             _log_committed(job, targets)
             PRUNERS[config.method](job, targets)
             models = [
                 _finish(job, target, params, output.place_of(target.directory.relative_to(staging.directory)))
                 for target in targets
             ]
+            if len(models) > 1:
+                totals = {model.name: model.totals for model in models}
+                log_sweep(run, staging.directory, config.method, totals)
         return PruneResult(
             output=output.place,
             models=tuple(models),
@@ -182,9 +194,19 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
 
 def default_output(config: PruneConfig, name: str) -> str:
     """Return where the checkpoints go if the config does not say: pruned/<model>-<sparsity>."""
+    return f"pruned/{name}-{amount(config)}"
+
+
+def amount(config: PruneConfig) -> str:
+    """Return how much goes, as outputs and runs are named by it."""
     if config.ratio is not None:
-        return f"pruned/{name}-ratio-{config.ratio:g}"
-    return f"pruned/{name}-" + "-".join(f"{sparsity:g}" for sparsity in config.targets)
+        return f"ratio-{config.ratio:g}"
+    return "-".join(f"{sparsity:g}" for sparsity in config.targets)
+
+
+def named(tracking: TrackingOptions, name: str) -> TrackingOptions:
+    """Return where a run is logged, with a name for it if it was given none: MLflow would invent one."""
+    return replace(tracking, run_name=tracking.run_name or name)
 
 
 def settle_workers(config: PruneConfig, resources: Resources, staging: Staging) -> WorkerPlan:
@@ -242,9 +264,10 @@ def complete(job: Job, target: Target) -> Totals:
 def _finish(job: Job, target: Target, params: dict[str, object], output: Path | str) -> PrunedModel:
     """Complete a target's checkpoint, write its record and log it."""
     _tell_idle_experts(job, target)
-    totals = complete(job, target)
-    write_record(target.directory, params | {"sparsity": target.sparsity}, job.inputs, target.final.log.plans, totals)
-    model_uri = log_record(target.run, target.directory, job.inputs.name, totals)
+    totals, params = complete(job, target), params | {"sparsity": target.sparsity}
+    write_record(target.directory, params, job.inputs, target.final.log.plans, totals)
+    name = target_name(target.sparsity, job.config)
+    model_uri = log_record(target.run, target.directory, job.inputs, name, params, totals)
     return PrunedModel(output=output, totals=totals, run_id=target.run.run_id, model_uri=model_uri)
 
 
@@ -265,6 +288,13 @@ def _tell_resumed(job: Job) -> None:
     if job.config.resume:
         found = "going on from what is solved" if job.staging.resumed else "there is nothing to resume: beginning"
         job.reporter.note(f"{found} ({job.staging.directory})")
+
+
+def _log_children(job: Job, targets: list[Target], run: Run, params: dict[str, object]) -> None:
+    """Log in the runs of a sweep's models what they are made by: MLflow shows a run's own parameters alone."""
+    for target in targets:
+        if target.run is not run:
+            log_inputs(target.run, settings_of(params) | {"sparsity": target.sparsity}, job.inputs)
 
 
 def _log_committed(job: Job, targets: list[Target]) -> None:

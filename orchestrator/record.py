@@ -31,6 +31,10 @@ OF_AN_ATTEMPT = {"overwrite", "resume", "tracking_uri", "address"}
 PLACES = {"output", "experiment", "run_name", "register", "shared_storage", "offload", "weights_travel"}
 # Settings that name files, of which the digests tell more.
 DIGESTED = {"model", "calibration", "evaluate", "moments"}
+# Settings by which one model is told from another, where they are set.
+TOLD_OF_A_MODEL = ("method", "refine", "ratio", "uniform", "no_bias", "model", "model_digest")
+# Digits of measured figures where they are read, not computed with.
+READ_DIGITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,11 @@ class Totals:
         }
         metrics |= {f"seconds/{stage.replace(',', '')}": value for stage, value in self.seconds.items()}
         metrics |= {f"peak_memory_bytes/{kind}": value for kind, value in self.peak_memory.items()}
+        return metrics | self.perplexities()
+
+    def perplexities(self) -> dict[str, float]:
+        """Return the perplexities as metrics."""
+        metrics: dict[str, float] = {}
         for number, (dense, pruned) in enumerate(self.perplexity.values()):
             # One held-out set is the usual case, and keeps the plain name.
             suffix = f"/{number}" if number else ""
@@ -140,6 +149,11 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         **asdict(workers),
     }
     return masked_all(asked | found)
+
+
+def settings_of(params: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a run's parameters may bear on what it gives."""
+    return {name: value for name, value in params.items() if name not in PLACES}
 
 
 def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
@@ -205,8 +219,7 @@ def write_record(
     The same run writes the same bytes, wherever it writes them and however fast.
     """
     pruning = directory / "pruning"
-    settings = {name: value for name, value in params.items() if name not in PLACES}
-    header = {"format": 1, "params": settings, "totals": masked_all(totals.recorded())}
+    header = {"format": 1, "params": settings_of(params), "totals": masked_all(totals.recorded())}
     Plan(header, tuple(layers)).write(pruning / "plan.json")
     pq.write_table(importance_table(layers), pruning / "importance.parquet")
     figures = pruning / "figures"
@@ -217,11 +230,45 @@ def write_record(
     write_model_card(directory, inputs, params, totals)
 
 
-def log_record(run: Run, directory: Path, name: str, totals: Totals) -> str | None:
-    """Log the totals, the record's files and the checkpoint; return the logged model's URI."""
+def log_record(
+    run: Run, directory: Path, inputs: Inputs, target: str, params: dict[str, Any], totals: Totals
+) -> str | None:
+    """Log the totals, the record's files and the checkpoint; return the logged model's URI.
+
+    Args:
+        run: The target's.
+        directory: The checkpoint.
+        inputs: What was pruned.
+        target: What the target is called, which becomes the alias of the checkpoint if that is registered.
+        params: What the checkpoint was made by.
+        totals: What came of it.
+    """
+    description = describe(inputs.name, params["method"], totals)
     run.log_metrics(totals.metrics())
+    run.log_note(description)
     run.log_artifacts(directory / "pruning", to="pruning")
-    return run.log_checkpoint(directory, name, {"sparsity": totals.sparsity, "parameters": totals.parameters_after})
+    told = {
+        "sparsity": params["sparsity"] or round(totals.sparsity, READ_DIGITS),
+        "parameters": totals.parameters_after,
+    }
+    return run.log_checkpoint(
+        directory,
+        f"{inputs.name}-{target}",
+        told | {name: params[name] for name in TOLD_OF_A_MODEL if params.get(name)},
+        measured={name: round(value, READ_DIGITS) for name, value in totals.perplexities().items()},
+        alias=target,
+        description=description,
+    )
+
+
+def describe(name: str, method: str, totals: Totals) -> str:
+    """Return what was done to a model and what it cost, in a line."""
+    # The registry's table shows some thirty characters: those by which versions are told apart come first.
+    costs = [
+        f"perplexity {pruned:.2f} (dense {dense:.2f}) on {Path(data).name}"
+        for data, (dense, pruned) in totals.perplexity.items()
+    ]
+    return "; ".join([*costs, f"{name} pruned by {totals.sparsity:.1%} with {method}"])
 
 
 def importance_table(layers: Sequence[LayerPlan]) -> pa.Table:

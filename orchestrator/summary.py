@@ -13,6 +13,7 @@ from orchestrator.comparison_table import print_table
 from orchestrator.pipeline import PruneResult
 from orchestrator.record import Totals
 from orchestrator.secrets import masked
+from orchestrator.sweep import sweep_cells, sweep_rows
 from orchestrator.tracking import how_to_log, where_to_look
 
 
@@ -22,7 +23,18 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
     if not result.models:
         _print_lines(console, [f"{result.output} is finished: there is nothing to resume"])
         return
-    totals = result.totals
+    console.print(_of_one(result.totals) if len(result.models) == 1 else _of_several(result))
+    # Of several models, the last one's: what they share is in all of them.
+    totals = result.models[-1].totals
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.seconds.items())
+    peak = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in totals.peak_memory.items())
+    lines = [f"seconds: {stages}", f"peak memory of a worker: {peak}", *_places(result)]
+    found = f"MLflow run {result.run_id}: {_logged_models(result)}"
+    _print_lines(console, [*lines, *_of_mlflow(result, result.log_command, found)])
+
+
+def _of_one(totals: Totals) -> Table:
+    """Return what changed."""
     table = Table()
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -33,12 +45,27 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
     _add_row(table, "weights, MB", totals.bytes_before / 1e6, totals.bytes_after / 1e6, "{:,.1f}")
     for spec, (dense, pruned) in totals.perplexity.items():
         _add_row(table, f"perplexity, {Path(spec).name}", dense, pruned, "{:,.3f}")
-    console.print(table)
-    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.seconds.items())
-    peak = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in totals.peak_memory.items())
-    lines = [f"seconds: {stages}", f"peak memory of a worker: {peak}", f"checkpoint: {result.output}"]
-    found = f"MLflow run {result.run_id}: {result.model_uri}"
-    _print_lines(console, [*lines, *_of_mlflow(result, result.log_command, found)])
+    return table
+
+
+def _of_several(result: PruneResult) -> Table:
+    """Return the models of a sweep, below each other."""
+    rows = sweep_rows({model.name: model.totals for model in result.models})
+    table = Table()
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        table.add_row(*sweep_cells(row))
+    return table
+
+
+def _places(result: PruneResult) -> list[str]:
+    what = "checkpoint" if len(result.models) == 1 else "checkpoints, one in each folder"
+    return [f"{what}: {result.output}"]
+
+
+def _logged_models(result: PruneResult) -> str:
+    return ", ".join(str(model.model_uri) for model in result.models)
 
 
 def describe_result(result: PruneResult) -> dict[str, Any]:

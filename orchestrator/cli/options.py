@@ -70,8 +70,10 @@ GROUPS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "MLflow": {
         "experiment": click.option("--experiment", metavar="NAME", help="MLflow experiment. [slimllm]"),
         "tracking_uri": click.option("--tracking-uri", metavar="URI", help="MLflow store. [sqlite:///mlflow.db]"),
-        "run_name": click.option("--run-name", metavar="NAME", help="Name of the MLflow run."),
-        "register": click.option("--register", metavar="NAME", help="Register the checkpoint under this name."),
+        "run_name": click.option("--run-name", metavar="NAME", help="Name of the MLflow run. [<model>-<method>-<F>]"),
+        "register": click.option(
+            "--register", metavar="NAME", help="Register the checkpoints as versions of this model."
+        ),
     },
     "Other": {
         "config": click.option("--config", "config_file", type=Path, metavar="FILE.toml", help="Settings; flags win."),

@@ -171,12 +171,13 @@ def test_mlflow_has_a_child_for_every_model_and_the_files_at_the_parent(
         assert by_name[name].info.status == "FINISHED"
         assert data.params["method"] == row.method
         assert data.params["source"] == row.source
-        for metric in ("sparsity", "parameters", "perplexity", "loss", "gap", "seconds"):
-            assert data.metrics[metric] == pytest.approx(getattr(row, metric)), (name, metric)
+        for metric in ("sparsity", "parameters_after", "perplexity_after", "loss_after", "gap", "seconds"):
+            assert data.metrics[metric] == pytest.approx(getattr(row, metric.removesuffix("_after"))), (name, metric)
         assert "channels_kept" in data.metrics
     parent = client.get_run(everything.run_id)
-    assert parent.data.metrics["dense_perplexity"] == pytest.approx(everything.rows[0].perplexity)
+    assert parent.data.metrics["perplexity_before"] == pytest.approx(everything.rows[0].perplexity)
     assert parent.data.metrics["calibration_seconds"] > 0
+    assert parent.data.tags["mlflow.note.content"] == (everything.output / "comparison.md").read_text()
     logged = {file.path for file in client.list_artifacts(everything.run_id)}
     assert logged == {"comparison.json", "comparison.csv", "comparison.md", "perplexity.png"}
     assert not [file for run in children for file in client.list_artifacts(run.info.run_id)]

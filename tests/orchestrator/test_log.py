@@ -38,7 +38,8 @@ def write_output(output: Path, tracking_uri: str, experiment: str, register: str
             (model / "model.safetensors").write_bytes(b"weights")
             (model / "pruning" / "plan.json").write_text("{}")
             log_everything(child, files=model / "pruning")
-            child.log_checkpoint(model, "Tiny-1.1", {"sparsity": 0.2})
+            child.log_note("a child")
+            child.log_checkpoint(model, "Tiny-1.1", {"sparsity": 0.2}, alias="sparsity-0.20", description="a version")
 
 
 def runs_of(client: MlflowClient, experiment: str) -> dict[str, StoredRun]:
@@ -72,6 +73,9 @@ def test_an_output_whose_server_was_never_there_is_logged_once(uri: str, client:
     assert {file.path for file in client.list_artifacts(child.info.run_id, "pruning")} >= {"pruning/plan.json"}
     (version,) = client.search_model_versions("name = 'never-there'")
     assert version.run_id == child.info.run_id
+    assert (version.tags, version.description) == ({"sparsity": "0.2"}, "a version")
+    assert client.get_registered_model("never-there").aliases == {"sparsity-0-20": version.version}
+    assert child.data.tags["mlflow.note.content"] == "a child"
     assert f"is logged as MLflow run {sweep.info.run_id}" in first.output
     assert how_to_log(moved) is None
 
@@ -97,6 +101,26 @@ def test_what_was_logged_while_it_ran_is_logged_already(uri: str, client: Mlflow
     (version,) = client.search_model_versions("name = 'while-it-ran'")
     assert model.model_id in version.source
     assert_everything_logged(client, runs_of(client, "while it ran")["sparsity-0.20"].info.run_id)
+
+
+def test_an_alias_that_is_missing_is_set_and_one_that_was_moved_stays(
+    uri: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    write_output(tmp_path / "first", uri, "aliases", register="aliased")
+    write_output(tmp_path / "second", uri, "aliases", register="aliased")
+
+    def holder() -> str:
+        # A database has numbers where a server has text.
+        return str(client.get_registered_model("aliased").aliases.get("sparsity-0-20"))
+
+    assert holder() == "2", "the latest has it"
+    client.set_registered_model_alias("aliased", "sparsity-0-20", "1")
+    assert log_output(tmp_path / "second", tracking_uri=uri).before
+    assert holder() == "1", "whoever moved it knows better"
+    client.delete_registered_model_alias("aliased", "sparsity-0-20")
+    assert not log_output(tmp_path / "first", tracking_uri=uri).before
+    assert log_output(tmp_path / "first", tracking_uri=uri).before
+    assert holder() == "1"
 
 
 @pytest.mark.parametrize("lost", ["run", "model"])
@@ -248,6 +272,7 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
         said = [slimllm_log(output, "--tracking-uri", again.address) for _ in range(2)]
         served = MlflowClient(again.address)
         models = served.search_logged_models([served.get_experiment_by_name("died").experiment_id])
+        logged = {file.path for file in served.list_artifacts(before["sweep"].info.run_id, "pruning")}
         for model in models:
             files = {file.path for file in served.list_logged_model_artifacts(model.model_id)}
             assert {"config.json", "pruning", "README.md"} <= files
@@ -265,4 +290,10 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
         assert [step for step, _ in steps_of(client, run.info.run_id, "channels_kept")] == [0, 1, 2]
         assert len(run.outputs.model_outputs) == 1
     assert len(models) == 2
-    assert len(client.search_model_versions("name = 'tiny'")) == 2
+    versions = {version.run_id: version.version for version in client.search_model_versions("name = 'tiny'")}
+    assert len(versions) == 2
+    aliases = {name.replace(".", "-"): versions[after[name].info.run_id] for name in names - {"sweep"}}
+    assert client.get_registered_model("tiny").aliases == aliases
+    # The table of the models was made when there was no server.
+    assert "sparsity-0.40" in after["sweep"].data.tags["mlflow.note.content"]
+    assert "pruning/sweep.csv" in logged

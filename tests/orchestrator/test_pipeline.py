@@ -269,9 +269,26 @@ def test_the_registered_model_is_the_checkpoint(
     gqa_run: PruneResult, pruned: PreTrainedModel, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert gqa_run.model_uri == "models:/tiny/1"
+    assert (
+        MlflowClient(gqa_run.tracking_uri).get_model_version_by_alias("tiny", "sparsity-0-33").run_id == gqa_run.run_id
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(gqa_run.tracking_uri))
     downloaded = mlflow.artifacts.download_artifacts("models:/tiny/1", dst_path=str(tmp_path))
     assert torch.equal(logits(load(Path(downloaded)), ids), logits(pruned, ids))
+
+
+def test_what_the_papers_ratio_gave_is_registered_by_it(
+    prune_model: Callable[..., PruneResult], gqa_model: Path, tracking_uri: str
+) -> None:
+    settings = {"ratio": 0.25, "pruned_layers": 2, "alpha": 1.0}
+    result = prune_model(gqa_model, register="by ratio", **settings)
+    client = MlflowClient(tracking_uri)
+    version = client.get_model_version_by_alias("by ratio", "ratio-0-25")
+    told = {"method": "slimllm", "ratio": "0.25", "sparsity": str(round(result.totals.sparsity, 4))}
+    assert told.items() <= version.tags.items()
+    # Nothing was measured on held-out text.
+    assert version.description == f"{gqa_model.name} pruned by {result.totals.sparsity:.1%} with slimllm"
+    assert client.get_run(result.run_id).info.run_name == f"{gqa_model.name}-slimllm-ratio-0.25"
 
 
 # ---- The run
