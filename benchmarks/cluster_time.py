@@ -28,10 +28,18 @@ import torch
 
 from actors.batching import into_batches
 from benchmarks.machine import describe_machine, write_table
-from benchmarks.one_process import Run, prune_gram, prune_slimllm, rate_of_products
+from benchmarks.one_process import Run, prune_gram, prune_slimllm, rates_of
 from benchmarks.random_model import Shape, write_model
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.memory import return_large_blocks
+from slimllm_ops.operations import (
+    OBSERVING_SHARE,
+    SOLVING_SHARE,
+    decision_operations,
+    elimination_operations,
+    forward_operations,
+    moment_operations,
+)
 
 BLOCK, BLOCKS = 2048, 128
 SMALL = Shape(hidden=1024, intermediate=2816, layers=3, heads=16, kv_heads=4)
@@ -50,8 +58,8 @@ class Rates:
     value_bytes: int
     sum_bytes: int
     step_seconds: float
-    observing_share: float = 0.60
-    solving_share: float = 0.35
+    observing_share: float = OBSERVING_SHARE
+    solving_share: float = SOLVING_SHARE
 
 
 # One H100: half of its dense bfloat16 peak for large products, half of its float32 peak, and a network of 100 Gbit/s
@@ -75,18 +83,17 @@ class Parts:
 def parts_of(shape: Shape, tokens: int, workers: int, rates: Rates) -> Parts:
     """Return what one layer takes."""
     hidden, channels = shape.hidden, shape.intermediate
-    forward = 2 * shape.layer_parameters + 2 * BLOCK * hidden
-    moments = hidden**2 + channels**2
+    forward = forward_operations(shape.layer_parameters, BLOCK, hidden)
+    moments = moment_operations(hidden) + moment_operations(channels)
     rate = rates.products * rates.observing_share / (tokens / workers)
     triangle = rates.sum_bytes * (hidden**2 + channels**2) * 9 / 16
-    decision = 10 * hidden**3 + 2 * channels**2 * hidden
     return Parts(
         forward=forward / rate,
         observing=(forward + moments) / rate,
         reducing=math.ceil(math.log2(workers)) * triangle / rates.merges,
-        solving=2 * channels**3 * (3 + hidden / channels) / (rates.solves * rates.solving_share)
+        solving=elimination_operations(channels, hidden) / (rates.solves * rates.solving_share)
         + channels * rates.step_seconds,
-        deciding=decision / (rates.solves * rates.solving_share),
+        deciding=decision_operations(channels, hidden) / (rates.solves * rates.solving_share),
         reading=rates.value_bytes * shape.layer_parameters / rates.reading,
     )
 
@@ -126,9 +133,10 @@ def _check() -> list[list[str]]:
     """Return the model's lines for this machine, beside what the shard's class takes here."""
     return_large_blocks()
     device, blocks = torch.device("cpu"), 4
+    plain = rates_of(device)
     rates = Rates(
-        products=rate_of_products(device, torch.float32),
-        solves=rate_of_products(device, torch.float64),
+        products=plain[torch.float32],
+        solves=plain[torch.float64],
         merges=1e9,
         reading=1e9,
         value_bytes=4,

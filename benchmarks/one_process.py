@@ -35,6 +35,7 @@ from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
 from slimllm_ops.moments import accumulation_dtype
 from slimllm_ops.observation import PackedObservation
 from slimllm_ops.one_pass import candidates_of, decide_module, eliminate_module
+from slimllm_ops.operations import LayerOperations, elimination_operations, rate_of_products
 from slimllm_ops.plan import Decision, LayerPlan
 from slimllm_ops.stream import compute_dtype
 from slimllm_ops.writer import CheckpointWriter
@@ -130,7 +131,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         source = Checkpoint.open(model or write_model(Path(folder) / "model", shape, device))
         ids = np.random.default_rng(0).integers(0, source.config.vocab_size, size=(blocks, BLOCK)).astype(np.int32)
-        rates = {dtype: rate_of_products(torch.device(device), dtype) for dtype in _dtypes(torch.device(device))}
+        rates = rates_of(torch.device(device))
         rows = [["stage", "seconds", "of the rate of a plain product"]]
         for name, method in (("slimllm, 20 %", prune_slimllm), ("gram, 20, 30 and 50 %", prune_gram)):
             run = Run(source, into_batches(ids), torch.device(device), Path(folder) / method.__name__)
@@ -179,10 +180,9 @@ def prune_slimllm(run: Run) -> Stages:
     with stages.timed("writing"):
         writer.finish(plans)
     dtype = compute_dtype(run.device)
-    forward, moments = _forward_operations(source), _moment_operations(source)
-    output = _output_operations(source)
-    stages.count("similarities", dtype, run.tokens * num_layers * forward)
-    stages.count("observing", dtype, run.tokens * num_layers * (forward - output + moments))
+    layer, output = LayerOperations.of(source, 0, BLOCK), _output_operations(source)
+    stages.count("similarities", dtype, run.tokens * num_layers * layer.forward)
+    stages.count("observing", dtype, run.tokens * num_layers * (layer.forward - output + layer.moments))
     stages.count("applying", dtype, run.tokens * num_layers * output * 0.8)
     return stages
 
@@ -209,11 +209,10 @@ def prune_gram(run: Run) -> Stages:
             store.save(layer, LayerPaths(*paths, passage.power.value), *seen)
     shard.close_stream("a")
     _write_models(run, store, stages, (0.2, 0.3, 0.5))
-    forward, moments = _forward_operations(source), _moment_operations(source)
-    stages.count("observing", compute_dtype(run.device), run.tokens * source.num_layers * (forward + moments))
-    channels, hidden = source.config.intermediate_size, source.config.hidden_size
-    elimination = 2 * channels**3 * (3 + hidden / channels)
-    stages.count("eliminating", accumulation_dtype(run.device), source.num_layers * elimination)
+    one = LayerOperations.of(source, 0, BLOCK)
+    stages.count("observing", compute_dtype(run.device), run.tokens * source.num_layers * (one.forward + one.moments))
+    channels = elimination_operations(source.config.intermediate_size, source.config.hidden_size)
+    stages.count("eliminating", accumulation_dtype(run.device), source.num_layers * channels)
     return stages
 
 
@@ -256,36 +255,17 @@ def _branches(source: Checkpoint) -> tuple[Branch, Branch]:
     return source.family.attention, source.family.mlp
 
 
-def _forward_operations(source: Checkpoint) -> float:
-    """Return the operations per token of a layer: its matrices, and attention over half a block."""
-    weights = source.num_parameters(source.layer_names(0))
-    return 2 * weights + 2 * BLOCK * source.config.hidden_size
-
-
 def _output_operations(source: Checkpoint) -> float:
     """Return the operations per token of a layer's output projections."""
     names = [source.layer_prefix(0) + branch.output_weight for branch in _branches(source)]
     return 2 * source.num_parameters(names)
 
 
-def _moment_operations(source: Checkpoint) -> float:
-    """Return the operations per token of the moments of a layer, of which a triangle is made."""
-    return source.config.hidden_size**2 + source.config.intermediate_size**2
-
-
-def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    return tuple(dict.fromkeys((compute_dtype(device), accumulation_dtype(device))))
-
-
-def rate_of_products(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second of a plain product."""
+def rates_of(device: torch.device) -> dict[torch.dtype, float]:
+    """Return the operations per second of plain products in the dtypes of layers and of sums."""
     size = 8192 if device.type == "cuda" else 2048
-    left, stages = torch.randn(size, size, device=device).to(dtype), Stages(device)
-    left @ left
-    with stages.timed("product"):
-        for _ in range(5):
-            left @ left
-    return 5 * 2 * size**3 / stages.seconds["product"]
+    dtypes = compute_dtype(device), accumulation_dtype(device)
+    return {dtype: rate_of_products(device, dtype, size, 5) for dtype in dtypes}
 
 
 def _peak(device: torch.device) -> str:
