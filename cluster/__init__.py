@@ -1,5 +1,23 @@
 """Connecting to Ray, or starting it, and checking what it has before work is sent there."""
 
-from cluster.session import ClusterError, Node, Resources, WorkerPlan, find_room, plan_workers, session
+from cluster.session import (
+    ClusterError,
+    Node,
+    Resources,
+    WorkerPlan,
+    find_room,
+    plan_workers,
+    session,
+    spread_workers,
+)
 
-__all__ = ["ClusterError", "Node", "Resources", "WorkerPlan", "find_room", "plan_workers", "session"]
+__all__ = [
+    "ClusterError",
+    "Node",
+    "Resources",
+    "WorkerPlan",
+    "find_room",
+    "plan_workers",
+    "session",
+    "spread_workers",
+]

@@ -31,6 +31,11 @@ class Node:
 
     cpus: int
     gpus: int
+    # What Ray calls it, and its address.
+    node_id: str = ""
+    address: str = ""
+    # Whether this program runs on it.
+    here: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,18 @@ def find_room(resources: Resources, workers: WorkerPlan) -> int:
     return min(room, workers.num_workers)
 
 
+def spread_workers(resources: Resources, workers: WorkerPlan) -> list[int]:
+    """Return how many of a plan's workers each node will likely have: they are dealt out, as Ray spreads them."""
+    rooms = [Resources((node,)).room(workers.cpus_per_worker, workers.gpus_per_worker) for node in resources.nodes]
+    counts = [0] * len(rooms)
+    left = min(workers.num_workers, sum(rooms))
+    while left:
+        for number in [number for number, room in enumerate(rooms) if counts[number] < room][:left]:
+            counts[number] += 1
+            left -= 1
+    return counts
+
+
 def _require_connected_to(address: str | None) -> None:
     connected = ray.get_runtime_context().gcs_address
     if address not in (None, "auto", connected):
@@ -214,6 +231,14 @@ def _require_healthy(address: str) -> None:
 
 def _resources() -> Resources:
     alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = tuple(Node(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))) for node in alive)
-    local = all(node["NodeID"] == ray.get_runtime_context().get_node_id() for node in alive)
-    return Resources(nodes, local)
+    nodes = tuple(
+        Node(
+            int(node["Resources"].get("CPU", 0)),
+            int(node["Resources"].get("GPU", 0)),
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            here=node["NodeID"] == ray.get_runtime_context().get_node_id(),
+        )
+        for node in alive
+    )
+    return Resources(nodes, local=all(node.here for node in nodes))

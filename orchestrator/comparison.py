@@ -23,7 +23,8 @@ from orchestrator.job import Job, Target, open_target, target_name
 from orchestrator.layerwise import prune_layerwise
 from orchestrator.one_pass import observed_moments, prune_from_moments
 from orchestrator.output import Staging, staged
-from orchestrator.pipeline import amount, complete, named, settle_workers, tracking_options, working
+from orchestrator.pipeline import complete, named, settle_workers, tracking_options, working
+from orchestrator.planning import amount
 from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_parameters, log_inputs, run_params, write_record
 from orchestrator.run_file import RUN_FILE, write_run_file

@@ -70,10 +70,20 @@ def is_delivered(output: Destination, asked: dict[str, Any], overwrite: bool, no
         ConfigError: it is whole, but was asked to be something else; or the store does not say.
         DeliveryError: the store did not take it.
     """
+    if output.uri is not None and is_finished(output.directory, asked):
+        with _holding(output.directory, output.uri):
+            _upload(output.directory, output.uri, overwrite, note)
+        return True
+    return is_whole(output, asked)
+
+
+def is_whole(output: Destination, asked: dict[str, Any]) -> bool:
+    """Return whether an output is whole, here or where it goes, and is what is asked; nothing is uploaded.
+
+    Raises:
+        ConfigError: it is whole, but was asked to be something else; or the store does not say.
+    """
     if is_finished(output.directory, asked):
-        if output.uri is not None:
-            with _holding(output.directory, output.uri):
-                _upload(output.directory, output.uri, overwrite, note)
         return True
     if output.uri is None or is_begun(output.directory):
         return False

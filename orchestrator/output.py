@@ -141,6 +141,32 @@ def require_free(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {output} is not empty: choose another --output, or pass --overwrite to replace it")
 
 
+def unfinished(output: Path) -> Path:
+    """Return the directory in which a run of this output writes until it is whole, there or not."""
+    return _staging(output).directory
+
+
+def require_startable(output: Path, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> None:
+    """Refuse an output that `staged` would refuse, as far as can be told without writing anything.
+
+    Args:
+        output: where it is to appear.
+        overwrite: whether what is there is replaced.
+        asked: what the result depends on; None where that is not known yet.
+        resume: whether to go on from what is solved.
+
+    Raises:
+        ConfigError: as `staged` raises it.
+    """
+    require_free(output, overwrite)
+    _goes_on(_staging(output), overwrite, asked, resume)
+    nearest = next(parent for parent in output.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"output {output} cannot be written: {nearest} is no folder to write in; choose another --output"
+        )
+
+
 def _staging(output: Path) -> Staging:
     # Of a name such as "." the place beside it is known only once it is absolute.
     output = output.absolute()
@@ -193,16 +219,9 @@ def held(holder: Path, output: str) -> Iterator[None]:
 
 def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> Staging:
     """Take over what an earlier run left, or begin with nothing."""
+    if asked is not None and _goes_on(staging, overwrite, asked, resume):
+        return Staging(staging.directory, resumed=True)
     earlier = staging.directory / ASKED
-    if asked is not None and earlier.exists():
-        if resume:
-            require_same(json.loads(earlier.read_text()), asked, f"the run in {staging.directory} that is unfinished")
-            return Staging(staging.directory, resumed=True)
-        if staging.is_solved() and not overwrite:
-            raise ConfigError(
-                f"an earlier run of this output was not finished, and {staging.directory} holds what it solved: "
-                f"pass --resume to go on from there, or --overwrite to begin anew"
-            )
     for path in (*staging.directory.iterdir(), *staging.work.iterdir()):
         if path not in (staging.work, staging.holder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -211,6 +230,21 @@ def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resu
         earlier.parent.mkdir()
         write_json(earlier, asked, indent=1)
     return staging
+
+
+def _goes_on(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> bool:
+    """Return whether there is an earlier run to go on with; refuse one that is neither the same nor to be replaced."""
+    earlier = staging.directory / ASKED
+    if not earlier.exists():
+        return False
+    if resume and asked is not None:
+        require_same(json.loads(earlier.read_text()), asked, f"the run in {staging.directory} that is unfinished")
+    if not resume and not overwrite and staging.is_solved():
+        raise ConfigError(
+            f"an earlier run of this output was not finished, and {staging.directory} holds what it solved: "
+            f"pass --resume to go on from there, or --overwrite to begin anew"
+        )
+    return resume
 
 
 def require_same(earlier: dict[str, Any], asked: dict[str, Any], described: str) -> None:

@@ -16,12 +16,14 @@ from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
 from orchestrator.delivery import Destination, delivered, is_delivered
+from orchestrator.estimate import estimate_calibration, estimate_pruning
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.job import Job, Target, open_targets, target_name
 from orchestrator.layerwise import prune_layerwise
 from orchestrator.one_pass import calibrate as observe_model
 from orchestrator.one_pass import prune_one_pass
 from orchestrator.output import Staging, staged
+from orchestrator.planning import amount, checkpoints_output, moments_output, require_room
 from orchestrator.progress import Reporter
 from orchestrator.record import (
     Totals,
@@ -107,7 +109,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
     tracking = named(tracking, f"{inputs.name}-{config.method}-{amount(config)}")
-    output = Destination.of(config.output or default_output(config, inputs.name))
+    output = checkpoints_output(config, inputs.name)
     if config.resume and is_delivered(output, what_is_asked(config, inputs), config.overwrite, reporter.note):
         return PruneResult(output=output.place, models=(), tracking_uri=None, experiment_id=None, run_id=None)
     with delivered(output, config.overwrite, reporter.note) as directory:
@@ -130,6 +132,7 @@ def _prune_into(
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(config, resources, staging)
+        require_room(config, inputs, output, resources, workers, estimate_pruning, reporter)
         run_file = staging.directory / "pruning" / RUN_FILE
         write_run_file(run_file, "prune", config, inputs, workers)
         params = run_params(config, inputs, workers)
@@ -172,7 +175,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
     """
     reporter = reporter or Reporter()
     inputs = load_inputs(config)
-    output, asked = Destination.of(config.output or f"moments/{inputs.name}"), what_is_asked(config, inputs)
+    output, asked = moments_output(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and is_delivered(output, asked, config.overwrite, reporter.note):
         reporter.note(f"{output.place} is finished: there is nothing to resume")
         return output.place
@@ -182,6 +185,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
         session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
     ):
         workers = settle_workers(config, resources, staging)
+        require_room(config, inputs, output, resources, workers, estimate_calibration, reporter)
         write_run_file(staging.directory / "pruning" / RUN_FILE, "calibrate", config, inputs, workers)
         with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
             _tell_resumed(job)
@@ -190,18 +194,6 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
             for path in store.directory.iterdir():
                 path.rename(staging.directory / path.name)
     return output.place
-
-
-def default_output(config: PruneConfig, name: str) -> str:
-    """Return where the checkpoints go if the config does not say: pruned/<model>-<sparsity>."""
-    return f"pruned/{name}-{amount(config)}"
-
-
-def amount(config: PruneConfig) -> str:
-    """Return how much goes, as outputs and runs are named by it."""
-    if config.ratio is not None:
-        return f"ratio-{config.ratio:g}"
-    return "-".join(f"{sparsity:g}" for sparsity in config.targets)
 
 
 def named(tracking: TrackingOptions, name: str) -> TrackingOptions:

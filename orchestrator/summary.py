@@ -10,7 +10,9 @@ from rich.table import Table
 
 from orchestrator.comparison import Comparison
 from orchestrator.comparison_table import print_table
+from orchestrator.estimate import readable
 from orchestrator.pipeline import PruneResult
+from orchestrator.planning import RunPlan
 from orchestrator.record import Totals
 from orchestrator.secrets import masked
 from orchestrator.sweep import sweep_cells, sweep_rows
@@ -78,6 +80,47 @@ def describe_totals(totals: Totals) -> dict[str, Any]:
     """Return the figures of a run by their names."""
     perplexity = {spec: {"before": before, "after": after} for spec, (before, after) in totals.perplexity.items()}
     return asdict(totals) | {"sparsity": totals.sparsity, "perplexity": perplexity}
+
+
+def print_plan(plan: RunPlan, console: Console | None = None) -> None:
+    """Print what a run would take, stage by stage, and where it would write."""
+    console, estimate = console or Console(highlight=False), plan.estimate
+    table = Table()
+    gpu = estimate.device == "cuda"
+    for heading in ("stage", "a worker's GPU, MB" if gpu else "worker, MB", "solve, MB", "driver, MB", "seconds"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in estimate.stages:
+        sizes = [f"{size / 1e6:,.0f}" if size else "" for size in (stage.worker, stage.solve, stage.driver)]
+        table.add_row(stage.name, *sizes, "" if stage.seconds is None else f"{stage.seconds:,.1f}")
+    totals = [f"{size / 1e6:,.0f}" if size else "" for size in (estimate.worker, estimate.solve, estimate.driver)]
+    table.add_row("most, or in all", *totals, "" if estimate.seconds is None else f"{estimate.seconds:,.1f}")
+    console.print(table)
+    workers = plan.workers
+    has = f"{workers.cpus_per_worker} CPUs and {workers.gpus_per_worker:g} GPUs"
+    travelling = {"of weights to each node": estimate.weights, "of moments": estimate.moments}
+    travels = [f"{readable(estimate.tokens)} of tokens", *(f"{readable(v)} {k}" for k, v in travelling.items() if v)]
+    written = {
+        "while it runs": estimate.beside,
+        "for MLflow": estimate.tracked,
+        "of each worker in TMPDIR": estimate.spilled,
+    }
+    disk = [readable(estimate.output), *(f"{readable(v)} {k}" for k, v in written.items() if v)]
+    lines = [
+        f"workers: {workers.num_workers}, of {has} each",
+        f"travels: {', '.join(travels)}",
+        f"disk: {', '.join(disk)}",
+        *(f"{check.name}: {check.found}" for check in plan.checks if check.ok),
+        f"output: {plan.output}",
+    ]
+    _print_lines(
+        console,
+        [*lines, "memory is likely within 30 %; seconds are a rough estimate, from the rate of a short product"],
+    )
+
+
+def describe_plan(plan: RunPlan) -> dict[str, Any]:
+    """Return what a run would take as JSON has it."""
+    return asdict(plan) | {"estimate": plan.estimate.described()}
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

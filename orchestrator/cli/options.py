@@ -77,6 +77,9 @@ GROUPS: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "Other": {
         "config": click.option("--config", "config_file", type=Path, metavar="FILE.toml", help="Settings; flags win."),
+        "dry_run": click.option(
+            "--dry-run", is_flag=True, help="Stop before anything is computed; tell what it would take."
+        ),
         "json": click.option(
             "--json", "as_json", is_flag=True, help="Print the result, or the error, as one JSON object on stdout."
         ),

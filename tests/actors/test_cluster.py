@@ -41,6 +41,10 @@ def test_workers_and_solves_are_spread_over_the_nodes(seen: dict[str, Any]) -> N
     assert len(set(seen["solves"])) == 3
 
 
+def test_every_node_is_looked_at(seen: dict[str, Any]) -> None:
+    assert seen["looked at"] == [True, True, True]
+
+
 def test_weights_travel_unless_storage_is_said_to_be_shared(seen: dict[str, Any]) -> None:
     assert seen["weights_travel, False"] is True
     assert seen["weights_travel, True"] is False

@@ -22,11 +22,13 @@ from actors import group
 from actors.group import ShardGroup
 from actors.placement import Placement
 from actors.pool import SolverPool, results
+from actors.probe import NodeState
 from actors.serving import shared_files, weight_server
 from cluster import plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.pipeline import prune
+from orchestrator.preflight import look_at
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint import Checkpoint
 
@@ -46,6 +48,8 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
             for shared in (False, True):
                 plan = plan_workers(resources, NODES, None, shared_storage=shared)
                 seen[f"weights_travel, {shared}"] = plan.weights_travel
+            found = look_at(resources, plan, "cpu").states
+            seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             inputs = load_inputs(PruneConfig(**common))
             seen |= use_parts(inputs)
         for method in ("slimllm", "gram"):

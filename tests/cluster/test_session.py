@@ -9,7 +9,7 @@ from ray.runtime_env.runtime_env import _merge_runtime_env
 
 import actors
 import slimllm_ops
-from cluster import ClusterError, Node, Resources, plan_workers, session
+from cluster import ClusterError, Node, Resources, WorkerPlan, plan_workers, session, spread_workers
 
 
 def cluster(*nodes: tuple[int, int]) -> Resources:
@@ -116,3 +116,14 @@ def test_the_programs_own_sigterm_handler_outlives_the_start_of_ray(monkeypatch:
             assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [([(4, 0), (4, 0)], 3, [2, 1]), ([(2, 0), (8, 0)], 4, [1, 3]), ([(4, 0)], 2, [2]), ([(8, 1), (8, 4)], 5, [1, 4])],
+)
+def test_workers_are_dealt_out_as_far_as_there_is_room(
+    nodes: list[tuple[int, int]], workers: int, expected: list[int]
+) -> None:
+    plan = WorkerPlan(workers, 2, float(nodes[0][1]), weights_travel=False)
+    assert spread_workers(cluster(*nodes), plan) == expected

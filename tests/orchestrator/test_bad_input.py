@@ -28,7 +28,7 @@ from orchestrator import pipeline
 from orchestrator.cli import main
 
 # What plain lines of progress begin with.
-STAGES = ("layer similarities: ", "pruning: ", "perplexity, ")
+STAGES = ("estimate: ", "layer similarities: ", "pruning: ", "perplexity, ")
 Broken = Callable[[Path], None]
 
 

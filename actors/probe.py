@@ -1,0 +1,138 @@
+"""What a node has free, what is installed there and how fast it computes: asked before work is sent there.
+
+This program's own node is looked at here; every other by a task of its own, which is waited for no longer than told.
+"""
+
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from tempfile import gettempdir
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from slimllm_ops.memory import free_memory
+from slimllm_ops.operations import Rates
+
+# What workers compute with; Ray itself refuses a cluster of another Ray or Python.
+PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "numpy")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A node's GPU: what it is called, and the bytes that are free on it."""
+
+    name: str
+    free: int
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What was found on a node.
+
+    Attributes:
+        host: its name.
+        packages: versions of the packages that workers compute with; "" where one is missing.
+        free_memory: bytes.
+        temporary: the folder for temporary files.
+        free_disk: bytes, there.
+        rates: of what workers will compute on; None where that is a GPU that was not to be touched.
+        gpu: a GPU as torch sees it; None where it sees none, or none was asked for.
+    """
+
+    host: str
+    packages: dict[str, str]
+    free_memory: int
+    temporary: str
+    free_disk: int
+    rates: Rates | None
+    gpu: Gpu | None
+
+
+def look_around(device: str, threads: int) -> NodeState:
+    """Look at the node that this process runs on.
+
+    Args:
+        device: what to measure rates of: "cpu", "cuda" if torch sees one, or "" for none.
+        threads: CPU threads that a worker computes with.
+    """
+    gpu = _gpu() if device == "cuda" else None
+    return NodeState(
+        host=socket.gethostname(),
+        packages={"python": platform.python_version()} | installed(),
+        free_memory=free_memory(torch.device("cpu")),
+        temporary=gettempdir(),
+        free_disk=shutil.disk_usage(gettempdir()).free,
+        rates=_rates(device, threads) if device == "cpu" or gpu else None,
+        gpu=gpu,
+    )
+
+
+def look_at_nodes(
+    nodes: Sequence[tuple[str, bool]], device: str, threads: int, gpus: float, seconds: float
+) -> list[NodeState | str]:
+    """Look at nodes of the cluster, all at once; return what was found on each, or why nothing was.
+
+    Args:
+        nodes: what Ray calls each, and whether it is the one that this process runs on.
+        device: as in `look_around`.
+        threads: as in `look_around`.
+        gpus: the share of a GPU that a worker will have, taken for the look where the device is one.
+        seconds: how long the others are waited for.
+    """
+    remote = ray.remote(num_cpus=0, num_gpus=gpus if device == "cuda" else 0, max_retries=0)(look_around)
+    asked = {
+        node: remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            device, threads
+        )
+        for node, here in nodes
+        if not here or device == "cuda"
+    }
+    deadline = time.monotonic() + seconds
+    return [_found(asked[node], deadline) if node in asked else look_around(device, threads) for node, _ in nodes]
+
+
+def _found(ref: ray.ObjectRef, deadline: float) -> NodeState | str:
+    try:
+        return ray.get(ref, timeout=max(deadline - time.monotonic(), 0.0))
+    except GetTimeoutError:
+        ray.cancel(ref, force=True)
+        return "it did not answer in time"
+    # A worker that cannot import what is missing there, a node that is lost.
+    except (RayError, ImportError) as error:
+        return next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)[:200]
+
+
+def _gpu() -> Gpu | None:
+    if not torch.cuda.is_available():
+        return None
+    return Gpu(torch.cuda.get_device_name(), free_memory(torch.device("cuda")))
+
+
+def _rates(device: str, threads: int) -> Rates:
+    before = torch.get_num_threads()
+    # Ray may be told of more CPUs than there are.
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    try:
+        return Rates.measure(torch.device(device))
+    finally:
+        torch.set_num_threads(before)
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of the packages that workers compute with; "" where one is missing."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
