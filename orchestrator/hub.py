@@ -6,10 +6,13 @@ nobody can end. So they run in a process of their own (apart.py), which is ended
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from orchestrator import apart
 
@@ -38,6 +41,37 @@ def dataset_rows(name: str, config: str | None, split: str) -> Iterator[dict[str
         HubError: the hub cannot give it, or nothing came for a while.
     """
     return _ask("dataset", name, config or "", split)
+
+
+def find_model(model: str, patterns: tuple[str, ...]) -> Path | None:
+    """Return the directory of a hub's model that was downloaded before; None if it was not. Asks no hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(patterns), local_files_only=True))
+    # Any: a name that is no hub id, a cache that is broken.
+    except Exception:
+        return None
+
+
+def size_of_model(model: str, patterns: tuple[str, ...]) -> int:
+    """Return the bytes that a download of a hub's model would be.
+
+    Raises:
+        HubError: the hub does not say.
+    """
+    (size,) = _ask("size", model, *patterns)
+    return int(size)
+
+
+def reach_hub() -> str:
+    """Return the hub's address, if it answers.
+
+    Raises:
+        HubError: it does not, or the hub's libraries were told not to ask it.
+    """
+    (address,) = _ask("reach")
+    return str(address)
 
 
 def _ask(*arguments: str) -> Iterator[Any]:
@@ -90,6 +124,36 @@ def _dataset(name: str, config: str, split: str) -> None:
         apart.write(given={column: row["text"] if column == "text" else None for column in row})
 
 
+def _size(name: str, *patterns: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    apart.give_sign_of_life()
+    files = HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS, files_metadata=True).siblings or []
+    sizes = {file.rfilename: file.size or 0 for file in files}
+    apart.write(given=sum(sizes[path] for path in filter_repo_objects(sizes, allow_patterns=list(patterns))))
+
+
+def _reach() -> None:
+    from huggingface_hub import constants
+
+    apart.give_sign_of_life()
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set: only what was downloaded before is found")
+    try:
+        with urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS):
+            pass
+    except HTTPError as error:
+        # Whatever it says of its front page, it is there.
+        if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise
+    apart.write(given=constants.ENDPOINT)
+
+
+# What the process is asked for, by its first argument.
+ANSWERS: dict[str, Callable[..., None]] = {"model": _model, "dataset": _dataset, "size": _size, "reach": _reach}
+
+
 if __name__ == "__main__":
     kind, *asked = sys.argv[1:]
-    apart.answer(_model if kind == "model" else _dataset, *asked)
+    apart.answer(ANSWERS[kind], *asked)

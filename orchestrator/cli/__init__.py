@@ -6,6 +6,7 @@ have the commands.
 
 import click
 
+from orchestrator.cli.doctor import doctor
 from orchestrator.cli.outputs import export, families, log
 from orchestrator.cli.pruning import calibrate, compare, prune
 
@@ -24,5 +25,5 @@ def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""
 
 
-for command in (prune, calibrate, compare, log, export, families):
+for command in (prune, calibrate, compare, log, export, families, doctor):
     main.add_command(command)

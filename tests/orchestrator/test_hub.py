@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import apart, hub
+from orchestrator import apart, diagnosis, hub
 from orchestrator.builtin import MODEL_DIR
+from orchestrator.config import PruneConfig
 from orchestrator.data import DataError
 from orchestrator.data.documents import read_documents
 from orchestrator.data.files import local_file
@@ -164,6 +165,27 @@ def test_a_model_that_is_not_there(server: Hub) -> None:
         CheckpointError, match=r"me/none .* could not be had \(RepositoryNotFoundError: .*check the name"
     ):
         resolve_model("me/none")
+
+
+def test_the_doctor_asks_for_sizes_and_downloads_nothing(server: Hub, tmp_path: Path) -> None:
+    assert hub.reach_hub() == os.environ["HF_ENDPOINT"]
+    found, check = diagnosis.find_model("me/tiny")
+    assert (found, check.ok) == (None, True)
+    assert "me/tiny is on the hub and not here yet" in check.found
+    found, check = diagnosis.find_model("me/none")
+    assert (found, check.ok) == (None, False)
+    assert "RepositoryNotFoundError" in check.found
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("fails", ["500", "hang"])
+def test_a_hub_that_does_not_answer_the_doctor(server: Hub, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    server.fails, server.about = fails, "files"
+    monkeypatch.setattr(hub, "STALLED_SECONDS", 5.0)
+    with pytest.raises(hub.HubError):
+        hub.reach_hub()
+    check = diagnosis.check_hub(PruneConfig(model="me/tiny"), found=False)
+    assert (check.ok, check.remedy) == (False, "mend the network, or give paths in the place of me/tiny")
 
 
 @pytest.mark.parametrize("fails", ["500", "hang"])

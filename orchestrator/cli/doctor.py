@@ -1,0 +1,58 @@
+"""The command that looks before anyone runs: `doctor`."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.cli.ending import REFUSED, explained, print_json
+from orchestrator.cli.options import CLUSTER, TELLING, Command, with_options
+from orchestrator.cli.pruning import configure
+from orchestrator.config import PruneConfig
+from orchestrator.secrets import masked
+
+if TYPE_CHECKING:
+    from orchestrator.preflight import Check
+
+# What changes what a run needs.
+NEEDS = (
+    "sparsity",
+    "method",
+    "refine",
+    "moments",
+    "drop_layers",
+    "calibration",
+    "samples",
+    "sequence_length",
+    "evaluate",
+)
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@with_options("output", "overwrite", "resume", *NEEDS, *CLUSTER, "tracking_uri", "config", *TELLING)
+def doctor(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
+    """Say what a run would find: versions, Ray, nodes, memory for MODEL, tracking server, hub, disk.
+
+    Without MODEL, what does not need one. Exit code 0 if all is well, 2 if something is to be mended.
+    """
+    with explained(as_json=as_json, verbose=verbose):
+        checks = _examine(configure(PruneConfig, config_file, flags), as_json)
+    if not all(check.ok for check in checks):
+        sys.exit(REFUSED)
+
+
+def _examine(config: PruneConfig, as_json: bool) -> "list[Check]":
+    from orchestrator.diagnosis import diagnose
+
+    checks = []
+    for check in diagnose(config):
+        checks.append(check)
+        if not as_json:
+            said = [f"{check.name}: {check.found}", *([] if check.ok or not check.remedy else [check.remedy])]
+            click.echo(masked(f"{'ok' if check.ok else '--'}  {': '.join(said)}"))
+    if as_json:
+        print_json({"ok": all(check.ok for check in checks), "checks": [asdict(check) for check in checks]})
+    return checks
