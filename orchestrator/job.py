@@ -18,7 +18,7 @@ from orchestrator.evaluation import evaluate
 from orchestrator.inputs import Inputs
 from orchestrator.output import Staging
 from orchestrator.progress import Reporter
-from orchestrator.record import layer_metrics
+from orchestrator.record import log_layer
 from orchestrator.tracking import Run
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.commit_log import CommitLog
@@ -71,13 +71,10 @@ class Job:
                 self.reporter.warn(f"{lost} The run goes on from what is solved, once it has workers again")
 
     def log_layer(self, run: Run, layer: int, plan: LayerPlan) -> None:
-        """Log what became of a layer, with step = layer, unless an earlier attempt at the run has logged it."""
-        if layer in run.logged_steps:
-            return
-        metrics = layer_metrics(self.source, layer, plan)
-        run.log_metrics(metrics, step=layer)
-        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.reporter.detail(f"layer {layer}{', dropped' if plan.dropped else ''}: {told}")
+        """Log what became of a layer, once, and tell it to who looks closely."""
+        if metrics := log_layer(run, self.source, layer, plan):
+            told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            self.reporter.detail(f"layer {layer}{', dropped' if plan.dropped else ''}: {told}")
 
     def dense_perplexity(self, blocks: TokenBlocks) -> float:
         """Return the dense model's perplexity, measured once for all targets."""

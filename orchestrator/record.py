@@ -190,8 +190,16 @@ def _log_dataset(
     run.log_dataset(Path(spec).name, digest, context, spec, num_blocks, length)
 
 
-def layer_metrics(source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
-    """Return what became of a layer, as metrics."""
+def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
+    """Log a layer's metrics, with step = layer, and return them; none if an earlier attempt at the run logged them."""
+    if layer in run.logged_steps:
+        return {}
+    metrics = _layer_metrics(source, layer, plan)
+    run.log_metrics(metrics, step=layer)
+    return metrics
+
+
+def _layer_metrics(source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
     shape = layer_shape(source.config, layer)
     kept = _layer_kept(source, layer, plan)
     metrics: dict[str, float] = {

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
-from orchestrator import pipeline
+from orchestrator import progress
 from orchestrator.cli import main
 from orchestrator.progress import Reporter
 from orchestrator.tracking import TrackingError, TrackingOptions, how_to_log, log_output, tracked_run
@@ -254,7 +254,7 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
                     server.process.wait(timeout=10)
                 yield layer
 
-    monkeypatch.setattr(pipeline, "Reporter", Killing)
+    monkeypatch.setattr(progress, "Reporter", Killing)
     output = tmp_path / "out"
     asked = ["--method", "gram", "--sparsity", ".2", "--sparsity", ".4", "--workers", "1", "--calibration", token_file]
     places = ["--output", output, "--tracking-uri", server.address, "--register", "tiny", "--run-name", "sweep"]
