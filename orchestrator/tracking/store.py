@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 from orchestrator.secrets import masked, masked_all
 from orchestrator.tracking.options import TrackingError, TrackingOptions
 from orchestrator.tracking.registry import Registry
+from orchestrator.tracking.signals import uninterrupted
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
@@ -120,7 +121,8 @@ class Server:
         tags = masked_all(resolve_tags({KEY_TAG: key}))
         if parent_id:
             tags[PARENT_TAG] = parent_id
-        run = self.client.create_run(self.experiment_id, start_time=int(begun * 1000), tags=tags, run_name=run_name)
+        with uninterrupted():
+            run = self.client.create_run(self.experiment_id, start_time=int(begun * 1000), tags=tags, run_name=run_name)
         return StoredRun(self, run, found_again=False)
 
 
@@ -154,17 +156,18 @@ class StoredRun:
 
     def tell(self, event: dict[str, Any]) -> None:
         """Log one line of a journal."""
-        match event["event"]:
-            case "params":
-                self._tell_params({key: str(value) for key, value in event["params"].items()})
-            case "metrics":
-                self._tell_metrics(event)
-            case "dataset":
-                self._tell_dataset(event)
-            case "note":
-                self._client.set_tag(self.run_id, NOTE_TAG, event["text"])
-            case "end":
-                self._client.set_terminated(self.run_id, event["status"], end_time=_stamp(event))
+        with uninterrupted():
+            match event["event"]:
+                case "params":
+                    self._tell_params({key: str(value) for key, value in event["params"].items()})
+                case "metrics":
+                    self._tell_metrics(event)
+                case "dataset":
+                    self._tell_dataset(event)
+                case "note":
+                    self._client.set_tag(self.run_id, NOTE_TAG, event["text"])
+                case "end":
+                    self._client.set_terminated(self.run_id, event["status"], end_time=_stamp(event))
 
     def _tell_params(self, params: dict[str, str]) -> None:
         from mlflow.entities import Param

@@ -8,6 +8,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
 from orchestrator.tracking import store as mlflow_store
@@ -300,3 +302,33 @@ def test_mlflow_takes_the_same_metric_twice_as_one(uri, client, journal):
         for _ in range(2):
             client.log_batch(run.run_id, metrics=[Metric("same", 1.0, 1000, 0)])
     assert steps_of(client, run.run_id, "same") == [(0, 1.0)]
+
+
+def test_a_signal_in_the_middle_of_a_transaction_waits_for_its_end_and_the_run_is_killed(uri, client, journal):
+    class Terminated(SystemExit): ...
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    def send(connection, cursor, statement, *others):
+        if statement.startswith("INSERT INTO metrics") and not sent:
+            sent.append(statement)
+            signal.raise_signal(signal.SIGTERM)
+
+    sent: list[str] = []
+    warnings: list[str] = []
+    before = signal.signal(signal.SIGTERM, terminate)
+    event.listen(Engine, "after_cursor_execute", send)
+    try:
+        with tracked_run(TrackingOptions(tracking_uri=uri), journal, warnings.append) as run:
+            run.log_metrics({"heads_kept": 3.0}, step=0)
+        pytest.fail("the signal was lost")
+    except Terminated:
+        assert signal.getsignal(signal.SIGTERM) is terminate
+    finally:
+        event.remove(Engine, "after_cursor_execute", send)
+        signal.signal(signal.SIGTERM, before)
+    assert sent
+    assert warnings == []
+    assert client.get_run(run.run_id).info.status == "KILLED"
+    assert steps_of(client, run.run_id, "heads_kept") == [(0, 3.0)]
