@@ -18,13 +18,14 @@ from orchestrator.inputs import Inputs
 from orchestrator.model_card import write_model_card
 from orchestrator.secrets import masked_all
 from orchestrator.tracking import Run
+from orchestrator.version import VERSION
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.families import layer_shape
 from slimllm_ops.plan import Decision, LayerPlan, Plan
 
 # The stages that pass the calibration data through the layers.
 CALIBRATION_STAGES = ("layer similarities", "pruning", "calibrating", "refining")
-PACKAGES = ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")
+PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets")
 # Settings of one attempt at a run, which may be another at the next; MLflow knows itself where it is.
 OF_AN_ATTEMPT = {"overwrite", "resume", "tracking_uri", "address"}
 # Where a run goes and how it is told: nothing that it gives depends on these.
@@ -145,7 +146,7 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         "evaluate": ", ".join(blocks.spec for blocks in inputs.held_out),
         "sparsity": ", ".join(f"{sparsity:g}" for sparsity in config.targets if sparsity is not None) or None,
         "python_version": platform.python_version(),
-        **{f"{package}_version": version(package) for package in PACKAGES},
+        **_versions(),
         **asdict(workers),
     }
     return masked_all(asked | found)
@@ -164,8 +165,12 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
         "model_digest": inputs.source_digest,
         "calibration_digest": inputs.calibration.digest,
         "evaluate_digests": [blocks.digest for blocks in inputs.held_out],
-        **{f"{package}_version": version(package) for package in PACKAGES},
+        **_versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    return {"slimllm_version": VERSION} | {f"{package}_version": version(package) for package in PACKAGES}
 
 
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:

@@ -9,6 +9,7 @@ import click
 from orchestrator.cli.doctor import doctor
 from orchestrator.cli.outputs import export, families, log
 from orchestrator.cli.pruning import calibrate, compare, prune
+from orchestrator.version import VERSION
 
 EXIT_CODES = """\b
 Exit codes:
@@ -20,7 +21,7 @@ Exit codes:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
-@click.version_option(package_name="slimllm")
+@click.version_option(VERSION)
 def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""
 
