@@ -1,7 +1,7 @@
 """Connecting to Ray, or starting it, and checking what it has before work is sent there."""
 
+from cluster.errors import ClusterError
 from cluster.session import (
-    ClusterError,
     Node,
     Resources,
     WorkerPlan,

@@ -14,15 +14,14 @@ from typing import Any
 
 import ray
 
+from cluster.errors import ClusterError
+from cluster.inside_job import carries_packages
+
 CONNECT_SECONDS = 10.0
 HEALTH_SECONDS = 30.0
 AS_THE_CLUSTER = "check --address, and that RAY_AUTH_MODE and the versions of Ray and Python are those of the cluster"
 # On CPUs one worker computes with a group of cores: fewer copies of the hidden layer's weights and of the moments.
 CPUS_PER_WORKER = 4
-
-
-class ClusterError(ValueError):
-    """The cluster is not there, or lacks what was asked for; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
 
     Args:
         address: "host:port" of a cluster's head, "auto", or None for a local Ray (or the job's own cluster).
-        packages: packages that the workers import; a cluster that is connected to receives them.
+        packages: packages that the workers import; a cluster that is connected to receives them, unless they travel
+            with the job that this is.
         verbose: whether what Ray and the workers log is printed.
 
     Raises:
@@ -97,10 +97,12 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
             # "local" starts one of its own, where None would join whatever Ray last ran on this machine.
             ray.init("local", include_dashboard=False, **logging)
     else:
-        _require_answer(address)
+        require_answer(address)
+        # Ray refuses a field of the job's own environment that is given again.
+        runtime_env = {} if carries_packages() else {"py_modules": _folders(packages)}
         try:
             with _sigterm_handler_kept():
-                ray.init(address, runtime_env={"py_modules": _folders(packages)}, **logging)
+                ray.init(address, runtime_env=runtime_env, **logging)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ClusterError(f"the Ray at {address} cannot be used: {reason}; {AS_THE_CLUSTER}") from error
@@ -196,8 +198,12 @@ def _sigterm_handler_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _require_answer(address: str) -> None:
-    """Knock at the address first: Ray itself would wait for minutes."""
+def require_answer(address: str) -> None:
+    """Knock at the address of a Ray first: Ray itself would wait for minutes.
+
+    Raises:
+        ClusterError: nothing answers there, or it is no Ray, or none that lets us in.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         if address == "auto":

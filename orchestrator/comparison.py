@@ -28,6 +28,7 @@ from orchestrator.planning import amount
 from orchestrator.progress import Reporter
 from orchestrator.record import Totals, count_parameters, log_inputs, run_params, write_record
 from orchestrator.run_file import RUN_FILE, write_run_file
+from orchestrator.submitted import link_with_job, require_lasting
 from orchestrator.tracking import Run, tracked_run
 from slimllm_ops.errors import InputError
 from slimllm_ops.families import Family
@@ -137,6 +138,7 @@ def compare(
     reporter = reporter or Reporter()
     chosen = choose(config.methods) if chosen is None else chosen
     tracking = tracking_options(config)
+    require_lasting(config.output, tracking)
     inputs = load_inputs(config)
     chosen = refinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
@@ -152,6 +154,7 @@ def compare(
         write_run_file(staging.directory / RUN_FILE, "compare", config, inputs, workers)
         params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
         log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
+        link_with_job(run, reporter.warn)
         with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
             rows, seconds = _run_all(_Contest(job, run, params, config.keep_checkpoints), chosen)
         _publish(rows, params, inputs, seconds, staging, run)

@@ -29,6 +29,7 @@ from orchestrator.record import PACKAGES
 from orchestrator.secrets import masked
 from orchestrator.storage import is_uri
 from orchestrator.tracking.reach import reach_store
+from orchestrator.version import VERSION
 from slimllm_ops.checkpoint import Checkpoint
 
 # Stands for the cluster where there is none.
@@ -52,7 +53,8 @@ def diagnose(config: PruneConfig) -> Iterator[Check]:
 
 def check_versions() -> Check:
     """Say which versions are here, and which do not fit."""
-    found = f"Python {platform.python_version()}, " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    packages = {"slimllm": VERSION} | {name: _version(name) for name in PACKAGES}
+    found = f"Python {platform.python_version()}, " + ", ".join(f"{name} {one}" for name, one in packages.items())
     wanted = [Requirement(line) for line in requires("slimllm") or ()]
     wrong = [
         f"{one.name}{one.specifier}"

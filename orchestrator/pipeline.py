@@ -37,6 +37,7 @@ from orchestrator.record import (
 )
 from orchestrator.refine import refine_model
 from orchestrator.run_file import RUN_FILE, write_run_file
+from orchestrator.submitted import link_with_job, require_lasting
 from orchestrator.sweep import log_sweep
 from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
 from slimllm_ops.errors import InputError
@@ -106,6 +107,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     """
     reporter = reporter or Reporter()
     tracking = tracking_options(config)
+    require_lasting(config.output, tracking)
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
     tracking = named(tracking, f"{inputs.name}-{config.method}-{amount(config)}")
@@ -138,6 +140,7 @@ def _prune_into(
         params = run_params(config, inputs, workers)
         log_inputs(run, params, inputs)
         run.log_artifacts(run_file, to="pruning")
+        link_with_job(run, reporter.warn)
         with (
             open_targets(config, staging, inputs.source, run) as targets,
             working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job,
@@ -174,6 +177,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
         DeliveryError: a store did not take the output, which is whole on this machine.
     """
     reporter = reporter or Reporter()
+    require_lasting(config.output)
     inputs = load_inputs(config)
     output, asked = moments_output(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and is_delivered(output, asked, config.overwrite, reporter.note):

@@ -169,8 +169,13 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of what results depend on, by package."""
+    return {"slimllm": VERSION} | {package: version(package) for package in PACKAGES}
+
+
 def _versions() -> dict[str, str]:
-    return {"slimllm_version": VERSION} | {f"{package}_version": version(package) for package in PACKAGES}
+    return {f"{package}_version": found for package, found in versions().items()}
 
 
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:

@@ -5,7 +5,6 @@ later version or another number of processors change nothing. Where the result g
 """
 
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import tomli_w
 from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
-from orchestrator.record import OF_AN_ATTEMPT, PACKAGES, PLACES
+from orchestrator.record import OF_AN_ATTEMPT, PLACES, versions
 from orchestrator.secrets import masked_all
 from slimllm_ops.files import written_whole
 
@@ -58,6 +57,6 @@ def _header(command: str, inputs: Inputs) -> str:
         f"to repeat this run: slimllm {command} --config {RUN_FILE} --output DIR",
         f"weights of {inputs.name}: {inputs.source_digest}",
         f"tokens of {calibration.spec}, {calibration.num_blocks} x {calibration.block_length}: {calibration.digest}",
-        ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        ", ".join(f"{package} {found}" for package, found in versions().items()),
     ]
     return "".join(f"# {line}\n" for line in masked_all(lines)) + "\n"

@@ -14,7 +14,7 @@ MLflow is imported at the first call (2 s). Every call names its run: there is n
 """
 
 from orchestrator.tracking.later import LoggedOutput, how_to_log, log_output, where_to_look
-from orchestrator.tracking.options import TrackingError, TrackingOptions
+from orchestrator.tracking.options import TrackingError, TrackingOptions, database_file
 from orchestrator.tracking.run import Run, tracked_run
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Run",
     "TrackingError",
     "TrackingOptions",
+    "database_file",
     "how_to_log",
     "log_output",
     "tracked_run",

@@ -42,3 +42,10 @@ class TrackingOptions:
         """The tracking URI with the default filled in."""
         default = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def database_file(uri: str) -> Path | None:
+    """Return the absolute path of a tracking URI's SQLite file; None where it names none."""
+    if not uri.startswith("sqlite") or ":///" not in uri or ":memory:" in uri:
+        return None
+    return Path(uri.partition(":///")[2].partition("?")[0]).absolute()

@@ -50,6 +50,10 @@ class Run:
         """Log what the run was asked to do."""
         self._log({"event": "params", "params": params})
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Log what this attempt at the run is known by; a later attempt may have other values, which then stand."""
+        self._log({"event": "tags", "tags": tags})
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log measurements: of one layer or round with a step, of the whole run without."""
         values = {key: float(value) for key, value in metrics.items()}
@@ -169,7 +173,7 @@ class Run:
         if missing := {key: value for key, value in given.items() if key not in told}:
             self._tell({"event": "params", "params": missing})
         for event in self._earlier:
-            if event["event"] in ("metrics", "dataset", "note"):
+            if event["event"] in ("metrics", "dataset", "note", "tags"):
                 self._tell(event)
 
     def _end(self, status: str, error: str | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from orchestrator.secrets import masked, masked_all
-from orchestrator.tracking.options import TrackingError, TrackingOptions
+from orchestrator.tracking.options import TrackingError, TrackingOptions, database_file
 from orchestrator.tracking.registry import Registry
 from orchestrator.tracking.signals import uninterrupted
 
@@ -166,6 +166,9 @@ class StoredRun:
                     self._tell_dataset(event)
                 case "note":
                     self._client.set_tag(self.run_id, NOTE_TAG, event["text"])
+                case "tags":
+                    for key, value in event["tags"].items():
+                        self._client.set_tag(self.run_id, key, value)
                 case "end":
                     self._client.set_terminated(self.run_id, event["status"], end_time=_stamp(event))
 
@@ -322,9 +325,8 @@ def _check_uri(uri: str) -> Path | None:
         raise _unusable(uri, "it names no host")
     if dialect in DATABASE_PORTS and host:
         socket.create_connection((host, port or DATABASE_PORTS[dialect]), timeout=float(QUICK_SECONDS)).close()
-    if dialect != "sqlite" or ":///" not in uri or ":memory:" in uri:
+    if (path := database_file(uri)) is None:
         return None
-    path = Path(uri.partition(":///")[2].partition("?")[0]).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path)) as database:
