@@ -7,6 +7,7 @@ have the commands.
 import click
 
 from orchestrator.cli.doctor import doctor
+from orchestrator.cli.jobs import jobs, submit
 from orchestrator.cli.outputs import export, families, log
 from orchestrator.cli.pruning import calibrate, compare, prune
 from orchestrator.version import VERSION
@@ -26,5 +27,5 @@ def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""
 
 
-for command in (prune, calibrate, compare, log, export, families, doctor):
+for command in (prune, calibrate, compare, log, export, families, doctor, submit, jobs):
     main.add_command(command)

@@ -72,7 +72,12 @@ def _ending_of(error: BaseException) -> tuple[str, int] | None:
             return _with_notes("terminated; no checkpoint was written", error), TERMINATED
         case ConfigError():
             return _with_notes(str(error), error), REFUSED
-    # What else there is takes seconds to import, and a wrong setting is known before.
+    # What else there is takes seconds to import, and a wrong setting is known before; so is, where Ray is imported
+    # already, what is wrong with a cluster.
+    from cluster import ClusterError
+
+    if isinstance(error, ClusterError):
+        return _with_notes(str(error), error), REFUSED
     from actors.errors import ShardError
     from orchestrator.delivery import DeliveryError
     from orchestrator.pipeline import USER_ERRORS

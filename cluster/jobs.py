@@ -1,0 +1,324 @@
+"""Jobs on a Ray cluster, through its job server: submit one, follow its log, see how it ended, stop it.
+
+Every wait has a limit; what goes wrong is a `ClusterError` of one line.
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import RayError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from cluster.errors import ClusterError
+from cluster.session import require_answer
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+# Ray's own client reads the first before anything else, and the second where that is missing.
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+# To connect, and for each answer. Ray's own client waits for ever.
+REQUEST_SECONDS = (10.0, 60.0)
+# How long a log may be silent before the job is asked whether it runs, and a server before it counts as lost.
+QUIET_SECONDS = 1.0
+LOST_SECONDS = 10.0
+# Ray ends a job that it is told to stop by SIGTERM, and by SIGKILL after 3 s unless the job's environment says more:
+# a run that ends shuts its workers down, and tells a tracking server that may be slow.
+STOP_SECONDS = 60
+STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+# They tell of every package that is uploaded, and of every connection that is closed.
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+AS_THE_CLUSTER = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has"
+
+
+class LostError(ClusterError):
+    """The job server has stopped answering; what the job does is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """What the job server knows of a job; times are in seconds since the epoch.
+
+    Attributes:
+        status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        exit_code: Of the job's own process, negative for a signal; None where it runs, was stopped or never began.
+        message: What Ray says of it, of several lines perhaps.
+    """
+
+    job_id: str
+    status: str
+    command: str
+    began: float | None
+    ended: float | None
+    exit_code: int | None
+    message: str
+    metadata: Mapping[str, str]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended, in whatever way."""
+        return JobStatus(self.status).is_terminal()
+
+
+class JobServer:
+    """The job server of a cluster's head.
+
+    Args:
+        address: "http://host:port", or whatever else Ray takes; None for what Ray's variables say, or this machine.
+
+    Raises:
+        ClusterError: nothing answers there, it is no Ray, or it does not let us in.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.address = _resolve(address)
+        if "://" not in self.address:
+            # A head's own address: Ray asks it where its job server is, and would wait for minutes.
+            require_answer(self.address)
+        with self._explained(), _variable_set(ADDRESS_VARIABLES[0], self.address):
+            self._client = _Client()
+
+    def submit(
+        self,
+        command: Sequence[str],
+        packages: Sequence[Path],
+        *,
+        working_dir: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
+        """Start a job on the cluster's head and return its id.
+
+        Args:
+            command: the words of a command.
+            packages: folders of Python packages that the job and its workers import; they travel with it.
+            working_dir: a folder whose copy is the job's working directory; by default it has the head's own.
+            environment: variables of the job and its workers. Whoever may ask the job server can read them.
+
+        Raises:
+            ClusterError: the folder is missing or too large, or the job server refuses.
+        """
+        runtime_env: dict[str, Any] = {
+            "py_modules": [str(package) for package in packages],
+            "env_vars": {STOP_VARIABLE: str(STOP_SECONDS), **(environment or {})},
+        }
+        if working_dir is not None:
+            if not working_dir.is_dir():
+                raise ClusterError(f"the working directory {working_dir} is not there: pass a directory")
+            runtime_env["working_dir"] = str(working_dir)
+        with self._explained(working_dir=working_dir):
+            # Without `exec` there is a shell between, which hides by what signal the process ended.
+            return self._client.submit_job(entrypoint=f"exec {shlex.join(command)}", runtime_env=runtime_env)
+
+    def state(self, job_id: str) -> JobState:
+        """Return what is known of a job.
+
+        Raises:
+            ClusterError: there is no such job.
+            LostError: the server does not answer any more.
+        """
+        with self._explained(job_id=job_id):
+            return _state(self._client.get_job_info(job_id))
+
+    def states(self) -> list[JobState]:
+        """Return what is known of every job that was submitted, the last first."""
+        with self._explained():
+            jobs = self._client.list_jobs()
+        # Other programs that are connected are listed too; they have no log, and nobody can stop them.
+        submitted = [_state(job) for job in jobs if job.submission_id]
+        return sorted(submitted, key=lambda job: job.began or 0.0, reverse=True)
+
+    def log(self, job_id: str) -> str:
+        """Return what a job has printed so far."""
+        with self._explained(job_id=job_id):
+            return self._client.get_job_logs(job_id)
+
+    def follow(self, job_id: str, seen: int = 0) -> Iterator[str]:
+        """Yield what a job prints, as it comes, until it has ended.
+
+        Args:
+            job_id: the job.
+            seen: how many characters of the log to pass over, which somebody has seen already.
+
+        Raises:
+            ClusterError: there is no such job.
+            LostError: the server does not answer any more; the job may well go on.
+        """
+        over = self.state(job_id).is_over
+        while not over:
+            with closing(_Tail(self._client, job_id)) as tail:
+                passed = 0
+                while not over and (text := tail.read(QUIET_SECONDS)) is not None:
+                    fresh = text[max(0, seen - passed) :]
+                    passed += len(text)
+                    seen = max(seen, passed)
+                    if fresh:
+                        yield fresh
+                    over = not text and self._patient_state(job_id).is_over
+            if not over:
+                # A proxy on the way may close what is silent for long. Then the log is read from its beginning.
+                time.sleep(QUIET_SECONDS)
+                over = self._patient_state(job_id).is_over
+        if rest := self.log(job_id)[seen:]:
+            yield rest
+
+    def stop(self, job_id: str) -> None:
+        """Tell a job to stop, as SIGTERM tells a process; one that has ended stays as it is.
+
+        Raises:
+            ClusterError: there is no such job.
+            LostError: the server does not answer any more.
+        """
+        with self._explained(job_id=job_id):
+            self._client.stop_job(job_id)
+
+    def wait_for_stop(self, job_id: str) -> JobState:
+        """Wait until a job that was told to stop has ended, and return how.
+
+        Raises:
+            ClusterError: it has not ended in the time that it has.
+            LostError: the server does not answer any more.
+        """
+        deadline = time.monotonic() + STOP_SECONDS + LOST_SECONDS
+        while not (state := self._patient_state(job_id)).is_over:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"job {job_id} was told to stop and is still {state.status}: look at its log")
+            time.sleep(QUIET_SECONDS / 4)
+        return state
+
+    def _patient_state(self, job_id: str) -> JobState:
+        """Return a job's state from a server that may be away for a moment."""
+        deadline = time.monotonic() + LOST_SECONDS
+        while True:
+            try:
+                return self.state(job_id)
+            except LostError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(QUIET_SECONDS)
+
+    @contextmanager
+    def _explained(self, job_id: str | None = None, working_dir: Path | None = None) -> Iterator[None]:
+        """Raise in one line what Ray's client raises in many ways."""
+        try:
+            yield
+        except (requests.ConnectionError, requests.Timeout, ConnectionError) as error:
+            raise LostError(
+                f"no Ray job server answers at {self.address}: check --address, and that the head has its dashboard"
+            ) from error
+        except RayError as error:
+            reason = _one_line(error).partition(". ")[0]
+            raise ClusterError(
+                f"the job server at {self.address} does not let us in ({reason}): {AS_THE_CLUSTER}"
+            ) from error
+        except (requests.RequestException, KeyError) as error:
+            raise self._no_job_server() from error
+        except (RuntimeError, ValueError, OSError) as error:
+            raise self._refusal(_one_line(error), job_id, working_dir) from error
+
+    def _refusal(self, reason: str, job_id: str | None, working_dir: Path | None) -> ClusterError:
+        if "Version check returned 404" in reason:
+            return self._no_job_server()
+        if job_id is not None and "status code 404" in reason:
+            return ClusterError(f"there is no job {job_id} at {self.address}: see `slimllm jobs list`")
+        if working_dir is not None and ("status code 413" in reason or "exceeds the maximum size" in reason):
+            return ClusterError(
+                f"the working directory {working_dir} is too large for the job server ({reason}): keep out what the "
+                f"job does not need by a .rayignore file, and give models and data as paths of the cluster"
+            )
+        return ClusterError(f"the job server at {self.address} refused: {reason}")
+
+    def _no_job_server(self) -> ClusterError:
+        return ClusterError(f"what answers at {self.address} is no Ray job server: pass http://HEAD:8265 as --address")
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client with a limit on every wait."""
+
+    def _do_request(self, method: str, endpoint: str, **arguments: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, timeout=REQUEST_SECONDS, **arguments)
+
+
+class _Tail:
+    """A log as Ray's client streams it, read by an event loop of its own with a limit on every wait."""
+
+    def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._texts = client.tail_job_logs(job_id)
+        self._next: asyncio.Task[str | None] | None = None
+
+    def read(self, seconds: float) -> str | None:
+        """Return what came next, nothing where nothing came in time, None where the connection is closed."""
+        self._next = self._next or self._loop.create_task(self._step())
+        done, _ = self._loop.run_until_complete(asyncio.wait({self._next}, timeout=seconds))
+        if not done:
+            return ""
+        step, self._next = self._next, None
+        try:
+            return step.result()
+        except (aiohttp.ClientError, RuntimeError, OSError):
+            return None
+
+    async def _step(self) -> str | None:
+        return await anext(self._texts, None)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._loop.run_until_complete(_cancelled(asyncio.all_tasks(self._loop)))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+
+async def _cancelled(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _resolve(address: str | None) -> str:
+    if address is not None:
+        return address if "://" in address or address == "auto" else f"http://{address}"
+    return next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), DEFAULT_ADDRESS)
+
+
+@contextmanager
+def _variable_set(name: str, value: str) -> Iterator[None]:
+    """Set a variable for a moment: Ray takes it for the address, whatever it is told."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _state(job: JobDetails) -> JobState:
+    return JobState(
+        job_id=job.submission_id or "",
+        status=str(job.status),
+        command=job.entrypoint.removeprefix("exec "),
+        began=job.start_time / 1000 if job.start_time else None,
+        ended=job.end_time / 1000 if job.end_time else None,
+        exit_code=job.driver_exit_code,
+        message=job.message or "",
+        metadata=dict(job.metadata or {}),
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """Return the line of an error that tells most: of a traceback the last, and the first of anything else."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = lines[-1] if any(line.endswith("Traceback (most recent call last):") for line in lines) else lines[0]
+    return told.rstrip(".")
