@@ -132,7 +132,7 @@ def test_moments_that_were_kept_give_the_same_model(
     moments = calibrate(config, Reporter(Console(file=io.StringIO())))
     once = prune_model(model, method="gram")
     again = prune_model(model, method="gram", calibration=None, moments=str(moments))
-    for name in ("model-00001.safetensors", "model-00003-of-00006.safetensors"):
+    for name in ("model-00001.safetensors", "model-00003.safetensors"):
         assert (once.output / name).read_bytes() == (again.output / name).read_bytes()
 
 
