@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 
 from orchestrator.cli import main
@@ -27,7 +28,9 @@ def settings_of(command: str) -> PruneConfig:
     """What a `slimllm prune` command asks for, as the command line itself reads it; an unknown option raises."""
     program, name, *words = shlex.split(command)
     assert (program, name) == ("slimllm", "prune")
-    read = main.commands[name].make_context(name, words).params
+    # Within the program, as it is run: click keeps what a command takes for help from the first time it is asked.
+    program_context = click.Context(main, **main.context_settings)
+    read = main.commands[name].make_context(name, words, parent=program_context).params
     settings = {field.name for field in fields(PruneConfig)} & read.keys()
     return PruneConfig(**{name: read[name] for name in settings if read[name] not in (None, ())})
 
