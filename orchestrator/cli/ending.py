@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 
-class _Terminated(SystemExit):
-    """SIGTERM arrived: the run ends as after Ctrl-C, its actors and its record too."""
+class _Told(SystemExit):
+    """What there is to say has been said."""
 
 
 @contextmanager
@@ -35,11 +35,18 @@ def explained(*, as_json: bool = False, verbose: bool = False) -> Iterator[None]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Its warnings are about configs (ids of special tokens, say) that pruning takes over as they are.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, _terminate)
+    terminated = threading.Event()
+
+    def terminate(signum: int, frame: object) -> NoReturn:
+        terminated.set()
+        # The run ends as after Ctrl-C, its actors and its record too.
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except (Exception, KeyboardInterrupt, _Terminated) as error:
-        ending = _ending_of(error)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        ending = _ending_of(error, terminated.is_set())
         if ending is None:
             raise
         if verbose:
@@ -60,16 +67,19 @@ def exit_with(text: str, code: int = REFUSED, *, as_json: bool = False) -> NoRet
     if as_json:
         click.echo(json.dumps({"error": line, "exit_code": code}))
     click.echo(f"slimllm: {line}", err=True)
-    sys.exit(code)
+    raise _Told(code)
 
 
-def _ending_of(error: BaseException) -> tuple[str, int] | None:
-    """Return what is said of an error, and the code; None for a bug."""
+def _ending_of(error: BaseException, terminated: bool) -> tuple[str, int] | None:
+    """Return what is said of an error, and the code; None for a bug, and for an end that was meant."""
     match error:
         case KeyboardInterrupt():
             return _with_notes("interrupted; no checkpoint was written", error), INTERRUPTED
-        case _Terminated():
+        # Where Ray waits for a worker, it puts a SystemExit of its own, with another code, in the place of ours.
+        case SystemExit() if terminated and not isinstance(error, _Told):
             return _with_notes("terminated; no checkpoint was written", error), TERMINATED
+        case SystemExit():
+            return None
         case ConfigError():
             return _with_notes(str(error), error), REFUSED
     # What else there is takes seconds to import, and a wrong setting is known before; so is, where Ray is imported
@@ -97,7 +107,3 @@ def _ending_of(error: BaseException) -> tuple[str, int] | None:
 def _with_notes(text: str, error: BaseException) -> str:
     """Return a message with what was noted on its error's way: what is kept, and how to go on."""
     return "; ".join([text, *getattr(error, "__notes__", ())])
-
-
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise _Terminated(TERMINATED)

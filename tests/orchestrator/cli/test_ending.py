@@ -1,13 +1,20 @@
 """What commands leave for machines, results and errors, and what they tell who wants to know more."""
 
 import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from click.testing import CliRunner, Result
 
 from orchestrator.cli import main
+from orchestrator.cli.ending import explained
 from orchestrator.pipeline import PruneResult
 from slimllm_ops.families import FAMILIES
 
@@ -95,6 +102,31 @@ def test_who_wants_to_know_more_gets_the_traceback_before_the_line() -> None:
     assert quiet.stderr.count("\n") == 1
     assert "Traceback" in verbose.stderr
     assert verbose.stderr.endswith(quiet.stderr)
+
+
+@ray.remote
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("wait", [ray.get, lambda ref: ray.wait([ref], timeout=60)], ids=["get", "wait"])
+def test_sigterm_is_told_wherever_it_comes(wait: Callable[[Any], object], capsys: pytest.CaptureFixture[str]) -> None:
+    ref = sleep.remote(60)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def wait_and_be_told() -> None:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        wait(ref)
+
+    try:
+        with pytest.raises(SystemExit) as ended, explained():
+            wait_and_be_told()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        ray.cancel(ref, force=True)
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "slimllm: terminated; no checkpoint was written\n"
 
 
 @pytest.mark.usefixtures("local_ray")
