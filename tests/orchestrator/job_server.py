@@ -1,0 +1,231 @@
+"""What tests of jobs share: a cluster's head with a token, a terminal to type at, a proxy that can be cut."""
+
+import fcntl
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+BIN = Path(sys.executable).parent
+# For what takes seconds on an idle machine.
+SECONDS = 300
+RAY_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
+# The cluster's Python has what slimllm needs and not slimllm, as a cluster's image has.
+WITHOUT_SLIMLLM = """
+import importlib.metadata, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "slimllm" not in getattr(finder, "__module__", "")]
+version = importlib.metadata.version
+def version_of_others(name):
+    if name == "slimllm":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = version_of_others
+"""
+
+
+def plain_environment() -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name not in RAY_VARIABLES}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return environment | {"OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster's head in processes of its own."""
+
+    process: "subprocess.Popen[bytes]"
+    folder: Path
+    port: int
+    environment: dict[str, str]
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, *words: object, **streams: Any) -> "subprocess.Popen[str]":
+        """Start a command of slimllm in a session of its own, as a client with the cluster's token."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | streams
+        command = [str(BIN / "slimllm"), *map(str, words)]
+        return subprocess.Popen(command, env=self.environment, text=True, start_new_session=True, **streams)
+
+    def run(self, *words: object, code: int = 0) -> tuple[str, str]:
+        """Run a command to its end; return what it said on stdout and on stderr."""
+        process = self.start(*words)
+        stdout, stderr = process.communicate(timeout=SECONDS)
+        assert process.returncode == code, stdout + stderr
+        return stdout, stderr
+
+    def state(self, job_id: str) -> dict[str, Any]:
+        listed, _ = self.run("jobs", "list", "--json")
+        (state,) = [job for job in json.loads(listed) if job["job_id"] == job_id]
+        return state
+
+    def log_file(self, job_id: str) -> Path:
+        return self.folder / "session_latest" / "logs" / f"job-driver-{job_id}.log"
+
+    def driver(self, output: Path) -> psutil.Process:
+        """The process of the job that writes this output."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if process.cmdline()[1:3] == ["-m", "orchestrator"] and str(output) in process.cmdline():
+                        return process
+            time.sleep(0.05)
+        raise AssertionError(f"no job writes {output}")
+
+    def frozen(self, output: Path, is_time: Callable[[], bool]) -> psutil.Process:
+        """The process of a job, stopped at a time of its life, so that it is neither done nor further on."""
+        driver = self.driver(output)
+        wait_for(is_time)
+        driver.suspend()
+        return driver
+
+
+def thaw_when_told_to_end(driver: psutil.Process) -> None:
+    """Let a frozen process go on when SIGTERM waits for it."""
+    status = Path(f"/proc/{driver.pid}/status")
+    told = 1 << (signal.SIGTERM - 1)
+    wait_for(lambda: bool(int(status.read_text().partition("ShdPnd:")[2].split()[0], 16) & told))
+    driver.resume()
+
+
+def wait_for(is_time: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not is_time():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [taken.getsockname()[1] for taken in sockets]
+    for taken in sockets:
+        taken.close()
+    return ports
+
+
+@contextmanager
+def started_head(folder: Path) -> Iterator[Head]:
+    """A cluster's head for as long as the context lasts; its token and its own log lie in the folder."""
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    (folder / "python").mkdir()
+    (folder / "python" / "sitecustomize.py").write_text(WITHOUT_SLIMLLM)
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    of_head = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(folder / "python")}
+    there = plain_environment() | token | of_head
+    travelled = subprocess.run(["python", "-c", "import orchestrator"], env=there, cwd=folder, capture_output=True)
+    assert b"ModuleNotFoundError" in travelled.stderr
+    # A job is sent to the agent of its node by this port: two clusters on one machine must not share it.
+    ports = free_ports(6)
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    names += ("metrics-export-port", "ray-client-server-port")
+    # Ray's sockets lie in it, and their paths must be short.
+    with_short_path = Path("/tmp") / f"slimllm-{os.getpid()}"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
+    command += ["--disable-usage-stats", f"--temp-dir={with_short_path}"]
+    command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+    with (folder / "ray.log").open("w") as log:
+        process = subprocess.Popen(command, env=there, stdout=log, stderr=log, cwd=folder)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while "Ray runtime started" not in (folder / "ray.log").read_text():
+            assert process.poll() is None, (folder / "ray.log").read_text()
+            assert time.monotonic() < deadline, (folder / "ray.log").read_text()
+            time.sleep(0.2)
+        here = plain_environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+        yield Head(process, with_short_path, ports[1], here)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shutil.rmtree(with_short_path, ignore_errors=True)
+
+
+class Terminal:
+    """A command on a terminal, to read from and to type at."""
+
+    def __init__(self, head: Head, *words: object) -> None:
+        self._end, its_end = pty.openpty()
+        self._read = ""
+        self.process = head.start(
+            *words,
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(its_end)
+
+    def type(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def read_to(self, text: str) -> str:
+        """Wait until it shows a text; return all up to there."""
+        deadline = time.monotonic() + SECONDS
+        while text not in self._read:
+            assert time.monotonic() < deadline, self._read
+            if select.select([self._end], [], [], 0.2)[0]:
+                self._read += os.read(self._end, 1 << 16).decode()
+        shown, _, self._read = self._read.partition(text)
+        return shown + text
+
+    def end(self) -> int:
+        """Wait for the command's end; return its exit code."""
+        while self.process.poll() is None:
+            with suppress(OSError):
+                if select.select([self._end], [], [], 0.2)[0]:
+                    self._read += os.read(self._end, 1 << 16).decode()
+        os.close(self._end)
+        return self.process.returncode
+
+
+class Proxy:
+    """What may stand before a job server: it passes everything on, until its connections are cut or it is closed."""
+
+    def __init__(self, port: int) -> None:
+        self._behind, self._pairs = port, []  # type: int, list[socket.socket]
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                behind = socket.create_connection(("127.0.0.1", self._behind))
+                self._pairs += [client, behind]
+                for source, sink in ((client, behind), (behind, client)):
+                    threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        for one in self._pairs:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self.cut()
