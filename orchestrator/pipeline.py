@@ -23,7 +23,7 @@ from orchestrator.layerwise import prune_layerwise
 from orchestrator.one_pass import calibrate as observe_model
 from orchestrator.one_pass import prune_one_pass
 from orchestrator.output import Staging, staged
-from orchestrator.planning import amount, checkpoints_output, moments_output, require_room
+from orchestrator.planning import Intent, amount, checkpoints_output, moments_output, require_room
 from orchestrator.progress import Reporter
 from orchestrator.record import (
     Totals,
@@ -134,7 +134,7 @@ def _prune_into(
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(config, resources, staging)
-        require_room(config, inputs, output, resources, workers, estimate_pruning, reporter)
+        require_room(Intent(config, inputs, output, resources, workers), estimate_pruning, reporter)
         run_file = staging.directory / "pruning" / RUN_FILE
         write_run_file(run_file, "prune", config, inputs, workers)
         params = run_params(config, inputs, workers)
@@ -189,7 +189,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
         session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
     ):
         workers = settle_workers(config, resources, staging)
-        require_room(config, inputs, output, resources, workers, estimate_calibration, reporter)
+        require_room(Intent(config, inputs, output, resources, workers), estimate_calibration, reporter)
         write_run_file(staging.directory / "pruning" / RUN_FILE, "calibrate", config, inputs, workers)
         with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
             _tell_resumed(job)

@@ -20,6 +20,17 @@ from orchestrator.record import what_is_asked
 Estimating = Callable[[Workload], Estimate]
 
 
+@dataclass(frozen=True)
+class Intent:
+    """What a run is about to do, and where."""
+
+    config: PruneConfig
+    inputs: Inputs
+    output: Destination
+    resources: Resources
+    workers: WorkerPlan
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """What a run would be: where it writes, with which workers, what it takes, and what stands against it."""
@@ -61,21 +72,13 @@ def amount(config: PruneConfig) -> str:
     return "-".join(f"{sparsity:g}" for sparsity in config.targets)
 
 
-def require_room(
-    config: PruneConfig,
-    inputs: Inputs,
-    output: Destination,
-    resources: Resources,
-    workers: WorkerPlan,
-    estimating: Estimating,
-    reporter: Reporter,
-) -> None:
+def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> None:
     """Tell what a run will take, and refuse one that will certainly fail for want of it.
 
     Raises:
         ConfigError: it will.
     """
-    plan = _compare(config, inputs, output, resources, workers, estimating)
+    plan = _compare(intent, estimating)
     for line in plan.estimate.lines():
         reporter.note(f"estimate: {line}")
     for stage in plan.estimate.stages:
@@ -94,32 +97,21 @@ def _plan_run(
     require_startable(output.directory, config.overwrite, asked, config.resume)
     with session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources:
         workers = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
-        return _compare(config, inputs, output, resources, workers, estimating, gpus=workers.gpus_per_worker)
+        return _compare(Intent(config, inputs, output, resources, workers), estimating, gpus=workers.gpus_per_worker)
 
 
-def _compare(
-    config: PruneConfig,
-    inputs: Inputs,
-    output: Destination,
-    resources: Resources,
-    workers: WorkerPlan,
-    estimating: Estimating,
-    gpus: float = 0.0,
-) -> RunPlan:
+def _compare(intent: Intent, estimating: Estimating, gpus: float = 0.0) -> RunPlan:
     """Look at the nodes, and compare what they have with what the run will take.
 
     Args:
-        config: what is asked.
-        inputs: the model and the data.
-        output: where it is to appear.
-        resources: the cluster.
-        workers: what is to run there.
+        intent: what the run is about to do.
         estimating: tells what it takes.
         gpus: the share of a GPU that a look at a node may take; without one GPUs are not touched, which saves the
             seconds that a process takes to begin with one.
     """
+    config, workers = intent.config, intent.workers
     device = "cuda" if gpus else "" if workers.gpus_per_worker else "cpu"
-    nodes = look_at(resources, workers, device)
-    estimate = estimating(Workload.of(config, inputs, workers, nodes.rates))
-    checks = (*check_nodes(nodes, workers), *check_fit(config, output.directory, estimate, nodes, workers))
-    return RunPlan(output=output.place, workers=workers, estimate=estimate, checks=checks)
+    nodes = look_at(intent.resources, workers, device)
+    estimate = estimating(Workload.of(config, intent.inputs, workers, nodes.rates))
+    checks = (*check_nodes(nodes, workers), *check_fit(config, intent.output.directory, estimate, nodes, workers))
+    return RunPlan(output=intent.output.place, workers=workers, estimate=estimate, checks=checks)
