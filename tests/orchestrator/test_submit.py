@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 
 from orchestrator.cli import main
 from orchestrator.config import ConfigError
-from orchestrator.submitted import require_lasting
-from orchestrator.tracking import TrackingOptions, log_output
+from orchestrator.submitted import link_with_job, require_lasting
+from orchestrator.tracking import TrackingOptions, log_output, tracked_run
 from tests.orchestrator.job_server import SECONDS, Head, Proxy, Terminal, started_head, thaw_when_told_to_end
 
 
@@ -108,6 +108,22 @@ def test_a_job_in_a_copy_of_a_folder_keeps_nothing_there(tmp_path: Path, monkeyp
     require_lasting("/data/a")
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     require_lasting(None, TrackingOptions())
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_that_cannot_be_told_of_its_run_costs_a_warning(
+    tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_gone"}}')
+    warnings: list[str] = []
+    with tracked_run(TrackingOptions(tracking_uri=tracking_uri), tmp_path / "metrics.jsonl") as run:
+        link_with_job(run, warnings.append)
+    assert warnings == [
+        "the job's metadata could not be written (Ray knows no job raysubmit_gone): "
+        "the job does not name its MLflow run, which names the job"
+    ]
+    assert run.run_id is not None
+    assert mlflow_run(tracking_uri, run.run_id).data.tags["slimllm.ray_job_id"] == "raysubmit_gone"
 
 
 # ---- On a cluster
