@@ -30,7 +30,8 @@ def print_summary(result: PruneResult, console: Console | None = None) -> None:
     totals = result.models[-1].totals
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.seconds.items())
     peak = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in totals.peak_memory.items())
-    lines = [f"seconds: {stages}", f"peak memory of a worker: {peak}", *_places(result)]
+    # A run from kept moments that measures no perplexity has no workers.
+    lines = [f"seconds: {stages}", *([f"peak memory of a worker: {peak}"] if peak else []), *_places(result)]
     found = f"MLflow run {result.run_id}: {_logged_models(result)}"
     _print_lines(console, [*lines, *_of_mlflow(result, result.log_command, found)])
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator import PruneConfig
 from orchestrator.pipeline import PruneResult, calibrate
 from orchestrator.progress import Reporter
+from orchestrator.summary import print_summary
 from slimllm_ops.checkpoint import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.plan import Plan
@@ -99,11 +100,13 @@ def test_any_number_of_workers_gives_the_same_models(
 
 
 def test_kept_moments_give_the_same_model_with_no_pass_over_the_data(
-    sweep: PruneResult, prune_model: PruneModel, gqa_model: Path, moments: Path
+    sweep: PruneResult, prune_model: PruneModel, gqa_model: Path, moments: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = prune_model(gqa_model, method="gram", sparsity=0.45, moments=str(moments), calibration=None)
     assert "calibrating" not in result.totals.seconds
     assert result.totals.peak_memory == {}, "no worker was started"
+    print_summary(result)
+    assert "peak memory" not in capsys.readouterr().out
     assert_same_model(result.output, sweep.models[1].output)
 
 
