@@ -18,6 +18,9 @@ from cluster.errors import ClusterError
 from cluster.inside_job import carries_packages
 
 CONNECT_SECONDS = 10.0
+# What a local Ray is told. A process that nothing runs in is ended after a second where all CPUs are spoken for, as
+# they are in a run: then almost every solve would wait for one to start, and import torch, for as long as it takes.
+LOCAL_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "60000"}
 HEALTH_SECONDS = 30.0
 AS_THE_CLUSTER = "check --address, and that RAY_AUTH_MODE and the versions of Ray and Python are those of the cluster"
 # On CPUs one worker computes with a group of cores: fewer copies of the hidden layer's weights and of the moments.
@@ -92,7 +95,8 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
     address = address or os.environ.get("RAY_ADDRESS")
     logging: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in LOCAL_RAY.items():
+            os.environ.setdefault(name, value)
         with _sigterm_handler_kept():
             # "local" starts one of its own, where None would join whatever Ray last ran on this machine.
             ray.init("local", include_dashboard=False, **logging)

@@ -12,6 +12,8 @@ import ray
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cluster.session import LOCAL_RAY
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -43,7 +45,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for all tests, with more logical CPUs than the machine has, so that several workers fit."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(LOCAL_RAY)
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
