@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types ablation benchmarks memory forms faults builtin-model
+.PHONY: install demo test slow lint types ablation benchmarks memory forms faults builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -16,6 +16,10 @@ demo: install
 
 test: install
 	$(BIN)/pytest -m 'not slow' --durations=20 tests
+
+# What repeats, on another model, method or signal, what `make test` shows on one, and what takes longest.
+slow: install
+	$(BIN)/pytest -m slow --durations=20 tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SHALLOW, DEEP = 3, 12
 BLOCK = 256
 FEW, MANY = 16, 160
+WAYS = ["deciding", pytest.param("dense", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +56,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(write_model(tmp_path_factory.mktemp("one") / "model", shape_of(2)))
 
 
-@pytest.mark.parametrize("way", ["deciding", "dense"])
+@pytest.mark.parametrize("way", WAYS)
 def test_four_times_the_layers_take_no_more_memory(peaks: Peaks, way: str) -> None:
     # Of what the further layers would take, were they held, the tenth part is more than the allocator's moods.
     further = (DEEP - SHALLOW) * 4 * shape_of(DEEP).layer_parameters
     assert peaks(way, DEEP, FEW) - peaks(way, SHALLOW, FEW) < 0.1 * further
 
 
-@pytest.mark.parametrize("way", ["deciding", "dense"])
+@pytest.mark.parametrize("way", WAYS)
 def test_of_more_tokens_only_the_states_are_held(peaks: Peaks, checkpoint: Checkpoint, way: str) -> None:
     footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=way == "deciding")
     grown = peaks(way, SHALLOW, MANY) - peaks(way, SHALLOW, FEW)
@@ -76,7 +77,7 @@ def test_states_that_are_offloaded_are_not_held(peaks: Peaks, checkpoint: Checkp
     assert peaks("deciding", SHALLOW, MANY, "offload") - peaks("deciding", SHALLOW, FEW) < 0.1 * states
 
 
-@pytest.mark.parametrize("way", ["deciding", "dense"])
+@pytest.mark.parametrize("way", WAYS)
 def test_the_footprint_bounds_the_peak(peaks: Peaks, checkpoint: Checkpoint, way: str) -> None:
     """The footprint is what micro-batches are sized by: what it allows must hold the peak, and not by far."""
     footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=way == "deciding")

@@ -36,12 +36,12 @@ NODES = 3
 
 
 def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
-    """Use the cluster in parts, then for a whole run."""
+    """Use the cluster in parts, then for a whole run, then for one that loses a node."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     for _ in range(NODES - 1):
         cluster.add_node(num_cpus=4)
     cluster.wait_for_nodes()
-    common = {"model": model, "calibration": tokens, "workers": NODES, "address": cluster.address}
+    common: dict[str, Any] = {"model": model, "calibration": tokens, "workers": NODES, "address": cluster.address}
     seen: dict[str, Any] = {}
     try:
         with session(cluster.address, (actors, slimllm_ops)) as resources:
@@ -52,15 +52,13 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
             seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             inputs = load_inputs(PruneConfig(**common))
             seen |= use_parts(inputs)
-        for method in ("slimllm", "gram"):
-            tracking = {"tracking_uri": f"sqlite:///{scratch}/mlflow.db", "output": f"{scratch}/{method}"}
-            prune(PruneConfig(**common, **tracking, method=method, sparsity=(0.3,)))
+        common |= {"tracking_uri": f"sqlite:///{scratch}/mlflow.db", "sparsity": (0.3,)}
+        prune(PruneConfig(**common, output=f"{scratch}/gram", method="gram"))
         lost = cluster.list_all_nodes()[-1]
         losing = Losing(lambda: cluster.remove_node(lost, allow_graceful=False))
-        tracking = {"tracking_uri": f"sqlite:///{scratch}/mlflow.db", "output": f"{scratch}/lost"}
         # A node that is gone for good need not be waited for as long as one that may come back.
         group.REPLACE_SECONDS = 10.0
-        prune(PruneConfig(**common, **tracking, method="slimllm", sparsity=(0.3,)), losing)
+        prune(PruneConfig(**common, output=f"{scratch}/slimllm", method="slimllm"), losing)
         seen["told"] = losing.told.getvalue()
     finally:
         cluster.shutdown()

@@ -17,12 +17,27 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
-from orchestrator import PruneConfig
+from orchestrator import PruneConfig, pipeline
 from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
+from tests.orchestrator.standing import Standing
 from tests.orchestrator.tracked import FIRST_RUN, TrackingServer, serving
 
 PruneModel = Callable[..., PruneResult]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standing_workers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the runs of a file's tests take over each other's workers, unless it is marked `own_workers`."""
+    if request.node.get_closest_marker("own_workers"):
+        yield
+        return
+    standing = Standing()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "Placement", standing.placement)
+        patch.setattr(pipeline, "ShardGroup", standing.shards)
+        yield
+    standing.release()
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,7 @@ def test_without_being_asked_no_layer_goes(prune_model: PruneModel, idle_model: 
     assert not any(plan_of(prune_model(idle_model, method="gram").output))
 
 
+@pytest.mark.slow
 def test_one_worker_and_three_drop_the_same(prune_model: PruneModel, idle_model: Path, dropped: PruneResult) -> None:
     several = prune_model(idle_model, workers=3, **SETTINGS)
     one, three = (Plan.read(run.output / "pruning" / "plan.json").layers for run in (dropped, several))
@@ -104,6 +105,7 @@ def test_one_worker_and_three_drop_the_same(prune_model: PruneModel, idle_model:
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_it_is_refined_and_resumed_to_the_same_bytes_and_nearer_to_the_dense_model(
     idle_model: Path, token_file: Path, held_out_file: Path, tracking_uri: str, local_ray: None, tmp_path: Path
 ) -> None:
@@ -112,7 +114,7 @@ def test_it_is_refined_and_resumed_to_the_same_bytes_and_nearer_to_the_dense_mod
         calibration=str(token_file),
         evaluate=(str(token_file),),
         tracking_uri=tracking_uri,
-        workers=2,
+        workers=1,
         sparsity=0.45,
         output=str(tmp_path / "undisturbed"),
         refine=True,

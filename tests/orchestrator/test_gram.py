@@ -91,7 +91,7 @@ def test_what_a_smaller_model_keeps_a_larger_one_keeps_too(sweep: PruneResult) -
             assert many is None or (few is not None and set(few) <= set(many))
 
 
-@pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_any_number_of_workers_gives_the_same_models(
     sweep: PruneResult, prune_model: PruneModel, gqa_model: Path, workers: int
 ) -> None:

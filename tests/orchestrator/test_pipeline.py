@@ -350,16 +350,3 @@ def test_a_tracking_server_that_is_down_costs_the_record_in_mlflow_only(untracke
     assert found == (None, None, None)
     events = Journal.read(untracked_run.output / "pruning" / "metrics.jsonl")
     assert events[-1]["status"] == "FINISHED"
-
-
-# ---- Where states are held
-
-
-@pytest.mark.parametrize("settings", [{"method": "slimllm"}, {"method": "gram", "refine": True}])
-def test_offloading_changes_no_byte(
-    prune_model: Callable[..., PruneResult], gqa_model: Path, settings: dict[str, Any]
-) -> None:
-    held, offloaded = (prune_model(gqa_model, **settings, offload=offload).output for offload in (False, True))
-    names = [path.name for path in held.glob("*.safetensors")]
-    assert len(names) == 6
-    assert all((held / name).read_bytes() == (offloaded / name).read_bytes() for name in names)

@@ -22,6 +22,8 @@ from orchestrator.output import staged
 from orchestrator.preflight import Check, Nodes, check_disks, check_memory, check_nodes, require_certain
 from slimllm_ops.operations import Rates
 
+pytestmark = pytest.mark.own_workers
+
 Usage = namedtuple("Usage", "total used free")
 WORKERS = WorkerPlan(4, 2, 0.0, weights_travel=False)
 ESTIMATE = Estimate(

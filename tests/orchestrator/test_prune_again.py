@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,11 @@ class Case:
 # Grouped queries, stacked projections, parallel layers.
 CASES = (
     Case(family_named("llama"), "gram", "slimllm"),
-    Case(family_named("llama"), "gram", "gram"),
     Case(family_named("llama"), "gram", "gram", refine=True),
     Case(family_named("phi3"), "slimllm", "gram"),
     Case(family_named("gpt_neox"), "slimllm", "slimllm"),
 )
+NOT_REFINED = Case(family_named("llama"), "gram", "gram")
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,25 @@ class Runs:
     twice: PruneResult
 
 
+RunsOf = Callable[[Case], Runs]
+
+
 @pytest.fixture(scope="module")
-def runs(prune_model: PruneModel, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Runs]:
-    first: dict[Family, tuple[Path, PruneResult]] = {}
-    for case in CASES:
-        if case.family not in first:
-            dense = save_tiny(case.family, tmp_path_factory.mktemp(case.family.name))
-            first[case.family] = dense, prune_model(dense, method=case.first, sparsity=SPARSITY)
-    return {
-        case: Runs(
-            *first[case.family],
-            prune_model(first[case.family][1].output, method=case.second, sparsity=SPARSITY, refine=case.refine),
-        )
-        for case in CASES
-    }
+def runs_of(prune_model: PruneModel, tmp_path_factory: pytest.TempPathFactory) -> RunsOf:
+    """Prune a case's model once and again, when it is first asked for."""
+
+    @cache
+    def prune_once(family: Family, method: str) -> tuple[Path, PruneResult]:
+        dense = save_tiny(family, tmp_path_factory.mktemp(family.name))
+        return dense, prune_model(dense, method=method, sparsity=SPARSITY)
+
+    @cache
+    def prune_twice(case: Case) -> Runs:
+        dense, once = prune_once(case.family, case.first)
+        twice = prune_model(once.output, method=case.second, sparsity=SPARSITY, refine=case.refine)
+        return Runs(dense, once, twice)
+
+    return prune_twice
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +88,14 @@ def ids(token_blocks: np.ndarray) -> Tensor:
 
 
 def each_case(test: Any) -> Any:
-    return pytest.mark.parametrize("case", CASES, ids=str)(test)
+    cases = [*CASES, pytest.param(NOT_REFINED, marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("case", cases, ids=str)(test)
 
 
 def each_case_that_keeps_its_inputs(test: Any) -> Any:
     """Refining changes the projections into a branch too."""
-    return pytest.mark.parametrize("case", [case for case in CASES if not case.refine], ids=str)(test)
+    cases = [*(case for case in CASES if not case.refine), pytest.param(NOT_REFINED, marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("case", cases, ids=str)(test)
 
 
 def load(directory: Path) -> PreTrainedModel:
@@ -113,22 +121,22 @@ def branches(case: Case, runs: Runs) -> Iterator[tuple[int, Branch, Decision | N
 
 
 @each_case
-def test_half_of_what_the_first_left_goes(case: Case, runs: dict[Case, Runs]) -> None:
-    before, after = runs[case].once.totals, runs[case].twice.totals
+def test_half_of_what_the_first_left_goes(case: Case, runs_of: RunsOf) -> None:
+    before, after = runs_of(case).once.totals, runs_of(case).twice.totals
     assert after.layer_parameters_before == before.layer_parameters_after
     missing = SPARSITY * after.layer_parameters_before - (after.layer_parameters_before - after.layer_parameters_after)
-    assert 0 <= missing < measure_layer(Checkpoint.open(runs[case].once.output), 0).channel_parameters
-    layers = load(runs[case].twice.output).get_submodule(case.family.layers)
+    assert 0 <= missing < measure_layer(Checkpoint.open(runs_of(case).once.output), 0).channel_parameters
+    layers = load(runs_of(case).twice.output).get_submodule(case.family.layers)
     assert sum(parameter.numel() for parameter in layers.parameters()) == after.layer_parameters_after
 
 
 @each_case
-def test_the_config_has_the_numbers_of_the_last_model(case: Case, runs: dict[Case, Runs]) -> None:
-    config = Checkpoint.open(runs[case].twice.output).config
-    before = Checkpoint.open(runs[case].once.output).config
-    dense = Checkpoint.open(runs[case].dense).config
-    layers = load(runs[case].twice.output).get_submodule(case.family.layers)
-    for index, plan in enumerate(plans(runs[case].twice)):
+def test_the_config_has_the_numbers_of_the_last_model(case: Case, runs_of: RunsOf) -> None:
+    config = Checkpoint.open(runs_of(case).twice.output).config
+    before = Checkpoint.open(runs_of(case).once.output).config
+    dense = Checkpoint.open(runs_of(case).dense).config
+    layers = load(runs_of(case).twice.output).get_submodule(case.family.layers)
+    for index, plan in enumerate(plans(runs_of(case).twice)):
         whole, left = layer_shape(before, index), layer_shape(config, index)
         assert left.num_key_value_heads == (len(plan.attention.kept) if plan.attention else whole.num_key_value_heads)
         assert left.intermediate_size == (len(plan.mlp.kept) if plan.mlp else whole.intermediate_size)
@@ -144,18 +152,18 @@ def test_the_config_has_the_numbers_of_the_last_model(case: Case, runs: dict[Cas
 
 
 @each_case
-def test_a_layer_with_one_kv_group_keeps_it(case: Case, runs: dict[Case, Runs]) -> None:
-    config = Checkpoint.open(runs[case].once.output).config
+def test_a_layer_with_one_kv_group_keeps_it(case: Case, runs_of: RunsOf) -> None:
+    config = Checkpoint.open(runs_of(case).once.output).config
     single = [index for index in range(3) if layer_shape(config, index).num_attention_units == 1]
     assert single
-    assert not any(plans(runs[case].twice)[index].attention for index in single)
+    assert not any(plans(runs_of(case).twice)[index].attention for index in single)
 
 
 @each_case_that_keeps_its_inputs
-def test_the_second_plan_counts_the_units_of_the_first_and_both_compose(case: Case, runs: dict[Case, Runs]) -> None:
-    dense, twice = (Checkpoint.open(directory) for directory in (runs[case].dense, runs[case].twice.output))
-    assert any(first and second for _, _, first, second in branches(case, runs[case]))
-    for layer, branch, first, second in branches(case, runs[case]):
+def test_the_second_plan_counts_the_units_of_the_first_and_both_compose(case: Case, runs_of: RunsOf) -> None:
+    dense, twice = (Checkpoint.open(directory) for directory in (runs_of(case).dense, runs_of(case).twice.output))
+    assert any(first and second for _, _, first, second in branches(case, runs_of(case)))
+    for layer, branch, first, second in branches(case, runs_of(case)):
         shape = layer_shape(dense.config, layer)
         num_units = shape.num_key_value_heads if branch is case.family.attention else shape.intermediate_size
         once = first.kept if first else tuple(range(num_units))
@@ -169,14 +177,14 @@ def test_the_second_plan_counts_the_units_of_the_first_and_both_compose(case: Ca
 
 @each_case_that_keeps_its_inputs
 def test_an_output_bias_stays_and_is_corrected_by_the_mean_of_what_goes(
-    case: Case, runs: dict[Case, Runs], ids: Tensor
+    case: Case, runs_of: RunsOf, ids: Tensor
 ) -> None:
     """Both recoveries keep the mean of a branch's output over the tokens that it was solved on."""
-    once, twice = load(runs[case].once.output), load(runs[case].twice.output)
+    once, twice = load(runs_of(case).once.output), load(runs_of(case).twice.output)
     # gram sees what enters the branches of the model as it was, the paper's method what the layers before leave.
     entering = inputs_of_branches(once if case.second == "gram" else twice, case.family, ids)
     corrected = 0
-    for layer, branch, first, second in branches(case, runs[case]):
+    for layer, branch, first, second in branches(case, runs_of(case)):
         before, after = (model.get_submodule(f"{case.family.layers}.{layer}") for model in (once, twice))
         bias, new_bias = (module.get_submodule(branch.output).bias for module in (before, after))
         if second is None:
@@ -214,16 +222,17 @@ def run_module(module: nn.Module, args: Any, kwargs: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def test_refining_brings_it_nearer_to_what_the_first_left(runs: dict[Case, Runs], ids: Tensor) -> None:
-    plain, refined = (runs[case] for case in CASES[1:3])
+@pytest.mark.slow
+def test_refining_brings_it_nearer_to_what_the_first_left(runs_of: RunsOf, ids: Tensor) -> None:
+    plain, refined = runs_of(NOT_REFINED), runs_of(replace(NOT_REFINED, refine=True))
     once = logits(load(plain.once.output), ids)
     before, after = ((logits(load(run.twice.output), ids) - once).square().mean() for run in (plain, refined))
     assert after < 0.9 * before
 
 
-def test_all_load_where_the_package_is_not(runs: dict[Case, Runs], ids: Tensor, tmp_path: Path) -> None:
+def test_all_load_where_the_package_is_not(runs_of: RunsOf, ids: Tensor, tmp_path: Path) -> None:
     torch.save(ids, tmp_path / "ids.pt")
-    directories = [str(run.twice.output) for run in runs.values()]
+    directories = [str(runs_of(case).twice.output) for case in CASES]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "ids.pt"), *directories]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
