@@ -22,7 +22,7 @@ class Standing:
 
     def release(self) -> None:
         """End the workers and give their place back."""
-        self.take(self._offload, keep=False)
+        self._end_workers()
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
         self._place, self._group = (), None
@@ -31,14 +31,17 @@ class Standing:
         """Let workers stand that hold their states in files, or do not."""
         self._offload, self._actors = offload, actors
 
-    def take(self, offload: bool, *, keep: bool = True) -> list[Any]:
-        """Return the workers that stand, if they are such; else they end."""
+    def take(self, offload: bool) -> list[Any]:
+        """Return the workers that stand, if they are such; others have the place of those to come, and end."""
+        if offload != self._offload:
+            self._end_workers()
         actors, self._actors = self._actors, []
-        if keep and offload == self._offload:
-            return actors
-        for actor in actors:
+        return actors
+
+    def _end_workers(self) -> None:
+        for actor in self._actors:
             ray.kill(actor)
-        return []
+        self._actors = []
 
     def placement(self, *place: Any) -> Placement:
         """Make a placement that takes the place that stands, and leaves it standing."""

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,19 +53,33 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def running() -> list[psutil.Process]:
+    return psutil.Process(os.getpid()).children(recursive=True)
+
+
+def titled(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
 @contextmanager
 def sampled() -> Iterator[dict[str, int]]:
     """Samples the private memory of this process's workers and solves; the largest of each, by what they are."""
     peaks = {"worker": 0, "solve": 0}
+    # Workers of another run may be about to end. A solve's process may be one that stayed.
+    others = set()
+    for process in running():
+        with suppress(psutil.Error):
+            if titled(process).startswith("ray::Shard"):
+                others.add(process.pid)
     stop = threading.Event()
 
     def sample() -> None:
         while not stop.wait(0.02):
-            for process in psutil.Process(os.getpid()).children(recursive=True):
+            for process in running():
                 try:
-                    title = " ".join(process.cmdline())
+                    title = titled(process)
                     role = "worker" if title.startswith("ray::Shard") else "solve"
-                    if title.startswith(("ray::Shard", "ray::eliminate", "ray::decide")):
+                    if process.pid not in others and title.startswith(("ray::Shard", "ray::eliminate", "ray::decide")):
                         # USS would be as good, and takes the system ten times as long.
                         memory = process.memory_info()
                         peaks[role] = max(peaks[role], memory.rss - memory.shared)
