@@ -36,7 +36,7 @@ from slimllm_ops.operations import Rates
 pytestmark = pytest.mark.own_workers
 
 SHAPE = Shape(hidden=512, intermediate=2048, layers=3, heads=8, kv_heads=4, vocabulary=500)
-BLOCKS, LENGTH = 16, 256
+BLOCKS, LENGTH = 64, 256
 WITHIN = 0.3
 
 
