@@ -75,11 +75,11 @@ def _ending_of(error: BaseException, terminated: bool) -> tuple[str, int] | None
     match error:
         case KeyboardInterrupt():
             return _with_notes("interrupted; no checkpoint was written", error), INTERRUPTED
-        # Where Ray waits for a worker, it puts a SystemExit of its own, with another code, in the place of ours.
-        case SystemExit() if terminated and not isinstance(error, _Told):
-            return _with_notes("terminated; no checkpoint was written", error), TERMINATED
-        case SystemExit():
+        case _Told():
             return None
+        # Where Ray waits for a worker, it puts a SystemExit of its own, with another code, in the place of ours.
+        case SystemExit():
+            return (_with_notes("terminated; no checkpoint was written", error), TERMINATED) if terminated else None
         case ConfigError():
             return _with_notes(str(error), error), REFUSED
     # What else there is takes seconds to import, and a wrong setting is known before; so is, where Ray is imported

@@ -49,6 +49,7 @@ CASES = (
     Case(family_named("gpt_neox"), "slimllm", "slimllm"),
 )
 NOT_REFINED = Case(family_named("llama"), "gram", "gram")
+SLOW = pytest.param(NOT_REFINED, marks=pytest.mark.slow)
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,13 @@ def ids(token_blocks: np.ndarray) -> Tensor:
 
 
 def each_case(test: Any) -> Any:
-    cases = [*CASES, pytest.param(NOT_REFINED, marks=pytest.mark.slow)]
-    return pytest.mark.parametrize("case", cases, ids=str)(test)
+    return pytest.mark.parametrize("case", [*CASES, SLOW], ids=str)(test)
 
 
 def each_case_that_keeps_its_inputs(test: Any) -> Any:
     """Refining changes the projections into a branch too."""
-    cases = [*(case for case in CASES if not case.refine), pytest.param(NOT_REFINED, marks=pytest.mark.slow)]
-    return pytest.mark.parametrize("case", cases, ids=str)(test)
+    cases = [case for case in CASES if not case.refine]
+    return pytest.mark.parametrize("case", [*cases, SLOW], ids=str)(test)
 
 
 def load(directory: Path) -> PreTrainedModel:
