@@ -23,13 +23,13 @@ from actors.placement import START_SECONDS, Placement
 from actors.serving import Delivery
 from actors.shard import Refined, Shard
 from actors.waiting import get_in_order, get_one, require_head, which_answer
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.errors import InputError
-from slimllm_ops.families import Branch
-from slimllm_ops.footprint import Footprint
-from slimllm_ops.moments import merge_tree
-from slimllm_ops.plan import Decision, LayerPlan
-from slimllm_ops.stream import Mean, compute_dtype
+from slimllm_ops.models.families import Branch
+from slimllm_ops.moments.moments import merge_tree
+from slimllm_ops.stream.footprint import Footprint
+from slimllm_ops.stream.layer_stream import Mean, compute_dtype
 
 # How long lost workers are waited for when others live, which can take over what they held.
 REPLACE_SECONDS = 30.0

@@ -13,14 +13,14 @@ import torch
 
 from actors.placement import Placement
 from actors.waiting import get_in_order
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.families import Branch
-from slimllm_ops.memory import return_large_blocks
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.plan import Decision
 from slimllm_ops.methods import Method
-from slimllm_ops.one_pass import decide_module, eliminate_module, rank_module
-from slimllm_ops.plan import Decision
-from slimllm_ops.ranking import Ranking
-from slimllm_ops.routing import Observed
+from slimllm_ops.models.families import Branch
+from slimllm_ops.module_solves import decide_module, eliminate_module, rank_module
+from slimllm_ops.moments.ranking import Ranking
+from slimllm_ops.moments.routing import Observed
+from slimllm_ops.stream.memory import return_large_blocks
 
 IN_FLIGHT = 3
 

@@ -18,8 +18,8 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from slimllm_ops.memory import free_memory
-from slimllm_ops.operations import Rates
+from slimllm_ops.stream.memory import free_memory
+from slimllm_ops.stream.operations import Rates
 
 # What workers compute with; Ray itself refuses a cluster of another Ray or Python.
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "numpy")

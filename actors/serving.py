@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from actors.waiting import CALL_SECONDS
-from slimllm_ops.checkpoint import Checkpoint, read_tensors
+from slimllm_ops.checkpoint.reading import Checkpoint, read_tensors
 
 # The layer in use and the next, of two models at most: whoever comes later reads them again.
 KEPT_READS = 4

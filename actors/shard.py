@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.families import Branch, layer_shape
-from slimllm_ops.memory import free_memory, return_large_blocks
-from slimllm_ops.observation import PackedObservation
-from slimllm_ops.paper import decide_channels, decide_heads
-from slimllm_ops.plan import Decision, LayerPlan
-from slimllm_ops.refinement import RefinementStream, solve_alignment, solve_refit
-from slimllm_ops.routing import Observed
-from slimllm_ops.states import SpilledStates, StateStore
-from slimllm_ops.stream import LayerStream, Mean, Passage
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.paper import decide_channels, decide_heads
+from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.models.families import Branch, layer_shape
+from slimllm_ops.moments.observation import PackedObservation
+from slimllm_ops.moments.routing import Observed
+from slimllm_ops.moments.states import SpilledStates, StateStore
+from slimllm_ops.stream.layer_stream import LayerStream, Mean, Passage
+from slimllm_ops.stream.memory import free_memory, return_large_blocks
+from slimllm_ops.stream.refinement import RefinementStream, solve_alignment, solve_refit
 
 # The read-back of a checkpoint compares the states of so many first tokens: causal, so they need no others.
 PROBED_TOKENS = 64
@@ -98,7 +98,7 @@ class Shard:
     def decide_heads(
         self, name: str, layer: int, observed: PackedObservation, *, num_removed: int, with_bias: bool = True
     ) -> Decision:
-        """Decide a layer's attention (`slimllm_ops.paper`)."""
+        """Decide a layer's attention (`slimllm_ops.decide.paper`)."""
         stream = self._streams[name]
         return decide_heads(
             stream.weights(layer),
@@ -119,7 +119,7 @@ class Shard:
         keep_lowest: float,
         with_bias: bool = True,
     ) -> Decision:
-        """Decide a layer's MLP (`slimllm_ops.paper`)."""
+        """Decide a layer's MLP (`slimllm_ops.decide.paper`)."""
         stream = self._streams[name]
         return decide_channels(
             stream.weights(layer),

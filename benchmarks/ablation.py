@@ -17,16 +17,16 @@ import actors
 import slimllm_ops
 from benchmarks.machine import describe_machine, write_table
 from cluster import session
-from orchestrator.comparison import LAYER_BY_LAYER, REFINED, Comparison, Contestant, compare, one_pass
+from orchestrator.comparison.compare import LAYER_BY_LAYER, REFINED, Comparison, Contestant, compare, one_pass
 from orchestrator.config import CompareConfig
-from orchestrator.job import Job, Target
-from orchestrator.layerwise import prune_layerwise
-from orchestrator.one_pass import Ranked, rank_modules, write_models
-from slimllm_ops.budget import STREAM_WEIGHT, Candidate, spend_by_price
+from orchestrator.pruning.layerwise import prune_layerwise
+from orchestrator.pruning.one_pass import Ranked, rank_modules, write_models
+from orchestrator.pruning.run_context import Job, Target
+from slimllm_ops.allocate.budget import STREAM_WEIGHT, Candidate, spend_by_price
+from slimllm_ops.checkpoint.moment_store import MomentStore
+from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.methods import METHODS
-from slimllm_ops.moment_store import MomentStore
-from slimllm_ops.plan import Decision, LayerPlan
-from slimllm_ops.ranking import Ranking
+from slimllm_ops.moments.ranking import Ranking
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -30,9 +30,9 @@ from actors.batching import into_batches
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.one_process import Run, prune_gram, prune_slimllm, rates_of
 from benchmarks.random_model import Shape, write_model
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.memory import return_large_blocks
-from slimllm_ops.operations import (
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.stream.memory import return_large_blocks
+from slimllm_ops.stream.operations import (
     OBSERVING_SHARE,
     SOLVING_SHARE,
     decision_operations,

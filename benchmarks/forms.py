@@ -15,7 +15,7 @@ from benchmarks.machine import describe_machine, write_table
 from orchestrator import PruneConfig, prune
 from orchestrator.exports.stock import export_stock
 from orchestrator.pipeline import PruneResult
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.stock import stock_form
 

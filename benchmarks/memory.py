@@ -17,8 +17,8 @@ from benchmarks.machine import describe_machine, write_table
 from benchmarks.random_model import Shape, write_model
 from benchmarks.random_tokens import write_tokens
 from benchmarks.sampling import Measured, run_slimllm
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.footprint import Footprint
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.stream.footprint import Footprint
 
 BLOCK = 2048
 NOTHING = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=256)

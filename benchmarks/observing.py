@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.random_model import Shape, write_model
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.memory import return_large_blocks
-from slimllm_ops.stream import LayerStream
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.memory import return_large_blocks
 
 BLOCK = 2048
 REPEATS = 5

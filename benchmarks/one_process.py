@@ -20,25 +20,25 @@ from actors.batching import into_batches
 from actors.shard import Shard
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.random_model import Shape, write_model
-from slimllm_ops.allocation import (
+from slimllm_ops.allocate.budget import Candidate
+from slimllm_ops.allocate.layer_ratios import (
     budget_by_sparsity,
     measure_layer,
     parameters_to_remove,
     published_settings,
 )
-from slimllm_ops.budget import Candidate
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.families import Branch, layer_shape
-from slimllm_ops.memory import return_large_blocks
+from slimllm_ops.checkpoint.moment_store import LayerPaths, ModulePath, MomentStore
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.writing import CheckpointWriter
+from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.methods import METHODS
-from slimllm_ops.moment_store import LayerPaths, ModulePath, MomentStore
-from slimllm_ops.moments import accumulation_dtype
-from slimllm_ops.observation import PackedObservation
-from slimllm_ops.one_pass import candidates_of, decide_module, eliminate_module
-from slimllm_ops.operations import LayerOperations, elimination_operations, rate_of_products
-from slimllm_ops.plan import Decision, LayerPlan
-from slimllm_ops.stream import compute_dtype
-from slimllm_ops.writer import CheckpointWriter
+from slimllm_ops.models.families import Branch, layer_shape
+from slimllm_ops.module_solves import candidates_of, decide_module, eliminate_module
+from slimllm_ops.moments.moments import accumulation_dtype
+from slimllm_ops.moments.observation import PackedObservation
+from slimllm_ops.stream.layer_stream import compute_dtype
+from slimllm_ops.stream.memory import return_large_blocks
+from slimllm_ops.stream.operations import LayerOperations, elimination_operations, rate_of_products
 
 BLOCK = 2048
 GRAM = METHODS["gram"]

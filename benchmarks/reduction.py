@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from actors.group import merge_on_actors
 from benchmarks.machine import describe_machine, write_table
-from slimllm_ops.observation import ObservationSum, PackedObservation
+from slimllm_ops.moments.observation import ObservationSum, PackedObservation
 
 WORKERS = (1, 2, 4, 8)
 SHAPES = ((1024, 2816), (2048, 5632))

@@ -16,12 +16,12 @@ import torch
 
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.naive import prune_channels, prune_heads
-from slimllm_ops import elimination
-from slimllm_ops.families import FAMILIES
-from slimllm_ops.moments import Moments
-from slimllm_ops.observation import Observation
-from slimllm_ops.paper import decide_channels, decide_heads
-from slimllm_ops.projection import Projection
+from slimllm_ops.decide import elimination
+from slimllm_ops.decide.paper import decide_channels, decide_heads
+from slimllm_ops.models.families import FAMILIES
+from slimllm_ops.moments.moments import Moments
+from slimllm_ops.moments.observation import Observation
+from slimllm_ops.moments.projection import Projection
 
 T = TypeVar("T")
 

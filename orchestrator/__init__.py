@@ -12,7 +12,7 @@ def __getattr__(name: str) -> object:
 
         return prune
     if name == "compare":
-        from orchestrator.comparison import compare
+        from orchestrator.comparison.compare import compare
 
         return compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from orchestrator.storage import is_uri
+from orchestrator.sources.storage import is_uri
 
 METHODS = ("slimllm", "gram")
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import builtin, hub, storage
+from orchestrator import builtin
 from orchestrator.config import PruneConfig
 from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
-from slimllm_ops.allocation import measure_layer, require_reachable
-from slimllm_ops.checkpoint import Checkpoint
+from orchestrator.sources import hub, storage
+from slimllm_ops.allocate.form import Form
+from slimllm_ops.allocate.layer_ratios import measure_layer, require_reachable
+from slimllm_ops.checkpoint.moment_store import MomentStore
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError, shown
-from slimllm_ops.form import Form
-from slimllm_ops.moment_store import MomentStore
-from slimllm_ops.refinement import require_refinable
+from slimllm_ops.stream.refinement import require_refinable
 
 BUILTIN_NAME = "builtin"
 BUILTIN_CALIBRATION = "builtin:calibration"

@@ -15,17 +15,18 @@ from actors.serving import shared_files, weight_server
 from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers, session
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
-from orchestrator.delivery import Destination, delivered, is_delivered
-from orchestrator.estimate import estimate_calibration, estimate_pruning
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.job import Job, Target, open_targets, target_name
-from orchestrator.layerwise import prune_layerwise
-from orchestrator.one_pass import calibrate as observe_model
-from orchestrator.one_pass import prune_one_pass
-from orchestrator.output import Staging, staged
-from orchestrator.planning import Intent, amount, checkpoints_output, moments_output, require_room
+from orchestrator.output.destination import Destination, delivered, is_delivered
+from orchestrator.output.staging import Staging, staged
+from orchestrator.preflight.dry_run import Intent, amount, checkpoints_output, moments_output, require_room
+from orchestrator.preflight.estimate import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
-from orchestrator.record import (
+from orchestrator.pruning.layerwise import prune_layerwise
+from orchestrator.pruning.one_pass import calibrate as observe_model
+from orchestrator.pruning.one_pass import prune_one_pass
+from orchestrator.pruning.refine import refine_model
+from orchestrator.pruning.run_context import Job, Target, open_targets, target_name
+from orchestrator.record.files import (
     Totals,
     count_totals,
     log_inputs,
@@ -35,15 +36,14 @@ from orchestrator.record import (
     what_is_asked,
     write_record,
 )
-from orchestrator.refine import refine_model
-from orchestrator.run_file import RUN_FILE, write_run_file
-from orchestrator.submitted import link_with_job, require_lasting
-from orchestrator.sweep import log_sweep
+from orchestrator.record.run_toml import RUN_FILE, write_run_file
+from orchestrator.record.sweep import log_sweep
 from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
+from orchestrator.tracking.ray_job import link_with_job, require_lasting
+from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.errors import InputError
-from slimllm_ops.memory import return_large_blocks
-from slimllm_ops.moment_store import MomentStore
-from slimllm_ops.read_back import read_back
+from slimllm_ops.stream.memory import return_large_blocks
+from slimllm_ops.stream.read_back import read_back
 
 # What whoever runs this can mend; everything else is a bug, or a machine that failed.
 USER_ERRORS = (ConfigError, DataError, InputError, ClusterError, TrackingError)

@@ -3,8 +3,8 @@
 Importing the package registers the pruned models' classes, so that their checkpoints load without remote code.
 """
 
-from slimllm_ops.families import FAMILIES
-from slimllm_ops.pruned_models import register
+from slimllm_ops.models.families import FAMILIES
+from slimllm_ops.models.pruned import register
 
 for _family in FAMILIES:
     register(_family.pruned)

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimllm_ops.budget import (
+from slimllm_ops.allocate.budget import (
     Candidate,
     spend_by_depth,
     spend_by_error,
     spend_by_standard_score,
     spend_evenly,
 )
-from slimllm_ops.elimination import eliminate
-from slimllm_ops.least_squares import refit
-from slimllm_ops.plan import Recovery
-from slimllm_ops.projection import Projection
-from slimllm_ops.ranking import Ranking
-from slimllm_ops.recovery import Line
+from slimllm_ops.decide.elimination import eliminate
+from slimllm_ops.decide.least_squares import refit
+from slimllm_ops.decide.plan import Recovery
+from slimllm_ops.decide.recovery import Line
+from slimllm_ops.moments.projection import Projection
+from slimllm_ops.moments.ranking import Ranking
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.errors import InputError, ReadBackError
-from slimllm_ops.families import LayerShape, layer_shape
-from slimllm_ops.model_config import PER_LAYER_FLAGS, PER_LAYER_SIZES
-from slimllm_ops.pruned_models.pruned_layers import WHOLE_CHANNELS
-from slimllm_ops.stream import LayerStream
-from slimllm_ops.writer import CheckpointWriter
+from slimllm_ops.models.config_checks import PER_LAYER_FLAGS, PER_LAYER_SIZES
+from slimllm_ops.models.families import LayerShape, layer_shape
+from slimllm_ops.models.pruned.pruned_layers import WHOLE_CHANNELS
+from slimllm_ops.stream.layer_stream import LayerStream
 
 # Tokens that both models compute, to be compared bit by bit.
 COMPARED_TOKENS = 64

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator import PruneConfig, prune
 from orchestrator.builtin import MODEL_DIR, heldout_text
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError
 
 PAGE = Path(__file__).parents[1] / "docs" / "quantise.md"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from slimllm_ops.families import Family
+from slimllm_ops.models.families import Family
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

@@ -9,7 +9,7 @@ import click
 from orchestrator.cli.doctor import doctor
 from orchestrator.cli.jobs import jobs, submit
 from orchestrator.cli.outputs import export, families, log
-from orchestrator.cli.pruning import calibrate, compare, prune
+from orchestrator.cli.runs import calibrate, compare, prune
 from orchestrator.version import VERSION
 
 EXIT_CODES = """\b

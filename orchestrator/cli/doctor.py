@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.ending import REFUSED, explained, print_json
+from orchestrator.cli.exit_codes import REFUSED, explained, print_json
 from orchestrator.cli.options import CLUSTER, TELLING, Command, with_options
-from orchestrator.cli.pruning import configure
+from orchestrator.cli.runs import configure
 from orchestrator.config import PruneConfig
 from orchestrator.secrets import masked
 
 if TYPE_CHECKING:
-    from orchestrator.preflight import Check
+    from orchestrator.preflight.checks import Check
 
 # What changes what a run needs.
 NEEDS = (
@@ -45,7 +45,7 @@ def doctor(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any)
 
 
 def _examine(config: PruneConfig, as_json: bool) -> "list[Check]":
-    from orchestrator.diagnosis import diagnose
+    from orchestrator.preflight.doctor import diagnose
 
     checks = []
     for check in diagnose(config):

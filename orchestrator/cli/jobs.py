@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from orchestrator.cli.ending import FAILED, INTERRUPTED, TERMINATED, exit_with, explained, print_json
+from orchestrator.cli.exit_codes import FAILED, INTERRUPTED, TERMINATED, exit_with, explained, print_json
 from orchestrator.cli.options import Command, with_options
 from orchestrator.config import ConfigError
 from orchestrator.secrets import masked

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.ending import explained, print_json
+from orchestrator.cli.exit_codes import explained, print_json
 from orchestrator.cli.options import TELLING, Command, with_options
 from orchestrator.config import ConfigError
 from orchestrator.secrets import masked
-from orchestrator.storage import is_uri
+from orchestrator.sources.storage import is_uri
 
 if TYPE_CHECKING:
     from orchestrator.exports import Exported
-    from slimllm_ops.families import Family
+    from slimllm_ops.models.families import Family
 
 # What a checkpoint may be exported to.
 EXPORTS = ("stock", "gguf")
@@ -42,7 +42,7 @@ def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
 @with_options("json")
 def families(as_json: bool) -> None:
     """List the model families that can be pruned, and what of them."""
-    from slimllm_ops.families import FAMILIES
+    from slimllm_ops.models.families import FAMILIES
 
     units = {family.model_type: _units_of(family) for family in FAMILIES}
     if as_json:
@@ -96,7 +96,7 @@ def _here(output: str) -> Iterator[Path]:
     if not is_uri(output):
         yield Path(output)
         return
-    from orchestrator.delivery import brought
+    from orchestrator.output.destination import brought
 
     with brought(output) as directory:
         yield directory

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator import hub
 from orchestrator.data.blocks import DataError
 from orchestrator.data.files import (
     HUB_NAME,
@@ -16,6 +15,7 @@ from orchestrator.data.files import (
     read_column,
     table_columns,
 )
+from orchestrator.sources import hub
 
 
 def read_documents(spec: str, path: Path | None) -> Iterator[str]:

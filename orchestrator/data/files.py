@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrator import storage
 from orchestrator.data.blocks import DataError
+from orchestrator.sources import storage
 from slimllm_ops.errors import shown
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")

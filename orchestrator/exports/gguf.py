@@ -28,10 +28,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from orchestrator.exports import Exported
 from orchestrator.exports.gguf_vocabulary import read_vocabulary
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError
-from slimllm_ops.families import LayerShape, layer_shape
 from slimllm_ops.files import written_whole
+from slimllm_ops.models.families import LayerShape, layer_shape
 
 # The families whose layers are a Llama's, by the types in their configs.
 FAMILIES = ("llama", "mistral", "qwen2")

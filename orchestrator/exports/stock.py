@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 from orchestrator.exports import Exported
-from orchestrator.output import staged
-from slimllm_ops.checkpoint import Checkpoint
+from orchestrator.output.staging import staged
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stock import stock_form, write_stock
 
 

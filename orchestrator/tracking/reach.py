@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.tracking.options import TrackingError, TrackingOptions
-from orchestrator.tracking.store import DATABASE_PORTS, ENVIRONMENT, QUICK_SECONDS, failure, shown
+from orchestrator.tracking.server import DATABASE_PORTS, ENVIRONMENT, QUICK_SECONDS, failure, shown
 
 
 def local_store(uri: str) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.tracking.journal import Journal
 from orchestrator.tracking.options import TrackingOptions
-from orchestrator.tracking.store import Server, StoredRun, Warn
+from orchestrator.tracking.server import Server, StoredRun, Warn
 
 
 class Run:

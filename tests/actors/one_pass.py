@@ -14,7 +14,7 @@ import psutil
 
 from actors.batching import into_batches
 from actors.shard import Shard
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
 
 # Of so many tokens is every micro-batch, however many there are.
 AT_ONCE = 512

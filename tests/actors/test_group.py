@@ -22,10 +22,10 @@ from actors.group import ShardGroup, _split_evenly
 from actors.placement import Placement
 from actors.serving import shared_files
 from actors.shard import Shard
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import CheckpointError, InputError, MiscountError, NonFiniteError
-from slimllm_ops.footprint import Footprint
-from slimllm_ops.plan import LayerPlan
+from slimllm_ops.stream.footprint import Footprint
 
 NUM_WORKERS = 3
 

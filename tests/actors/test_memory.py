@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.random_model import Shape, write_model
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.families import family_named
-from slimllm_ops.footprint import Footprint
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.models.families import family_named
+from slimllm_ops.stream.footprint import Footprint
 from tests.actors.one_pass import AT_ONCE
 from tests.tiny import save_tiny
 

@@ -28,9 +28,9 @@ from cluster import plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.pipeline import prune
-from orchestrator.preflight import look_at
+from orchestrator.preflight.checks import look_at
 from orchestrator.progress import Reporter
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
 
 NODES = 3
 
@@ -147,12 +147,12 @@ def sleeping_node() -> str:
 
 def refuse_files(_: object) -> None:
     """Let an actor's process fail where it reads a checkpoint's file itself."""
-    import slimllm_ops.checkpoint
+    import slimllm_ops.checkpoint.reading
 
     def refuse(*_: object) -> NoReturn:
         raise AssertionError("a worker read a file itself")
 
-    slimllm_ops.checkpoint.read_tensors = refuse
+    slimllm_ops.checkpoint.reading.read_tensors = refuse
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from orchestrator.pipeline import PruneResult
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.plan import Decision, Plan
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.plan import Decision, Plan
 
 CASE = "babyllama-mha-0.25"
 

@@ -8,7 +8,7 @@ import pytest
 from orchestrator import PruneConfig
 from orchestrator.inputs import load_inputs, model_name, resolve_model
 from slimllm_ops.errors import CheckpointError, InputError
-from slimllm_ops.families import family_named
+from slimllm_ops.models.families import family_named
 from tests.tiny import save_tiny
 
 

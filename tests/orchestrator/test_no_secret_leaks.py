@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from orchestrator.cli.summary import print_summary
 from orchestrator.pipeline import PruneResult
-from orchestrator.summary import print_summary
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
 from tests.orchestrator.tracked import TrackingServer
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from orchestrator import pipeline
 from orchestrator.pipeline import PruneResult
 from orchestrator.tracking.journal import Journal
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.surgery import prune_layer
+from slimllm_ops.decide.plan import Plan
 from slimllm_ops.errors import ReadBackError
-from slimllm_ops.plan import Plan
-from slimllm_ops.surgery import prune_layer
 
 # Loads a checkpoint where none of the project can be imported, however the project was installed.
 ELSEWHERE = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slimllm_ops.families import FAMILIES, family_named
+from slimllm_ops.models.families import FAMILIES, family_named
 from tests.tiny import save_tiny
 
 BUILDS: dict[str, dict[str, object]] = {

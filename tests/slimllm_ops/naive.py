@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from slimllm_ops.families import LayerShape, family_of
-from slimllm_ops.moments import Moments
-from slimllm_ops.observation import ObservationSum, PackedObservation
-from slimllm_ops.plan import Decision, LayerPlan
-from slimllm_ops.projection import Projection
-from slimllm_ops.recovery import Line
-from slimllm_ops.routing import Observed
+from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.decide.recovery import Line
+from slimllm_ops.models.families import LayerShape, family_of
+from slimllm_ops.moments.moments import Moments
+from slimllm_ops.moments.observation import ObservationSum, PackedObservation
+from slimllm_ops.moments.projection import Projection
+from slimllm_ops.moments.routing import Observed
 
 
 def random_activations(

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from slimllm_ops.budget import spend_evenly
-from slimllm_ops.elimination import eliminate
-from slimllm_ops.least_squares import Refit
+from slimllm_ops.allocate.budget import spend_evenly
+from slimllm_ops.decide.elimination import eliminate
+from slimllm_ops.decide.least_squares import Refit
+from slimllm_ops.decide.recovery import Line
 from slimllm_ops.methods import METHODS, Method, compensate_mean, leave
-from slimllm_ops.one_pass import decide_module, rank_module
-from slimllm_ops.projection import Projection
-from slimllm_ops.ranking import Ranking
-from slimllm_ops.recovery import Line
+from slimllm_ops.module_solves import decide_module, rank_module
+from slimllm_ops.moments.projection import Projection
+from slimllm_ops.moments.ranking import Ranking
 from tests.slimllm_ops.naive import exact_projection, observe, random_activations, unit_columns
 
 KEPT = [[0], [1, 4, 20], list(range(12)), list(range(24))]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from slimllm_ops.checkpoint import Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.writing import CheckpointWriter
+from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.errors import InputError, ReadBackError
-from slimllm_ops.families import FAMILIES, Family, family_named, layer_shape
-from slimllm_ops.plan import Decision, LayerPlan
+from slimllm_ops.models.families import FAMILIES, Family, family_named, layer_shape
 from slimllm_ops.stock import require_same_states, stock_form, write_stock
-from slimllm_ops.writer import CheckpointWriter
 from tests.slimllm_ops.naive import random_channels, random_decision
 from tests.tiny import save_tiny
 

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from orchestrator.cli import main
 from orchestrator.exports.gguf import export_gguf
 from orchestrator.exports.gguf_vocabulary import EXPRESSIONS
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.families import FAMILIES, family_named, layer_shape
-from slimllm_ops.plan import Decision, LayerPlan
-from slimllm_ops.recovery import Line
-from slimllm_ops.writer import CheckpointWriter
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.writing import CheckpointWriter
+from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.decide.recovery import Line
+from slimllm_ops.models.families import FAMILIES, family_named, layer_shape
 from tests.conftest import content, files_of_at_most
 from tests.tiny import save_tiny
 

@@ -8,9 +8,9 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.cli import main
-from slimllm_ops.checkpoint import Checkpoint
-from slimllm_ops.plan import LayerPlan
-from slimllm_ops.writer import CheckpointWriter
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.writing import CheckpointWriter
+from slimllm_ops.decide.plan import LayerPlan
 from tests.slimllm_ops.naive import random_decision
 
 

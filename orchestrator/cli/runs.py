@@ -1,0 +1,128 @@
+"""The commands that pass text through a model: `prune`, `calibrate`, `compare`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+# What takes seconds to import is imported by the commands; `--help` does not wait for it.
+from orchestrator.cli.exit_codes import explained, print_json
+from orchestrator.cli.options import CLUSTER, DATA, GROUPS, TELLING, Command, with_options
+from orchestrator.config import CompareConfig, PruneConfig, read_config_file
+
+if TYPE_CHECKING:
+    from orchestrator.preflight.dry_run import RunPlan
+
+Config = TypeVar("Config", bound=PruneConfig)
+
+COMPARED = ("sparsity", "ratio", "pruned_layers", "alpha", "keep_lowest", *DATA, "evaluate", *CLUSTER)
+EXAMPLES = """\b
+Examples:
+  slimllm prune meta-llama/Llama-3.1-8B --sparsity .2 --evaluate heldout.txt
+  slimllm prune MODEL --method gram --refine --calibration text.jsonl
+  slimllm prune MODEL --method gram --sparsity .2 --sparsity .3 --sparsity .5
+"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.argument("model", required=False)
+@with_options(*(name for options in GROUPS.values() for name in options))
+def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
+    """Prune MODEL, a directory, URI or hub id; without one, the built-in model."""
+    run = _plan_pruning if dry_run else _prune
+    with explained(as_json=as_json, verbose=verbose):
+        run(configure(PruneConfig, config_file, flags), as_json=as_json, verbose=verbose)
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@with_options("output", "overwrite", "resume", "drop_layers", *DATA, *CLUSTER, "config", "dry_run", *TELLING)
+def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
+    """Keep MODEL's moments, for `prune --method gram --moments` at any sparsity with no forward pass."""
+    run = _plan_calibration if dry_run else _calibrate
+    with explained(as_json=as_json, verbose=verbose):
+        run(configure(PruneConfig, config_file, flags | {"method": "gram"}), as_json=as_json, verbose=verbose)
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="Beside slimllm; repeatable. [all there are]")
+@with_options("output", "overwrite", *COMPARED, "experiment", "tracking_uri", "run_name", "config", *TELLING)
+@click.option("--keep-checkpoints", is_flag=True, default=None, help="Keep every model that was measured.")
+def compare(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
+    """Compare methods on MODEL, at the same parameter count and from the same calibration data."""
+    with explained(as_json=as_json, verbose=verbose):
+        _compare(configure(CompareConfig, config_file, flags), as_json=as_json, verbose=verbose)
+
+
+def configure(kind: type[Config], config_file: Path | None, flags: dict[str, Any]) -> Config:
+    """Return the settings of a file, if there is one, and of flags, which win."""
+    settings = read_config_file(config_file, kind) if config_file else {}
+    return kind(**settings | {name: value for name, value in flags.items() if value not in (None, ())})
+
+
+def _prune(config: PruneConfig, as_json: bool, verbose: bool) -> None:
+    from orchestrator.cli.summary import describe_result, print_summary
+    from orchestrator.pipeline import prune as run
+    from orchestrator.progress import Reporter
+
+    result = run(config, Reporter(verbose=verbose))
+    if as_json:
+        print_json(describe_result(result))
+    else:
+        print_summary(result)
+
+
+def _plan_pruning(config: PruneConfig, as_json: bool, verbose: bool) -> None:
+    from orchestrator.preflight.dry_run import plan_pruning
+    from orchestrator.progress import Reporter
+
+    _tell_plan(plan_pruning(config, Reporter(verbose=verbose)), as_json)
+
+
+def _plan_calibration(config: PruneConfig, as_json: bool, verbose: bool) -> None:
+    from orchestrator.preflight.dry_run import plan_calibration
+    from orchestrator.progress import Reporter
+
+    _tell_plan(plan_calibration(config, Reporter(verbose=verbose)), as_json)
+
+
+def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
+    """Print a plan; what the run would be refused for ends this too, with the same line."""
+    from orchestrator.cli.summary import describe_plan, print_plan
+    from orchestrator.preflight.checks import require_certain
+    from orchestrator.progress import Reporter
+
+    if as_json:
+        print_json({"finished_before": True} if plan is None else describe_plan(plan))
+    elif plan is not None:
+        print_plan(plan)
+    if plan is not None:
+        # The object that was printed has the checks; another would make two of them.
+        with explained(as_json=False):
+            require_certain(plan.checks, Reporter().warn)
+
+
+def _calibrate(config: PruneConfig, as_json: bool, verbose: bool) -> None:
+    from orchestrator.pipeline import calibrate as run
+    from orchestrator.progress import Reporter
+
+    moments = run(config, Reporter(verbose=verbose))
+    if as_json:
+        print_json({"moments": moments})
+        return
+    click.echo(f"moments: {moments}")
+    click.echo(f"to prune from them: slimllm prune {config.model or ''} --method gram --moments {moments}")
+
+
+def _compare(config: CompareConfig, as_json: bool, verbose: bool) -> None:
+    from orchestrator.cli.summary import print_comparison
+    from orchestrator.comparison.compare import compare as run
+    from orchestrator.progress import Reporter
+
+    comparison = run(config, Reporter(verbose=verbose))
+    if as_json:
+        print_json(asdict(comparison))
+    else:
+        print_comparison(comparison)

@@ -1,0 +1,151 @@
+"""What a run tells at its end: a short table and where everything is, or the same for machines."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.comparison.compare import Comparison
+from orchestrator.comparison.table import print_table
+from orchestrator.pipeline import PruneResult
+from orchestrator.preflight.dry_run import RunPlan
+from orchestrator.preflight.estimate import readable
+from orchestrator.record.files import Totals
+from orchestrator.record.sweep import sweep_cells, sweep_rows
+from orchestrator.secrets import masked
+from orchestrator.tracking import how_to_log, where_to_look
+
+
+def print_summary(result: PruneResult, console: Console | None = None) -> None:
+    """Print what pruning changed, what it took, and the paths."""
+    console = console or Console(highlight=False)
+    if not result.models:
+        _print_lines(console, [f"{result.output} is finished: there is nothing to resume"])
+        return
+    console.print(_of_one(result.totals) if len(result.models) == 1 else _of_several(result))
+    # Of several models, the last one's: what they share is in all of them.
+    totals = result.models[-1].totals
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.seconds.items())
+    peak = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in totals.peak_memory.items())
+    # A run from kept moments that measures no perplexity has no workers.
+    lines = [f"seconds: {stages}", *([f"peak memory of a worker: {peak}"] if peak else []), *_places(result)]
+    found = f"MLflow run {result.run_id}: {_logged_models(result)}"
+    _print_lines(console, [*lines, *_of_mlflow(result, result.log_command, found)])
+
+
+def _of_one(totals: Totals) -> Table:
+    """Return what changed."""
+    table = Table()
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    _add_row(table, "parameters", totals.parameters_before, totals.parameters_after, "{:,}")
+    _add_row(table, "  of the layers", totals.layer_parameters_before, totals.layer_parameters_after, "{:,}")
+    if totals.layers_after < totals.layers_before:
+        _add_row(table, "layers", totals.layers_before, totals.layers_after, "{:,}")
+    _add_row(table, "weights, MB", totals.bytes_before / 1e6, totals.bytes_after / 1e6, "{:,.1f}")
+    for spec, (dense, pruned) in totals.perplexity.items():
+        _add_row(table, f"perplexity, {Path(spec).name}", dense, pruned, "{:,.3f}")
+    return table
+
+
+def _of_several(result: PruneResult) -> Table:
+    """Return the models of a sweep, below each other."""
+    rows = sweep_rows({model.name: model.totals for model in result.models})
+    table = Table()
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        table.add_row(*sweep_cells(row))
+    return table
+
+
+def _places(result: PruneResult) -> list[str]:
+    what = "checkpoint" if len(result.models) == 1 else "checkpoints, one in each folder"
+    return [f"{what}: {result.output}"]
+
+
+def _logged_models(result: PruneResult) -> str:
+    return ", ".join(str(model.model_uri) for model in result.models)
+
+
+def describe_result(result: PruneResult) -> dict[str, Any]:
+    """Return what pruning gave as JSON has it: every model with its totals."""
+    models = [asdict(model) | {"totals": describe_totals(model.totals)} for model in result.models]
+    return asdict(result) | {"finished_before": not result.models, "models": models}
+
+
+def describe_totals(totals: Totals) -> dict[str, Any]:
+    """Return the figures of a run by their names."""
+    perplexity = {spec: {"before": before, "after": after} for spec, (before, after) in totals.perplexity.items()}
+    return asdict(totals) | {"sparsity": totals.sparsity, "perplexity": perplexity}
+
+
+def print_plan(plan: RunPlan, console: Console | None = None) -> None:
+    """Print what a run would take, stage by stage, and where it would write."""
+    console, estimate = console or Console(highlight=False), plan.estimate
+    table = Table()
+    gpu = estimate.device == "cuda"
+    for heading in ("stage", "a worker's GPU, MB" if gpu else "worker, MB", "solve, MB", "driver, MB", "seconds"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in estimate.stages:
+        sizes = [f"{size / 1e6:,.0f}" if size else "" for size in (stage.worker, stage.solve, stage.driver)]
+        table.add_row(stage.name, *sizes, "" if stage.seconds is None else f"{stage.seconds:,.1f}")
+    totals = [f"{size / 1e6:,.0f}" if size else "" for size in (estimate.worker, estimate.solve, estimate.driver)]
+    table.add_row("most, or in all", *totals, "" if estimate.seconds is None else f"{estimate.seconds:,.1f}")
+    console.print(table)
+    workers = plan.workers
+    has = f"{workers.cpus_per_worker} CPUs and {workers.gpus_per_worker:g} GPUs"
+    travelling = {"of weights to each node": estimate.weights, "of moments": estimate.moments}
+    travels = [f"{readable(estimate.tokens)} of tokens", *(f"{readable(v)} {k}" for k, v in travelling.items() if v)]
+    written = {
+        "while it runs": estimate.beside,
+        "for MLflow": estimate.tracked,
+        "of each worker in TMPDIR": estimate.spilled,
+    }
+    disk = [readable(estimate.output), *(f"{readable(v)} {k}" for k, v in written.items() if v)]
+    lines = [
+        f"workers: {workers.num_workers}, of {has} each",
+        f"travels: {', '.join(travels)}",
+        f"disk: {', '.join(disk)}",
+        *(f"{check.name}: {check.found}" for check in plan.checks if check.ok),
+        f"output: {plan.output}",
+    ]
+    _print_lines(
+        console,
+        [*lines, "memory is likely within 30 %; seconds are a rough estimate, from the rate of a short product"],
+    )
+
+
+def describe_plan(plan: RunPlan) -> dict[str, Any]:
+    """Return what a run would take as JSON has it."""
+    return asdict(plan) | {"estimate": plan.estimate.described()}
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print how the methods did, and the paths."""
+    console = console or Console(highlight=False)
+    print_table(comparison.rows, console)
+    found = f"MLflow run {comparison.run_id}, with a child for each model"
+    told = _of_mlflow(comparison, how_to_log(comparison.output), found)
+    _print_lines(console, [f"table and figure: {comparison.output}", *told])
+
+
+def _of_mlflow(result: PruneResult | Comparison, command: str | None, found: str) -> list[str]:
+    """Return what MLflow has and where to look at it; the last is a command to run where it lacks something."""
+    if command:
+        return ["MLflow does not have all of this run; when its server answers again, log it by", command]
+    assert result.tracking_uri is not None, "a run that MLflow has was stored somewhere"
+    return [found, f"to look at it: {where_to_look(result.tracking_uri, result.experiment_id, result.run_id)}"]
+
+
+def _print_lines(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(masked(line), soft_wrap=True, markup=False)
+
+
+def _add_row(table: Table, name: str, before: float, after: float, form: str) -> None:
+    change = f"{after / before - 1:+.1%}" if math.isfinite(after) else ""
+    table.add_row(name, form.format(before), form.format(after), change)

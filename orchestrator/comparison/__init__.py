@@ -1,0 +1,1 @@
+"""Methods side by side: one model, the same data, the same number of parameters."""

@@ -1,0 +1,141 @@
+"""The outcome of a comparison: a row per model and held-out data, as JSON, CSV, Markdown, figures and on a terminal."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.record.figures import draw_perplexity_over_sparsity
+
+DENSE = "dense"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model on one set of held-out blocks.
+
+    Attributes:
+        method: what the model was made by; "dense" for the one that was given.
+        source: whose method that is.
+        sparsity: fraction of the decoder layers' parameters that is gone.
+        parameters: those of the whole model.
+        data: the held-out blocks.
+        perplexity: exp of the loss.
+        loss: mean negative log-likelihood per token.
+        gap: the loss above the dense model's, as a fraction of what `slimllm` leaves at the same sparsity; NaN where
+            that leaves none.
+        seconds: of choosing and writing the model; one-pass methods share a calibration pass, which is not in it.
+    """
+
+    method: str
+    source: str
+    sparsity: float
+    parameters: int
+    data: str
+    perplexity: float
+    loss: float
+    gap: float
+    seconds: float
+
+
+def gap_fraction(loss: float, dense: float, reference: float) -> float:
+    """Return how much of the reference's gap to the dense loss is left; NaN where the reference has none."""
+    if not (math.isfinite(loss) and math.isfinite(reference)) or reference <= dense:
+        return math.nan
+    return (loss - dense) / (reference - dense)
+
+
+def write_table(rows: Sequence[Row], header: dict[str, Any], directory: Path) -> None:
+    """Write comparison.json, comparison.csv, comparison.md, and perplexity.png (numbered from the second data on)."""
+    document = {"format": FORMAT} | header | {"rows": [_plain(asdict(row)) for row in rows]}
+    (directory / "comparison.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    (directory / "comparison.csv").write_text(as_csv(rows))
+    (directory / "comparison.md").write_text(as_markdown(rows, header))
+    for number, data in enumerate(_data(rows)):
+        name = f"perplexity-{number}.png" if number else "perplexity.png"
+        curves, dense = _curves([row for row in rows if row.data == data])
+        draw_perplexity_over_sparsity(curves, dense, directory / name)
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Return the rows as CSV, with all their digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_plain(asdict(row)) for row in rows)
+    return text.getvalue()
+
+
+def as_markdown(rows: Sequence[Row], header: dict[str, Any]) -> str:
+    """Return a table for each set of held-out blocks, under what the models were made from."""
+    lines = [f"# {header['model']}: methods at the same parameter count", ""]
+    lines += [
+        f"Calibration: {header['calibration']}, {header['calibration_tokens']:,} tokens. One pass over them served "
+        f"all one-pass methods: {header['calibration_seconds']:.1f} s, not in the last column.",
+        "gap: the loss above the dense model's, as a fraction of what `slimllm` leaves at the same sparsity.",
+    ]
+    for data in _data(rows):
+        lines += ["", f"## {Path(data).name}", "", "| " + " | ".join(HEADINGS) + " |"]
+        lines.append("|---|---|" + "--:|" * (len(HEADINGS) - 2))
+        # A bar within a cell (as in |W| |X|) would end it.
+        cells = [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows if row.data == data]
+        lines += ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join(lines) + "\n"
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """Print a table for each set of held-out blocks."""
+    for data in _data(rows):
+        table = Table(title=Path(data).name if len(_data(rows)) > 1 else None)
+        # Whose a method is stands in the files: a terminal is too narrow for it.
+        shown = [number for number, heading in enumerate(HEADINGS) if heading != "source"]
+        for number in shown:
+            table.add_column(HEADINGS[number], justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            if row.data == data:
+                table.add_row(*(_cells(row)[number] for number in shown))
+        console.print(table)
+
+
+HEADINGS = ("method", "source", "sparsity", "parameters", "perplexity", "loss", "gap", "seconds")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.method,
+        row.source,
+        f"{row.sparsity:.2%}",
+        f"{row.parameters:,}",
+        f"{row.perplexity:,.3f}" if math.isfinite(row.perplexity) else "inf",
+        f"{row.loss:.4f}",
+        f"{row.gap:.3f}" if math.isfinite(row.gap) else "-",
+        f"{row.seconds:.1f}",
+    )
+
+
+def _data(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.data for row in rows))
+
+
+def _curves(rows: Sequence[Row]) -> tuple[dict[str, list[tuple[float, float]]], float]:
+    """Return each method's pairs of sparsity and perplexity, and the dense model's perplexity."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        curves.setdefault(row.method, []).append((row.sparsity, row.perplexity))
+    ((_, dense),) = curves.pop(DENSE)
+    return curves, dense
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row that JSON can hold: what is not finite is null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }

@@ -1,0 +1,1 @@
+"""Where an output is written, and how it gets there whole."""

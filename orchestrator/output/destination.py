@@ -1,0 +1,193 @@
+"""Where an output goes: a directory here, or a store, to which it is uploaded from a directory here once it is whole.
+
+What is on its way to a URI waits in the cache directory (storage.outgoing), unfinished or whole, until it is there.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from orchestrator.config import ConfigError
+from orchestrator.output.staging import ASKED, held, is_begun, is_finished, require_same
+from orchestrator.sources import storage
+from orchestrator.tracking import TrackingError
+from slimllm_ops.errors import InputError
+
+JOURNAL = "metrics.jsonl"
+
+
+class DeliveryError(RuntimeError):
+    """A store did not take an output, which is whole on this machine; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an output goes.
+
+    Attributes:
+        directory: where it is made.
+        uri: where it is uploaded; None where it stays.
+    """
+
+    directory: Path
+    uri: str | None = None
+
+    @classmethod
+    def of(cls, output: str) -> "Destination":
+        """Return what a path or a URI names.
+
+        Raises:
+            ConfigError: the URI has no name in it.
+        """
+        if not storage.is_uri(output):
+            return cls(Path(output))
+        try:
+            return cls(storage.outgoing(output), output.rstrip("/"))
+        except storage.StorageError as error:
+            raise ConfigError(f"output {error}") from error
+
+    @property
+    def place(self) -> Path | str:
+        """Where the output is in the end."""
+        return self.uri or self.directory
+
+    def place_of(self, relative: Path) -> Path | str:
+        """Where a directory of the output is in the end."""
+        if self.uri is None:
+            return self.directory / relative
+        return "/".join([self.uri, *relative.parts])
+
+
+def is_delivered(output: Destination, asked: dict[str, Any], overwrite: bool, note: Callable[[str], None]) -> bool:
+    """Return whether an output is whole where it goes, and is what is asked; what is whole here is uploaded first.
+
+    Raises:
+        ConfigError: it is whole, but was asked to be something else; or the store does not say.
+        DeliveryError: the store did not take it.
+    """
+    if output.uri is not None and is_finished(output.directory, asked):
+        with _holding(output.directory, output.uri):
+            _upload(output.directory, output.uri, overwrite, note)
+        return True
+    return is_whole(output, asked)
+
+
+def is_whole(output: Destination, asked: dict[str, Any]) -> bool:
+    """Return whether an output is whole, here or where it goes, and is what is asked; nothing is uploaded.
+
+    Raises:
+        ConfigError: it is whole, but was asked to be something else; or the store does not say.
+    """
+    if is_finished(output.directory, asked):
+        return True
+    if output.uri is None or is_begun(output.directory):
+        return False
+    with _refusing():
+        earlier = storage.read_text(output.uri, str(ASKED))
+    if earlier is None:
+        return False
+    require_same(json.loads(earlier), asked, f"output {output.uri}")
+    return True
+
+
+@contextmanager
+def delivered(output: Destination, overwrite: bool, note: Callable[[str], None]) -> Iterator[Path]:
+    """Give the directory to make an output in; at the end it is uploaded, if it goes to a store.
+
+    Raises:
+        ConfigError: the store holds something there and is not to be overwritten, or cannot be written to; another
+            run on this machine writes the same; or what an earlier run finished was not uploaded.
+        DeliveryError: the store did not take the output.
+    """
+    if output.uri is None:
+        yield output.directory
+        return
+    with _holding(output.directory, output.uri):
+        if (output.directory / ASKED).exists() and not overwrite:
+            raise ConfigError(
+                f"an earlier run of {output.uri} was finished and not uploaded, and is in {output.directory}: "
+                f"pass --resume to upload it, or --overwrite to begin anew"
+            )
+        with _refusing():
+            storage.require_writable(output.uri, overwrite)
+        yield output.directory
+        _upload(output.directory, output.uri, overwrite, note)
+
+
+@contextmanager
+def brought(uri: str) -> Iterator[Path]:
+    """Give a copy of an output that is in a store, for what reads it; journals that grow in it are put back.
+
+    Raises:
+        ConfigError: it is not there, not whole, or the store does not take the journal.
+    """
+    with _refusing():
+        fetched = storage.fetch_directory(uri)
+    if not (fetched / ASKED).exists():
+        raise ConfigError(f"{uri} is no whole output (it has no {ASKED}): upload it again by --resume, or prune again")
+    with TemporaryDirectory(dir=fetched.parents[1]) as folder, _named(uri, Path(folder) / fetched.name) as copy:
+        # Only journals are written to, and what was fetched must stay as it is.
+        shutil.copytree(fetched, copy, copy_function=_copied_if_journal)
+        journals = {path: path.read_bytes() for path in copy.rglob(JOURNAL)}
+        yield copy
+        with _refusing():
+            for path, before in journals.items():
+                if path.read_bytes() != before:
+                    storage.upload_file(uri, path, path.relative_to(copy).as_posix())
+
+
+def _copied_if_journal(source: str, copy: str) -> None:
+    if Path(source).name == JOURNAL:
+        shutil.copyfile(source, copy)
+    else:
+        Path(copy).symlink_to(Path(source).resolve())
+
+
+@contextmanager
+def _named(uri: str, directory: Path) -> Iterator[Path]:
+    """Errors about the copy name the URI."""
+    try:
+        yield directory
+    except (ConfigError, InputError, TrackingError) as error:
+        raise type(error)(str(error).replace(str(directory), uri)) from error
+
+
+@contextmanager
+def _holding(directory: Path, uri: str) -> Iterator[None]:
+    """Hold what is on its way to a URI; where nothing is left of it, leave nothing."""
+    holder = directory.parent / "holder"
+    with held(holder, uri):
+        try:
+            yield
+        finally:
+            if list(directory.parent.iterdir()) == [holder]:
+                shutil.rmtree(directory.parent)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Refusals of a store, before anything is computed, are the user's to mend."""
+    try:
+        yield
+    except storage.StorageError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _upload(directory: Path, uri: str, overwrite: bool, note: Callable[[str], None]) -> None:
+    """Upload what is whole, and remove it here."""
+    sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
+    note(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, to {uri}")
+    waits = f"the output is whole in {directory}: the same command with --resume uploads it"
+    try:
+        storage.upload_directory(uri, directory, str(ASKED), overwrite)
+    except storage.StorageError as error:
+        raise DeliveryError(f"{error}; {waits}") from error
+    except BaseException as error:
+        error.add_note(waits)
+        raise
+    shutil.rmtree(directory)

@@ -1,0 +1,1 @@
+"""What a run needs, and whether the machines have it."""

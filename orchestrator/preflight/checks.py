@@ -1,0 +1,213 @@
+"""Will a run fit where it is to go? Checks as values, for whoever asks (`slimllm doctor`) and for whoever begins."""
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.probe import NodeState, installed, look_at_nodes
+from cluster import Node, Resources, WorkerPlan, spread_workers
+from orchestrator.config import ConfigError, PruneConfig
+from orchestrator.output.staging import unfinished
+from orchestrator.preflight.estimate import LIBRARIES, Estimate, readable
+from orchestrator.tracking import TrackingOptions
+from orchestrator.tracking.reach import local_store
+from slimllm_ops.stream.operations import Rates
+
+PROBE_SECONDS = 10.0
+# The estimate is within 30 % of what was measured (tests/orchestrator/preflight/test_estimate.py). A run that would not
+# fit even if the estimate were that much too high certainly does not fit.
+MEMORY_MARGIN = 0.3
+# What is written is known but for small files.
+DISK_MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what was looked at.
+        ok: whether it is as a run needs it.
+        found: what was found.
+        remedy: what to do where it is not.
+        certain: whether a run would certainly fail by it.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    certain: bool = False
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A cluster's nodes as they were found: of each its state, or why there is none."""
+
+    resources: Resources
+    states: tuple[NodeState | str, ...]
+
+    @property
+    def rates(self) -> Rates | None:
+        """What a worker reaches: where it is least, since shards wait for each other."""
+        rates = [state.rates for state in self.states if isinstance(state, NodeState) and state.rates is not None]
+        return min(rates, key=lambda one: one.products, default=None)
+
+    def pairs(self) -> Iterator[tuple[Node, NodeState | str]]:
+        """Yield every node with what was found."""
+        yield from zip(self.resources.nodes, self.states, strict=True)
+
+
+def look_at(resources: Resources, workers: WorkerPlan, device: str) -> Nodes:
+    """Look at every node, for some seconds at most.
+
+    Args:
+        resources: the cluster.
+        workers: what is to run there.
+        device: what rates are measured of, "cpu" or "cuda"; "" for none.
+    """
+    # Where there are no ids, nothing is known of any node but this one.
+    nodes = [(node.node_id, node.here) for node in resources.nodes]
+    found = look_at_nodes(nodes, device, workers.cpus_per_worker, workers.gpus_per_worker, PROBE_SECONDS)
+    return Nodes(resources, tuple(found))
+
+
+def check_fit(config: PruneConfig, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:
+    """Return what must hold for a run to have room: memory and temporary disk on every node, disk where it writes."""
+    return [*check_memory(estimate, nodes, workers), *check_disks(config, output, estimate, nodes, workers)]
+
+
+def check_memory(estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:
+    """Compare what the workers of every node need with what is free there."""
+    counts = spread_workers(nodes.resources, workers)
+    shared = estimate.shared // max(1, sum(count > 0 for count in counts))
+    check = _check_gpu_memory if estimate.device == "cuda" else _check_host_memory
+    return [
+        check(estimate, state, count, shared + node.here * estimate.further_driver, workers)
+        for (node, state), count in zip(nodes.pairs(), counts, strict=True)
+        if count and isinstance(state, NodeState)
+    ]
+
+
+def _check_host_memory(estimate: Estimate, state: NodeState, count: int, beside: int, workers: WorkerPlan) -> Check:
+    return _compare_memory(estimate, state.host, state.free_memory, count, beside, LIBRARIES)
+
+
+def _check_gpu_memory(estimate: Estimate, state: NodeState, count: int, beside: int, workers: WorkerPlan) -> Check:
+    if state.gpu is None:
+        return Check(f"memory, {state.host}", True, "its GPUs were not looked at; workers do so before they begin")
+    sharers = min(count, int(1 / workers.gpus_per_worker))
+    return _compare_memory(estimate, f"{state.gpu.name} of {state.host}", state.gpu.free, sharers, 0, 0)
+
+
+def _compare_memory(estimate: Estimate, where: str, free: int, count: int, beside: int, libraries: int) -> Check:
+    """Compare the memory of some workers, their solves and what else lies beside them with what is free."""
+    # A bundle runs a worker and a solve.
+    needed = count * (estimate.worker + estimate.solve) + beside
+    least = count * (estimate.required + libraries)
+    solves = f", each with a solve of {readable(estimate.solve)}" if estimate.solve else ""
+    each = f"{count} worker(s) of {readable(estimate.worker)}{solves}"
+    found = f"{readable(max(needed, least))} of {readable(free)} free, for {each}"
+    return Check(
+        f"memory, {where}",
+        max(needed, least) <= free,
+        found,
+        "pass --offload, fewer --workers or more nodes, or calibrate on fewer or shorter blocks",
+        certain=(1 - MEMORY_MARGIN) * count * estimate.required > free,
+    )
+
+
+def check_disks(
+    config: PruneConfig, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan
+) -> list[Check]:
+    """Compare what a run writes with what is free where it writes it: output, MLflow's files, spilled states."""
+    return [
+        _check_output_disk(config, output, estimate),
+        *_check_temporary_disks(estimate, nodes, workers),
+    ]
+
+
+def _check_output_disk(config: PruneConfig, output: Path, estimate: Estimate) -> Check:
+    place = existing(output)
+    written, free = estimate.output + estimate.beside, shutil.disk_usage(place).free
+    if config.resume:
+        # What an earlier attempt has written is not written again.
+        free += sum(path.stat().st_size for path in unfinished(output).rglob("*") if path.is_file())
+    store = local_store(TrackingOptions(tracking_uri=config.tracking_uri).resolved_uri)
+    # MLflow's copy of the checkpoint, where it lies on the same disk.
+    copied = estimate.tracked if store is not None and _disk_of(store) == _disk_of(place) else 0
+    copy = f", {readable(copied)} of them MLflow's copy" if copied else ""
+    return Check(
+        "disk",
+        written + copied <= free,
+        f"{readable(written + copied)} of {readable(free)} free in {place}{copy}",
+        "make room there, or choose another --output",
+        certain=(1 - DISK_MARGIN) * written > free,
+    )
+
+
+def _check_temporary_disks(estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:
+    counts = spread_workers(nodes.resources, workers)
+    return [
+        Check(
+            f"temporary disk, {state.host}",
+            count * estimate.spilled <= state.free_disk,
+            f"{readable(count * estimate.spilled)} of {readable(state.free_disk)} free in {state.temporary}",
+            "set TMPDIR there to a folder with room, or leave --offload out",
+            certain=(1 - DISK_MARGIN) * count * estimate.spilled > state.free_disk,
+        )
+        for (_, state), count in zip(nodes.pairs(), counts, strict=True)
+        if estimate.spilled and count and isinstance(state, NodeState)
+    ]
+
+
+def check_nodes(nodes: Nodes, workers: WorkerPlan | None) -> list[Check]:
+    """Say of every node what it has, whether its packages are this program's, and whether torch sees its GPUs."""
+    here = {"python": platform.python_version()} | installed()
+    return [_check_node(node, state, here, workers) for node, state in nodes.pairs()]
+
+
+def _check_node(node: Node, state: NodeState | str, here: dict[str, str], workers: WorkerPlan | None) -> Check:
+    has = f"{node.cpus} CPUs, {node.gpus} GPUs"
+    if isinstance(state, str):
+        remedy = "look whether it lives, and that torch and transformers are installed there as here"
+        return Check(f"node {node.address}", False, f"{has}; {state}", remedy)
+    name, found = f"node {state.host}", f"{has}, {readable(state.free_memory)} of memory free"
+    differing = [f"{name} {version or 'missing'}" for name, version in state.packages.items() if version != here[name]]
+    if differing:
+        ours = ", ".join(
+            f"{name} {here[name]}" for name in here if any(one.startswith(f"{name} ") for one in differing)
+        )
+        return Check(name, False, f"{found}; {', '.join(differing)}", f"install what is here: {ours}")
+    if state.gpu is not None:
+        found += f", {readable(state.gpu.free)} on {state.gpu.name}"
+    elif node.gpus and workers is not None and workers.gpus_per_worker:
+        remedy = "install a torch built for CUDA and a driver for it, or pass --gpus-per-worker 0"
+        return Check(name, False, f"{found}; torch sees no GPU", remedy)
+    return Check(name, True, found)
+
+
+def require_certain(checks: Sequence[Check], warn: Callable[[str], None]) -> None:
+    """Warn of what may fail.
+
+    Raises:
+        ConfigError: something certainly will.
+    """
+    for check in checks:
+        line = f"{check.name}: {check.found}: {check.remedy}"
+        if check.certain:
+            raise ConfigError(line)
+        if not check.ok:
+            warn(line)
+
+
+def existing(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(one for one in (path, *path.parents) if one.is_dir())
+
+
+def _disk_of(path: Path) -> int:
+    return existing(path).stat().st_dev

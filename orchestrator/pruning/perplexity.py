@@ -1,0 +1,29 @@
+"""Perplexity on held-out blocks, sharded over the workers, a layer at a time."""
+
+import math
+
+from actors.group import ShardGroup
+from orchestrator.data import TokenBlocks
+from orchestrator.progress import Reporter
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.errors import NonFiniteError
+
+
+def evaluate(shards: ShardGroup, model: Checkpoint, blocks: TokenBlocks, reporter: Reporter, stage: str) -> float:
+    """Return the perplexity of a model: exp of the mean negative log-likelihood per token.
+
+    Raises:
+        NonFiniteError: a layer's activations, or the logits, hold NaN or infinity.
+    """
+    shards.open_stream(stage, model, blocks.input_ids_BT)
+    for layer in reporter.layers(stage, model.num_layers, blocks.input_ids_BT.size):
+        shards.forward(stage, layer)
+    loss = shards.negative_log_likelihood(stage)
+    shards.close_stream(stage)
+    if math.isnan(loss):
+        raise NonFiniteError(
+            f"{stage}: the logits on {blocks.spec} hold NaN or infinity: "
+            f"the weights of the final norm or of the head overflow, or are damaged"
+        )
+    # A model that is pruned to pieces can pass what a float holds.
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,1 @@
+"""What a run leaves beside the weights, in files and in MLflow."""

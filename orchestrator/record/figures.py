@@ -1,0 +1,229 @@
+"""Figures of a run as PNG files: what was kept, how the units scored, and what it cost.
+
+Drawn on `matplotlib.figure.Figure` objects of their own, with no global state, so that they can be drawn in
+any thread and beside anybody's own plots. Colours are those of Okabe and Ito, which readers with any colour
+vision tell watched_process. Widths follow the number of layers: 5 to 80 stay legible.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, VERMILION, GREY, BAND = "#0072B2", "#D55E00", "#D9DCE0", "#F5F6F8"
+METHOD_COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+METHOD_MARKERS = "osD^vPX"
+# After as many methods as there are colours, the same colours come again with other dashes.
+METHOD_DASHES = ("-", ":", "--")
+SLOT_WIDTH = 0.8
+# Up to so many layers a count fits into its bar as it is, beyond it is turned.
+MAX_WIDE_SLOTS = 12
+# More points than this in the slot of a layer cannot be told watched_process.
+MAX_POINTS = 400
+# Scores that span more than this are drawn on a logarithmic axis.
+MAX_LINEAR_SPAN = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKept:
+    """What a layer kept of what it had."""
+
+    layer: int
+    heads_kept: int
+    heads_total: int
+    channels_kept: int
+    channels_total: int
+
+
+@dataclass(frozen=True)
+class ScoredUnits:
+    """The importance of each unit of a layer (of its heads, say), and the indices of those that stay."""
+
+    layer: int
+    scores: Sequence[float]
+    kept: Sequence[int]
+
+
+def draw_kept(layers: Sequence[LayerKept], path: Path) -> None:
+    """Draw the share of heads and of channels that each layer kept, with the counts."""
+    if not layers:
+        raise ValueError("no layers to draw")
+    figure = _figure(_width(len(layers)), 6.2)
+    figure.suptitle("What each layer kept", fontsize=14, fontweight="bold")
+    heads, channels = figure.subplots(2, 1, sharex=True)
+    numbers = [layer.layer for layer in layers]
+    _draw_shares(heads, numbers, [(layer.heads_kept, layer.heads_total) for layer in layers], "heads")
+    _draw_shares(channels, numbers, [(layer.channels_kept, layer.channels_total) for layer in layers], "channels")
+    _label_layers(channels, numbers)
+    _save(figure, path)
+
+
+def _draw_shares(axes: "Axes", numbers: Sequence[int], counts: Sequence[tuple[int, int]], unit: str) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    positions = np.arange(len(numbers))
+    kept = np.array([kept for kept, _ in counts])
+    shares = kept / np.array([total for _, total in counts])
+    axes.bar(positions, 1.0, width=SLOT_WIDTH, color=GREY, label="removed")
+    axes.bar(positions, shares, width=SLOT_WIDTH, color=BLUE, label="kept")
+    narrow = len(numbers) > MAX_WIDE_SLOTS
+    for position, share, count in zip(positions.tolist(), shares.tolist(), kept, strict=True):
+        low = share < 0.25
+        axes.text(
+            position,
+            share + (0.02 if low else -0.02),
+            f"{count}",
+            rotation=90 if narrow else 0,
+            ha="center",
+            va="bottom" if low else "top",
+            fontsize=8 if narrow else 10,
+            color="black" if low else "white",
+        )
+    totals = sorted({total for _, total in counts})
+    of = f"{totals[0]}" if len(totals) == 1 else f"{totals[0]} to {totals[-1]}"
+    all_kept, everything = sum(kept), sum(total for _, total in counts)
+    title = f"{unit.capitalize()}: {all_kept:,} of {everything:,} kept ({all_kept / everything:.1%})"
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_ylabel(f"kept, of {of} {unit}")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    _legend_above(axes)
+
+
+def draw_scores(scores: Mapping[str, Sequence[ScoredUnits]], path: Path) -> None:
+    """Draw each layer's scores from the highest to the lowest, coloured by what became of the unit.
+
+    Scores are relative to the layer's highest: those of different layers are not to be compared.
+
+    Args:
+        scores: A panel for each entry, such as "heads" and "channels".
+        path: The PNG to write.
+    """
+    if not scores or not all(scores.values()):
+        raise ValueError("no scores to draw")
+    widest = max(len(layers) for layers in scores.values())
+    figure = _figure(_width(widest), 0.8 + 3.2 * len(scores))
+    figure.suptitle("Importance, highest to lowest in each layer", fontsize=14, fontweight="bold")
+    panels = figure.subplots(len(scores), 1, squeeze=False)[:, 0]
+    for axes, (unit, layers) in zip(panels, scores.items(), strict=True):
+        _draw_sorted(axes, layers, unit)
+    _save(figure, path)
+
+
+def _draw_sorted(axes: "Axes", layers: Sequence[ScoredUnits], unit: str) -> None:
+    positions, values, stays = (np.concatenate(parts) for parts in zip(*map(_curve, layers), strict=True))
+    slots = np.repeat(np.arange(len(layers)), [len(_shown(len(layer.scores))) for layer in layers])
+    for slot in range(0, len(layers), 2):
+        axes.axvspan(slot - 0.5, slot + 0.5, color=BAND, zorder=0, linewidth=0)
+    # In points squared: neighbours touch where there is room, and nothing is smaller than the eye sees.
+    size = float(np.clip(72 * SLOT_WIDTH * _width(len(layers)) / len(values), 2.0, 5.5)) ** 2
+    # The removed ones are few and are what one looks for: they lie above.
+    for chosen, colour, label in ((stays, BLUE, "kept"), (~stays, VERMILION, "removed")):
+        xs = slots[chosen] + SLOT_WIDTH * (positions[chosen] - 0.5)
+        axes.scatter(xs, values[chosen], s=size, color=colour, label=label, linewidths=0)
+    smallest = values.min()
+    if smallest > 0 and 1 / smallest > MAX_LINEAR_SPAN:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=min(0.0, smallest * 1.05))
+    dropped = sum(len(layer.scores) - len(layer.kept) for layer in layers)
+    title = f"{unit.capitalize()}: {dropped:,} of {sum(len(layer.scores) for layer in layers):,} removed"
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_ylabel("score / layer's highest")
+    axes.grid(axis="y", color=GREY, linewidth=0.6)
+    axes.set_axisbelow(True)
+    _label_layers(axes, [layer.layer for layer in layers])
+    _legend_above(axes, markerscale=(30 / size) ** 0.5)
+
+
+def _curve(layer: ScoredUnits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The layer's sorted curve: rank from 0 to 1, score relative to the highest, whether the unit stays."""
+    scores = np.asarray(layer.scores, dtype=float)
+    stays = np.zeros(len(scores), dtype=bool)
+    stays[np.asarray(layer.kept, dtype=int)] = True
+    order = np.argsort(-scores, kind="stable")[_shown(len(scores))]
+    highest = np.abs(scores).max() or 1.0
+    return (_shown(len(scores)) + 0.5) / len(scores), scores[order] / highest, stays[order]
+
+
+def _shown(n_units: int) -> np.ndarray:
+    """The ranks that are drawn: all of them, or evenly many of them."""
+    return np.unique(np.linspace(0, n_units - 1, min(n_units, MAX_POINTS)).round().astype(int))
+
+
+def draw_perplexity_over_sparsity(
+    curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, path: Path
+) -> None:
+    """Draw perplexity over sparsity, a line for each method, with the dense model's as the base line.
+
+    Args:
+        curves: By method, pairs of sparsity (0 to 1) and perplexity; what is not finite is left out.
+        dense: The dense model's perplexity.
+        path: The PNG to write.
+    """
+    figure = _figure(8.0, 5.2)
+    axes = figure.subplots()
+    axes.axhline(dense, color="#555555", linestyle="--", linewidth=1.2, label=f"dense ({dense:.4g})")
+    highest = dense
+    for number, (method, pairs) in enumerate(curves.items()):
+        points = np.array(sorted(pair for pair in pairs if np.isfinite(pair[1]))).reshape(-1, 2)
+        colour = METHOD_COLOURS[number % len(METHOD_COLOURS)]
+        marker = METHOD_MARKERS[number % len(METHOD_MARKERS)]
+        dashes = METHOD_DASHES[number // len(METHOD_COLOURS) % len(METHOD_DASHES)]
+        axes.plot(*points.T, color=colour, linestyle=dashes, marker=marker, markersize=6, linewidth=1.8, label=method)
+        highest = max([highest, *points[:, 1]])
+    if highest > 5 * dense:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plain_number)
+        axes.yaxis.set_minor_formatter(_plain_number)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.set_xlabel("sparsity: share of the decoder layers' parameters that is removed")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_title("Perplexity over sparsity", fontsize=14, fontweight="bold", loc="left")
+    axes.grid(color=GREY, linewidth=0.6, which="both")
+    axes.set_axisbelow(True)
+    # Beside the axes: whatever corner it took, some curve would run there.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    _save(figure, path)
+
+
+def _plain_number(value: float, _: float) -> str:
+    # A logarithmic axis of less than two decades would otherwise be labelled "6 x 10^0".
+    return f"{value:g}" if f"{value:e}"[0] in "123468" else ""
+
+
+def _width(n_layers: int) -> float:
+    """Inches: a slot for each layer that holds a line of rotated text, within what a page can show."""
+    return float(np.clip(1.6 + 0.3 * n_layers, 7.0, 26.0))
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _label_layers(axes: "Axes", numbers: Sequence[int]) -> None:
+    # Every layer is named as long as there is room for two digits.
+    every = 1 if len(numbers) <= 48 else 2
+    axes.set_xticks(range(0, len(numbers), every), [str(number) for number in numbers[::every]])
+    axes.set_xlim(-0.6, len(numbers) - 0.4)
+    axes.set_xlabel("decoder layer")
+
+
+def _legend_above(axes: "Axes", markerscale: float = 1.0) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, markerscale=markerscale)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the version of matplotlib in it, the same run writes the same bytes.
+    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})

@@ -1,0 +1,61 @@
+"""The models of a sweep side by side: a table, and perplexity over sparsity, which its run in MLflow has too."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.record.figures import draw_perplexity_over_sparsity
+from orchestrator.record.files import Totals
+from orchestrator.tracking import Run
+
+
+def sweep_rows(models: Mapping[str, Totals]) -> list[dict[str, Any]]:
+    """Return a row for each model, the dense one's first, with a perplexity for each set of held-out blocks."""
+    dense = next(iter(models.values()))
+    before = {_heading(data): perplexity for data, (perplexity, _) in dense.perplexity.items()}
+    rows = [{"model": "dense", "sparsity": 0.0, "parameters": dense.parameters_before, "bytes": dense.bytes_before}]
+    rows[0] |= before
+    for name, totals in models.items():
+        counts = {"sparsity": totals.sparsity, "parameters": totals.parameters_after, "bytes": totals.bytes_after}
+        after = {_heading(data): perplexity for data, (_, perplexity) in totals.perplexity.items()}
+        rows.append({"model": name, **counts, **after})
+    return rows
+
+
+def sweep_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return a row as it is read."""
+    forms = {"model": "{}", "sparsity": "{:.2%}", "parameters": "{:,}", "bytes": "{:,}"}
+    return [forms.get(name, "{:,.3f}").format(value) for name, value in row.items()]
+
+
+def log_sweep(run: Run, directory: Path, method: str, models: Mapping[str, Totals]) -> None:
+    """Write sweep.csv and figures/perplexity.png into a sweep's `pruning/`, and log them and the table.
+
+    Args:
+        run: The sweep's, whose children are the models'.
+        directory: The sweep's output.
+        method: What the curve is called.
+        models: Each model's totals, by its name.
+    """
+    pruning, rows = directory / "pruning", sweep_rows(models)
+    with (pruning / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for number, data in enumerate(next(iter(models.values())).perplexity):
+        # Numbered from the second set of held-out blocks on.
+        figure = pruning / "figures" / (f"perplexity-{number}.png" if number else "perplexity.png")
+        points = [(totals.sparsity, totals.perplexity[data][1]) for totals in models.values()]
+        draw_perplexity_over_sparsity({method: points}, rows[0][_heading(data)], figure)
+    run.log_note(_markdown(rows))
+    run.log_artifacts(pruning, to="pruning")
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "--:|" * (len(rows[0]) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(sweep_cells(row)) + " |" for row in rows)])
+
+
+def _heading(data: str) -> str:
+    return f"perplexity, {Path(data).name}"

@@ -1,0 +1,1 @@
+"""Models and data from outside this machine: the Hugging Face hub and object stores."""

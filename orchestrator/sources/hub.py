@@ -1,0 +1,159 @@
+"""What comes from the Hugging Face hub, whatever the hub does: answers wrongly, late, in part or never.
+
+The hub's libraries wait for some answers without end, and for as long as a server tells them to, in threads that
+nobody can end. So they run in a process of their own (watched_process.py), which is ended when nothing comes from it.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from orchestrator.sources import watched_process
+
+STALLED_SECONDS = 60.0
+HUB_TIMEOUT_SECONDS = 10.0
+
+
+class HubError(RuntimeError):
+    """The hub did not give what was asked for; the message says why."""
+
+
+def download_model(model: str, patterns: tuple[str, ...]) -> Path:
+    """Return the directory of a hub's model, downloaded if need be; a file is there only if it is whole.
+
+    Raises:
+        HubError: the hub cannot give it, or nothing came for a while.
+    """
+    (directory,) = _ask("model", model, *patterns)
+    return Path(directory)
+
+
+def dataset_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a hub's dataset as they are taken: the names of their columns, and of "text" the value.
+
+    Raises:
+        HubError: the hub cannot give it, or nothing came for a while.
+    """
+    return _ask("dataset", name, config or "", split)
+
+
+def find_model(model: str, patterns: tuple[str, ...]) -> Path | None:
+    """Return the directory of a hub's model that was downloaded before; None if it was not. Asks no hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(patterns), local_files_only=True))
+    # Any: a name that is no hub id, a cache that is broken.
+    except Exception:
+        return None
+
+
+def size_of_model(model: str, patterns: tuple[str, ...]) -> int:
+    """Return the bytes that a download of a hub's model would be.
+
+    Raises:
+        HubError: the hub does not say.
+    """
+    (size,) = _ask("size", model, *patterns)
+    return int(size)
+
+
+def reach_hub() -> str:
+    """Return the hub's address, if it answers.
+
+    Raises:
+        HubError: it does not, or the hub's libraries were told not to ask it.
+    """
+    (address,) = _ask("reach")
+    return str(address)
+
+
+def _ask(*arguments: str) -> Iterator[Any]:
+    try:
+        yield from watched_process.ask("orchestrator.sources.hub", *arguments, stalled_seconds=STALLED_SECONDS)
+    except watched_process.WatchedProcessError as error:
+        raise HubError(str(error)) from error
+
+
+# ---- In the process
+
+
+def _model(name: str, *patterns: str) -> None:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
+
+    # What is imported takes seconds, which are not the hub's.
+    watched_process.give_sign_of_life()
+    if not constants.HF_HUB_OFFLINE:
+        # With no network, or no such model, this fails at once.
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    Thread(target=_tell_of_growth, args=(cache,), daemon=True).start()
+    watched_process.write(given=snapshot_download(name, allow_patterns=list(patterns)))
+
+
+def _tell_of_growth(directory: Path) -> None:
+    """Give a sign of life for every second in which a directory grew."""
+    before = 0
+    while True:
+        time.sleep(1)
+        try:
+            size = sum(path.lstat().st_size for path in directory.rglob("*"))
+        except OSError:  # one was renamed meanwhile
+            continue
+        if size != before:
+            watched_process.give_sign_of_life()
+        before = size
+
+
+def _dataset(name: str, config: str, split: str) -> None:
+    import datasets
+    from huggingface_hub import HfApi
+
+    watched_process.give_sign_of_life()
+    # With no network load_dataset retries for 23 s; this fails at once. Offline mode needs only a cache.
+    if not datasets.config.HF_HUB_OFFLINE:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    for row in datasets.load_dataset(name, config or None, split=split, streaming=True):
+        watched_process.write(given={column: row["text"] if column == "text" else None for column in row})
+
+
+def _size(name: str, *patterns: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    watched_process.give_sign_of_life()
+    files = HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS, files_metadata=True).siblings or []
+    sizes = {file.rfilename: file.size or 0 for file in files}
+    watched_process.write(given=sum(sizes[path] for path in filter_repo_objects(sizes, allow_patterns=list(patterns))))
+
+
+def _reach() -> None:
+    from huggingface_hub import constants
+
+    watched_process.give_sign_of_life()
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set: only what was downloaded before is found")
+    try:
+        with urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS):
+            pass
+    except HTTPError as error:
+        # Whatever it says of its front page, it is there.
+        if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise
+    watched_process.write(given=constants.ENDPOINT)
+
+
+# What the process is asked for, by its first argument.
+ANSWERS: dict[str, Callable[..., None]] = {"model": _model, "dataset": _dataset, "size": _size, "reach": _reach}
+
+
+if __name__ == "__main__":
+    kind, *asked = sys.argv[1:]
+    watched_process.answer(ANSWERS[kind], *asked)

@@ -1,0 +1,52 @@
+"""A run that is a Ray job: where it may write, and how MLflow and Ray come to know of each other."""
+
+from pathlib import Path
+
+from cluster import ClusterError, inside_job
+from orchestrator.config import ConfigError
+from orchestrator.secrets import masked
+from orchestrator.sources.storage import is_uri
+from orchestrator.tracking import Run, TrackingOptions, database_file
+from orchestrator.tracking.server import Warn
+
+JOB_TAG = "slimllm.ray_job_id"
+# Keys of the job's metadata; `slimllm jobs list` shows them.
+RUN_ID_KEY = "mlflow_run_id"
+TRACKING_URI_KEY = "mlflow_tracking_uri"
+
+
+def require_lasting(output: str | None, tracking: TrackingOptions | None = None) -> None:
+    """Refuse to write where Ray deletes: a job that was submitted with a working directory runs in a copy of it.
+
+    Args:
+        output: what was asked for; None is a place in the working directory.
+        tracking: where the run is logged, if it is.
+
+    Raises:
+        ConfigError: the output, or MLflow's database, would lie in the copy.
+    """
+    copy = inside_job.working_copy()
+    if copy is None:
+        return
+    why = "the job's copy of --working-dir, which Ray deletes when no job needs it any more"
+    if not is_uri(output) and Path(output or "").absolute().is_relative_to(copy):
+        raise ConfigError(f"the output would lie in {why}: pass --output with a path from / on")
+    database = tracking and database_file(tracking.resolved_uri)
+    if database and database.is_relative_to(copy):
+        raise ConfigError(
+            f"MLflow's database would lie in {why}: pass --tracking-uri with a server, or a path from / on"
+        )
+
+
+def link_with_job(run: Run, warn: Warn) -> None:
+    """Where the run is a job: tag it with the job's id, and tell the job's metadata the run's id and its server."""
+    job_id = inside_job.job_id()
+    if job_id is None:
+        return
+    run.log_tags({JOB_TAG: job_id})
+    if run.run_id is None or run.tracking_uri is None:
+        return
+    try:
+        inside_job.add_to_metadata({RUN_ID_KEY: run.run_id, TRACKING_URI_KEY: masked(run.tracking_uri)})
+    except ClusterError as error:
+        warn(f"{error}: the job does not name its MLflow run, which names the job")

@@ -1,0 +1,103 @@
+"""What shapes a pruned model may have: free ones, or such as stock classes and servers take.
+
+A free model has its own number of heads and channels in every layer, and a bias where its recovery needs one. A uniform
+one has the same numbers in every layer, though not the same heads and channels; channels may go in steps, so that what
+is left is a multiple of a tile or a tensor-parallel degree; and recovery may do without an intercept.
+
+A budget is spent on what can go: steps of channels in the place of channels, and all layers as one where they are to be
+alike. Nothing else knows of forms but the recovery, which fits without an intercept by moments about zero.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from slimllm_ops.allocate.budget import Candidate, as_one, in_steps
+from slimllm_ops.allocate.layer_ratios import LayerBudget, LayerSize
+from slimllm_ops.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What is asked of a pruned model's shapes.
+
+    Attributes:
+        uniform: whether every layer has the same numbers of heads and channels.
+        multiple_of: what the number of channels that a layer keeps is a multiple of.
+        with_bias: whether recovery may add a bias to an output projection.
+        drop_layers: whether layers may go as a whole.
+    """
+
+    uniform: bool = False
+    multiple_of: int = 1
+    with_bias: bool = True
+    drop_layers: bool = False
+
+    def sizes(self, sizes: Sequence[LayerSize]) -> list[LayerSize]:
+        """Return what a budget is spent on: every layer with its channels in steps, or all of them as one.
+
+        Raises:
+            InputError: a layer's channels do not make whole steps, or layers that are to be alike differ already.
+        """
+        for layer, size in enumerate(sizes):
+            if size.num_channels % self.multiple_of:
+                raise InputError(
+                    f"layer {layer} has {size.num_channels} channels, which is no multiple of {self.multiple_of}: "
+                    f"pass --multiple-of with a divisor"
+                )
+        stepped = [
+            replace(
+                size,
+                num_channels=size.num_channels // self.multiple_of,
+                channel_parameters=size.channel_parameters * self.multiple_of,
+            )
+            for size in sizes
+        ]
+        return [self._as_one(stepped)] if self.uniform else stepped
+
+    def layers(self, spent: Sequence[LayerBudget], num_layers: int) -> tuple[LayerBudget, ...]:
+        """Return what every layer gives, from what was spent on `sizes`."""
+        budgets = tuple(replace(one, channels=one.channels * self.multiple_of) for one in spent)
+        return budgets * num_layers if self.uniform else budgets
+
+    def spend(
+        self, rule: Callable[[Sequence[Candidate], int], list[int]], candidates: Sequence[Candidate], target: int
+    ) -> list[int]:
+        """Return how many units every module gives by a rule of `slimllm_ops.allocate.budget`.
+
+        Args:
+            rule: how a budget is spent.
+            candidates: every module, layer by layer, attention before the MLP.
+            target: parameters to remove.
+        """
+        attentions = list(candidates[0::2])
+        # Of a mixture of experts, every expert gives a channel at a time.
+        steps = [self.multiple_of * candidate.units_at_once for candidate in candidates[1::2]]
+        mlps = [in_steps(candidate, step) for candidate, step in zip(candidates[1::2], steps, strict=True)]
+        if self.uniform:
+            spent = rule([as_one(attentions), as_one(mlps)], target) * len(attentions)
+        else:
+            spent = rule([one for pair in zip(attentions, mlps, strict=True) for one in pair], target)
+        widths = [width for step in steps for width in (1, step)]
+        return [count * width for count, width in zip(spent, widths, strict=True)]
+
+    @staticmethod
+    def _as_one(sizes: Sequence[LayerSize]) -> LayerSize:
+        first = sizes[0]
+        for layer, size in enumerate(sizes):
+            if size != first:
+                raise InputError(
+                    f"layer {layer} has other numbers of heads or channels than layer 0: --uniform needs a model "
+                    f"whose layers are alike"
+                )
+        number = len(sizes)
+        return LayerSize(
+            num_units=first.num_units,
+            unit_parameters=first.unit_parameters * number,
+            num_channels=first.num_channels,
+            channel_parameters=first.channel_parameters * number,
+            attention_bias_parameters=first.attention_bias_parameters * number,
+            mlp_bias_parameters=first.mlp_bias_parameters * number,
+            parameters=first.parameters * number,
+            num_experts=first.num_experts,
+            num_layers=number,
+        )

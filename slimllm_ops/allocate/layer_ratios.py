@@ -1,0 +1,289 @@
+r"""How much each layer gives: SlimLLM's layer ratios (paper, section 3.5), met to a parameter budget.
+
+s_l is the mean cosine between the input and the output of decoder layer l. Of the n layers of highest s,
+
+    w = n softmax(alpha s),      ratio_l = ratio w_l
+
+and layer l loses round(ratio_l H) heads and round(ratio_l P) channels.
+
+The published code does not bound ratio_l and fails where a layer would lose every head. Here at least one KV
+group and one channel stay, and what a layer cannot give is given by the others.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.errors import InputError
+from slimllm_ops.models.families import Branch, layer_shape
+
+# (sparsity, fraction of the layers that is pruned, alpha): what the paper publishes for LLaMA-7B.
+PUBLISHED = ((0.20, 0.81, 10.0), (0.50, 0.94, 7.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSize:
+    """What a decoder layer is made of; parameters are counts of scalars."""
+
+    num_units: int  # KV groups
+    unit_parameters: int
+    num_channels: int
+    channel_parameters: int
+    # A recovery adds a bias to an output projection that had none.
+    attention_bias_parameters: int
+    mlp_bias_parameters: int
+    parameters: int
+    # A channel is then one of each expert.
+    num_experts: int = 1
+    # Layers that are to be alike are one size, of all of them.
+    num_layers: int = 1
+
+    def removed_parameters(self, units: int, channels: int) -> int:
+        """Return how many parameters the layer has fewer without so many units and channels."""
+        added = self.attention_bias_parameters * (units > 0) + self.mlp_bias_parameters * (channels > 0)
+        return units * self.unit_parameters + channels * self.channel_parameters - added
+
+
+def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) -> LayerSize:
+    """Return what a decoder layer is made of, from the shapes of its tensors.
+
+    Args:
+        checkpoint: the model.
+        layer: the number of the layer.
+        with_bias: whether recovery adds biases.
+    """
+    shapes = checkpoint.layer_shapes(layer)
+    shape = layer_shape(checkpoint.config, layer)
+    attention, mlp = checkpoint.family.attention, checkpoint.family.mlp
+    return LayerSize(
+        num_units=shape.num_attention_units,
+        unit_parameters=_branch_parameters(shapes, attention) // shape.num_attention_units,
+        num_channels=shape.intermediate_size,
+        channel_parameters=_branch_parameters(shapes, mlp) // shape.intermediate_size,
+        attention_bias_parameters=_added_bias(shapes, attention) if with_bias else 0,
+        mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias and mlp.reading.experts is None else 0,
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        num_experts=shape.num_experts,
+    )
+
+
+def _branch_parameters(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
+    """Return how many parameters belong to a branch's units: all but the bias of its output projection."""
+    names = (*branch.input_weights, *(f"{name}.bias" for name in branch.inputs), branch.output_weight)
+    return sum(math.prod(shapes[name]) for name in names if name in shapes)
+
+
+def _added_bias(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
+    """Return how many parameters a recovery adds to a branch whose output projection has no bias yet."""
+    return 0 if branch.output_bias in shapes else shapes[branch.output_weight][0]
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """What one layer gives: its ratio by the paper's formula, and the units and channels to remove."""
+
+    ratio: float
+    units: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The budget of every layer, and a note where the paper's formula could not be followed to the letter."""
+
+    layers: tuple[LayerBudget, ...]
+    note: str = ""
+
+
+def parameters_to_remove(sizes: Sequence[LayerSize], sparsity: float) -> int:
+    """Return how many parameters a sparsity removes from decoder layers."""
+    # A sparsity that was computed from a count shall give that count again, whatever its last digit.
+    return int(sparsity * sum(size.parameters for size in sizes) + 1e-3)
+
+
+def published_settings(sparsity: float, num_layers: int) -> tuple[int, float]:
+    """Return (pruned layers, alpha) at a sparsity: a line through the two published settings, flat outside."""
+    (low, low_fraction, low_alpha), (high, high_fraction, high_alpha) = PUBLISHED
+    position = min(max((sparsity - low) / (high - low), 0.0), 1.0)
+    fraction = low_fraction + position * (high_fraction - low_fraction)
+    return max(1, round(fraction * num_layers)), low_alpha + position * (high_alpha - low_alpha)
+
+
+def layer_weights(similarities: Sequence[float], num_pruned: int, alpha: float) -> dict[int, float]:
+    """Return w_l = n softmax(alpha s)_l of the n most similar layers, in descending order of similarity."""
+    chosen = sorted(range(len(similarities)), key=lambda layer: -similarities[layer])[:num_pruned]
+    scores = torch.tensor([similarities[layer] for layer in chosen], dtype=torch.float64)
+    weights = num_pruned * torch.softmax(alpha * scores, dim=0)
+    return dict(zip(chosen, weights.tolist(), strict=True))
+
+
+def budget_by_ratio(
+    sizes: Sequence[LayerSize], similarities: Sequence[float], *, ratio: float, num_pruned: int, alpha: float
+) -> Budget:
+    """Follow the paper's own settings; where a layer cannot give its share, the others give it instead."""
+    weights = layer_weights(similarities, num_pruned, alpha)
+    asked = sum(
+        sizes[layer].unit_parameters * round(ratio * weight * sizes[layer].num_units)
+        + sizes[layer].channel_parameters * round(ratio * weight * sizes[layer].num_channels)
+        for layer, weight in weights.items()
+    )
+    layers = _round_ratio(sizes, weights, ratio)
+    given = sum(
+        size.unit_parameters * layer.units + size.channel_parameters * layer.channels
+        for size, layer in zip(sizes, layers, strict=True)
+    )
+    if given == asked:
+        return Budget(layers)
+    target = _removed(sizes, layers) + asked - given
+    met = _meet(sizes, weights, target)
+    if met is None:
+        raise InputError(
+            f"ratio {ratio:g} over {num_pruned} layers (alpha {alpha:g}) asks for {asked:,} parameters, more than "
+            f"these layers have beyond one head and one channel each: lower --ratio or raise --pruned-layers"
+        )
+    return Budget(met, "some layers cannot give their share and keep one head or channel: others give it")
+
+
+def budget_by_sparsity(
+    sizes: Sequence[LayerSize],
+    similarities: Sequence[float],
+    *,
+    sparsity: float,
+    num_pruned: int,
+    alpha: float,
+) -> Budget:
+    """Solve for the ratio that removes `sparsity` of the layers' parameters, then make it exact by channels.
+
+    The result is within one channel below the target, as long as there are channels that can go. Where `num_pruned`
+    layers cannot give so much, more layers are pruned, and the note says so.
+
+    Raises:
+        InputError: all layers together cannot give so much with one KV group and one channel left in each.
+    """
+    target = parameters_to_remove(sizes, sparsity)
+    channel = min(size.channel_parameters for size in sizes)
+    nearest, least_missing = None, math.inf
+    for pruned in range(num_pruned, len(sizes) + 1):
+        layers = _meet(sizes, layer_weights(similarities, pruned, alpha), target)
+        # Layers that were pruned before may have heads, but no channel left to make it exact: others may.
+        if layers is not None and (missing := target - _removed(sizes, layers)) < least_missing:
+            note = f"{num_pruned} layers cannot give so much: {pruned} are pruned" if pruned > num_pruned else ""
+            nearest, least_missing = Budget(layers, note), missing
+        if least_missing < channel:
+            break
+    if nearest is None:
+        raise _unreachable(sizes, sparsity)
+    return nearest
+
+
+def require_reachable(sizes: Sequence[LayerSize], sparsity: float, *, drop_layers: bool = False) -> None:
+    """Raise unless so much can be removed with one KV group and one channel left in every layer.
+
+    Args:
+        sizes: what each layer is made of.
+        sparsity: fraction of the layers' parameters to remove.
+        drop_layers: whether layers may go as a whole, all but one.
+
+    Raises:
+        InputError: it cannot, or is less than any unit; the message says how much can.
+    """
+    least, total = _least_removable(sizes), sum(size.parameters for size in sizes)
+    if least is not None and parameters_to_remove(sizes, sparsity) < least:
+        raise InputError(
+            f"sparsity {sparsity:g} removes nothing: the smallest head (KV group) or channel is "
+            f"{math.ceil(1e6 * least / total) / 1e6:g} of the layers; ask for that at least"
+        )
+    if int(sparsity * total) > _most_removable(sizes, drop_layers):
+        raise _unreachable(sizes, sparsity, drop_layers)
+
+
+def _most_removable(sizes: Sequence[LayerSize], drop_layers: bool = False) -> int:
+    most = [size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes]
+    if not drop_layers:
+        return sum(most)
+    least_layer = min((size.parameters - gone) // size.num_layers for size, gone in zip(sizes, most, strict=True))
+    return sum(size.parameters for size in sizes) - least_layer
+
+
+def _least_removable(sizes: Sequence[LayerSize]) -> int | None:
+    """Return how many parameters the smallest unit is that can go; None where every layer is down to one of each."""
+    units = [size.removed_parameters(1, 0) for size in sizes if size.num_units > 1]
+    return min(units + [size.removed_parameters(0, 1) for size in sizes if size.num_channels > 1], default=None)
+
+
+def _unreachable(sizes: Sequence[LayerSize], sparsity: float, drop_layers: bool = False) -> InputError:
+    reachable = _most_removable(sizes, drop_layers) / sum(size.parameters for size in sizes)
+    left = "in one layer" if drop_layers else "in every layer"
+    return InputError(
+        f"sparsity {sparsity:g} is not reachable: with one head (KV group) and one channel left {left} "
+        f"it is {reachable:.3f}; ask for less"
+    )
+
+
+def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) -> tuple[LayerBudget, ...] | None:
+    """Return the budget nearest below `target` removed parameters, or None where these layers cannot give so much."""
+    # At this ratio every pruned layer is down to one unit and one channel.
+    low, high = 0.0, 1.0 / max(min(weights.values()), 1e-300)
+    if _removed(sizes, _round_ratio(sizes, weights, high)) < target:
+        return None
+    # Until no number lies between: weights span many orders of magnitude where alpha is large.
+    while low < (middle := (low + high) / 2) < high:
+        if _removed(sizes, _round_ratio(sizes, weights, middle)) <= target:
+            low = middle
+        else:
+            high = middle
+    layers = list(_round_ratio(sizes, weights, low))
+    above = _round_ratio(sizes, weights, high)
+    missing = target - _removed(sizes, layers)
+    # Just above `low` one or several layers lose one more unit: each does, in turn, as far as the target allows.
+    for layer in weights:
+        missing -= _take(sizes[layer], layers, layer, missing, units=above[layer].units)
+    _fill_with_channels(sizes, list(weights), layers, missing)
+    return tuple(layers)
+
+
+def _fill_with_channels(
+    sizes: Sequence[LayerSize], open_layers: list[int], layers: list[LayerBudget], missing: int
+) -> None:
+    """Remove channels, one per layer in turn, until no further one fits into what is missing."""
+    while open_layers:
+        still_open = []
+        for layer in open_layers:
+            channels = layers[layer].channels + 1
+            if channels < sizes[layer].num_channels:
+                taken = _take(sizes[layer], layers, layer, missing, channels=channels)
+                missing -= taken
+                still_open += [layer] * (taken > 0)
+        open_layers = still_open
+
+
+def _take(size: LayerSize, layers: list[LayerBudget], layer: int, missing: int, **counts: int) -> int:
+    """Raise a layer's counts if that removes no more than what is missing; return what it removed."""
+    more = replace(layers[layer], **counts)
+    gain = _removed_from(size, more) - _removed_from(size, layers[layer])
+    if not 0 < gain <= missing:
+        return 0
+    layers[layer] = more
+    return gain
+
+
+def _round_ratio(sizes: Sequence[LayerSize], weights: dict[int, float], ratio: float) -> tuple[LayerBudget, ...]:
+    """Round every layer's share, half to even as the published code does, within what the layer can give."""
+    layers = []
+    for layer, size in enumerate(sizes):
+        share = ratio * weights.get(layer, 0.0)
+        units = min(round(share * size.num_units), size.num_units - 1)
+        channels = min(round(share * size.num_channels), size.num_channels - 1)
+        layers.append(LayerBudget(share, units, channels))
+    return tuple(layers)
+
+
+def _removed_from(size: LayerSize, layer: LayerBudget) -> int:
+    return size.removed_parameters(layer.units, layer.channels)
+
+
+def _removed(sizes: Sequence[LayerSize], layers: Sequence[LayerBudget]) -> int:
+    return sum(_removed_from(size, layer) for size, layer in zip(sizes, layers, strict=True))

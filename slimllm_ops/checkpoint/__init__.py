@@ -1,0 +1,1 @@
+"""Checkpoints on disk: read, pruned and written a layer at a time."""

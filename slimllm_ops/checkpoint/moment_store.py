@@ -1,0 +1,186 @@
+"""Moments on disk: a calibration pass that is kept, a layer a file, so that pruning needs no forward pass.
+
+MOMENTS/moments.json            which model and data they are of, by digest
+MOMENTS/layer-00000.safetensors     stream_power, and change where layers may go as a whole
+
+and for attention and mlp: count, mean, scatter (block rows of its triangle), input_squares, powers, and gram's
+elimination path: order, costs; of an mlp of experts, their number, tokens and powers, and what else there is of each
+that tokens were sent to, as mlp.0.count and so on
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from slimllm_ops.errors import InputError
+from slimllm_ops.files import write_json, written_whole
+from slimllm_ops.models.config_checks import read_json_object
+from slimllm_ops.moments.moments import PackedMoments
+from slimllm_ops.moments.observation import PackedObservation
+from slimllm_ops.moments.ranking import Ranking
+from slimllm_ops.moments.routing import Observed, PackedExperts
+
+FORMAT = 2
+MANIFEST = "moments.json"
+MOST_BYTES = 1 << 20
+MANIFEST_FIELDS = {"model": str, "model_digest": str, "calibration": dict}
+MODULES = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class ModulePath:
+    """A module's elimination path, and the variance of its output, tr(W^T C W)."""
+
+    ranking: Ranking
+    output_variance: float
+
+
+@dataclass(frozen=True)
+class LayerPaths:
+    """The paths of a decoder layer's modules, and what the layer does as a whole.
+
+    Attributes:
+        attention: of its heads.
+        mlp: of its channels.
+        stream_power: E|h|^2 of the layer's output.
+        change: E|h_out - h_in|^2, the error of a model without the layer; None where it was not measured.
+    """
+
+    attention: ModulePath
+    mlp: ModulePath
+    stream_power: float
+    change: float | None = None
+
+
+class MomentStore:
+    """A directory of moments, written layer by layer and read the same way."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def save(self, layer: int, paths: LayerPaths, attention: Observed, mlp: Observed) -> None:
+        """Write a layer's file."""
+        arrays = {"stream_power": np.array([paths.stream_power])}
+        if paths.change is not None:
+            arrays["change"] = np.array([paths.change])
+        for module, path, observed in (("attention", paths.attention, attention), ("mlp", paths.mlp, mlp)):
+            packed = _pack_path(path) | _pack(observed)
+            arrays |= {f"{module}.{name}": np.ascontiguousarray(array) for name, array in packed.items()}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with written_whole(self._path(layer)) as partial:
+            save_file(arrays, partial)
+
+    def num_saved(self, num_layers: int) -> int:
+        """Return how many of a model's layers are here, from the first on."""
+        return next((layer for layer in range(num_layers) if not self._path(layer).exists()), num_layers)
+
+    def load_paths(self, layer: int) -> LayerPaths:
+        """Read a layer's paths, and nothing of its moments.
+
+        Raises:
+            InputError: the file is missing or broken.
+        """
+        with self._opened(layer) as file:
+            attention, mlp = (
+                ModulePath(
+                    Ranking(tuple(_list(file, f"{module}.order")), tuple(_list(file, f"{module}.costs"))),
+                    _list(file, f"{module}.output_variance")[0],
+                )
+                for module in MODULES
+            )
+            change = _list(file, "change")[0] if "change" in file.keys() else None  # noqa: SIM118 - no mapping
+            return LayerPaths(attention, mlp, _list(file, "stream_power")[0], change)
+
+    def load_moments(self, layer: int, module: str) -> Observed:
+        """Read the moments of a layer's "attention" or "mlp".
+
+        Raises:
+            InputError: the file is missing or broken.
+        """
+        with self._opened(layer) as file:
+            names = set(file.keys())
+            if f"{module}.experts" not in names:
+                return _load(file, names, module)
+            num_experts, count = _list(file, f"{module}.experts")
+            experts = (f"{module}.{expert}" for expert in range(num_experts))
+            seen = tuple(_load(file, names, expert) if f"{expert}.count" in names else None for expert in experts)
+            output, added = _list(file, f"{module}.powers")
+            return PackedExperts(count, seen, (output, added))
+
+    @contextmanager
+    def _opened(self, layer: int) -> Iterator[safe_open]:
+        path = self._path(layer)
+        try:
+            with safe_open(path, framework="np") as file:
+                yield file
+        except (FileNotFoundError, SafetensorError) as error:
+            raise InputError(f"{path} is missing or broken ({error}): run `slimllm calibrate` again") from error
+
+    def seal(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest, last: without it the moments are not whole."""
+        write_json(self.directory / MANIFEST, {"format": FORMAT} | manifest, indent=1)
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what the moments are of.
+
+        Raises:
+            InputError: there are no whole moments of this format here.
+        """
+        path = self.directory / MANIFEST
+        if not path.is_file():
+            raise InputError(f"{self.directory} holds no moments ({MANIFEST} is missing): run `slimllm calibrate`")
+        manifest = read_json_object(path, MOST_BYTES)
+        if manifest.get("format") != FORMAT:
+            raise InputError(
+                f"{path} has format {manifest.get('format')}, expected {FORMAT}: run `slimllm calibrate` again"
+            )
+        for name, kind in MANIFEST_FIELDS.items():
+            if not isinstance(manifest.get(name), kind):
+                raise InputError(f"{path} has no {name} that is a {kind.__name__}: run `slimllm calibrate` again")
+        return manifest
+
+    def _path(self, layer: int) -> Path:
+        return self.directory / f"layer-{layer:05d}.safetensors"
+
+
+def _pack_path(path: ModulePath) -> dict[str, np.ndarray]:
+    return {
+        "order": np.array(path.ranking.order),
+        "costs": np.array(path.ranking.costs),
+        "output_variance": np.array([path.output_variance]),
+    }
+
+
+def _pack(observed: Observed) -> dict[str, np.ndarray]:
+    if isinstance(observed, PackedExperts):
+        arrays = {"experts": np.array([len(observed.experts), observed.count]), "powers": np.array(observed.powers)}
+        for expert, seen in enumerate(observed.experts):
+            arrays |= {f"{expert}.{name}": array for name, array in (_pack(seen) if seen else {}).items()}
+        return arrays
+    moments = observed.moments
+    arrays = {
+        "count": np.array([moments.count]),
+        "mean": moments.mean_P,
+        "input_squares": observed.input_squares_D,
+        "powers": np.array(observed.powers),
+    }
+    return arrays | {f"scatter.{number}": row for number, row in enumerate(moments.rows)}
+
+
+def _load(file: safe_open, names: set[str], prefix: str) -> PackedObservation:
+    """Return the observation whose arrays have names of such a beginning."""
+    num_rows = sum(name.startswith(f"{prefix}.scatter.") for name in names)
+    rows = tuple(file.get_tensor(f"{prefix}.scatter.{number}") for number in range(num_rows))
+    moments = PackedMoments(int(_list(file, f"{prefix}.count")[0]), file.get_tensor(f"{prefix}.mean"), rows)
+    output, added = _list(file, f"{prefix}.powers")
+    return PackedObservation(moments, file.get_tensor(f"{prefix}.input_squares"), (output, added))
+
+
+def _list(file: safe_open, name: str) -> list[Any]:
+    return file.get_tensor(name).tolist()

@@ -1,0 +1,94 @@
+"""Taking units out of a layer's tensors: whole rows into a branch, whole columns out of it.
+
+Shapes: P inputs of an output projection, S of them kept, D hidden size; of experts, E, each of I channels, S kept.
+"""
+
+import torch
+from torch import Tensor
+
+from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.models.families import Branch, Family
+
+
+def prune_layer(tensors: dict[str, Tensor], family: Family, plan: LayerPlan) -> dict[str, Tensor]:
+    """Return a pruned layer's tensors, in the dtype of `tensors`, by names relative to the layer.
+
+    Raises:
+        NonFiniteError: a recovered weight or bias is beyond that dtype.
+    """
+    pruned = dict(tensors)
+    for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
+        if decision is not None:
+            prune = _prune_branch if branch.reading.experts is None else _prune_experts
+            pruned |= prune(tensors, branch, decision)
+    return pruned
+
+
+def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Decision) -> tuple[Tensor, Tensor | None]:
+    """Return the output projection's new weight (D, S) and bias (D,), computed in the precision of `weight_DP`."""
+    if decision.recovery is None:
+        raise ValueError("this decision was read from a plan: the weights of its refit are in the checkpoint")
+    kept_S = decision.kept_rows(weight_DP.shape[1]).to(weight_DP.device)
+    weight_DS = decision.recovery.restore(weight_DP[:, kept_S].T).T
+    if decision.with_bias:
+        recovered_D = decision.recovery.bias_D.to(weight_DP)
+        bias_D = recovered_D if bias_D is None else recovered_D + bias_D
+    return weight_DS.contiguous(), bias_D
+
+
+def recovered_experts(weight_EDI: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
+    """Return the experts' new output weights (E, D, S), computed in the precision of `weight_EDI`, and what they keep.
+
+    Returns:
+        The weights, and the channels that each expert keeps (E, S), ascending.
+    """
+    num_experts, _, num_channels = weight_EDI.shape
+    weight_DS, _ = recovered_projection(weight_EDI.transpose(0, 1).flatten(1), None, decision)
+    kept_ES = torch.tensor(decision.kept, device=weight_EDI.device).unflatten(0, (num_experts, -1)) % num_channels
+    return weight_DS.unflatten(1, (num_experts, -1)).transpose(0, 1).contiguous(), kept_ES
+
+
+def _prune_experts(tensors: dict[str, Tensor], branch: Branch, decision: Decision) -> dict[str, Tensor]:
+    stored = tensors[branch.output_weight]
+    weight_EDS, kept_ES = recovered_experts(stored.float(), decision)
+    pruned = {branch.output_weight: _rounded(weight_EDS, stored.dtype, branch.output_weight)}
+    for name in branch.input_weights:
+        # The parts that are stored as one lie one after the other, each with a row for every channel.
+        parts = tensors[name].split(stored.shape[2], dim=1)
+        rows = [
+            torch.stack([part[kept_S] for part, kept_S in zip(parts_EID, kept_ES, strict=True)]) for parts_EID in parts
+        ]
+        pruned[name] = torch.cat(rows, dim=1)
+    return pruned
+
+
+def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision) -> dict[str, Tensor]:
+    pruned, stored = {}, tensors[branch.output_weight]
+    for name in branch.inputs:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in tensors:
+                rows = branch.kept_rows(len(tensors[key]), stored.shape[1], decision.kept, decision.num_units)
+                pruned[key] = tensors[key][rows]
+    bias_D = tensors.get(branch.output_bias)
+    # The recovery is computed in float32 and rounded once, to what the source is stored in.
+    weight_DS, new_bias_D = recovered_projection(stored.float(), None if bias_D is None else bias_D.float(), decision)
+    pruned[branch.output_weight] = _rounded(weight_DS, stored.dtype, branch.output_weight)
+    if new_bias_D is not None:
+        pruned[branch.output_bias] = _rounded(new_bias_D, stored.dtype, branch.output_bias)
+    return pruned
+
+
+def _rounded(recovered: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a recovered tensor in the dtype of the source.
+
+    Raises:
+        NonFiniteError: the dtype does not reach so far.
+    """
+    rounded = recovered.to(dtype)
+    if not rounded.isfinite().all():
+        raise NonFiniteError(
+            f"the recovery of {name} reaches {float(recovered.abs().max()):.2g}, which {dtype} cannot hold: "
+            f"convert the model to bfloat16 first"
+        )
+    return rounded

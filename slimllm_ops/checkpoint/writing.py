@@ -1,0 +1,174 @@
+"""Writing a pruned checkpoint as it comes: a layer a shard, then the embeddings, the final norm and the head.
+
+Every shard is whole once it has its name. Nothing about them is held: what was written by a process that died is as
+good as what this one wrote.
+"""
+
+import inspect
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slimllm_ops.checkpoint.reading import INDEX, Checkpoint
+from slimllm_ops.checkpoint.surgery import prune_layer
+from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.files import write_json, written_whole
+from slimllm_ops.models.config_checks import kept_layers, read_json_object
+from slimllm_ops.models.families import layer_shape
+from slimllm_ops.models.pruned import pruned_layers
+
+# What describes the text side of a model; weights, config and model code are written anew.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+COPIED_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
+
+
+# Bytes that a tokenizer's settings may have.
+MOST_SETTINGS = 1 << 24
+
+
+class CheckpointWriter:
+    """Writes the pruned model of a source checkpoint into a directory.
+
+    Raises:
+        CheckpointError: the source's tokenizer_config.json is broken, which is better known before hours of work.
+    """
+
+    def __init__(self, source: Checkpoint, directory: Path) -> None:
+        self._source = source
+        self.directory = directory
+        described = source.directory / "tokenizer_config.json"
+        self._tokenizer = read_json_object(described, MOST_SETTINGS) if described.exists() else {}
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def write_layer(self, layer: int, plan: LayerPlan, number: int | None = None) -> None:
+        """Write a layer, pruned by its plan, in the source's dtype.
+
+        Args:
+            layer: which of the source's layers it is.
+            plan: what becomes of it.
+            number: which of the pruned model's; the same if it is not given, as where no layer is dropped.
+
+        Raises:
+            NonFiniteError: a weight is infinite in that dtype; it names the layer.
+        """
+        try:
+            tensors = prune_layer(self._source.read_layer(layer), self._source.family, plan)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {layer}: {error}") from None
+        self.write_tensors(layer if number is None else number, tensors)
+
+    def write_tensors(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write a layer's tensors as they are, given by their names relative to the layer."""
+        self._save({self._source.layer_prefix(number) + name: tensor for name, tensor in tensors.items()}, number)
+
+    def finish(self, plans: Sequence[LayerPlan]) -> None:
+        """Write everything but the layers: embeddings, index, config, model code, tokenizer.
+
+        Args:
+            plans: what became of the source's layers.
+        """
+        self.finish_as(self._pruned_config(plans))
+        for file in (_code_of(self._source), Path(pruned_layers.__file__)):
+            shutil.copyfile(file, self.directory / file.name)
+
+    def finish_as(self, config: dict[str, Any]) -> None:
+        """Write everything but the layers and code: embeddings, index, this config, tokenizer."""
+        outside, num_layers = self._source.outside(), config["num_hidden_layers"]
+        for number, module in enumerate(outside, start=num_layers):
+            tensors = self._source.read_module(module)
+            self._save({f"{module}.{name}": tensor for name, tensor in tensors.items()}, number)
+        shards = [self._shard(number) for number in range(num_layers + len(outside))]
+        sizes = {shard.name: _tensor_sizes(shard) for shard in shards}
+        index = {
+            "metadata": {"total_size": sum(sum(tensors.values()) for tensors in sizes.values())},
+            "weight_map": {tensor: shard for shard, tensors in sizes.items() for tensor in tensors},
+        }
+        self._write_json(INDEX, index)
+        self._write_json("config.json", config)
+        self._copy_files()
+
+    def _shard(self, number: int) -> Path:
+        # Not "of" how many: while the first are written, nobody knows how many layers will stay.
+        return self.directory / f"model-{number + 1:05d}.safetensors"
+
+    def _save(self, tensors: dict[str, Tensor], number: int) -> None:
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        with written_whole(self._shard(number)) as partial:
+            save_file(contiguous, partial, metadata={"format": "pt"})
+
+    def _pruned_config(self, plans: Sequence[LayerPlan]) -> dict[str, Any]:
+        kept = [layer for layer, plan in enumerate(plans) if not plan.dropped]
+        config, family = kept_layers(self._source.config.to_dict(), kept), self._source.family
+        config |= _per_layer(self._source, {layer: plans[layer] for layer in kept})
+        config["model_type"] = f"pruned_{family.model_type}"
+        config["architectures"] = [family.pruned.__name__]
+        config["dtype"] = str(self._source.dtype).removeprefix("torch.")
+        code = _code_of(self._source).stem
+        config["auto_map"] = {
+            "AutoConfig": f"{code}.{family.pruned.config_class.__name__}",
+            "AutoModelForCausalLM": f"{code}.{family.pruned.__name__}",
+        }
+        return config
+
+    def _copy_files(self) -> None:
+        for pattern in COPIED_FILES:
+            for path in sorted(self._source.directory.glob(pattern)):
+                shutil.copyfile(path, self.directory / path.name)
+        # `auto_map` makes AutoTokenizer look for a class of its own unless its config names one.
+        if (self.directory / "tokenizer.json").exists():
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._tokenizer
+            self._write_json("tokenizer_config.json", settings)
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_json(self.directory / name, content, indent=2)
+
+
+def _code_of(source: Checkpoint) -> Path:
+    """Return the file of the class of a source's pruned models."""
+    return Path(inspect.getfile(source.family.pruned))
+
+
+def _tensor_sizes(shard: Path) -> dict[str, int]:
+    """Return the bytes of a shard's tensors by their names, from its header: its length in 8 bytes, then JSON."""
+    with shard.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    begins_ends = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: end - begin for name, (begin, end) in begins_ends.items()}
+
+
+def _per_layer(source: Checkpoint, plans: dict[int, LayerPlan]) -> dict[str, list[int] | list[bool]]:
+    """Return the numbers of each layer that the pruned model's config adds to the dense one's."""
+    shapes = [layer_shape(source.config, layer) for layer in plans]
+    shaped = list(zip(plans.values(), shapes, strict=True))
+    kv_heads = [_kept(plan.attention, shape.num_key_value_heads) for plan, shape in shaped]
+    return {
+        "num_attention_heads_per_layer": [
+            kept * (shape.num_attention_heads // shape.num_key_value_heads)
+            for kept, shape in zip(kv_heads, shapes, strict=True)
+        ],
+        "num_key_value_heads_per_layer": kv_heads,
+        "intermediate_size_per_layer": [
+            _kept(plan.mlp, shape.num_channels) // shape.num_experts for plan, shape in shaped
+        ],
+        "attention_output_bias_per_layer": [
+            _adds_bias(plan.attention) or source.has(layer, source.family.attention.output_bias)
+            for layer, plan in plans.items()
+        ],
+        "mlp_output_bias_per_layer": [
+            _adds_bias(plan.mlp) or source.has(layer, source.family.mlp.output_bias) for layer, plan in plans.items()
+        ],
+    }
+
+
+def _adds_bias(decision: Decision | None) -> bool:
+    return decision is not None and decision.with_bias
+
+
+def _kept(decision: Decision | None, whole: int) -> int:
+    return whole if decision is None else len(decision.kept)

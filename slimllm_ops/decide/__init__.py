@@ -1,0 +1,1 @@
+"""Which units stay, and what recovers the output of the rest."""

@@ -1,0 +1,70 @@
+r"""What recovers the output of the kept part: the paper's line per output dim (section 3.4).
+
+With y = X W the full output and x = X_S W_S the kept part's,
+
+    a_j = cov(x_j, y_j) / var(x_j),      b_j = E y_j - a_j E x_j
+
+    cov_j = W_S[:, j]^T C[S, :] W[:, j],     var_j = W_S[:, j]^T C[S, S] W_S[:, j]
+
+The new weight is a_j W_S[:, j], the new bias b_j.
+
+Shapes: P inputs of the output projection, S of them kept, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimllm_ops.moments.projection import Projection
+
+# Below this fraction of the power of the inputs, the spread of an output dim is rounding: it is constant.
+CONSTANT = 1e-12
+
+
+@dataclass(frozen=True)
+class Line:
+    """Scale (D,) and bias (D,) of every output dim, and what they leave of the output's variance unexplained.
+
+    Where there are experts, each has a scale of its own, (E, D), and the kept part is theirs, one after the other.
+    """
+
+    scale_D: Tensor
+    bias_D: Tensor
+    relative_error: float
+
+    def restore(self, weight_SD: Tensor) -> Tensor:
+        """Return the kept part's new weight (S, D) from its dense one."""
+        scale_ED = self.scale_D.to(weight_SD).view(-1, 1, weight_SD.shape[1])
+        return (weight_SD.unflatten(0, (len(scale_ED), -1)) * scale_ED).flatten(0, 1)
+
+    def cpu(self) -> "Line":
+        """Return the line in the driver's memory."""
+        return Line(self.scale_D.cpu(), self.bias_D.cpu(), self.relative_error)
+
+
+def fit_line(projection: Projection, kept_S: Tensor) -> Line:
+    """Fit every output dim by a line in the kept part's output; a constant dim keeps scale 1.
+
+    Args:
+        projection: `o_proj` or `down_proj`, whole.
+        kept_S: indices into its inputs that stay.
+    """
+    moments, weight_PD = projection.moments, projection.weight_PD
+    weight_SD = weight_PD[kept_S]
+    covariance_D = (weight_SD * projection.image_PD[kept_S]).sum(dim=0)
+    kept_image_SD = projection.image_PD[kept_S] - projection.removed_image(kept_S)
+    variance_D = (weight_SD * kept_image_SD).sum(dim=0)
+    power_D = weight_SD.square().T @ (moments.norm_P[kept_S].square() / moments.count)
+    varies_D = variance_D > CONSTANT * power_D
+    ones_D = torch.ones_like(variance_D)
+    scale_D = torch.where(varies_D, covariance_D / torch.where(varies_D, variance_D, ones_D), ones_D)
+    bias_D = moments.mean_P @ weight_PD - scale_D * (moments.mean_P[kept_S] @ weight_SD)
+    error_D = projection.variance_D - 2 * scale_D * covariance_D + scale_D.square() * variance_D
+    return Line(scale_D, bias_D, _fraction(error_D, projection.variance_D))
+
+
+def _fraction(error_D: Tensor, variance_D: Tensor) -> float:
+    """Return the summed error over the summed variance; nothing can be lost of an output that is constant."""
+    total = float(variance_D.sum())
+    return max(float(error_D.sum()), 0.0) / total if total > 0 else 0.0

@@ -1,0 +1,232 @@
+"""Reading a model's config.json, which is a stranger's: bounded before transformers makes anything of it.
+
+Transformers allocates by some of these numbers as soon as it parses them, and by the others when it builds the model.
+What is checked here is what is parsed: the file is read once, no other file that it may name, and no code.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from slimllm_ops.errors import CheckpointError, shown
+from slimllm_ops.models.families import Family, family_named
+
+LARGEST_CONFIG = 1 << 24
+LARGEST_INDEX = 1 << 28
+
+# The least and the most of every whole number that sizes follow from; far beyond any model that there is.
+SIZES = {
+    "num_hidden_layers": (1, 1 << 12),
+    "hidden_size": (1, 1 << 20),
+    "intermediate_size": (1, 1 << 24),
+    "vocab_size": (1, 1 << 24),
+    "num_attention_heads": (1, 1 << 16),
+    "max_position_embeddings": (1, 1 << 32),
+    # OPT's own.
+    "ffn_dim": (1, 1 << 24),
+    "word_embed_proj_dim": (1, 1 << 20),
+    # Those of mixtures of experts, of which a config calls their number one or the other.
+    "num_local_experts": (1, 1 << 14),
+    "num_experts": (1, 1 << 14),
+    "num_experts_per_tok": (1, 1 << 14),
+    "moe_intermediate_size": (1, 1 << 24),
+}
+# The same of those that may be left to a default, or be null.
+OPTIONAL_SIZES = {
+    "num_key_value_heads": (1, 1 << 16),
+    "head_dim": (1, 1 << 16),
+    # Transformers makes a table of so many names.
+    "num_labels": (0, 1 << 16),
+}
+# Lists with a number for each layer, of pruned models alone.
+PER_LAYER_SIZES = ("num_attention_heads_per_layer", "num_key_value_heads_per_layer", "intermediate_size_per_layer")
+# Lists with a value for each layer, of families that have layers of several kinds.
+PER_LAYER_KINDS = ("layer_types", "no_rope_layers")
+PER_LAYER_FLAGS = ("attention_output_bias_per_layer", "mlp_output_bias_per_layer")
+# What changes how a model is built or stored, in ways that no family here has.
+UNSUPPORTED = {
+    "quantization_config": "its weights are quantised: pass the model in bfloat16, float16 or float32",
+    "per_layer_config": "its layers differ in ways that are not supported",
+}
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """Return the config of a model directory, of a family that is known, with sizes that a model can have.
+
+    Raises:
+        CheckpointError: the directory or its config.json is missing or wrong, or the architecture is unknown.
+    """
+    described = _read_description(directory)
+    try:
+        _check(described)
+        return CONFIG_MAPPING[described["model_type"]].from_dict(described)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    # Any: transformers and its validators raise a dozen kinds, and a config that they refuse is always the cause.
+    except Exception as error:
+        raise wrong_config(directory, error) from error
+
+
+def kept_layers(described: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """Return a config as JSON has it, of the model that has only some of its layers."""
+    lists = (*PER_LAYER_SIZES, *PER_LAYER_FLAGS, *PER_LAYER_KINDS)
+    of_kept = {key: [described[key][layer] for layer in kept] for key in lists if described.get(key) is not None}
+    return described | of_kept | {"num_hidden_layers": len(kept)}
+
+
+def wrong_config(directory: Path, error: Exception) -> CheckpointError:
+    """Return the error of a config that transformers cannot parse, or build a model from."""
+    reason = shown(" ".join(str(error).split()), 300) or type(error).__name__
+    return CheckpointError(f"{directory}: its config.json is wrong: {reason}")
+
+
+def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
+    """Return what a JSON file of a model directory holds.
+
+    Raises:
+        CheckpointError: it is too large, cannot be read, or holds no JSON object.
+    """
+    try:
+        if (size := path.stat().st_size) > most_bytes:
+            raise CheckpointError(f"{path} has {size:,} bytes, more than such a file can need ({most_bytes:,})")
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): make it readable") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deeply: take it from its source again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): take it from its source again") from error
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{path} holds a {type(held).__name__}, expected a JSON object")
+    return held
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    try:
+        is_directory, has_config = directory.is_dir(), (directory / "config.json").is_file()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"model directory {directory!s:.300} cannot be read ({reason}): check the path"
+        ) from error
+    if not is_directory:
+        raise CheckpointError(f"model directory {directory} does not exist: pass a directory or a hub id")
+    if not has_config:
+        raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face model directory")
+    return read_json_object(directory / "config.json", LARGEST_CONFIG)
+
+
+def _check(described: dict[str, Any]) -> None:
+    family = family_named(described.get("model_type"))
+    for key, reason in UNSUPPORTED.items():
+        if described.get(key) is not None:
+            raise CheckpointError(f"config.json has a {key}, so {reason}")
+    for key, value, reason in family.requires:
+        if described.get(key, value) != value:
+            raise CheckpointError(
+                f"config.json has {key} {shown(repr(described[key]))}: {family.name} models are supported where it "
+                f"is {value}{f': {reason}' if reason else ''}"
+            )
+    for key in described:
+        # Transformers sets every key that it does not know as an attribute, over its own methods too.
+        known = getattr(PretrainedConfig, key, None)
+        if callable(known) or (isinstance(known, property) and known.fset is None):
+            raise CheckpointError(f"its config.json is wrong: {shown(key)!r} is no setting")
+    _check_sizes(described)
+    _check_positions(described)
+    for key, value in described.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _wrong(key, value, "a finite number")
+    _check_layers(described, family)
+
+
+def _check_sizes(described: dict[str, Any]) -> None:
+    for key, (least, most) in (SIZES | OPTIONAL_SIZES).items():
+        optional = key in OPTIONAL_SIZES and described.get(key) is None
+        if key in described and not optional and not _whole(described[key], least, most):
+            raise _wrong(key, described[key], f"a whole number from {least} to {most:,}")
+    heads, kv_heads = described.get("num_attention_heads"), described.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise _wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
+    chosen = described.get("num_experts_per_tok", 1)
+    for key in ("num_local_experts", "num_experts"):
+        if chosen > described.get(key, chosen):
+            raise _wrong("num_experts_per_tok", chosen, f"{key} ({described[key]}) at most")
+
+
+def _check_positions(described: dict[str, Any]) -> None:
+    """Check the numbers that the rotary tables and the norms are computed from."""
+    for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon"):
+        epsilon = described.get(key, 0)
+        if not _number(epsilon) or not 0 <= epsilon <= 1:
+            raise _wrong(key, epsilon, "a number from 0 to 1")
+    settings: list[tuple[str, Any]] = [("rope_theta", described.get("rope_theta"))]
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = described.get(key) or {}
+        if not isinstance(rope, dict):
+            raise _wrong(key, rope, "an object")
+        # Gemma 3 has settings for each kind of layer.
+        settings += [item for one in (rope, *rope.values()) if isinstance(one, dict) for item in one.items()]
+    for key, value in settings:
+        least = "above" if key in ("rope_theta", "factor") else "from"
+        for number in value if isinstance(value, list) else [value]:
+            holds = _number(number) and 0 <= number <= 1e18 and (number > 0 or least == "from")
+            if type(number) in (int, float) and not holds:
+                raise _wrong(key, number, f"a number {least} 0, to 1e18")
+
+
+def _check_layers(described: dict[str, Any], family: Family) -> None:
+    """Check the lists of a pruned model: one number for each layer, no more than the dense model has."""
+    given = [key for key in (*PER_LAYER_SIZES, *PER_LAYER_FLAGS) if described.get(key) is not None]
+    if not given:
+        return
+    if described["model_type"] == family.model_type:
+        raise _wrong("model_type", described["model_type"], f"a pruned model, since there is {given[0]}")
+    layers, whole_heads = described.get("num_hidden_layers"), described.get("num_attention_heads")
+    whole_kv_heads = described.get("num_key_value_heads") or whole_heads
+    bounds = {
+        "num_attention_heads": whole_heads,
+        "num_key_value_heads": whole_kv_heads,
+        family.intermediate_size: described.get(family.intermediate_size),
+    }
+    for key, (whole, most) in zip(PER_LAYER_SIZES, bounds.items(), strict=True):
+        expected = f"whole numbers from 1 to {whole} ({most})"
+        _check_list(key, described.get(key), layers, expected, partial(_whole, least=1, most=most))
+    for key in PER_LAYER_FLAGS:
+        _check_list(key, described.get(key), layers, "true or false", lambda value: isinstance(value, bool))
+    heads, kv_heads = (described[f"{kind}_per_layer"] for kind in ("num_attention_heads", "num_key_value_heads"))
+    for layer, (queries, keys) in enumerate(zip(heads, kv_heads, strict=True)):
+        if queries * whole_kv_heads != keys * whole_heads:
+            raise CheckpointError(
+                f"its config.json is wrong: layer {layer} has {queries} heads and {keys} key/value heads, "
+                f"expected as many heads to each as in the model, {whole_heads}/{whole_kv_heads}"
+            )
+
+
+def _check_list(key: str, values: Any, length: Any, expected: str, holds: Callable[[Any], bool]) -> None:
+    """Check a list with a value for each layer."""
+    if not isinstance(values, list) or len(values) != length:
+        found = f"{len(values)} values" if isinstance(values, list) else values
+        raise _wrong(key, found, f"{expected}, one for each of {length} layers")
+    for layer, value in enumerate(values):
+        if not holds(value):
+            raise _wrong(f"{key}[{layer}]", value, expected)
+
+
+def _whole(value: Any, least: int, most: Any) -> bool:
+    return type(value) is int and type(most) is int and least <= value <= most
+
+
+def _number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _wrong(key: str, found: Any, expected: str) -> CheckpointError:
+    return CheckpointError(f"its config.json is wrong: {shown(key)} is {shown(repr(found))}, expected {expected}")

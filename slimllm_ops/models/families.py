@@ -1,0 +1,359 @@
+"""Model families as a table: how each names its parts. A family of the same build is one more row.
+
+A row describes decoder layers whose residual stream passes two branches:
+
+    h = h + multiplier * output_norm(output_projection(attention(norm(h))))
+    h = h + multiplier * output_norm(output_projection(mlp(norm(h))))
+
+where most families have no norm of the output and no multiplier, some none of the input, and in a parallel layer the
+MLP reads what the attention reads. A branch consists of units (KV groups; channels). The rows of every projection into
+it, and the columns of its output projection, lie unit by unit, so that nothing more need be known to take units out.
+Where several projections are stored as one, its parts lie one after the other, and within each the units.
+
+The MLP of a mixture of experts is many such branches, of which each token passes a few. Their weights are one tensor
+each for all experts, (E, rows, columns): so each expert keeps as many channels as the others, though not the same ones.
+A unit is a channel of one expert, and the experts' channels follow each other: unit e I + c is channel c of expert e.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from slimllm_ops.errors import CheckpointError, shown
+from slimllm_ops.models import pruned as models
+from slimllm_ops.models.tensor_layout import Stored
+
+
+def unit_rows(units: Sequence[int], num_units: int, num_rows: int) -> Tensor:
+    """Return the rows of some units, where each of `num_units` has an equal share of `num_rows`, side by side."""
+    width = num_rows // num_units
+    return (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """What makes an MLP one of many, and who chooses among them.
+
+    Attributes:
+        router: the module that gives every token (N, D) its experts: logits, weights (N, k), and which they are (N, k).
+        activation: what follows the gate, a module of the experts.
+        number: what the config calls the number of experts.
+        chosen: what it calls the number of those that a token is sent to.
+    """
+
+    router: str = "mlp.gate"
+    activation: str = "act_fn"
+    number: str = "num_local_experts"
+    chosen: str = "num_experts_per_tok"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a branch of a decoder layer does around its linear maps, by the names of the family's classes.
+
+    Attributes:
+        norm: normalises what the branch reads; None where nothing does.
+        output_norm: normalises what the branch adds; None where nothing does.
+        stacked: how many projections into the branch are stored as one; the first has a row for each of the output
+            projection's columns, the others share the rest evenly.
+        activation: what follows the only projection into a branch that is no module of its own.
+        whole: why no unit of the branch can go, where none can.
+        experts: what it says of its experts, where it has some.
+    """
+
+    norm: str | None
+    output_norm: str | None = None
+    stacked: int = 1
+    activation: str | None = None
+    whole: str = ""
+    experts: Experts | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch of a decoder layer."""
+
+    names: models.LinearNames
+    reading: Reading
+
+    @property
+    def module(self) -> str:
+        """Name of the branch's module, relative to the decoder layer; empty where that is the module."""
+        return self.names.module
+
+    @property
+    def described(self) -> str:
+        """What the branch is called in messages."""
+        return self.module or self.names.output
+
+    @property
+    def output_weight(self) -> str:
+        """Name of the output projection's weight, relative to the decoder layer."""
+        return self._weight(self.output)
+
+    @property
+    def output_bias(self) -> str:
+        """Name of the output projection's bias, relative to the decoder layer."""
+        return f"{self.output}.bias"
+
+    @property
+    def output(self) -> str:
+        """Name of the output projection, relative to the decoder layer."""
+        return self._full(self.names.output)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the projections into the branch, relative to the decoder layer."""
+        return tuple(self._full(name) for name in self.names.inputs)
+
+    @property
+    def input_weights(self) -> tuple[str, ...]:
+        """Names of the weights into the branch, relative to the decoder layer."""
+        return tuple(map(self._weight, self.inputs))
+
+    def unstack(self, rows: Tensor, num_inputs: int) -> list[Tensor]:
+        """Cut a weight or bias into the branch into those of the projections that are stored as one.
+
+        Args:
+            rows: (R, ...), as stored.
+            num_inputs: columns of the output projection.
+        """
+        return list(rows.split(self._part_sizes(len(rows), num_inputs)))
+
+    def kept_rows(self, num_rows: int, num_inputs: int, kept: Sequence[int], num_units: int) -> Tensor:
+        """Return which rows of a projection into the branch stay where some units do.
+
+        Args:
+            num_rows: rows of the projection, as stored.
+            num_inputs: columns of the output projection.
+            kept: the units that stay, ascending.
+            num_units: of how many.
+        """
+        rows, start = [], 0
+        for size in self._part_sizes(num_rows, num_inputs):
+            rows.append(start + unit_rows(kept, num_units, size))
+            start += size
+        return torch.cat(rows)
+
+    def _part_sizes(self, num_rows: int, num_inputs: int) -> list[int]:
+        if self.reading.stacked == 1:
+            return [num_rows]
+        others = self.reading.stacked - 1
+        return [num_inputs] + [(num_rows - num_inputs) // others] * others
+
+    def _weight(self, name: str) -> str:
+        """Return the name of a projection's weight; that of experts is a parameter of theirs, not of a module."""
+        return f"{name}.weight" if self.reading.experts is None else name
+
+    def _full(self, name: str) -> str:
+        return f"{self.module}.{name}" if self.module else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        pruned: the class of its pruned models, which names its layers and their linear maps.
+        attention_reading: what the attention does around them.
+        mlp_reading: what the MLP does around them.
+        intermediate_size: what its config calls the number of channels.
+        residual_multiplier: what its config calls the multiplier of what branches add, if it has one.
+        parallel: what its config calls the flag of layers whose MLP reads what the attention reads, if it has one.
+        requires: settings of which one value alone is supported, and why where that needs to be said.
+        stored_as: modules outside the layers, and what dense checkpoints call them instead.
+        stored: tensors of the layers that dense checkpoints call otherwise, or hold in parts.
+    """
+
+    pruned: type[models.PrunedModelMixin]
+    attention_reading: Reading = Reading(norm="input_layernorm")
+    mlp_reading: Reading = Reading(norm="post_attention_layernorm")
+    intermediate_size: str = "intermediate_size"
+    residual_multiplier: str | None = None
+    parallel: str | None = None
+    requires: tuple[tuple[str, object, str], ...] = ()
+    stored_as: tuple[tuple[str, str], ...] = ()
+    stored: tuple[Stored, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name in its classes: Pruned<name>ForCausalLM."""
+        return self.pruned.__name__.removeprefix("Pruned").removesuffix("ForCausalLM")
+
+    @property
+    def model_type(self) -> str:
+        """What the config.json of a dense model gives as its type."""
+        return self.pruned.config_class.model_type.removeprefix("pruned_")
+
+    @property
+    def layers(self) -> str:
+        """Name of the list of decoder layers in the model."""
+        return self.pruned.layers_path
+
+    @cached_property
+    def attention(self) -> Branch:
+        """The attention."""
+        return Branch(self.pruned.attention_names, self.attention_reading)
+
+    @cached_property
+    def mlp(self) -> Branch:
+        """The MLP."""
+        return Branch(self.pruned.mlp_names, self.mlp_reading)
+
+    def multiplier(self, config: PretrainedConfig) -> float:
+        """Return what everything that a branch adds to the residual stream is multiplied by."""
+        return 1.0 if self.residual_multiplier is None else getattr(config, self.residual_multiplier)
+
+    def num_experts(self, config: PretrainedConfig) -> int:
+        """Return how many MLPs a layer has; one, where there are no experts."""
+        experts = self.mlp_reading.experts
+        return 1 if experts is None else getattr(config, experts.number)
+
+    def experts_per_token(self, config: PretrainedConfig) -> int:
+        """Return how many of a layer's MLPs a token passes; one, where there are no experts."""
+        experts = self.mlp_reading.experts
+        return 1 if experts is None else getattr(config, experts.chosen)
+
+    def is_parallel(self, config: PretrainedConfig) -> bool:
+        """Return whether the MLP of a layer reads what its attention reads."""
+        return self.parallel is not None and getattr(config, self.parallel)
+
+
+# Gemma 2 and 3 normalise what a branch reads and what it adds, OLMo 2 only what it adds.
+_GEMMA_ATTENTION = Reading(norm="input_layernorm", output_norm="post_attention_layernorm")
+_GEMMA_MLP = Reading(norm="pre_feedforward_layernorm", output_norm="post_feedforward_layernorm")
+_ALL_ALIKE = "where some layers have an MLP without experts, of another width, a row does not describe all of them"
+_EXPERTS = Reading(norm="post_attention_layernorm", stacked=2, experts=Experts())
+
+FAMILIES = (
+    Family(pruned=models.PrunedLlamaForCausalLM),
+    Family(pruned=models.PrunedMistralForCausalLM),
+    Family(pruned=models.PrunedQwen2ForCausalLM),
+    Family(pruned=models.PrunedQwen3ForCausalLM),
+    Family(pruned=models.PrunedGemmaForCausalLM),
+    Family(pruned=models.PrunedGemma2ForCausalLM, attention_reading=_GEMMA_ATTENTION, mlp_reading=_GEMMA_MLP),
+    Family(pruned=models.PrunedGemma3ForCausalLM, attention_reading=_GEMMA_ATTENTION, mlp_reading=_GEMMA_MLP),
+    Family(
+        pruned=models.PrunedPhi3ForCausalLM,
+        attention_reading=Reading(norm="input_layernorm", stacked=3),
+        mlp_reading=Reading(norm="post_attention_layernorm", stacked=2),
+    ),
+    Family(pruned=models.PrunedGraniteForCausalLM, residual_multiplier="residual_multiplier"),
+    Family(
+        pruned=models.PrunedOlmo2ForCausalLM,
+        attention_reading=Reading(
+            norm=None,
+            output_norm="post_attention_layernorm",
+            whole="its q_norm and k_norm run over all heads at once, so that without one the others change",
+        ),
+        mlp_reading=Reading(norm=None, output_norm="post_feedforward_layernorm"),
+    ),
+    Family(pruned=models.PrunedSmolLM3ForCausalLM),
+    Family(pruned=models.PrunedStarcoder2ForCausalLM),
+    Family(
+        pruned=models.PrunedOPTForCausalLM,
+        attention_reading=Reading(norm="self_attn_layer_norm"),
+        mlp_reading=Reading(norm="final_layer_norm", activation="activation_fn"),
+        intermediate_size="ffn_dim",
+        requires=(("do_layer_norm_before", True, ""),),
+    ),
+    # The rows of its query_key_value lie head by head, so they are units as they are.
+    Family(
+        pruned=models.PrunedGPTNeoXForCausalLM,
+        parallel="use_parallel_residual",
+        stored_as=(("lm_head", "embed_out"),),
+    ),
+    Family(
+        pruned=models.PrunedMixtralForCausalLM,
+        mlp_reading=_EXPERTS,
+        stored=(
+            Stored("mlp.gate.weight", ("block_sparse_moe.gate.weight",)),
+            Stored(
+                "mlp.experts.gate_up_proj",
+                ("block_sparse_moe.experts.{expert}.w1.weight", "block_sparse_moe.experts.{expert}.w3.weight"),
+            ),
+            Stored("mlp.experts.down_proj", ("block_sparse_moe.experts.{expert}.w2.weight",)),
+        ),
+    ),
+    Family(
+        pruned=models.PrunedQwen3MoeForCausalLM,
+        mlp_reading=_EXPERTS,
+        intermediate_size="moe_intermediate_size",
+        requires=(("decoder_sparse_step", 1, _ALL_ALIKE), ("mlp_only_layers", [], _ALL_ALIKE)),
+        stored=(
+            Stored(
+                "mlp.experts.gate_up_proj",
+                ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+            ),
+            Stored("mlp.experts.down_proj", ("mlp.experts.{expert}.down_proj.weight",)),
+        ),
+    ),
+)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the row of a model's config, be the model dense or pruned.
+
+    Raises:
+        CheckpointError: the architecture has no row.
+    """
+    return family_named(config.model_type)
+
+
+def family_named(model_type: object) -> Family:
+    """Return the row of what a config.json gives as its model's type.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for family in FAMILIES:
+        if model_type in (family.model_type, f"pruned_{family.model_type}"):
+            return family
+    found = (
+        "no model_type is given"
+        if model_type is None
+        else f"models of type {shown(repr(model_type))} are not supported"
+    )
+    raise CheckpointError(
+        f"{found}; supported: {', '.join(family.model_type for family in FAMILIES)} "
+        f"(docs/families.md says how to add one)"
+    )
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What each branch of a layer is made of.
+
+    Where every head has its own keys and values there are as many KV groups as heads. They are the units of an
+    attention that can lose some, one that cannot is a unit as a whole. Where there are experts, `intermediate_size` is
+    the number of each one's channels.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    num_attention_units: int
+    num_experts: int = 1
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the layer's MLP, or of all its experts."""
+        return self.num_experts * self.intermediate_size
+
+
+def layer_shape(config: PretrainedConfig, layer: int) -> LayerShape:
+    """Return the shape of a layer, from a dense model's config or from a pruned one's."""
+    family = family_of(config)
+    if getattr(config, "num_attention_heads_per_layer", None) is None:
+        heads, channels = config.num_attention_heads, getattr(config, family.intermediate_size)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    else:
+        heads = config.num_attention_heads_per_layer[layer]
+        kv_heads = config.num_key_value_heads_per_layer[layer]
+        channels = config.intermediate_size_per_layer[layer]
+    units = 1 if family.attention.reading.whole else kv_heads
+    return LayerShape(heads, kv_heads, channels, units, family.num_experts(config))

@@ -1,0 +1,1 @@
+"""Moments of activations: summed over tokens, merged over shards, unpacked for solves."""

@@ -1,0 +1,1 @@
+"""Hidden states on their way through a model, a layer at a time."""

@@ -1,0 +1,233 @@
+"""The command as it is run: in processes of its own, with files, signals and a cluster that is not ours."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from orchestrator.cli import main, runs
+from orchestrator.config import PruneConfig
+from slimllm_ops.decide.plan import Plan
+from tests.conftest import content
+
+SLIMLLM = str(Path(sys.executable).with_name("slimllm"))
+# A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
+ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PruneConfig]:
+    """What `slimllm prune` would run with."""
+    seen: list[PruneConfig] = []
+    monkeypatch.setattr(runs, "_prune", lambda config, **telling: seen.append(config))
+
+    def run(*arguments: object) -> PruneConfig:
+        result = CliRunner().invoke(main, ["prune", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return seen[-1]
+
+    return run
+
+
+def test_without_options_everything_is_the_default(configured: Callable[..., PruneConfig]) -> None:
+    assert configured() == PruneConfig()
+
+
+def test_every_option_is_a_setting(configured: Callable[..., PruneConfig]) -> None:
+    config = configured(
+        *("model", "--output", "o", "--overwrite", "--ratio", ".3", "--pruned-layers", 3, "--alpha", 7),
+        *("--keep-lowest", 0, "--calibration", "c", "--samples", 5, "--sequence-length", 64, "--seed", 1),
+        *("--evaluate", "a", "--evaluate", "b", "--workers", 2, "--gpus-per-worker", ".5", "--address", "h:1"),
+        *("--experiment", "e", "--tracking-uri", "u", "--run-name", "r", "--register", "n", "--method", "slimllm"),
+    )
+    assert config == PruneConfig(
+        **{"model": "model", "output": "o", "overwrite": True, "ratio": 0.3, "pruned_layers": 3, "alpha": 7},
+        **{"keep_lowest": 0, "calibration": "c", "samples": 5, "sequence_length": 64, "seed": 1},
+        **{"evaluate": ("a", "b"), "workers": 2, "gpus_per_worker": 0.5, "address": "h:1"},
+        **{"experiment": "e", "tracking_uri": "u", "run_name": "r", "register": "n", "method": "slimllm"},
+    )
+
+
+def test_flags_win_over_a_file(configured: Callable[..., PruneConfig], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "m"\nsparsity = 0.3\nworkers = 3\nevaluate = ["a"]\n')
+    config = configured("--config", file, "--sparsity", 0.4, "--evaluate", "b")
+    assert config == PruneConfig(model="m", sparsity=0.4, workers=3, evaluate=("b",))
+    assert configured("--config", file) == PruneConfig(model="m", sparsity=0.3, workers=3, evaluate=("a",))
+
+
+def test_help_is_quick_since_it_imports_neither_torch_nor_ray() -> None:
+    script = "import sys, orchestrator.cli; sys.exit(bool({'torch', 'ray', 'mlflow', 'datasets'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+# ---- Processes of its own
+
+
+def run_status(uri: str, name: str) -> str:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("slimllm")
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    return run.info.status
+
+
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    # A session of its own, so that a signal to its process group is what Ctrl-C on a terminal is.
+    return subprocess.Popen(
+        [SLIMLLM, "prune", *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # As a terminal starts it: what runs in a script's background is deaf to Ctrl-C, and so are its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+@pytest.fixture(scope="module")
+def deep_model(make_llama: Callable[..., Path]) -> Path:
+    """A model of some layers, so that there is time for something to happen."""
+    return make_llama(num_hidden_layers=14, hidden_size=16, intermediate_size=32)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    deep_model: Path, token_file: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    process = start(deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri, "--output", output)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return output
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said", "status"),
+    [
+        (signal.SIGINT, 130, ["slimllm: interrupted; no checkpoint was written; what was solved is in "], "KILLED"),
+        pytest.param(
+            *(signal.SIGTERM, 143),
+            *(["slimllm: terminated; no checkpoint was written; what was solved is in "], "KILLED"),
+            # A job that is stopped is ended by it (test_submit.py).
+            marks=pytest.mark.slow,
+        ),
+        (signal.SIGKILL, -9, [], "RUNNING"),
+    ],
+)
+def test_a_run_that_a_signal_ends_leaves_no_process_and_is_resumed(
+    deep_model: Path,
+    undisturbed: Path,
+    token_file: Path,
+    tracking_uri: str,
+    tmp_path: Path,
+    sent: signal.Signals,
+    code: int,
+    said: list[str],
+    status: str,
+) -> None:
+    output = tmp_path / "a" / "out"
+    data = ["--calibration", token_file, "--tracking-uri", tracking_uri, "--run-name", sent.name, "--output", output]
+    process = start(deep_model, *data)
+    partial = output.with_name(".out.partial")
+    while not (partial / ".work" / "solved" / "pruned.log" / "layer-00003.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert any("ray::Shard" in " ".join(child.cmdline()) for child in started)
+    agents = [child for child in started if "Agent" in child.name()]
+    # The kill program's manners: to the process. A terminal's: to all of its group.
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)
+    else:
+        process.send_signal(sent)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    progress = ("estimate: ", "layer similarities: ", "pruning: ")
+    told = [line for line in stderr.splitlines() if not line.startswith(progress)]
+    assert [line.partition(str(tmp_path))[0] for line in told] == said
+    # Ray's agents, which do nothing but tell of a node, notice only after a minute that a driver was killed.
+    _, alive = psutil.wait_procs([one for one in started if one not in agents or sent != signal.SIGKILL], timeout=20)
+    assert not alive
+    assert list(output.parent.iterdir()) == [partial]
+    assert not list(partial.rglob("*.partial")) or sent == signal.SIGKILL
+    assert run_status(tracking_uri, sent.name) == status
+
+    process = start(deep_model, *data, "--resume")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "\ngoing on from what is solved" in stderr
+    assert run_status(tracking_uri, sent.name) == "FINISHED"
+    assert list(output.parent.iterdir()) == [output]
+    assert content(output) == content(undisturbed)
+
+
+@pytest.fixture
+def other_cluster(tmp_path: Path) -> Iterator[str]:
+    """A Ray that somebody else started on this machine, in processes of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command += ["--node-ip-address=127.0.0.1", "--num-cpus=11", "--include-dashboard=false", "--disable-usage-stats"]
+    with (tmp_path / "ray.log").open("w") as log:
+        head = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
+            assert head.poll() is None, (tmp_path / "ray.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.terminate()
+        head.wait(timeout=30)
+
+
+def test_two_runs_on_one_cluster_both_give_what_each_would_alone(
+    gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, other_cluster: str
+) -> None:
+    data = ["--calibration", token_file, "--tracking-uri", tracking_uri, "--address", other_cluster, "--workers", "1"]
+    runs = [start(gqa_model, *data, "--output", tmp_path / name) for name in ("one", "other")]
+    for process in runs:
+        _, stderr = process.communicate(timeout=200)
+        assert process.returncode == 0, stderr
+    assert content(tmp_path / "one") == content(tmp_path / "other")
+
+
+def test_a_whole_run_from_a_file_on_another_cluster(
+    gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, other_cluster: str
+) -> None:
+    output = tmp_path / "out"
+    settings: dict[str, Any] = {
+        "model": str(gqa_model),
+        "output": str(output),
+        "calibration": str(token_file),
+        "tracking-uri": tracking_uri,
+        "address": other_cluster,
+        "run-name": "from a file",
+    }
+    file = tmp_path / "run.toml"
+    file.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()) + "sparsity = 0.9\n")
+    process = start("--config", file, "--sparsity", "0.4", "--workers", "2")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    lines = stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["estimate"] * 2 + ["layer similarities", "pruning"], stderr
+    assert f"checkpoint: {output}" in stdout
+    assert f"mlflow ui --backend-store-uri {tracking_uri}" in stdout
+    assert "parameters" in stdout
+    header = Plan.read(output / "pruning" / "plan.json").header
+    asked = {name: header["params"][name] for name in ("sparsity", "num_workers", "cpus_per_worker")}
+    assert asked == {"sparsity": 0.4, "num_workers": 2, "cpus_per_worker": 5}
+    assert run_status(tracking_uri, "from a file") == "FINISHED"

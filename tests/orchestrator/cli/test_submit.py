@@ -1,0 +1,321 @@
+"""Jobs on a Ray cluster that somebody else runs, with a token, through the commands as they are run."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from orchestrator.cli import main
+from orchestrator.config import ConfigError
+from orchestrator.tracking import TrackingOptions, log_output, tracked_run
+from orchestrator.tracking.ray_job import link_with_job, require_lasting
+from tests.orchestrator.job_server import SECONDS, Head, Proxy, Terminal, started_head, thaw_when_told_to_end
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with started_head(tmp_path_factory.mktemp("head")) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def deep_model(make_llama: Callable[..., Path]) -> Path:
+    """A model of some layers, so that a job can be stopped between them."""
+    return make_llama(num_hidden_layers=12, hidden_size=16, intermediate_size=32)
+
+
+def mlflow_run(uri: str, run_id: str) -> Any:
+    return MlflowClient(uri).get_run(run_id)
+
+
+def layers_logged(uri: str, job_id: str) -> int:
+    """How many layers' decisions MLflow has of the run of a job."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("slimllm")
+    runs = (
+        client.search_runs([experiment.experiment_id], f"tags.`slimllm.ray_job_id` = '{job_id}'") if experiment else []
+    )
+    return len(client.get_metric_history(runs[0].info.run_id, "heads_kept")) if runs else 0
+
+
+def job_of(said: str) -> str:
+    return next(word.rstrip(":") for word in said.split() if word.startswith("raysubmit_"))
+
+
+# ---- Without a cluster
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prune", "--address", "head:6379"], "the job is on its cluster already: pass --address before 'prune' alone"),
+        (["--", "jobs", "list"], "'jobs' is no command that a job can run: pass one of prune, calibrate, compare, log"),
+        (["--env", "NOT_SET_ANYWHERE", "prune"], "--env NOT_SET_ANYWHERE: there is no such variable here"),
+        (["--env", "=1", "prune"], "--env '=1' names no variable"),
+        (["--address", "http://127.0.0.1:1", "prune"], "no Ray job server answers at http://127.0.0.1:1: check"),
+        (["--address", "127.0.0.1:1", "prune"], "no Ray job server answers at http://127.0.0.1:1: check"),
+    ],
+)
+def test_what_no_job_can_do_is_refused_in_one_line(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = CliRunner().invoke(main, ["submit", *words])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"slimllm: {said}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_option_that_the_command_has_not_is_refused_before_it_is_sent() -> None:
+    result = CliRunner().invoke(main, ["submit", "--address", "http://127.0.0.1:1", "--", "prune", "--sparsty", "1"])
+    assert result.exit_code == 2
+    assert "No such option '--sparsty'" in result.stderr
+
+
+def test_a_secret_in_the_command_and_a_server_that_the_job_will_not_know_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    words = ["submit", "--address", "http://127.0.0.1:1", "prune"]
+    assert "pass --env MLFLOW_TRACKING_URI" in CliRunner().invoke(main, words).stderr
+    words += ["--tracking-uri", "http://me:secret@host:5000"]
+    stderr = CliRunner().invoke(main, words).stderr
+    assert stderr.startswith("warning: the command holds a secret")
+    assert len(stderr.splitlines()) == 2
+    words[3:3] = ["--env", "MLFLOW_TRACKING_URI"]
+    assert CliRunner().invoke(main, words[:6]).stderr.startswith("slimllm: no Ray job server answers")
+
+
+def test_a_job_in_a_copy_of_a_folder_keeps_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://a.zip"}}')
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for output in (None, "pruned/a", str(tmp_path / "a")):
+        with pytest.raises(ConfigError, match=r"the output would lie in the job's copy of --working-dir"):
+            require_lasting(output)
+    for uri in (None, "sqlite:///mlflow.db"):
+        with pytest.raises(ConfigError, match=r"MLflow's database would lie in the job's copy of --working-dir"):
+            require_lasting("/data/a", TrackingOptions(tracking_uri=uri))
+    for uri in ("http://host:5000", "sqlite:////data/mlflow.db"):
+        require_lasting("/data/a", TrackingOptions(tracking_uri=uri))
+    require_lasting("/data/a")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    require_lasting(None, TrackingOptions())
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_that_cannot_be_told_of_its_run_costs_a_warning(
+    tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_gone"}}')
+    warnings: list[str] = []
+    with tracked_run(TrackingOptions(tracking_uri=tracking_uri), tmp_path / "metrics.jsonl") as run:
+        link_with_job(run, warnings.append)
+    assert warnings == [
+        "the job's metadata could not be written (Ray knows no job raysubmit_gone): "
+        "the job does not name its MLflow run, which names the job"
+    ]
+    assert run.run_id is not None
+    assert mlflow_run(tracking_uri, run.run_id).data.tags["slimllm.ray_job_id"] == "raysubmit_gone"
+
+
+# ---- On a cluster
+
+
+def test_a_job_ends_as_the_command_does_and_mlflow_and_ray_name_each_other(
+    head: Head, gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, other_store: Path
+) -> None:
+    folder, output = tmp_path / "folder", tmp_path / "out"
+    shutil.copytree(gqa_model, folder / "model")
+    shutil.copy(token_file, folder / "tokens.parquet")
+    words = ["prune", "model", "--calibration", "tokens.parquet", "--output", output, "--workers", "1"]
+    env = f"MLFLOW_TRACKING_URI={tracking_uri}"
+    stdout, stderr = head.run("submit", "--working-dir", folder, "--env", env, "--", *words)
+    job_id = job_of(stderr)
+    assert stderr.splitlines() == [f"job {job_id} on {head.address}", f"job {job_id}: SUCCEEDED"]
+    assert "\nlayer similarities: layer 3/3" in stdout
+    assert "\npruning: layer 3/3" in stdout
+    assert f"checkpoint: {output}" in stdout
+    assert (output / "model.safetensors.index.json").exists() or list(output.glob("*.safetensors"))
+
+    state = head.state(job_id)
+    assert state["status"] == "SUCCEEDED"
+    assert state["exit_code"] == 0
+    assert state["words"] == " ".join(map(str, words))
+    assert state["mlflow_tracking_uri"] == tracking_uri
+    run = mlflow_run(tracking_uri, state["mlflow_run_id"])
+    assert (run.info.status, run.data.tags["slimllm.ray_job_id"]) == ("FINISHED", job_id)
+    # The job is known to the journal, and to nothing that a result depends on.
+    assert (
+        job_id not in (output / "pruning" / "plan.json").read_text() + (output / "pruning" / "asked.json").read_text()
+    )
+    assert not [name for name, value in run.data.params.items() if job_id in name + value]
+    elsewhere = f"sqlite:///{other_store / 'mlflow.db'}"
+    logged = log_output(output, tracking_uri=elsewhere)
+    assert mlflow_run(elsewhere, logged.run_id).data.tags["slimllm.ray_job_id"] == job_id
+
+    table, _ = head.run("jobs", "list", "--address", head.address)
+    (line,) = [line for line in table.splitlines() if line.startswith(job_id)]
+    assert line.split()[1] == "SUCCEEDED"
+    assert line.endswith(f"{state['mlflow_run_id']}  {state['words']}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sparsity", "1.2", "--output", "/nowhere"], "slimllm: sparsity is 1.2: it must lie between 0 and 1"),
+        ([], "slimllm: the output would lie in the job's copy of --working-dir, which Ray deletes"),
+    ],
+)
+def test_a_job_that_is_refused_says_so_here_and_gives_its_exit_code(
+    head: Head, tmp_path: Path, words: list[str], said: str
+) -> None:
+    stdout, stderr = head.run("submit", "--working-dir", tmp_path, "prune", *words, code=2)
+    assert stdout.splitlines()[-1].startswith(said)
+    assert stderr.splitlines()[-1] == f"job {job_of(stderr)}: FAILED, exit code 2"
+
+
+def test_a_job_that_is_stopped_ends_its_run_and_the_next_job_goes_on_with_it(
+    head: Head, deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ["prune", deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri, "--output", output]
+    stdout, stderr = head.run("submit", "--no-follow", "--", *words)
+    job_id = stdout.strip()
+    assert stderr == f"to follow it: slimllm jobs logs {job_id} --follow\n"
+    # Between two layers, when nothing is being told to MLflow.
+    driver = head.frozen(output, lambda: layers_logged(tracking_uri, job_id) >= 2)
+    running = head.state(job_id)
+    assert (running["status"], running["ended"], running["exit_code"]) == ("RUNNING", None, None)
+    assert mlflow_run(tracking_uri, running["mlflow_run_id"]).info.status == "RUNNING"
+
+    stopping = head.start("jobs", "stop", job_id)
+    thaw_when_told_to_end(driver)
+    assert stopping.communicate(timeout=SECONDS) == (f"job {job_id}: STOPPED\n", "")
+    assert stopping.returncode == 0
+    log, _ = head.run("jobs", "logs", job_id)
+    assert "warning" not in log
+    assert log.splitlines()[-1].startswith("slimllm: terminated; no checkpoint was written; what was solved is in ")
+    assert head.run("jobs", "logs", job_id, "--follow", code=143) == (log, f"job {job_id}: STOPPED\n")
+    assert head.run("jobs", "stop", job_id)[0] == f"job {job_id}: STOPPED\n"
+    assert mlflow_run(tracking_uri, running["mlflow_run_id"]).info.status == "KILLED"
+
+    stdout, stderr = head.run("submit", *words, "--resume")
+    assert "\ngoing on from what is solved" in stdout
+    again = head.state(job_of(stderr))
+    assert again["mlflow_run_id"] == running["mlflow_run_id"]
+    run = mlflow_run(tracking_uri, running["mlflow_run_id"])
+    assert (run.info.status, run.data.tags["slimllm.ray_job_id"]) == ("FINISHED", again["job_id"])
+
+
+def test_a_job_whose_process_is_killed_ends_as_a_shell_would_say(
+    head: Head, deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path
+) -> None:
+    words = ["prune", deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri]
+    job_id = head.run("submit", "--no-follow", *words, "--output", tmp_path / "out")[0].strip()
+    head.driver(tmp_path / "out").kill()
+    _, stderr = head.run("jobs", "logs", job_id, "--follow", code=137)
+    assert stderr == f"job {job_id}: FAILED, ended by SIGKILL\n"
+
+
+def test_who_follows_a_job_may_go_and_come_back_and_stop_it(
+    head: Head, deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path
+) -> None:
+    words = ["prune", deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri]
+    output = tmp_path / "out"
+    follower = head.start("submit", "--", *words, "--output", output)
+    assert follower.stdout is not None
+    begun = [next(follower.stdout) for _ in range(2)]
+    job_id = job_of(begun[-1])
+    log = head.log_file(job_id)
+    # What the test needs of the log is there, and the job is not over, however fast it is.
+    driver = head.frozen(output, lambda: "layer similarities: layer 12/12" in log.read_text())
+    # The log comes while the job runs.
+    assert next(line for line in follower.stdout if line.startswith("layer similarities: layer 12/12"))
+    os.killpg(follower.pid, signal.SIGINT)
+    _, stderr = follower.communicate(timeout=SECONDS)
+    assert follower.returncode == 130
+    assert stderr.splitlines() == [
+        f"job {job_id} on {head.address}",
+        f"slimllm: job {job_id} goes on; to follow it: slimllm jobs logs {job_id} --follow; "
+        f"to stop it: slimllm jobs stop {job_id}",
+    ]
+    assert head.state(job_id)["status"] == "RUNNING"
+
+    # A connection that is cut is made again, and nothing is shown twice; a server that is gone is told of.
+    proxy = Proxy(head.port)
+    before = log.read_text().splitlines(keepends=True)
+    follower = head.start("jobs", "logs", job_id, "--follow", "--address", proxy.address)
+    assert follower.stdout is not None
+    assert [next(follower.stdout) for _ in before] == before
+    proxy.cut()
+    with log.open("a") as file:
+        file.write("after the cut\n")
+    assert next(follower.stdout) == "after the cut\n"
+    proxy.close()
+    rest, stderr = follower.communicate(timeout=SECONDS)
+    assert (follower.returncode, rest) == (1, ""), stderr
+    assert stderr.startswith(f"slimllm: no Ray job server answers at {proxy.address}: check --address, ")
+    assert f"to follow it: slimllm jobs logs {job_id} --address {proxy.address} --follow; " in stderr
+    assert len(stderr.splitlines()) == 1
+
+    # SIGTERM is for who follows, not for the job.
+    follower = head.start("jobs", "logs", job_id, "--follow")
+    assert follower.stdout is not None
+    next(follower.stdout)
+    follower.terminate()
+    assert follower.wait(timeout=SECONDS) == 143
+
+    # On a terminal Ctrl-C asks; another one is no answer.
+    for answer, code in (("d\n", 130), ("\x03", 130), ("s\n", 143)):
+        assert head.state(job_id)["status"] == "RUNNING"
+        terminal = Terminal(head, "jobs", "logs", job_id, "--follow")
+        terminal.read_to("layer similarities: layer ")
+        terminal.type("\x03")
+        terminal.read_to(f"job {job_id}: stop the job, or detach and leave it running? (s, d): ")
+        terminal.type(answer)
+        if code == 143:
+            thaw_when_told_to_end(driver)
+            terminal.read_to("slimllm: terminated; no checkpoint was written")
+            terminal.read_to(f"job {job_id}: STOPPED")
+        assert terminal.end() == code
+    state = head.state(job_id)
+    assert state["status"] == "STOPPED"
+    assert mlflow_run(tracking_uri, state["mlflow_run_id"]).info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "Authentication required: Unauthorized: Missing authentication token"),
+        ({"RAY_AUTH_TOKEN": "wrong" * 8}, "Authentication failed: Forbidden: Invalid authentication token"),
+        ({"RAY_AUTH_TOKEN_PATH": "", "HOME": "/nowhere"}, "Token authentication is enabled but Ray couldn't find an "),
+    ],
+)
+def test_without_the_clusters_token_nobody_is_let_in(head: Head, changed: dict[str, str], said: str) -> None:
+    other = replace(head, environment=head.environment | changed)
+    _, stderr = other.run("submit", "prune", code=2)
+    assert stderr.startswith(f"slimllm: the job server at {head.address} does not let us in ({said}")
+    assert stderr.endswith(
+        ": set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has\n"
+    )
+    assert len(stderr.splitlines()) == 1
+
+
+def test_a_job_or_a_folder_that_is_not_there_or_does_not_fit_is_told_in_one_line(head: Head, tmp_path: Path) -> None:
+    for words in (["logs", "nonesuch"], ["logs", "nonesuch", "--follow"], ["stop", "nonesuch"]):
+        _, stderr = head.run("jobs", *words, code=2)
+        assert stderr == f"slimllm: there is no job nonesuch at {head.address}: see `slimllm jobs list`\n"
+    _, stderr = head.run("submit", "--working-dir", tmp_path / "none", "prune", code=2)
+    assert stderr == f"slimllm: the working directory {tmp_path / 'none'} is not there: pass a directory\n"
+    (tmp_path / "large").write_bytes(os.urandom(101 << 20))
+    _, stderr = head.run("submit", "--working-dir", tmp_path, "prune", code=2)
+    assert stderr.startswith(f"slimllm: the working directory {tmp_path} is too large for the job server (")
+    assert len(stderr.splitlines()) == 1

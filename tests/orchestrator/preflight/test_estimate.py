@@ -1,0 +1,215 @@
+"""What a run is told to take beforehand is what it then takes: memory, disk, stages; and no more work than is asked."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from benchmarks.random_model import Shape, write_model
+from cluster import WorkerPlan
+from orchestrator.config import PruneConfig
+from orchestrator.pipeline import PruneResult
+from orchestrator.preflight.dry_run import plan_pruning
+from orchestrator.preflight.estimate import (
+    LIBRARIES,
+    Estimate,
+    Text,
+    Workload,
+    estimate_calibration,
+    estimate_pruning,
+)
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.moments.moments import MomentSum
+from slimllm_ops.stream.footprint import moment_bytes
+from slimllm_ops.stream.operations import Rates
+
+pytestmark = pytest.mark.own_workers
+
+SHAPE = Shape(hidden=512, intermediate=2048, layers=3, heads=8, kv_heads=4, vocabulary=500)
+BLOCKS, LENGTH = 64, 256
+WITHIN = 0.3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("large") / "model", SHAPE)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ids = np.random.default_rng(0).integers(0, SHAPE.vocabulary, size=(BLOCKS, LENGTH))
+    path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
+    pq.write_table(pa.table({"input_ids": ids.tolist()}), path)
+    return path
+
+
+def running() -> list[psutil.Process]:
+    return psutil.Process(os.getpid()).children(recursive=True)
+
+
+def titled(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
+@contextmanager
+def sampled() -> Iterator[dict[str, int]]:
+    """Samples the private memory of this process's workers and solves; the largest of each, by what they are."""
+    peaks = {"worker": 0, "solve": 0}
+    # Workers of another run may be about to end. A solve's process may be one that stayed.
+    others = set()
+    for process in running():
+        with suppress(psutil.Error):
+            if titled(process).startswith("ray::Shard"):
+                others.add(process.pid)
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.02):
+            for process in running():
+                try:
+                    title = titled(process)
+                    role = "worker" if title.startswith("ray::Shard") else "solve"
+                    if process.pid not in others and title.startswith(("ray::Shard", "ray::eliminate", "ray::decide")):
+                        # USS would be as good, and takes the system ten times as long.
+                        memory = process.memory_info()
+                        peaks[role] = max(peaks[role], memory.rss - memory.shared)
+                except psutil.Error:
+                    continue
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def baseline(prune_model: Callable[..., PruneResult], mha_model: Path) -> int:
+    """What a worker takes on a model of next to nothing: its libraries."""
+    with sampled() as peaks:
+        prune_model(mha_model)
+    return peaks["worker"]
+
+
+@pytest.mark.parametrize("method", ["slimllm", "gram"])
+def test_the_estimate_is_what_a_run_takes(
+    prune_model: Callable[..., PruneResult],
+    model: Path,
+    tokens: Path,
+    tracking_uri: str,
+    baseline: int,
+    method: str,
+) -> None:
+    settings: dict[str, Any] = {"calibration": str(tokens), "method": method, "sparsity": (0.33,), "workers": 1}
+    plan = plan_pruning(PruneConfig(model=str(model), tracking_uri=tracking_uri, **settings))
+    assert plan is not None
+    estimate = plan.estimate
+    with sampled() as peaks:
+        result = prune_model(model, **settings)
+    assert estimate.worker == pytest.approx(peaks["worker"], rel=WITHIN)
+    # The libraries are more than half of it: what is above them is told as well.
+    assert estimate.worker - LIBRARIES == pytest.approx(peaks["worker"] - baseline, rel=WITHIN)
+    if method == "gram":
+        assert estimate.solve == pytest.approx(peaks["solve"], rel=WITHIN)
+    written = sum(path.stat().st_size for path in result.output.rglob("*") if path.is_file())
+    assert estimate.output == pytest.approx(written, rel=WITHIN)
+    # Stages are those of the run, by its own names.
+    assert [stage.name for stage in estimate.stages[1:]] == list(result.totals.seconds)[1:]
+
+
+# ---- Told from shapes alone
+
+
+@pytest.fixture(scope="module")
+def source(model: Path) -> Checkpoint:
+    return Checkpoint.open(model)
+
+
+def told(
+    source: Checkpoint, estimating: Callable[[Workload], Estimate] = estimate_pruning, workers: int = 1, **settings: Any
+) -> Estimate:
+    work = Workload(
+        config=PruneConfig(**settings),
+        source=source,
+        calibration=Text(BLOCKS, LENGTH),
+        held_out=(Text(4, LENGTH),) if settings.get("evaluate") else (),
+        workers=WorkerPlan(workers, 2, 0.0, weights_travel=workers > 1),
+        rates=Rates(products=1e11, solves=5e10),
+        driver=500_000_000,
+    )
+    return estimating(work)
+
+
+def test_states_are_shared_by_workers_and_go_to_files(source: Checkpoint) -> None:
+    one, two, spilled = told(source), told(source, workers=2), told(source, offload=True)
+    states = BLOCKS * LENGTH * 4 * (SHAPE.hidden + SHAPE.intermediate)
+    assert one.worker - two.worker == states // 2
+    assert one.worker - spilled.worker == spilled.spilled == states
+    assert (one.spilled, one.weights, one.moments) == (0, 0, 0)
+    # Similarities, then pruning: each node but the driver's is sent the model twice.
+    assert two.weights == 2 * source.num_bytes()
+    assert two.moments > 0
+
+
+def test_what_is_asked_for_decides_the_stages(source: Checkpoint) -> None:
+    gram = told(source, method="gram", sparsity=(0.2, 0.5), refine=True, evaluate=("x",))
+    assert [stage.name for stage in gram.stages] == [
+        *("start", "calibrating", "deciding", "refining", "read back", "perplexity, dense", "perplexity, pruned")
+    ]
+    kept = told(source, method="gram", moments="kept")
+    assert [stage.name for stage in kept.stages] == ["start", "deciding", "read back"]
+    # No worker starts, and no moments are kept.
+    assert (kept.worker, kept.beside, kept.tokens) == (0, 0, 0)
+    calibration = told(source, estimate_calibration, method="gram")
+    assert [stage.name for stage in calibration.stages] == ["start", "calibrating"]
+    moments = told(source, method="gram").beside
+    assert (calibration.output, calibration.tracked) == (moments, 0)
+    # Both checkpoints once more, as they were before they were refined.
+    assert gram.beside == moments + gram.output
+
+
+def test_moments_are_as_large_as_told(source: Checkpoint) -> None:
+    widths, whole = (SHAPE.hidden, SHAPE.intermediate), 0
+    for width in widths:
+        total = MomentSum()
+        total.add(torch.ones(2, width))
+        whole += total.packed().num_bytes
+    assert moment_bytes(source, torch.device("cpu")) == pytest.approx(whole, rel=0.01)
+
+
+def test_seconds_follow_work_and_workers(source: Checkpoint) -> None:
+    one, two = told(source, method="gram"), told(source, method="gram", workers=2)
+    assert one.stages[1].seconds is not None
+    assert two.stages[1].seconds == pytest.approx(one.stages[1].seconds / 2)
+    layer = 2 * SHAPE.layer_parameters + 2 * LENGTH * SHAPE.hidden + SHAPE.hidden**2 + SHAPE.intermediate**2
+    observing = SHAPE.layers * BLOCKS * LENGTH * layer / (1e11 * 0.6)
+    solves = sum(2 * width**3 * (3 + SHAPE.hidden / width) for width in (SHAPE.hidden, SHAPE.intermediate))
+    assert one.stages[1].seconds == pytest.approx(observing + SHAPE.layers * solves / (5e10 * 0.35), rel=0.01)
+
+
+def test_without_a_rate_no_seconds_are_told(source: Checkpoint) -> None:
+    work = Workload(
+        config=PruneConfig(),
+        source=source,
+        calibration=Text(BLOCKS, LENGTH),
+        held_out=(Text(4, LENGTH),),
+        workers=WorkerPlan(1, 2, 1.0, weights_travel=False),
+        rates=None,
+        driver=0,
+    )
+    estimate = estimate_pruning(work)
+    assert (estimate.seconds, estimate.device) == (None, "cuda")
+    assert len(estimate.lines()) == 1
+    assert estimate_pruning(replace(work, rates=Rates(1.0, 1.0))).seconds is not None
