@@ -26,18 +26,11 @@ from orchestrator.pruning.one_pass import calibrate as observe_model
 from orchestrator.pruning.one_pass import prune_one_pass
 from orchestrator.pruning.refine import refine_model
 from orchestrator.pruning.run_context import Job, Target, open_targets, target_name
-from orchestrator.record.files import (
-    Totals,
-    count_totals,
-    log_inputs,
-    log_record,
-    run_params,
-    settings_of,
-    what_is_asked,
-    write_record,
-)
+from orchestrator.record.files import run_params, settings_of, what_is_asked, write_record
+from orchestrator.record.mlflow import log_inputs, log_record
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.sweep import log_sweep
+from orchestrator.record.totals import Totals, count_totals
 from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting
 from slimllm_ops.checkpoint.moment_store import MomentStore

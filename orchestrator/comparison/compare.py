@@ -26,8 +26,10 @@ from orchestrator.progress import Reporter
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import observed_moments, prune_from_moments
 from orchestrator.pruning.run_context import Job, Target, open_target, target_name
-from orchestrator.record.files import Totals, count_parameters, log_inputs, run_params, write_record
+from orchestrator.record.files import run_params, write_record
+from orchestrator.record.mlflow import log_inputs
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
+from orchestrator.record.totals import Totals, count_parameters
 from orchestrator.tracking import Run, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting
 from slimllm_ops.checkpoint.moment_store import MomentStore
