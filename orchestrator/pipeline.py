@@ -19,7 +19,7 @@ from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, delivered, is_delivered
 from orchestrator.output.staging import Staging, staged
 from orchestrator.preflight.dry_run import Intent, amount, checkpoints_output, moments_output, require_room
-from orchestrator.preflight.estimate import estimate_calibration, estimate_pruning
+from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import calibrate as observe_model

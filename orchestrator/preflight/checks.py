@@ -10,7 +10,8 @@ from actors.probe import NodeState, installed, look_at_nodes
 from cluster import Node, Resources, WorkerPlan, spread_workers
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.output.staging import unfinished
-from orchestrator.preflight.estimate import LIBRARIES, Estimate, readable
+from orchestrator.preflight.estimate import Estimate, readable
+from orchestrator.preflight.stages import LIBRARIES
 from orchestrator.tracking import TrackingOptions
 from orchestrator.tracking.reach import local_store
 from slimllm_ops.stream.operations import Rates

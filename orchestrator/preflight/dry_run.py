@@ -12,7 +12,9 @@ from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, is_whole
 from orchestrator.output.staging import require_startable
 from orchestrator.preflight.checks import Check, check_fit, check_nodes, look_at, require_certain
-from orchestrator.preflight.estimate import Estimate, Workload, estimate_calibration, estimate_pruning
+from orchestrator.preflight.estimate import Estimate
+from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
+from orchestrator.preflight.workload import Workload
 from orchestrator.progress import Reporter
 from orchestrator.record.files import what_is_asked
 
