@@ -16,9 +16,16 @@ from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.output.destination import Destination, delivered, is_delivered
+from orchestrator.output.destination import (
+    Destination,
+    amount,
+    checkpoints_output,
+    delivered,
+    is_delivered,
+    moments_output,
+)
 from orchestrator.output.staging import Staging, staged
-from orchestrator.preflight.dry_run import Intent, amount, checkpoints_output, moments_output, require_room
+from orchestrator.preflight.dry_run import Intent, require_room
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
 from orchestrator.pruning.layerwise import prune_layerwise

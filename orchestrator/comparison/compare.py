@@ -19,9 +19,9 @@ from cluster import find_room, session
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
+from orchestrator.output.destination import amount
 from orchestrator.output.staging import Staging, staged
 from orchestrator.pipeline import complete, named, settle_workers, tracking_options, working
-from orchestrator.preflight.dry_run import amount
 from orchestrator.progress import Reporter
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import observed_moments, prune_from_moments
