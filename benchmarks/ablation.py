@@ -17,7 +17,8 @@ import actors
 import slimllm_ops
 from benchmarks.machine import describe_machine, write_table
 from cluster import session
-from orchestrator.comparison.compare import LAYER_BY_LAYER, REFINED, Comparison, Contestant, compare, one_pass
+from orchestrator.comparison.compare import Comparison, compare
+from orchestrator.comparison.contestants import LAYER_BY_LAYER, REFINED, Contestant, one_pass
 from orchestrator.config import CompareConfig
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import Ranked, rank_modules, write_models

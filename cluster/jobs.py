@@ -3,7 +3,6 @@
 Every wait has a limit; what goes wrong is a `ClusterError` of one line.
 """
 
-import asyncio
 import logging
 import os
 import shlex
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import requests
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.errors import ClusterError
+from cluster.job_log import LogTail
 from cluster.session import require_answer
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -155,7 +154,7 @@ class JobServer:
         """
         over = self.state(job_id).is_over
         while not over:
-            with closing(_Tail(self._client, job_id)) as tail:
+            with closing(LogTail(self._client, job_id)) as tail:
                 passed = 0
                 while not over and (text := tail.read(QUIET_SECONDS)) is not None:
                     fresh = text[max(0, seen - passed) :]
@@ -246,42 +245,6 @@ class _Client(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **arguments: Any) -> requests.Response:
         return super()._do_request(method, endpoint, timeout=REQUEST_SECONDS, **arguments)
-
-
-class _Tail:
-    """A log as Ray's client streams it, read by an event loop of its own with a limit on every wait."""
-
-    def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._texts = client.tail_job_logs(job_id)
-        self._next: asyncio.Task[str | None] | None = None
-
-    def read(self, seconds: float) -> str | None:
-        """Return what came next, nothing where nothing came in time, None where the connection is closed."""
-        self._next = self._next or self._loop.create_task(self._step())
-        done, _ = self._loop.run_until_complete(asyncio.wait({self._next}, timeout=seconds))
-        if not done:
-            return ""
-        step, self._next = self._next, None
-        try:
-            return step.result()
-        except (aiohttp.ClientError, RuntimeError, OSError):
-            return None
-
-    async def _step(self) -> str | None:
-        return await anext(self._texts, None)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._loop.run_until_complete(_cancelled(asyncio.all_tasks(self._loop)))
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
-
-
-async def _cancelled(tasks: set[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _resolve(address: str | None) -> str:

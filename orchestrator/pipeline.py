@@ -16,28 +16,28 @@ from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.output.destination import Destination, delivered, is_delivered
+from orchestrator.output.destination import (
+    Destination,
+    amount,
+    checkpoints_output,
+    delivered,
+    is_delivered,
+    moments_output,
+)
 from orchestrator.output.staging import Staging, staged
-from orchestrator.preflight.dry_run import Intent, amount, checkpoints_output, moments_output, require_room
-from orchestrator.preflight.estimate import estimate_calibration, estimate_pruning
+from orchestrator.preflight.dry_run import Intent, require_room
+from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import calibrate as observe_model
 from orchestrator.pruning.one_pass import prune_one_pass
 from orchestrator.pruning.refine import refine_model
 from orchestrator.pruning.run_context import Job, Target, open_targets, target_name
-from orchestrator.record.files import (
-    Totals,
-    count_totals,
-    log_inputs,
-    log_record,
-    run_params,
-    settings_of,
-    what_is_asked,
-    write_record,
-)
+from orchestrator.record.files import run_params, settings_of, what_is_asked, write_record
+from orchestrator.record.mlflow import log_inputs, log_record
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.sweep import log_sweep
+from orchestrator.record.totals import Totals, count_totals
 from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting
 from slimllm_ops.checkpoint.moment_store import MomentStore

@@ -13,8 +13,8 @@ from orchestrator.comparison.table import print_table
 from orchestrator.pipeline import PruneResult
 from orchestrator.preflight.dry_run import RunPlan
 from orchestrator.preflight.estimate import readable
-from orchestrator.record.files import Totals
 from orchestrator.record.sweep import sweep_cells, sweep_rows
+from orchestrator.record.totals import Totals
 from orchestrator.secrets import masked
 from orchestrator.tracking import how_to_log, where_to_look
 

@@ -7,7 +7,7 @@ own ratio removes what it removes: then `slimllm` goes first, and the others rem
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,47 +16,26 @@ from typing import Any
 import actors
 import slimllm_ops
 from cluster import find_room, session
+from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, refinable
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
+from orchestrator.output.destination import amount
 from orchestrator.output.staging import Staging, staged
 from orchestrator.pipeline import complete, named, settle_workers, tracking_options, working
-from orchestrator.preflight.dry_run import amount
 from orchestrator.progress import Reporter
-from orchestrator.pruning.layerwise import prune_layerwise
-from orchestrator.pruning.one_pass import observed_moments, prune_from_moments
+from orchestrator.pruning.one_pass import observed_moments
 from orchestrator.pruning.run_context import Job, Target, open_target, target_name
-from orchestrator.record.files import Totals, count_parameters, log_inputs, run_params, write_record
+from orchestrator.record.files import run_params, write_record
+from orchestrator.record.mlflow import log_inputs
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
+from orchestrator.record.totals import Totals, count_parameters
 from orchestrator.tracking import Run, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting
 from slimllm_ops.checkpoint.moment_store import MomentStore
-from slimllm_ops.errors import InputError
-from slimllm_ops.methods import METHODS, Method
-from slimllm_ops.models.families import Family
-from slimllm_ops.stream.refinement import require_refinable
 
-# Every gap is a fraction of this method's.
-REFERENCE = "slimllm"
 # A config of gram has none of the paper's settings.
 GRAM_ONLY = {"method": "gram", "ratio": None, "pruned_layers": None, "alpha": None}
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A method as it takes part: from a job and the moments of the dense model, it writes every target's model.
-
-    Attributes:
-        name: what it is called.
-        source: whose method it is.
-        prune: writes the layers of every target.
-        refine: whether the models are refined after that.
-    """
-
-    name: str
-    source: str
-    prune: Callable[[Job, MomentStore, list[Target]], None]
-    refine: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,62 +144,6 @@ def compare(
             experiment_id=run.experiment_id,
             run_id=run.run_id,
         )
-
-
-def refinable(
-    chosen: Sequence[Contestant], names: Sequence[str], family: Family, note: Callable[[str], None]
-) -> list[Contestant]:
-    """Return what takes part on a family: where that cannot be refined, what refines stays out, and a note says so.
-
-    Raises:
-        InputError: what refines was asked for by its name.
-    """
-    try:
-        require_refinable(family)
-    except InputError as error:
-        if any(one.refine and one.name in names for one in chosen):
-            raise
-        note(f"{', '.join(one.name for one in chosen if one.refine)} does not take part: {error}")
-        return [one for one in chosen if not one.refine]
-    return list(chosen)
-
-
-def choose(names: Sequence[str]) -> list[Contestant]:
-    """Return what takes part, by name: `slimllm` first, and all there is where no name is given.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    known = {one.name: one for one in contestants()}
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"method {name!r} is unknown: choose among {', '.join(known)}")
-    return [one for name, one in known.items() if name in names or not names or name == REFERENCE]
-
-
-def contestants() -> list[Contestant]:
-    """Return every method: `slimllm`, the rows of `METHODS`, a user's own among them, and gram refined."""
-    rows = [one_pass(method) for method in METHODS.values()]
-    return [LAYER_BY_LAYER, *rows[:1], REFINED, *rows[1:]]
-
-
-def one_pass(method: Method) -> Contestant:
-    """Return a row of `METHODS` as it takes part."""
-
-    def prune(job: Job, store: MomentStore, targets: list[Target]) -> None:
-        prune_from_moments(job, store, method, targets)
-
-    return Contestant(method.name, method.source, prune)
-
-
-def _prune_layer_by_layer(job: Job, store: MomentStore, targets: list[Target]) -> None:
-    prune_layerwise(job, targets)
-
-
-LAYER_BY_LAYER = Contestant(REFERENCE, "SlimLLM (Guo et al., ICML 2025), as published", _prune_layer_by_layer)
-REFINED = replace(
-    one_pass(METHODS["gram"]), name="gram-refine", source="gram, then refined towards the dense stream", refine=True
-)
 
 
 def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row], float]:

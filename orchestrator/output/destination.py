@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from orchestrator.config import ConfigError
+from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.output.staging import ASKED, held, is_begun, is_finished, require_same
 from orchestrator.sources import storage
 from orchestrator.tracking import TrackingError
@@ -191,3 +191,20 @@ def _upload(directory: Path, uri: str, overwrite: bool, note: Callable[[str], No
         error.add_note(waits)
         raise
     shutil.rmtree(directory)
+
+
+def checkpoints_output(config: PruneConfig, name: str) -> Destination:
+    """Return where the checkpoints of a model of this name go: by default to pruned/<model>-<sparsity>."""
+    return Destination.of(config.output or f"pruned/{name}-{amount(config)}")
+
+
+def moments_output(config: PruneConfig, name: str) -> Destination:
+    """Return where the moments of a model of this name go: by default to moments/<model>."""
+    return Destination.of(config.output or f"moments/{name}")
+
+
+def amount(config: PruneConfig) -> str:
+    """Return how much goes, as outputs and runs are named by it."""
+    if config.ratio is not None:
+        return f"ratio-{config.ratio:g}"
+    return "-".join(f"{sparsity:g}" for sparsity in config.targets)

@@ -19,11 +19,13 @@ from cluster import ClusterError, Resources, WorkerPlan, plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.data.files import local_file
 from orchestrator.inputs import DOWNLOADED, model_name, resolve_model
+from orchestrator.output.destination import checkpoints_output
 from orchestrator.output.staging import require_startable
 from orchestrator.pipeline import tracking_options
 from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, existing, look_at
-from orchestrator.preflight.dry_run import checkpoints_output
-from orchestrator.preflight.estimate import Estimate, Text, Workload, estimate_pruning, readable
+from orchestrator.preflight.estimate import Estimate, readable
+from orchestrator.preflight.stages import estimate_pruning
+from orchestrator.preflight.workload import Text, Workload
 from orchestrator.record.files import PACKAGES
 from orchestrator.secrets import masked
 from orchestrator.sources import hub

@@ -9,10 +9,12 @@ import slimllm_ops
 from cluster import Resources, WorkerPlan, plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.output.destination import Destination, is_whole
+from orchestrator.output.destination import Destination, checkpoints_output, is_whole, moments_output
 from orchestrator.output.staging import require_startable
 from orchestrator.preflight.checks import Check, check_fit, check_nodes, look_at, require_certain
-from orchestrator.preflight.estimate import Estimate, Workload, estimate_calibration, estimate_pruning
+from orchestrator.preflight.estimate import Estimate
+from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
+from orchestrator.preflight.workload import Workload
 from orchestrator.progress import Reporter
 from orchestrator.record.files import what_is_asked
 
@@ -53,23 +55,6 @@ def plan_pruning(config: PruneConfig, reporter: Reporter | None = None) -> RunPl
 def plan_calibration(config: PruneConfig, reporter: Reporter | None = None) -> RunPlan | None:
     """Return what `calibrate` would do and take, as `plan_pruning` does."""
     return _plan_run(config, reporter or Reporter(), moments_output, estimate_calibration)
-
-
-def checkpoints_output(config: PruneConfig, name: str) -> Destination:
-    """Return where the checkpoints of a model of this name go: by default to pruned/<model>-<sparsity>."""
-    return Destination.of(config.output or f"pruned/{name}-{amount(config)}")
-
-
-def moments_output(config: PruneConfig, name: str) -> Destination:
-    """Return where the moments of a model of this name go: by default to moments/<model>."""
-    return Destination.of(config.output or f"moments/{name}")
-
-
-def amount(config: PruneConfig) -> str:
-    """Return how much goes, as outputs and runs are named by it."""
-    if config.ratio is not None:
-        return f"ratio-{config.ratio:g}"
-    return "-".join(f"{sparsity:g}" for sparsity in config.targets)
 
 
 def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> None:

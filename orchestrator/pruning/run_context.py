@@ -18,7 +18,7 @@ from orchestrator.inputs import Inputs
 from orchestrator.output.staging import Staging
 from orchestrator.progress import Reporter
 from orchestrator.pruning.perplexity import evaluate
-from orchestrator.record.files import log_layer
+from orchestrator.record.mlflow import log_layer
 from orchestrator.tracking import Run
 from slimllm_ops.checkpoint.commit_log import CommitLog
 from slimllm_ops.checkpoint.reading import Checkpoint

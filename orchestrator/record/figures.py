@@ -2,7 +2,7 @@
 
 Drawn on `matplotlib.figure.Figure` objects of their own, with no global state, so that they can be drawn in
 any thread and beside anybody's own plots. Colours are those of Okabe and Ito, which readers with any colour
-vision tell watched_process. Widths follow the number of layers: 5 to 80 stay legible.
+vision tell apart. Widths follow the number of layers: 5 to 80 stay legible.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.models.families import layer_shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +28,7 @@ METHOD_DASHES = ("-", ":", "--")
 SLOT_WIDTH = 0.8
 # Up to so many layers a count fits into its bar as it is, beyond it is turned.
 MAX_WIDE_SLOTS = 12
-# More points than this in the slot of a layer cannot be told watched_process.
+# More points than this in the slot of a layer cannot be told apart.
 MAX_POINTS = 400
 # Scores that span more than this are drawn on a logarithmic axis.
 MAX_LINEAR_SPAN = 30.0
@@ -39,6 +43,23 @@ class LayerKept:
     heads_total: int
     channels_kept: int
     channels_total: int
+
+    @classmethod
+    def of(cls, source: Checkpoint, layer: int, plan: LayerPlan) -> "LayerKept":
+        """Count what a plan keeps of a layer of the model."""
+        shape = layer_shape(source.config, layer)
+        group = shape.num_attention_heads // shape.num_key_value_heads
+        return cls(
+            layer=layer,
+            heads_kept=0 if plan.dropped else _num_kept(plan.attention, shape.num_key_value_heads) * group,
+            heads_total=shape.num_attention_heads,
+            channels_kept=0 if plan.dropped else _num_kept(plan.mlp, shape.num_channels),
+            channels_total=shape.num_channels,
+        )
+
+
+def _num_kept(decision: Decision | None, whole: int) -> int:
+    return whole if decision is None else len(decision.kept)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.record.figures import draw_perplexity_over_sparsity
-from orchestrator.record.files import Totals
+from orchestrator.record.totals import Totals
 from orchestrator.tracking import Run
 
 

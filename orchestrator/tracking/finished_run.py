@@ -9,8 +9,10 @@ from typing import Any
 from orchestrator.secrets import masked
 from orchestrator.tracking.journal import Journal
 from orchestrator.tracking.options import TrackingError, TrackingOptions
+from orchestrator.tracking.reach import server_name
 from orchestrator.tracking.run import Run, warn_on_stderr
-from orchestrator.tracking.server import RequiredServer, StoredRun, Warn, shown
+from orchestrator.tracking.server import RequiredServer, Warn
+from orchestrator.tracking.stored_run import StoredRun
 
 # The journal of a pruned model, or of several; that of a comparison.
 JOURNALS = ("pruning/metrics.jsonl", "metrics.jsonl")
@@ -61,7 +63,7 @@ def log_output(
     run = _FinishedRun(server, _journals(output)[0], options, parent=None)
     before = run.is_logged()
     if before is None and not run.log():
-        raise TrackingError(f"{shown(server.uri)} refused a part of {output}: mend that, and log it again")
+        raise TrackingError(f"{server_name(server.uri)} refused a part of {output}: mend that, and log it again")
     run_id = before or run.run_id
     assert run_id is not None, "a run whose log is whole was created"
     return LoggedOutput(

@@ -1,4 +1,7 @@
-"""Whether runs can be logged at a place, asked without leaving anything there: no run, no experiment, no file."""
+"""MLflow's place: whether runs can be logged there, what it is called in messages, and how long a call may take.
+
+`reach_store` asks without leaving anything: no run, no experiment, no file.
+"""
 
 import logging
 import os
@@ -8,15 +11,21 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.tracking.options import TrackingError, TrackingOptions
-from orchestrator.tracking.server import DATABASE_PORTS, ENVIRONMENT, QUICK_SECONDS, failure, shown
+from orchestrator.secrets import masked
+from orchestrator.tracking.options import TrackingError, TrackingOptions, database_file
 
-
-def local_store(uri: str) -> Path | None:
-    """Return the file of an SQLite store; None for any other, and for one in memory."""
-    if not uri.startswith("sqlite") or ":///" not in uri or ":memory:" in uri:
-        return None
-    return Path(uri.partition(":///")[2].partition("?")[0]).absolute()
+# A call is tried twice, so a server that swallows packets costs 8 s, once. MLflow's own limits: 16 minutes.
+QUICK_SECONDS = "4"
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": QUICK_SECONDS,
+    # "503, retry after 120 s" would be waited for.
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 def reach_store(options: TrackingOptions) -> str:
@@ -27,8 +36,8 @@ def reach_store(options: TrackingOptions) -> str:
     """
     uri = options.resolved_uri
     try:
-        if (path := local_store(uri)) is not None:
-            return f"{shown(uri)}, {_try_file(path)}"
+        if (path := database_file(uri)) is not None:
+            return f"{server_name(uri)}, {_try_file(path)}"
         if (dialect := urlsplit(uri).scheme.partition("+")[0]) in DATABASE_PORTS:
             # MLflow would set up tables as it connects.
             parts = urlsplit(uri)
@@ -38,8 +47,8 @@ def reach_store(options: TrackingOptions) -> str:
             _ask_server(uri)
     # Any: MLflow raises what the libraries beneath it raise.
     except Exception as error:
-        raise TrackingError(f"{shown(uri)} {failure(error)}") from None
-    return f"{shown(uri)} answers"
+        raise TrackingError(f"{server_name(uri)} {failure(error)}") from None
+    return f"{server_name(uri)} answers"
 
 
 def _try_file(path: Path) -> str:
@@ -63,3 +72,57 @@ def _ask_server(uri: str) -> None:
     from mlflow import MlflowClient
 
     MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+
+
+def prepare_store(uri: str) -> Path | None:
+    """Refuse what cannot work, and soon, where MLflow tries for minutes; return the folder of an SQLite file.
+
+    Artifacts are put into that folder: MLflow's own default is the working directory, wherever the file is.
+    """
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        # Its text has what it took for the port, which may be half of a password.
+        raise unusable(uri, "its host or its port cannot be read") from None
+    dialect = parts.scheme.partition("+")[0]
+    if dialect in ("http", "https") and not host:
+        raise unusable(uri, "it names no host")
+    if dialect in DATABASE_PORTS and host:
+        socket.create_connection((host, port or DATABASE_PORTS[dialect]), timeout=float(QUICK_SECONDS)).close()
+    if (path := database_file(uri)) is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA schema_version")
+    except (OSError, sqlite3.Error) as error:
+        raise unusable(uri, str(error)) from error
+    return path.parent
+
+
+def unusable(uri: str, why: str) -> TrackingError:
+    """Return the error that says why a URI cannot be used, and what to give."""
+    return TrackingError(
+        f"{server_name(uri)} cannot be used ({masked(why)}): give sqlite:///PATH.db or http://HOST:PORT"
+    )
+
+
+def server_name(uri: str) -> str:
+    """Return how a server is named in messages."""
+    return f"MLflow at {masked(uri)}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's text, short and without secrets."""
+    text = str(error).strip() or type(error).__name__
+    return masked(text.splitlines()[0])[:200]
+
+
+def failure(error: BaseException) -> str:
+    """Return in a few words how a server failed."""
+    # The first cause: what MLflow raises wraps the address and three layers of retries around it.
+    while deeper := error.__cause__ or error.__context__:
+        error = deeper
+    silent = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
+    return f"{'does not answer' if silent else 'failed'} ({one_line(error)})"

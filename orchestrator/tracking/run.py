@@ -13,7 +13,8 @@ from typing import Any
 
 from orchestrator.tracking.journal import Journal
 from orchestrator.tracking.options import TrackingOptions
-from orchestrator.tracking.server import Server, StoredRun, Warn
+from orchestrator.tracking.server import Server, Warn
+from orchestrator.tracking.stored_run import StoredRun
 
 
 class Run:

@@ -20,7 +20,8 @@ from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.output.staging import staged
 from orchestrator.preflight import checks
 from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, require_certain
-from orchestrator.preflight.estimate import LIBRARIES, Estimate, Stage
+from orchestrator.preflight.estimate import Estimate, Stage
+from orchestrator.preflight.stages import LIBRARIES
 from slimllm_ops.stream.operations import Rates
 
 pytestmark = pytest.mark.own_workers

@@ -20,14 +20,9 @@ from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import PruneResult
 from orchestrator.preflight.dry_run import plan_pruning
-from orchestrator.preflight.estimate import (
-    LIBRARIES,
-    Estimate,
-    Text,
-    Workload,
-    estimate_calibration,
-    estimate_pruning,
-)
+from orchestrator.preflight.estimate import Estimate
+from orchestrator.preflight.stages import LIBRARIES, estimate_calibration, estimate_pruning
+from orchestrator.preflight.workload import Text, Workload
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import MomentSum
 from slimllm_ops.stream.footprint import moment_bytes

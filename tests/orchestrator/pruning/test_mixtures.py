@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from orchestrator import PruneConfig
-from orchestrator.comparison.compare import choose, refinable
+from orchestrator.comparison.contestants import choose, refinable
 from orchestrator.pipeline import PruneResult, calibrate, prune
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from orchestrator.pipeline import PruneResult
-from orchestrator.record.files import log_layer
+from orchestrator.record.mlflow import log_layer
 from orchestrator.tracking import TrackingOptions, tracked_run
 from orchestrator.tracking.journal import Journal
 from slimllm_ops.checkpoint.reading import Checkpoint

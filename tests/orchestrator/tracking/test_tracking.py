@@ -11,8 +11,8 @@ from mlflow.entities import Metric
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
-from orchestrator.tracking import server as mlflow_store
+from orchestrator.tracking import TrackingError, TrackingOptions, stored_run, tracked_run
+from orchestrator.tracking.reach import QUICK_SECONDS
 from tests.orchestrator.tracked import assert_everything_logged, events_of, files_of, log_everything, steps_of
 
 
@@ -64,7 +64,7 @@ def test_artifacts_lie_beside_the_database(uri, client, journal, checkpoint, tmp
 
 
 def test_system_metrics_are_sampled(uri, client, journal, monkeypatch):
-    monkeypatch.setattr(mlflow_store, "SAMPLING_SECONDS", 0.1)
+    monkeypatch.setattr(stored_run, "SAMPLING_SECONDS", 0.1)
     with tracked_run(TrackingOptions(tracking_uri=uri), journal) as run:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -274,7 +274,7 @@ def test_a_server_that_dies_costs_one_warning_and_nothing_of_the_run(server, oth
         run.log_metrics({"perplexity": 7.25})
         assert run.log_checkpoint(checkpoint, "tiny", {}) == "models:/served/1"
         run.log_artifacts(checkpoint, to="files")
-        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == mlflow_store.QUICK_SECONDS
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == QUICK_SECONDS
         with run.child("inner"):
             pass
         assert warnings == []

@@ -1,0 +1,238 @@
+"""What each stage of a run takes, from the shapes of the model and the tokens: memory and seconds.
+
+A worker's memory is that of its libraries plus what it will likely hold (`slimllm_ops.stream.footprint`). A solve's is
+counted the same way. Seconds are operations divided by a measured rate (`slimllm_ops.stream.operations`). They
+leave out the network and other work on the machine.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from actors.batching import BATCH_TOKENS, blocks_at_once
+from actors.pool import IN_FLIGHT
+from orchestrator.preflight.estimate import Estimate, Stage
+from orchestrator.preflight.workload import Text, Workload
+from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
+from slimllm_ops.stream.layer_stream import LOGIT_TOKENS, compute_dtype
+from slimllm_ops.stream.operations import OBSERVING_SHARE, SOLVING_SHARE
+
+# The host's memory that a worker's libraries take: a worker on a model of next to nothing (benchmarks/memory.py).
+LIBRARIES = 344_000_000
+# What a driver loads only as it goes on: MLflow's uploads, matplotlib (benchmarks/results/memory.md).
+LATER_LIBRARIES = 200_000_000
+# Workers import torch and transformers before they answer.
+STARTING_SECONDS = 5.0
+# Weights come from and go to disks at some such rate: assumed, for nobody waits for a file to be read to know it.
+BYTES_PER_SECOND = 1e9
+# Of a head's logits: as they are computed, and what their logarithms are taken from.
+LOGIT_COPIES = 2
+
+
+def estimate_pruning(work: Workload) -> Estimate:
+    """Return what `prune` will take."""
+    config, targets = work.config, len(work.config.targets)
+    passes = _PRUNING[config.method](work)
+    observing = {"slimllm": targets, "gram": config.moments is None}[config.method] + 2 * targets * config.refine
+    return _estimate(
+        work,
+        [*passes, *_finishing(work)],
+        observing=observing,
+        passing=observing + (config.method == "slimllm") + len(work.held_out) * (1 + targets),
+        output=_output_bytes(work),
+        tracked=_output_bytes(work),
+        beside=config.refine * _output_bytes(work)
+        + (_kept_moments(work) if config.method == "gram" and config.moments is None else 0),
+    )
+
+
+def estimate_calibration(work: Workload) -> Estimate:
+    """Return what `calibrate` will take."""
+    output = _kept_moments(work)
+    return _estimate(work, [_calibrating(work)], observing=1, passing=1, output=output, beside=0, tracked=0)
+
+
+def _estimate(
+    work: Workload, stages: Sequence[Stage], *, observing: int, passing: int, output: int, beside: int, tracked: int
+) -> Estimate:
+    """Gather an estimate; the numbers are of passes that observe moments, and of all passes."""
+    workers, moments = work.workers, moment_bytes(work.source, work.device)
+    start = [Stage(name="start", driver=work.driver, seconds=STARTING_SECONDS if work.rates else None)]
+    return Estimate(
+        stages=(*start, *stages),
+        num_workers=workers.num_workers,
+        device=work.device.type,
+        shared=moments * (workers.num_workers + IN_FLIGHT) if observing else 0,
+        output=output,
+        beside=beside,
+        tracked=tracked,
+        spilled=_spilled(work) if observing else 0,
+        weights=passing * work.stored_bytes if workers.weights_travel else 0,
+        moments=observing * (workers.num_workers - 1) * moments * work.source.num_layers,
+        tokens=4 * observing * work.calibration.num_tokens,
+    )
+
+
+def _layerwise(work: Workload) -> Iterator[Stage]:
+    """Yield the stages of the paper's method: a pass that measures similarities, then one for each target."""
+    targets, tokens = len(work.config.targets), work.calibration.num_tokens
+    passing, deciding = (Footprint.of(work.source, work.device, deciding=one) for one in (False, True))
+    forward = _seconds(work, tokens, sum(layer.forward for layer in work.layers))
+    yield _stage(work, "layer similarities", passing.passing(), forward)
+    observing = _seconds(
+        work,
+        tokens,
+        sum(layer.forward + layer.moments for layer in work.layers),
+        # Where the moments were merged: one worker decides, and the others wait.
+        solves=work.workers.num_workers * sum(layer.decision for layer in work.layers),
+    )
+    yield _stage(work, "pruning", deciding, _times(targets, observing))
+
+
+def _one_pass(work: Workload) -> Iterator[Stage]:
+    """Yield the stages of `gram`: a pass if there are no moments, decisions, and another pass to refine."""
+    config, targets = work.config, len(work.config.targets)
+    if config.moments is None:
+        yield _calibrating(work)
+    refits = _seconds(work, 0, 0, solves=targets * sum(layer.refit for layer in work.layers))
+    yield Stage(name="deciding", solve=_solving(work), driver=_driving(work), seconds=refits)
+    if config.refine:
+        footprint = Footprint.of_refinement(work.source, work.source, work.device)
+        both = sum(2 * layer.forward + 3 * layer.moments for layer in work.layers)
+        solves = work.workers.num_workers * sum(3 * layer.refit for layer in work.layers)
+        refining = _seconds(work, work.calibration.num_tokens, both, solves=solves)
+        yield _stage(work, "refining", footprint, _times(targets, refining))
+
+
+_PRUNING = {"slimllm": _layerwise, "gram": _one_pass}
+
+
+def _calibrating(work: Workload) -> Stage:
+    """Return the pass that observes the dense model while modules are solved."""
+    measures = work.config.drop_layers
+    footprint = Footprint.of(work.source, work.device, deciding=False, measures_change=measures)
+    operations = sum(layer.forward + layer.moments for layer in work.layers)
+    solves = sum(layer.elimination for layer in work.layers)
+    seconds = _seconds(work, work.calibration.num_tokens, operations, solves=solves)
+    return _stage(work, "calibrating", footprint, seconds, solve=_solving(work))
+
+
+def _finishing(work: Workload) -> Iterator[Stage]:
+    """Yield what follows when models are written: each is read back, and measured beside the dense one."""
+    targets = len(work.config.targets)
+    seconds = _seconds(work, 0, 0)
+    yield Stage(name="read back", driver=_driving(work), seconds=_times(targets, seconds))
+    for name, models in (("perplexity, dense", 1), ("perplexity, pruned", targets)):
+        if work.held_out:
+            measured = [_measuring(work, name, text) for text in work.held_out]
+            largest = max(measured, key=lambda stage: stage.worker)
+            seconds = None if work.rates is None else models * sum(stage.seconds or 0.0 for stage in measured)
+            yield Stage(
+                name=name, worker=largest.worker, required=largest.required, driver=work.driver, seconds=seconds
+            )
+
+
+def _measuring(work: Workload, name: str, text: Text) -> Stage:
+    """Return a pass of held-out text with its logits."""
+    vocabulary, hidden = work.source.config.vocab_size, work.source.config.hidden_size
+    footprint = Footprint.of(work.source, work.device, deciding=False).passing()
+    head = compute_dtype(work.device).itemsize * vocabulary * hidden
+    logits = LOGIT_COPIES * torch.float32.itemsize * LOGIT_TOKENS * vocabulary
+    operations = sum(layer.forward for layer in work.layers) + 2 * vocabulary * hidden
+    seconds = _seconds(work, text.num_tokens, operations)
+    return _stage(work, name, footprint, seconds, text=text, outside=head + max(work.embedding_bytes, logits))
+
+
+def _stage(
+    work: Workload,
+    name: str,
+    footprint: Footprint,
+    seconds: float | None,
+    *,
+    text: Text | None = None,
+    outside: int = 0,
+    solve: int = 0,
+) -> Stage:
+    """Return a stage in which a text, by default the calibration's, passes the workers.
+
+    Args:
+        work: the run.
+        name: the stage.
+        footprint: what the stream takes.
+        seconds: what the stage takes.
+        text: what passes.
+        outside: bytes that are taken outside the layers, when those are gone.
+        solve: bytes of a solve beside it.
+    """
+    text = text or work.calibration
+    at_once = blocks_at_once(text.num_blocks, text.length, BATCH_TOKENS) * text.length
+    held = 0 if work.config.offload else _tokens_per_worker(work, text)
+    # The table of embeddings is there when a stream is opened, before its first layer.
+    outside = max(outside, work.embedding_bytes) + footprint.states_per_token * held
+    likely = max(footprint.likely_peak(held, at_once), outside)
+    return Stage(
+        name=name,
+        worker=_libraries(work) + likely,
+        required=footprint.fixed + footprint.states_per_token * held + footprint.activations_per_token * text.length,
+        solve=solve,
+        driver=_driving(work),
+        seconds=seconds,
+    )
+
+
+def _tokens_per_worker(work: Workload, text: Text) -> int:
+    return -(-text.num_blocks // work.workers.num_workers) * text.length
+
+
+def _spilled(work: Workload) -> int:
+    """Return the bytes of the states that a worker holds in files, at most."""
+    if not work.config.offload:
+        return 0
+    deciding = work.config.method == "slimllm"
+    footprint = Footprint.of(work.source, work.device, deciding=deciding, measures_change=work.config.drop_layers)
+    if work.config.refine:
+        footprint = Footprint.of_refinement(work.source, work.source, work.device)
+    return footprint.states_per_token * _tokens_per_worker(work, work.calibration)
+
+
+def _libraries(work: Workload) -> int:
+    # What CUDA takes of a GPU for each process is not known beforehand, and not counted.
+    return LIBRARIES if work.device.type == "cpu" else 0
+
+
+def _solving(work: Workload) -> int:
+    return _libraries(work) + solve_bytes(work.source, work.device)
+
+
+def _driving(work: Workload) -> int:
+    """Return the driver's bytes while it writes layers and passes a few tokens through them: always on CPUs."""
+    footprint = Footprint.of(work.source, torch.device("cpu"), deciding=False)
+    return work.driver + LATER_LIBRARIES + max(footprint.layers + 2 * footprint.stored_layer, work.embedding_bytes)
+
+
+def _output_bytes(work: Workload) -> int:
+    """Return the bytes of all checkpoints; one of the paper's own ratio has the model's size at most."""
+    names = [name for layer in range(work.source.num_layers) for name in work.source.layer_names(layer)]
+    share = work.source.num_parameters(names) / work.source.num_parameters(list(work.source.files))
+    return int(sum(work.stored_bytes * (1 - share * (sparsity or 0.0)) for sparsity in work.config.targets))
+
+
+def _kept_moments(work: Workload) -> int:
+    return work.source.num_layers * moment_bytes(work.source, work.device)
+
+
+def _seconds(work: Workload, tokens: int, operations: float, *, solves: float = 0.0) -> float | None:
+    """Return the seconds of a pass over the model: of tokens with so many operations each, and of solves.
+
+    On one processor, solves beside a pass take from it what they gain; the weights are read while the pass computes.
+    """
+    if work.rates is None:
+        return None
+    workers = work.workers.num_workers
+    computing = tokens * operations / (work.rates.products * OBSERVING_SHARE * workers)
+    solving = solves / (work.rates.solves * SOLVING_SHARE * workers)
+    return max(computing + solving, work.stored_bytes / BYTES_PER_SECOND)
+
+
+def _times(number: int, seconds: float | None) -> float | None:
+    return None if seconds is None else number * seconds

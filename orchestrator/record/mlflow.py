@@ -1,0 +1,113 @@
+"""What a run logs to MLflow: its inputs, a line for each layer, and the record of each checkpoint."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.inputs import Inputs
+from orchestrator.record.figures import LayerKept
+from orchestrator.record.totals import Totals
+from orchestrator.tracking import Run
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.models.families import layer_shape
+
+# Settings by which one model is told from another, where they are set.
+TOLD_OF_A_MODEL = ("method", "refine", "ratio", "uniform", "no_bias", "model", "model_digest")
+# Digits of measured figures where they are read, not computed with.
+READ_DIGITS = 4
+
+
+def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:
+    """Log the parameters and the digests of the data, before anything is computed."""
+    run.log_params({name: value for name, value in params.items() if value is not None})
+    calibration = inputs.calibration
+    _log_dataset(
+        run, "calibration", calibration.spec, calibration.digest, calibration.num_blocks, calibration.block_length
+    )
+    for blocks in inputs.held_out:
+        _log_dataset(run, "evaluation", blocks.spec, blocks.digest, *blocks.input_ids_BT.shape)
+
+
+def _log_dataset(
+    run: Run,
+    context: Literal["calibration", "evaluation"],
+    spec: str,
+    digest: str,
+    num_blocks: int,
+    length: int,
+) -> None:
+    run.log_dataset(Path(spec).name, digest, context, spec, num_blocks, length)
+
+
+def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
+    """Log a layer's metrics, with step = layer, and return them; none if an earlier attempt at the run logged them."""
+    if layer in run.logged_steps:
+        return {}
+    metrics = _layer_metrics(source, layer, plan)
+    run.log_metrics(metrics, step=layer)
+    return metrics
+
+
+def _layer_metrics(source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
+    shape = layer_shape(source.config, layer)
+    kept = LayerKept.of(source, layer, plan)
+    metrics: dict[str, float] = {
+        "heads_kept": kept.heads_kept,
+        "key_value_heads_kept": kept.heads_kept * shape.num_key_value_heads // shape.num_attention_heads,
+        "channels_kept": kept.channels_kept,
+        "attention_relative_error": _relative_error(plan.attention),
+        "mlp_relative_error": _relative_error(plan.mlp),
+    }
+    # Only the paper's method measures similarities and follows ratios.
+    if plan.similarity is not None and plan.ratio is not None:
+        metrics |= {"cosine": plan.similarity, "ratio": plan.ratio}
+    if plan.relative_change is not None:
+        metrics["relative_change"] = plan.relative_change
+    if plan.mlp is not None and source.family.mlp.reading.experts is not None:
+        metrics["idle_experts"] = len(plan.mlp.idle_experts)
+    return metrics
+
+
+def log_record(
+    run: Run, directory: Path, inputs: Inputs, target: str, params: dict[str, Any], totals: Totals
+) -> str | None:
+    """Log the totals, the record's files and the checkpoint; return the logged model's URI.
+
+    Args:
+        run: The target's.
+        directory: The checkpoint.
+        inputs: What was pruned.
+        target: What the target is called, which becomes the alias of the checkpoint if that is registered.
+        params: What the checkpoint was made by.
+        totals: What came of it.
+    """
+    description = describe(inputs.name, params["method"], totals)
+    run.log_metrics(totals.metrics())
+    run.log_note(description)
+    run.log_artifacts(directory / "pruning", to="pruning")
+    told = {
+        "sparsity": params["sparsity"] or round(totals.sparsity, READ_DIGITS),
+        "parameters": totals.parameters_after,
+    }
+    return run.log_checkpoint(
+        directory,
+        f"{inputs.name}-{target}",
+        told | {name: params[name] for name in TOLD_OF_A_MODEL if params.get(name)},
+        measured={name: round(value, READ_DIGITS) for name, value in totals.perplexities().items()},
+        alias=target,
+        description=description,
+    )
+
+
+def describe(name: str, method: str, totals: Totals) -> str:
+    """Return what was done to a model and what it cost, in a line."""
+    # The registry's table shows some thirty characters: those by which versions are told apart come first.
+    costs = [
+        f"perplexity {pruned:.2f} (dense {dense:.2f}) on {Path(data).name}"
+        for data, (dense, pruned) in totals.perplexity.items()
+    ]
+    return "; ".join([*costs, f"{name} pruned by {totals.sparsity:.1%} with {method}"])
+
+
+def _relative_error(decision: Decision | None) -> float:
+    return 0.0 if decision is None else decision.relative_error
