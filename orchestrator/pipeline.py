@@ -18,13 +18,13 @@ from orchestrator.data import DataError
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import (
     Destination,
-    amount,
     checkpoints_output,
-    delivered,
-    is_delivered,
+    deliver_output,
+    finish_delivery,
     moments_output,
+    sparsity_label,
 )
-from orchestrator.output.staging import Staging, staged
+from orchestrator.output.staging import Staging, open_staging
 from orchestrator.preflight.dry_run import Intent, require_room
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
@@ -110,11 +110,11 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     require_lasting(config.output, tracking)
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
-    tracking = named(tracking, f"{inputs.name}-{config.method}-{amount(config)}")
+    tracking = named(tracking, f"{inputs.name}-{config.method}-{sparsity_label(config)}")
     output = checkpoints_output(config, inputs.name)
-    if config.resume and is_delivered(output, what_is_asked(config, inputs), config.overwrite, reporter.note):
+    if config.resume and finish_delivery(output, what_is_asked(config, inputs), config.overwrite, reporter.note):
         return PruneResult(output=output.place, models=(), tracking_uri=None, experiment_id=None, run_id=None)
-    with delivered(output, config.overwrite, reporter.note) as directory:
+    with deliver_output(output, config.overwrite, reporter.note) as directory:
         result = _prune_into(directory, output, config, inputs, tracking, reporter)
         return replace(result, log_command=how_to_log(directory, output.place))
 
@@ -129,7 +129,7 @@ def _prune_into(
 ) -> PruneResult:
     """Prune into a directory, which appears when it is whole; the result names the places where it goes."""
     with (
-        staged(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
+        open_staging(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
         session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
@@ -180,12 +180,12 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
     require_lasting(config.output)
     inputs = load_inputs(config)
     output, asked = moments_output(config, inputs.name), what_is_asked(config, inputs)
-    if config.resume and is_delivered(output, asked, config.overwrite, reporter.note):
+    if config.resume and finish_delivery(output, asked, config.overwrite, reporter.note):
         reporter.note(f"{output.place} is finished: there is nothing to resume")
         return output.place
     with (
-        delivered(output, config.overwrite, reporter.note) as directory,
-        staged(directory, config.overwrite, asked, config.resume) as staging,
+        deliver_output(output, config.overwrite, reporter.note) as directory,
+        open_staging(directory, config.overwrite, asked, config.resume) as staging,
         session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
     ):
         workers = settle_workers(config, resources, staging)

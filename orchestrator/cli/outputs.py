@@ -96,7 +96,7 @@ def _here(output: str) -> Iterator[Path]:
     if not is_uri(output):
         yield Path(output)
         return
-    from orchestrator.output.destination import brought
+    from orchestrator.output.destination import fetch_output
 
-    with brought(output) as directory:
+    with fetch_output(output) as directory:
         yield directory

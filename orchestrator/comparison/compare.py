@@ -20,8 +20,8 @@ from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, r
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.output.destination import amount
-from orchestrator.output.staging import Staging, staged
+from orchestrator.output.destination import sparsity_label
+from orchestrator.output.staging import Staging, open_staging
 from orchestrator.pipeline import complete, named, settle_workers, tracking_options, working
 from orchestrator.progress import Reporter
 from orchestrator.pruning.one_pass import observed_moments
@@ -122,10 +122,10 @@ def compare(
     chosen = refinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
-    tracking = named(tracking, f"{inputs.name}-comparison-{amount(config)}")
+    tracking = named(tracking, f"{inputs.name}-comparison-{sparsity_label(config)}")
     output = Path(config.output or f"comparisons/{inputs.name}")
     with (
-        staged(output, config.overwrite) as staging,
+        open_staging(output, config.overwrite) as staging,
         session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
         tracked_run(tracking, staging.directory / "metrics.jsonl", reporter.warn) as run,
     ):

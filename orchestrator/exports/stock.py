@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from orchestrator.exports import Exported
-from orchestrator.output.staging import staged
+from orchestrator.output.staging import open_staging
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stock import stock_form, write_stock
 
@@ -28,7 +28,7 @@ def export_stock(output: Path, path: Path | None, overwrite: bool) -> Exported:
     # Of "." the name is known only once it is absolute.
     absolute = output.absolute()
     path = path or absolute.with_name(f"{absolute.name}-stock")
-    with staged(path, overwrite) as staging:
+    with open_staging(path, overwrite) as staging:
         write_stock(source, form, staging.directory)
         if (output / "pruning").is_dir():
             shutil.copytree(output / "pruning", staging.directory / "pruning")

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.config import ConfigError, PruneConfig
-from orchestrator.output.staging import ASKED, held, is_begun, is_finished, require_same
+from orchestrator.output.staging import ASKED, has_unfinished_run, hold_lock, is_finished, require_same
 from orchestrator.sources import storage
 from orchestrator.tracking import TrackingError
 from slimllm_ops.errors import InputError
@@ -63,7 +63,7 @@ class Destination:
         return "/".join([self.uri, *relative.parts])
 
 
-def is_delivered(output: Destination, asked: dict[str, Any], overwrite: bool, note: Callable[[str], None]) -> bool:
+def finish_delivery(output: Destination, asked: dict[str, Any], overwrite: bool, note: Callable[[str], None]) -> bool:
     """Return whether an output is whole where it goes, and is what is asked; what is whole here is uploaded first.
 
     Raises:
@@ -71,7 +71,7 @@ def is_delivered(output: Destination, asked: dict[str, Any], overwrite: bool, no
         DeliveryError: the store did not take it.
     """
     if output.uri is not None and is_finished(output.directory, asked):
-        with _holding(output.directory, output.uri):
+        with _lock_upload(output.directory, output.uri):
             _upload(output.directory, output.uri, overwrite, note)
         return True
     return is_whole(output, asked)
@@ -85,9 +85,9 @@ def is_whole(output: Destination, asked: dict[str, Any]) -> bool:
     """
     if is_finished(output.directory, asked):
         return True
-    if output.uri is None or is_begun(output.directory):
+    if output.uri is None or has_unfinished_run(output.directory):
         return False
-    with _refusing():
+    with _as_config_errors():
         earlier = storage.read_text(output.uri, str(ASKED))
     if earlier is None:
         return False
@@ -96,7 +96,7 @@ def is_whole(output: Destination, asked: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def delivered(output: Destination, overwrite: bool, note: Callable[[str], None]) -> Iterator[Path]:
+def deliver_output(output: Destination, overwrite: bool, note: Callable[[str], None]) -> Iterator[Path]:
     """Give the directory to make an output in; at the end it is uploaded, if it goes to a store.
 
     Raises:
@@ -107,41 +107,41 @@ def delivered(output: Destination, overwrite: bool, note: Callable[[str], None])
     if output.uri is None:
         yield output.directory
         return
-    with _holding(output.directory, output.uri):
+    with _lock_upload(output.directory, output.uri):
         if (output.directory / ASKED).exists() and not overwrite:
             raise ConfigError(
                 f"an earlier run of {output.uri} was finished and not uploaded, and is in {output.directory}: "
                 f"pass --resume to upload it, or --overwrite to begin anew"
             )
-        with _refusing():
+        with _as_config_errors():
             storage.require_writable(output.uri, overwrite)
         yield output.directory
         _upload(output.directory, output.uri, overwrite, note)
 
 
 @contextmanager
-def brought(uri: str) -> Iterator[Path]:
+def fetch_output(uri: str) -> Iterator[Path]:
     """Give a copy of an output that is in a store, for what reads it; journals that grow in it are put back.
 
     Raises:
         ConfigError: it is not there, not whole, or the store does not take the journal.
     """
-    with _refusing():
+    with _as_config_errors():
         fetched = storage.fetch_directory(uri)
     if not (fetched / ASKED).exists():
         raise ConfigError(f"{uri} is no whole output (it has no {ASKED}): upload it again by --resume, or prune again")
-    with TemporaryDirectory(dir=fetched.parents[1]) as folder, _named(uri, Path(folder) / fetched.name) as copy:
+    with TemporaryDirectory(dir=fetched.parents[1]) as folder, _naming_uri(uri, Path(folder) / fetched.name) as copy:
         # Only journals are written to, and what was fetched must stay as it is.
-        shutil.copytree(fetched, copy, copy_function=_copied_if_journal)
+        shutil.copytree(fetched, copy, copy_function=_copy_or_link)
         journals = {path: path.read_bytes() for path in copy.rglob(JOURNAL)}
         yield copy
-        with _refusing():
+        with _as_config_errors():
             for path, before in journals.items():
                 if path.read_bytes() != before:
                     storage.upload_file(uri, path, path.relative_to(copy).as_posix())
 
 
-def _copied_if_journal(source: str, copy: str) -> None:
+def _copy_or_link(source: str, copy: str) -> None:
     if Path(source).name == JOURNAL:
         shutil.copyfile(source, copy)
     else:
@@ -149,7 +149,7 @@ def _copied_if_journal(source: str, copy: str) -> None:
 
 
 @contextmanager
-def _named(uri: str, directory: Path) -> Iterator[Path]:
+def _naming_uri(uri: str, directory: Path) -> Iterator[Path]:
     """Errors about the copy name the URI."""
     try:
         yield directory
@@ -158,10 +158,10 @@ def _named(uri: str, directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _holding(directory: Path, uri: str) -> Iterator[None]:
+def _lock_upload(directory: Path, uri: str) -> Iterator[None]:
     """Hold what is on its way to a URI; where nothing is left of it, leave nothing."""
     holder = directory.parent / "holder"
-    with held(holder, uri):
+    with hold_lock(holder, uri):
         try:
             yield
         finally:
@@ -170,7 +170,7 @@ def _holding(directory: Path, uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def _as_config_errors() -> Iterator[None]:
     """Refusals of a store, before anything is computed, are the user's to mend."""
     try:
         yield
@@ -195,7 +195,7 @@ def _upload(directory: Path, uri: str, overwrite: bool, note: Callable[[str], No
 
 def checkpoints_output(config: PruneConfig, name: str) -> Destination:
     """Return where the checkpoints of a model of this name go: by default to pruned/<model>-<sparsity>."""
-    return Destination.of(config.output or f"pruned/{name}-{amount(config)}")
+    return Destination.of(config.output or f"pruned/{name}-{sparsity_label(config)}")
 
 
 def moments_output(config: PruneConfig, name: str) -> Destination:
@@ -203,7 +203,7 @@ def moments_output(config: PruneConfig, name: str) -> Destination:
     return Destination.of(config.output or f"moments/{name}")
 
 
-def amount(config: PruneConfig) -> str:
+def sparsity_label(config: PruneConfig) -> str:
     """Return how much goes, as outputs and runs are named by it."""
     if config.ratio is not None:
         return f"ratio-{config.ratio:g}"

@@ -58,7 +58,7 @@ class Staging:
         return self.directory / ".work"
 
     @property
-    def holder(self) -> Path:
+    def lock_file(self) -> Path:
         """Who writes here."""
         return self.work / "holder"
 
@@ -83,7 +83,7 @@ class Staging:
 
 
 @contextmanager
-def staged(
+def open_staging(
     output: Path, overwrite: bool, asked: dict[str, Any] | None = None, resume: bool = False
 ) -> Iterator[Staging]:
     """Give a directory beside `output` to write in, which becomes `output` at the end.
@@ -105,9 +105,9 @@ def staged(
     output = output.absolute()
     made = [parent for parent in output.parents if not parent.exists()]
     try:
-        with _held(output) as staging:
+        with _lock_staging(output) as staging:
             staging = _begin(staging, overwrite, asked, resume)
-            with _kept_if_solved(staging, resumable=asked is not None):
+            with _keep_if_solved(staging, resumable=asked is not None):
                 yield staging
                 _replace(staging, output)
     finally:
@@ -121,7 +121,7 @@ def is_finished(output: Path, asked: dict[str, Any]) -> bool:
         ConfigError: it is whole, but was asked to be something else.
     """
     # What is there may be the result of earlier settings, which an unfinished run is about to overwrite.
-    if not (output / ASKED).exists() or is_begun(output):
+    if not (output / ASKED).exists() or has_unfinished_run(output):
         return False
     require_same(json.loads((output / ASKED).read_text()), asked, f"output {output}")
     # A run may end between giving the output its name and this.
@@ -141,13 +141,13 @@ def require_free(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {output} is not empty: choose another --output, or pass --overwrite to replace it")
 
 
-def unfinished(output: Path) -> Path:
+def staging_directory(output: Path) -> Path:
     """Return the directory in which a run of this output writes until it is whole, there or not."""
     return _staging(output).directory
 
 
-def require_startable(output: Path, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> None:
-    """Refuse an output that `staged` would refuse, as far as can be told without writing anything.
+def require_can_start(output: Path, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> None:
+    """Refuse an output that `open_staging` would refuse, as far as can be told without writing anything.
 
     Args:
         output: where it is to appear.
@@ -156,10 +156,10 @@ def require_startable(output: Path, overwrite: bool, asked: dict[str, Any] | Non
         resume: whether to go on from what is solved.
 
     Raises:
-        ConfigError: as `staged` raises it.
+        ConfigError: as `open_staging` raises it.
     """
     require_free(output, overwrite)
-    _goes_on(_staging(output), overwrite, asked, resume)
+    _can_resume(_staging(output), overwrite, asked, resume)
     nearest = next(parent for parent in output.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
@@ -173,21 +173,21 @@ def _staging(output: Path) -> Staging:
     return Staging(output.parent / f".{output.name}.partial")
 
 
-def is_begun(output: Path) -> bool:
+def has_unfinished_run(output: Path) -> bool:
     """Return whether an earlier run of an output was not finished, and left what it had."""
     return _staging(output).directory.exists()
 
 
 @contextmanager
-def _held(output: Path) -> Iterator[Staging]:
+def _lock_staging(output: Path) -> Iterator[Staging]:
     """Make the directory beside the output, and hold it for as long as this process lives."""
     staging = _staging(output)
-    with held(staging.holder, str(output)):
+    with hold_lock(staging.lock_file, str(output)):
         yield staging
 
 
 @contextmanager
-def held(holder: Path, output: str) -> Iterator[None]:
+def hold_lock(holder: Path, output: str) -> Iterator[None]:
     """Hold what an output is made in for as long as this process lives; the file says who does.
 
     Raises:
@@ -219,11 +219,11 @@ def held(holder: Path, output: str) -> Iterator[None]:
 
 def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> Staging:
     """Take over what an earlier run left, or begin with nothing."""
-    if asked is not None and _goes_on(staging, overwrite, asked, resume):
+    if asked is not None and _can_resume(staging, overwrite, asked, resume):
         return Staging(staging.directory, resumed=True)
     earlier = staging.directory / ASKED
     for path in (*staging.directory.iterdir(), *staging.work.iterdir()):
-        if path not in (staging.work, staging.holder):
+        if path not in (staging.work, staging.lock_file):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     staging.solved.mkdir()
     if asked is not None:
@@ -232,7 +232,7 @@ def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resu
     return staging
 
 
-def _goes_on(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> bool:
+def _can_resume(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> bool:
     """Return whether there is an earlier run to go on with; refuse one that is neither the same nor to be replaced."""
     earlier = staging.directory / ASKED
     if not earlier.exists():
@@ -264,7 +264,7 @@ def require_same(earlier: dict[str, Any], asked: dict[str, Any], described: str)
 
 
 @contextmanager
-def _kept_if_solved(staging: Staging, resumable: bool) -> Iterator[None]:
+def _keep_if_solved(staging: Staging, resumable: bool) -> Iterator[None]:
     """After an error keep what is solved, and say so; else leave nothing."""
     try:
         yield

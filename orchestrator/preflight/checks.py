@@ -9,7 +9,7 @@ from pathlib import Path
 from actors.probe import NodeState, installed, look_at_nodes
 from cluster import Node, Resources, WorkerPlan, spread_workers
 from orchestrator.config import ConfigError, PruneConfig
-from orchestrator.output.staging import unfinished
+from orchestrator.output.staging import staging_directory
 from orchestrator.preflight.estimate import Estimate, readable
 from orchestrator.preflight.stages import LIBRARIES
 from orchestrator.tracking import TrackingOptions, database_file
@@ -134,7 +134,7 @@ def _check_output_disk(config: PruneConfig, output: Path, estimate: Estimate) ->
     written, free = estimate.output + estimate.beside, shutil.disk_usage(place).free
     if config.resume:
         # What an earlier attempt has written is not written again.
-        free += sum(path.stat().st_size for path in unfinished(output).rglob("*") if path.is_file())
+        free += sum(path.stat().st_size for path in staging_directory(output).rglob("*") if path.is_file())
     store = database_file(TrackingOptions(tracking_uri=config.tracking_uri).resolved_uri)
     # MLflow's copy of the checkpoint, where it lies on the same disk.
     copied = estimate.tracked if store is not None and _disk_of(store) == _disk_of(place) else 0

@@ -20,7 +20,7 @@ from orchestrator.config import PruneConfig
 from orchestrator.data.files import local_file
 from orchestrator.inputs import DOWNLOADED, model_name, resolve_model
 from orchestrator.output.destination import checkpoints_output
-from orchestrator.output.staging import require_startable
+from orchestrator.output.staging import require_can_start
 from orchestrator.pipeline import tracking_options
 from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, existing, look_at
 from orchestrator.preflight.estimate import Estimate, readable
@@ -120,7 +120,7 @@ def check_hub(config: PruneConfig, *, found: bool) -> Check:
 def check_output(config: PruneConfig) -> Check:
     """Say whether the output is free, or what is there can be gone on with."""
     output = _output(config)
-    require_startable(output, config.overwrite, None, config.resume)
+    require_can_start(output, config.overwrite, None, config.resume)
     return Check("output", True, f"{output} is free")
 
 

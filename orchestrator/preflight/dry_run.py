@@ -10,7 +10,7 @@ from cluster import Resources, WorkerPlan, plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, checkpoints_output, is_whole, moments_output
-from orchestrator.output.staging import require_startable
+from orchestrator.output.staging import require_can_start
 from orchestrator.preflight.checks import Check, check_fit, check_nodes, look_at, require_certain
 from orchestrator.preflight.estimate import Estimate
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
@@ -79,7 +79,7 @@ def _plan_run(
     if config.resume and is_whole(output, asked):
         reporter.note(f"{output.place} is finished: there is nothing to resume")
         return None
-    require_startable(output.directory, config.overwrite, asked, config.resume)
+    require_can_start(output.directory, config.overwrite, asked, config.resume)
     with session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources:
         workers = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
         return _compare(Intent(config, inputs, output, resources, workers), estimating, gpus=workers.gpus_per_worker)

@@ -32,7 +32,7 @@ _S3 = {
     "max_concurrency": 1,
 }
 OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
-# What stores call that by which they tell versions of a file watched_process.
+# What stores call that by which they tell versions of a file apart.
 VERSIONS = {
     *("etag", "md5hash", "crc32c", "contentmd5", "digest", "blobid", "xethash"),
     *("generation", "lastmodified", "updated", "mtime", "modified"),

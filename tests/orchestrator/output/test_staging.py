@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config import ConfigError
-from orchestrator.output.staging import is_finished, staged
+from orchestrator.output.staging import is_finished, open_staging
 from slimllm_ops.errors import NonFiniteError, ReadBackError
 
 ASKED: dict[str, Any] = {"sparsity": (0.2,), "model_digest": "abc"}
@@ -17,9 +17,9 @@ ASKED: dict[str, Any] = {"sparsity": (0.2,), "model_digest": "abc"}
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from orchestrator.output.staging import staged
+from orchestrator.output.staging import open_staging
 
-with staged(Path(sys.argv[1]), False, {"sparsity": (0.2,), "model_digest": "abc"}) as staging:
+with open_staging(Path(sys.argv[1]), False, {"sparsity": (0.2,), "model_digest": "abc"}) as staging:
     if sys.argv[2] == "solved":
         (staging.solved / "layer").write_text("seven")
     (staging.directory / "half").touch()
@@ -31,7 +31,7 @@ with staged(Path(sys.argv[1]), False, {"sparsity": (0.2,), "model_digest": "abc"
 
 def test_it_appears_under_its_name_when_it_is_whole(tmp_path: Path) -> None:
     output = tmp_path / "a" / "b"
-    with staged(output, overwrite=False) as staging:
+    with open_staging(output, overwrite=False) as staging:
         (staging.directory / "file").write_text("whole")
         assert not output.exists()
     assert (output / "file").read_text() == "whole"
@@ -40,14 +40,14 @@ def test_it_appears_under_its_name_when_it_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_after_an_error_nothing_is_left(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), staged(tmp_path / "a" / "b" / "out", overwrite=False) as staging:  # noqa: PT012
+    with pytest.raises(error), open_staging(tmp_path / "a" / "b" / "out", overwrite=False) as staging:  # noqa: PT012
         (staging.directory / "file").write_text("half")
         raise error
     assert not list(tmp_path.iterdir())
 
 
 def test_a_parent_that_others_write_to_stays(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staged(tmp_path / "a" / "out", overwrite=False):  # noqa: PT012
+    with pytest.raises(RuntimeError), open_staging(tmp_path / "a" / "out", overwrite=False):  # noqa: PT012
         (tmp_path / "a" / "others").touch()
         raise RuntimeError
     assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "others"]
@@ -57,7 +57,7 @@ def test_an_output_that_is_not_empty_is_refused_and_left_as_it_is(tmp_path: Path
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").touch()
-    with pytest.raises(ConfigError, match=r"not empty.*--overwrite"), staged(output, overwrite=False):
+    with pytest.raises(ConfigError, match=r"not empty.*--overwrite"), open_staging(output, overwrite=False):
         pass
     assert [path.name for path in output.iterdir()] == ["precious"]
 
@@ -66,10 +66,10 @@ def test_overwriting_replaces_all_of_it_but_only_by_something_whole(tmp_path: Pa
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").touch()
-    with pytest.raises(RuntimeError), staged(output, overwrite=True):
+    with pytest.raises(RuntimeError), open_staging(output, overwrite=True):
         raise RuntimeError
     assert [path.name for path in output.iterdir()] == ["old"]
-    with staged(output, overwrite=True) as staging:
+    with open_staging(output, overwrite=True) as staging:
         (staging.directory / "new").touch()
     assert [path.name for path in output.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [output]
@@ -81,7 +81,7 @@ def test_an_empty_directory_is_taken_also_where_one_stands_in_it(tmp_path: Path)
     before = Path.cwd()
     os.chdir(inside)
     try:
-        with staged(Path(), overwrite=False) as staging:
+        with open_staging(Path(), overwrite=False) as staging:
             (staging.directory / "file").touch()
     finally:
         os.chdir(before)
@@ -91,12 +91,12 @@ def test_an_empty_directory_is_taken_also_where_one_stands_in_it(tmp_path: Path)
 @pytest.mark.parametrize("place", ["file/out", "file"])
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="choose another --output"), staged(tmp_path / place, overwrite=True):
+    with pytest.raises(ConfigError, match="choose another --output"), open_staging(tmp_path / place, overwrite=True):
         pass
 
 
 def test_a_place_in_a_read_only_file_system_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be written"), staged(Path("/proc/a/b"), overwrite=False):
+    with pytest.raises(ConfigError, match="cannot be written"), open_staging(Path("/proc/a/b"), overwrite=False):
         pass
 
 
@@ -126,7 +126,7 @@ def killed(tmp_path: Path) -> Path:
 
 
 def test_what_is_solved_waits_for_whoever_asks_the_same(killed: Path) -> None:
-    with staged(killed, False, ASKED, resume=True) as staging:
+    with open_staging(killed, False, ASKED, resume=True) as staging:
         assert staging.resumed
         assert (staging.solved / "layer").read_text() == "seven"
         assert (staging.directory / "half").exists()
@@ -136,7 +136,7 @@ def test_what_is_solved_waits_for_whoever_asks_the_same(killed: Path) -> None:
 
 def test_an_error_keeps_what_is_solved_and_says_how_to_go_on(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt) as raised, staged(output, False, ASKED) as staging:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt) as raised, open_staging(output, False, ASKED) as staging:  # noqa: PT012
         (staging.solved / "layer").touch()
         raise KeyboardInterrupt
     assert "--resume" in raised.value.__notes__[0]
@@ -146,17 +146,17 @@ def test_an_error_keeps_what_is_solved_and_says_how_to_go_on(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("error", [NonFiniteError("layer 3 holds NaN"), ReadBackError("layer 3 differs")])
 def test_what_could_not_go_on_leaves_nothing(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error)), staged(tmp_path / "out", False, ASKED) as staging:  # noqa: PT012
+    with pytest.raises(type(error)), open_staging(tmp_path / "out", False, ASKED) as staging:  # noqa: PT012
         (staging.solved / "layer").touch()
         raise error
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_solved_is_neither_forgotten_nor_overwritten_unasked(killed: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not finished.*--resume.*--overwrite"), staged(killed, False, ASKED):
+    with pytest.raises(ConfigError, match=r"not finished.*--resume.*--overwrite"), open_staging(killed, False, ASKED):
         pass
     assert (partial_of(killed) / ".work/solved/layer").exists()
-    with staged(killed, True, ASKED) as staging:
+    with open_staging(killed, True, ASKED) as staging:
         assert not staging.resumed
         assert sorted(path.name for path in staging.directory.iterdir()) == [".work", "pruning"]
         assert not list(staging.solved.iterdir())
@@ -165,7 +165,7 @@ def test_what_is_solved_is_neither_forgotten_nor_overwritten_unasked(killed: Pat
 def test_a_run_that_solved_nothing_is_begun_anew(tmp_path: Path) -> None:
     output = tmp_path / "out"
     begun(output, "nothing").communicate("\n")
-    with staged(output, False, ASKED) as staging:
+    with open_staging(output, False, ASKED) as staging:
         assert not (staging.directory / "half").exists()
     assert list(tmp_path.iterdir()) == [output]
 
@@ -174,14 +174,14 @@ def test_a_resume_that_asks_something_else_is_refused(killed: Path) -> None:
     other = ASKED | {"sparsity": (0.3,), "model_digest": "abd"}
     with (
         pytest.raises(ConfigError, match=r"model_digest abc there, abd here, sparsity \[0.2\] there, \(?\[?0.3"),
-        staged(killed, False, other, resume=True),
+        open_staging(killed, False, other, resume=True),
     ):
         pass
     assert (partial_of(killed) / ".work/solved/layer").exists()
 
 
 def test_with_nothing_to_resume_a_run_begins(tmp_path: Path) -> None:
-    with staged(tmp_path / "out", False, ASKED, resume=True) as staging:
+    with open_staging(tmp_path / "out", False, ASKED, resume=True) as staging:
         assert not staging.resumed
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -189,7 +189,7 @@ def test_with_nothing_to_resume_a_run_begins(tmp_path: Path) -> None:
 def test_a_finished_output_knows_what_it_was_asked_to_be(tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert not is_finished(output, ASKED)
-    with staged(output, False, ASKED):
+    with open_staging(output, False, ASKED):
         pass
     # As a run leaves it that is killed just before its last step.
     (output / ".work").mkdir()
@@ -201,13 +201,13 @@ def test_a_finished_output_knows_what_it_was_asked_to_be(tmp_path: Path) -> None
 
 def test_a_run_that_overwrites_is_resumed_beside_what_it_is_to_replace(tmp_path: Path) -> None:
     output, other = tmp_path / "out", ASKED | {"sparsity": (0.3,)}
-    with staged(output, False, other) as staging:
+    with open_staging(output, False, other) as staging:
         (staging.directory / "old").touch()
-    with pytest.raises(KeyboardInterrupt), staged(output, True, ASKED) as staging:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), open_staging(output, True, ASKED) as staging:  # noqa: PT012
         (staging.solved / "layer").touch()
         raise KeyboardInterrupt
     assert not is_finished(output, ASKED)
-    with staged(output, True, ASKED, resume=True) as staging:
+    with open_staging(output, True, ASKED, resume=True) as staging:
         assert staging.resumed
     assert is_finished(output, ASKED)
     assert [path.name for path in output.iterdir()] == ["pruning"]
@@ -219,12 +219,12 @@ def test_a_second_run_is_refused_with_who_holds_the_output(tmp_path: Path, setti
     first = begun(output, "solved")
     with (
         pytest.raises(ConfigError, match=rf"another run \(process {first.pid} on "),
-        staged(output, **{"overwrite": False, "asked": ASKED} | settings),
+        open_staging(output, **{"overwrite": False, "asked": ASKED} | settings),
     ):
         pass
     assert (partial_of(output) / "half").exists()
     first.communicate("\n")
-    with staged(output, False, ASKED, resume=True) as staging:
+    with open_staging(output, False, ASKED, resume=True) as staging:
         assert staging.resumed
 
 
@@ -236,7 +236,7 @@ def test_a_value_is_computed_once_whatever_becomes_of_the_process(tmp_path: Path
         return [1 / 3, 2.0]
 
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", False, ASKED, resume=True) as staging:  # noqa: PT012
+        with pytest.raises(KeyboardInterrupt), open_staging(tmp_path / "out", False, ASKED, resume=True) as staging:  # noqa: PT012
             assert staging.results.once("values", compute) == [1 / 3, 2.0]
             raise KeyboardInterrupt
     assert len(computed) == 1

@@ -17,7 +17,7 @@ from cluster import Node, Resources, WorkerPlan
 from orchestrator import pipeline
 from orchestrator.cli import main
 from orchestrator.config import ConfigError, PruneConfig
-from orchestrator.output.staging import staged
+from orchestrator.output.staging import open_staging
 from orchestrator.preflight import checks
 from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, require_certain
 from orchestrator.preflight.estimate import Estimate, Stage
@@ -134,7 +134,7 @@ def test_the_disk_must_hold_the_output_what_lies_beside_it_and_mlflows_copy(
 
 
 def test_what_an_unfinished_run_has_written_is_not_written_again(tmp_path: Path, disk: Callable[[float], None]) -> None:
-    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "a" / "out", False, {"a": 1}) as staging:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), open_staging(tmp_path / "a" / "out", False, {"a": 1}) as staging:  # noqa: PT012
         with (staging.solved / "layer").open("wb") as file:
             file.truncate(10**9)
         raise KeyboardInterrupt

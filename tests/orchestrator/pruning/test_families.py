@@ -22,7 +22,7 @@ from actors.pool import SolverPool
 from actors.serving import shared_files
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import load_inputs
-from orchestrator.output.staging import staged
+from orchestrator.output.staging import open_staging
 from orchestrator.pipeline import PRUNERS, complete, tracking_options
 from orchestrator.progress import Reporter
 from orchestrator.pruning.run_context import Job, open_targets
@@ -73,7 +73,7 @@ class Workers:
         config = PruneConfig(model=str(model), sparsity=(0.33,), **given, **settings)
         inputs, journal = load_inputs(config), Path("pruning/metrics.jsonl")
         with (
-            staged(output, overwrite=False) as staging,
+            open_staging(output, overwrite=False) as staging,
             tracked_run(tracking_options(config), staging.directory / journal) as run,
             open_targets(config, staging, inputs.source, run) as (target,),
         ):

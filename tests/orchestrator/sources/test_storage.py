@@ -20,7 +20,7 @@ from orchestrator.cli import main
 from orchestrator.config import ConfigError
 from orchestrator.data import DataError, TextOptions, load_tokens
 from orchestrator.inputs import resolve_model
-from orchestrator.output.destination import DeliveryError, Destination, delivered
+from orchestrator.output.destination import DeliveryError, Destination, deliver_output
 from orchestrator.pipeline import PruneResult
 from orchestrator.sources import storage
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -356,11 +356,11 @@ def test_two_runs_on_one_machine_do_not_write_the_same(store: Store) -> None:
     output = Destination.of(f"s3://{BUCKET}/pruned/twice")
 
     def begin() -> None:
-        with delivered(output, False, print):
+        with deliver_output(output, False, print):
             pytest.fail("it began")
 
     def interrupt() -> None:
-        with delivered(output, False, print):
+        with deliver_output(output, False, print):
             with pytest.raises(ConfigError, match="pruned/twice is being written by another run"):
                 begin()
             raise KeyboardInterrupt
@@ -375,7 +375,7 @@ def test_an_upload_over_another_machines_output_is_refused(store: Store) -> None
     output = Destination.of(f"s3://{BUCKET}/pruned/raced")
 
     def make() -> None:
-        with delivered(output, False, print) as directory:
+        with deliver_output(output, False, print) as directory:
             (directory / "pruning").mkdir(parents=True)
             (directory / "pruning" / "asked.json").write_text('{"by": "this"}')
             store.client.put_object(Bucket=BUCKET, Key="pruned/raced/pruning/asked.json", Body=b'{"by": "another"}')
@@ -384,7 +384,7 @@ def test_an_upload_over_another_machines_output_is_refused(store: Store) -> None
         make()
     assert store.content("pruned/raced") == {"pruning/asked.json": b'{"by": "another"}'}
     assert (output.directory / "pruning" / "asked.json").is_file()
-    with delivered(output, True, print):
+    with deliver_output(output, True, print):
         pass
     assert store.content("pruned/raced") == {"pruning/asked.json": b'{"by": "this"}'}
     assert not waiting()
