@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from orchestrator.version import DISTRIBUTION
+
 BIN = Path(sys.executable).parent
 # For what takes seconds on an idle machine.
 SECONDS = 300
@@ -29,13 +31,13 @@ RAY_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY
 WITHOUT_SLIMLLM = """
 import importlib.metadata, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "slimllm" not in getattr(finder, "__module__", "")]
-version = importlib.metadata.version
-def version_of_others(name):
-    if name == "slimllm":
+distribution = importlib.metadata.distribution
+def distribution_of_others(name):
+    if name == "DISTRIBUTION":
         raise importlib.metadata.PackageNotFoundError(name)
-    return version(name)
-importlib.metadata.version = version_of_others
-"""
+    return distribution(name)
+importlib.metadata.distribution = distribution_of_others
+""".replace("DISTRIBUTION", DISTRIBUTION)
 
 
 def plain_environment() -> dict[str, str]:

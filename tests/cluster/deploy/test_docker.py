@@ -55,7 +55,8 @@ def test_what_is_copied_is_there_and_docker_sees_it(instructions: list[tuple[str
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)
     packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
-    assert packages | {"pyproject.toml", "constraints.txt", project["project"]["readme"]} == set(copied)
+    files = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
+    assert packages | files == set(copied)
 
 
 def test_it_installs_what_is_pinned_for_the_python_that_all_nodes_have(instructions: list[tuple[str, str]]) -> None:

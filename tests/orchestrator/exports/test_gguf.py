@@ -1,6 +1,6 @@
 """What llama.cpp loads from an export computes what transformers does; what it could not is refused.
 
-Reading a file back needs the package `gguf`, running it `llama-cpp-python`: pip install 'slimllm[gguf-test]'.
+Reading a file back needs the package `gguf`, running it `llama-cpp-python`: pip install -e '.[gguf-test]'.
 """
 
 import inspect
@@ -64,12 +64,12 @@ BETWEEN = {
 
 @pytest.fixture(scope="session")
 def gguf() -> Any:
-    return pytest.importorskip("gguf", reason="needs slimllm[gguf]")
+    return pytest.importorskip("gguf", reason="pip install -e '.[gguf]'")
 
 
 @pytest.fixture(scope="session")
 def llama_cpp(gguf: Any) -> Any:
-    return pytest.importorskip("llama_cpp", reason="needs slimllm[gguf-test]")
+    return pytest.importorskip("llama_cpp", reason="pip install -e '.[gguf-test]'")
 
 
 def decision(seed: int, kept: int, units: int, hidden: int) -> Decision:
@@ -494,7 +494,7 @@ def test_a_place_where_no_file_can_be_is_refused(pruned: Path, tmp_path: Path) -
 def test_without_the_package_one_line_says_what_to_install(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     before = content(pruned.parent)
-    assert refused(pruned).endswith("pip install 'slimllm[gguf]'")
+    assert refused(pruned).endswith("not installed: pip install -e '.[gguf]' in slimllm's checkout")
     assert content(pruned.parent) == before
 
 

@@ -155,9 +155,20 @@ def test_what_the_doctor_stumbles_over_is_a_line_too(doctor: Doctor, monkeypatch
 
 def test_versions_that_do_not_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = ["torch>=99", "no-such-package>=1", "numpy>=1", "gguf>=99; extra == 'gguf'"]
-    monkeypatch.setattr(diagnosis, "requires", lambda package: needs)
+    monkeypatch.setattr(diagnosis, "requires", {"slimllm-prune": needs}.__getitem__)
     check = diagnosis.check_versions()
     assert (check.ok, check.remedy) == (False, "install torch>=99, no-such-package>=1")
+
+
+def test_where_the_package_is_not_installed_the_versions_are_told_and_not_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Ray job carries the code, and the cluster's Python has no metadata of it."""
+    monkeypatch.setattr(diagnosis, "DISTRIBUTION", "no-such-package")
+    check = diagnosis.check_versions()
+    assert (check.ok, check.remedy) == (True, "")
+    assert f"torch {diagnosis.version('torch')}" in check.found
+    assert check.found.endswith("; no-such-package is not installed, so nothing says which versions fit")
 
 
 # ---- Where runs are logged

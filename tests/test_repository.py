@@ -1,0 +1,59 @@
+"""The files of the repository agree with one another: the name, the version, and what is checked before a commit."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from orchestrator.version import DISTRIBUTION, VERSION
+
+ROOT = Path(__file__).parents[1]
+CHECKS = ROOT / ".ci" / "run"
+# Where people are told what to install.
+FOLDERS = ("actors", "benchmarks", "cluster", "orchestrator", "slimllm_ops")
+PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    """Yield every text file that users read, with its path."""
+    paths = [ROOT / page for page in PAGES]
+    paths += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    for path in paths:
+        if path.suffix not in (".pyc", ".safetensors"):
+            yield path.relative_to(ROOT), path.read_text()
+
+
+def test_the_name_and_the_version_are_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (project["name"], project["license"]) == (DISTRIBUTION, citation["license"])
+    assert citation["version"] == VERSION
+    assert f"\n## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_nobody_is_told_to_install_a_strangers_package() -> None:
+    """PyPI's `slimllm` is another project."""
+    strangers = re.compile(r"pip install [^\n]*\bslimllm\b(?!-prune|'s checkout)|['\"`]slimllm\[")
+    found = [f"{path}: {match[0]}" for path, text in texts() for match in strangers.finditer(text)]
+    assert not found
+
+
+def test_every_optional_requirement_that_is_told_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = [match[1] for _, text in texts() for match in re.finditer(r"'\.\[([\w,-]+)\]'", text)]
+    names = {name for one in told for name in one.split(",")}
+    assert "gguf" in names
+    assert names <= set(extras)
+
+
+def test_what_is_checked_before_a_commit_and_on_github_is_what_ci_checks() -> None:
+    checks = CHECKS.read_text().splitlines()
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook["entry"] for hook in local["hooks"]]
+    assert hooks == ["make lint", "make types"]
+    assert set(hooks) < set(checks)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert steps == [f"bash {CHECKS.relative_to(ROOT)}"]
