@@ -11,8 +11,7 @@ from cluster import Node, Resources, WorkerPlan, spread_workers
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.output.staging import unfinished
 from orchestrator.preflight.estimate import LIBRARIES, Estimate, readable
-from orchestrator.tracking import TrackingOptions
-from orchestrator.tracking.reach import local_store
+from orchestrator.tracking import TrackingOptions, database_file
 from slimllm_ops.stream.operations import Rates
 
 PROBE_SECONDS = 10.0
@@ -135,7 +134,7 @@ def _check_output_disk(config: PruneConfig, output: Path, estimate: Estimate) ->
     if config.resume:
         # What an earlier attempt has written is not written again.
         free += sum(path.stat().st_size for path in unfinished(output).rglob("*") if path.is_file())
-    store = local_store(TrackingOptions(tracking_uri=config.tracking_uri).resolved_uri)
+    store = database_file(TrackingOptions(tracking_uri=config.tracking_uri).resolved_uri)
     # MLflow's copy of the checkpoint, where it lies on the same disk.
     copied = estimate.tracked if store is not None and _disk_of(store) == _disk_of(place) else 0
     copy = f", {readable(copied)} of them MLflow's copy" if copied else ""

@@ -18,6 +18,7 @@ from actors.pool import IN_FLIGHT
 from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
+from orchestrator.tracking import TrackingOptions
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
 from slimllm_ops.stream.layer_stream import LOGIT_TOKENS, compute_dtype
@@ -241,7 +242,7 @@ def estimate_pruning(work: Workload) -> Estimate:
         observing=observing,
         passing=observing + (config.method == "slimllm") + len(work.held_out) * (1 + targets),
         output=_output_bytes(work),
-        tracked=_output_bytes(work),
+        tracked=0 if TrackingOptions(tracking_uri=config.tracking_uri).journal_only else _output_bytes(work),
         beside=config.refine * _output_bytes(work)
         + (_kept_moments(work) if config.method == "gram" and config.moments is None else 0),
     )

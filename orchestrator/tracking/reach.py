@@ -8,15 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.tracking.options import TrackingError, TrackingOptions
+from orchestrator.tracking.options import JOURNAL_ONLY, TrackingError, TrackingOptions, database_file
 from orchestrator.tracking.server import DATABASE_PORTS, ENVIRONMENT, QUICK_SECONDS, failure, shown
-
-
-def local_store(uri: str) -> Path | None:
-    """Return the file of an SQLite store; None for any other, and for one in memory."""
-    if not uri.startswith("sqlite") or ":///" not in uri or ":memory:" in uri:
-        return None
-    return Path(uri.partition(":///")[2].partition("?")[0]).absolute()
 
 
 def reach_store(options: TrackingOptions) -> str:
@@ -25,9 +18,11 @@ def reach_store(options: TrackingOptions) -> str:
     Raises:
         TrackingError: nothing can be logged there.
     """
+    if options.journal_only:
+        return f"{JOURNAL_ONLY}: only the journal"
     uri = options.resolved_uri
     try:
-        if (path := local_store(uri)) is not None:
+        if (path := database_file(uri)) is not None:
             return f"{shown(uri)}, {_try_file(path)}"
         if (dialect := urlsplit(uri).scheme.partition("+")[0]) in DATABASE_PORTS:
             # MLflow would set up tables as it connects.
