@@ -16,7 +16,7 @@ from orchestrator.preflight.estimate import readable
 from orchestrator.record.sweep import sweep_cells, sweep_rows
 from orchestrator.record.totals import Totals
 from orchestrator.secrets import masked
-from orchestrator.tracking import how_to_log, where_to_look
+from orchestrator.tracking import JOURNAL_ONLY, how_to_log, where_to_look
 
 
 def print_summary(result: PruneResult, console: Console | None = None) -> None:
@@ -135,6 +135,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 def _of_mlflow(result: PruneResult | Comparison, command: str | None, found: str) -> list[str]:
     """Return what MLflow has and where to look at it; the last is a command to run where it lacks something."""
+    if command and result.tracking_uri == JOURNAL_ONLY:
+        return ["MLflow was not used; to log this run later, run", command]
     if command:
         return ["MLflow does not have all of this run; when its server answers again, log it by", command]
     assert result.tracking_uri is not None, "a run that MLflow has was stored somewhere"

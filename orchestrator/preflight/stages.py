@@ -13,6 +13,7 @@ from actors.batching import BATCH_TOKENS, blocks_at_once
 from actors.pool import IN_FLIGHT
 from orchestrator.preflight.estimate import Estimate, Stage
 from orchestrator.preflight.workload import Text, Workload
+from orchestrator.tracking import TrackingOptions
 from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
 from slimllm_ops.stream.layer_stream import LOGIT_TOKENS, compute_dtype
 from slimllm_ops.stream.operations import OBSERVING_SHARE, SOLVING_SHARE
@@ -40,7 +41,7 @@ def estimate_pruning(work: Workload) -> Estimate:
         observing=observing,
         passing=observing + (config.method == "slimllm") + len(work.held_out) * (1 + targets),
         output=_output_bytes(work),
-        tracked=_output_bytes(work),
+        tracked=0 if TrackingOptions(tracking_uri=config.tracking_uri).journal_only else _output_bytes(work),
         beside=config.refine * _output_bytes(work)
         + (_kept_moments(work) if config.method == "gram" and config.moments is None else 0),
     )

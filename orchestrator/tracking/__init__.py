@@ -10,14 +10,16 @@ when a run that was killed goes on, and when a run whose server was lost is logg
 the run that is there by a key in the journal and in the run's tags, and tell it the whole journal again, of which
 MLflow keeps each event once. A server that does not answer costs one warning: the run goes on.
 
-MLflow is imported at the first call (2 s). Every call names its run: there is no active run, no global URI.
+MLflow is imported at the first call (2 s), and not at all where the tracking URI is "none": such a run has its journal
+only. Every call names its run: there is no active run, no global URI.
 """
 
 from orchestrator.tracking.finished_run import LoggedOutput, how_to_log, log_output, where_to_look
-from orchestrator.tracking.options import TrackingError, TrackingOptions, database_file
+from orchestrator.tracking.options import JOURNAL_ONLY, TrackingError, TrackingOptions, database_file
 from orchestrator.tracking.run import Run, tracked_run
 
 __all__ = [
+    "JOURNAL_ONLY",
     "LoggedOutput",
     "Run",
     "TrackingError",

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.secrets import masked
 from orchestrator.tracking.journal import Journal
-from orchestrator.tracking.options import TrackingError, TrackingOptions
+from orchestrator.tracking.options import JOURNAL_ONLY, TrackingError, TrackingOptions
 from orchestrator.tracking.reach import server_name
 from orchestrator.tracking.run import Run, warn_on_stderr
 from orchestrator.tracking.server import RequiredServer, Warn
@@ -51,6 +51,11 @@ def log_output(
     Raises:
         TrackingError: There is no finished run in the output, or the server does not answer or refuses part of it.
     """
+    if TrackingOptions(tracking_uri=tracking_uri).journal_only:
+        raise TrackingError(
+            "slimllm log writes to MLflow, and the tracking URI is none: pass --tracking-uri with a store, "
+            "sqlite:///PATH.db or http://HOST:PORT"
+        )
     start = _require_finished(output)
     options = TrackingOptions(
         experiment=experiment or start["experiment"],
@@ -77,6 +82,8 @@ def log_output(
 def how_to_log(output: Path, place: Path | str | None = None) -> str | None:
     """Return the command that gives MLflow what it lacks of a finished output; None where it has everything.
 
+    The command names the store that the run was for. For a run without one it says URI.
+
     Args:
         output: The directory of the output.
         place: Where it is in the end, if not there.
@@ -85,7 +92,8 @@ def how_to_log(output: Path, place: Path | str | None = None) -> str | None:
     if all(events[-1]["event"] == "logged" for events in runs):
         return None
     uri = _last(runs[0], "start")["uri"]
-    return f"slimllm log {shlex.quote(str(place or output))} --tracking-uri {shlex.quote(uri)}"
+    store = "URI" if uri == JOURNAL_ONLY else shlex.quote(uri)
+    return f"slimllm log {shlex.quote(str(place or output))} --tracking-uri {store}"
 
 
 def where_to_look(tracking_uri: str, experiment_id: str | None, run_id: str | None) -> str:

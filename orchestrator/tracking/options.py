@@ -6,6 +6,9 @@ from pathlib import Path
 
 from orchestrator.secrets import masked
 
+# The tracking URI of a run that only its journal records.
+JOURNAL_ONLY = "none"
+
 
 class TrackingError(ValueError):
     """An option that cannot be used, whatever the server does; one line that says what to give instead."""
@@ -17,7 +20,8 @@ class TrackingOptions:
 
     Attributes:
         experiment: MLflow experiment, created where it is missing.
-        tracking_uri: By default $MLFLOW_TRACKING_URI, or else `mlflow.db` in the working directory.
+        tracking_uri: By default $MLFLOW_TRACKING_URI, or else `mlflow.db` in the working directory; "none" writes the
+            journal and logs nothing to MLflow.
         run_name: By default MLflow invents one.
         register: Name under which the checkpoint becomes a model version; None registers nothing.
     """
@@ -36,12 +40,21 @@ class TrackingOptions:
         # MLflow would say so too, but only after the checkpoint is uploaded.
         if self.register is not None and (not self.register.strip() or set(self.register) & set("/:")):
             raise TrackingError(f"the registered model's name is {self.register!r}: give one without '/' and ':'")
+        if self.register is not None and self.journal_only:
+            raise TrackingError(
+                "--register needs MLflow, and --tracking-uri none does not use it: pass a store, or leave one of them out"
+            )
 
     @property
     def resolved_uri(self) -> str:
         """The tracking URI with the default filled in."""
         default = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+    @property
+    def journal_only(self) -> bool:
+        """Whether a run is written to its journal and nowhere else."""
+        return self.resolved_uri == JOURNAL_ONLY
 
 
 def database_file(uri: str) -> Path | None:

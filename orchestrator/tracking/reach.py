@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.secrets import masked
-from orchestrator.tracking.options import TrackingError, TrackingOptions, database_file
+from orchestrator.tracking.options import JOURNAL_ONLY, TrackingError, TrackingOptions, database_file
 
 # A call is tried twice, so a server that swallows packets costs 8 s, once. MLflow's own limits: 16 minutes.
 QUICK_SECONDS = "4"
@@ -34,6 +34,8 @@ def reach_store(options: TrackingOptions) -> str:
     Raises:
         TrackingError: nothing can be logged there.
     """
+    if options.journal_only:
+        return f"{JOURNAL_ONLY}: only the journal"
     uri = options.resolved_uri
     try:
         if (path := database_file(uri)) is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.tracking.journal import Journal
-from orchestrator.tracking.options import TrackingOptions
+from orchestrator.tracking.options import JOURNAL_ONLY, TrackingOptions
 from orchestrator.tracking.server import Server, Warn
 from orchestrator.tracking.stored_run import StoredRun
 
@@ -44,7 +44,9 @@ class Run:
 
     @property
     def tracking_uri(self) -> str | None:
-        """Where the run is logged; None when there is no server."""
+        """Where the run is logged: "none" for its journal only, None when there is no server."""
+        if self._options.journal_only:
+            return JOURNAL_ONLY
         return self._server.uri if self._stored else None
 
     def log_params(self, params: Mapping[str, object]) -> None:
@@ -236,7 +238,7 @@ def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = Non
     as a new run that is told all of the journal if not.
 
     Args:
-        options: Where to log.
+        options: Where to log; MLflow is not imported if that is the journal only.
         journal: The `metrics.jsonl` to append to; its folder is made where it is missing.
         warn: Called with one line when the server does not answer or refuses; prints to stderr by default.
 

@@ -21,16 +21,20 @@ KEY_TAG = "slimllm.key"
 
 
 class Server:
-    """The connection that a run and its children share. When it has failed once it is not used again."""
+    """The connection that a run and its children share. When it has failed once it is not used again.
+
+    Attributes:
+        alive: Whether calls reach a server. False from the start for a run that only its journal records.
+    """
 
     def __init__(self, options: TrackingOptions, warn: Warn) -> None:
         self.uri, self._experiment, self._warn = options.resolved_uri, options.experiment, warn
-        self.alive = True
+        self.alive = not options.journal_only
         self.client: Any = None
         self.experiment_id = ""
 
     def ask(self, call: Callable[[], T]) -> T | None:
-        """The call's result; None without a server (one warning) or if it refuses the call (one each)."""
+        """The call's result; None without a server (one warning if it is lost) or if it refuses the call (one each)."""
         if not self.alive:
             return None
         try:

@@ -171,6 +171,7 @@ def test_what_is_asked_for_decides_the_stages(source: Checkpoint) -> None:
     assert [stage.name for stage in calibration.stages] == ["start", "calibrating"]
     moments = told(source, method="gram").beside
     assert (calibration.output, calibration.tracked) == (moments, 0)
+    assert (gram.tracked, told(source, tracking_uri="none").tracked) == (gram.output, 0)
     # Both checkpoints once more, as they were before they were refined.
     assert gram.beside == moments + gram.output
 
