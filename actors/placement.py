@@ -9,6 +9,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.errors import ShardError
 from actors.waiting import head_answers
+from actors.workers import held_cpus
 
 START_SECONDS = 180.0
 NOTE_SECONDS = 5.0
@@ -43,13 +44,8 @@ class Placement:
 
     @property
     def worker_cpus(self) -> float:
-        """The CPUs that a worker holds in Ray's books; Ray knows fractions below one only."""
-        return self.cpus_per_worker // 2 if self.cpus_per_worker > 1 else 0.5
-
-    @property
-    def threads_per_solve(self) -> int:
-        """The CPU threads that a solve computes with."""
-        return max(1, self.cpus_per_worker - int(self.worker_cpus))
+        """The CPUs that a worker holds in Ray's books."""
+        return held_cpus(self.cpus_per_worker)
 
     def worker_options(self, number: int) -> dict[str, Any]:
         """Return what Ray is told of a worker: its resources, and the bundle that they come from."""

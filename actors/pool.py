@@ -1,139 +1,81 @@
-"""Solves on Ray: pure functions of one module's moments, run wherever a processor is free.
+"""Solves: pure functions of one module's weight and moments, run where a processor is free.
 
-A bounded number is under way, so that the moments in flight bound the memory, whatever the depth of the model.
+Only a few run at a time, so the moments in flight bound the memory, however deep the model is.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
-import ray
-import torch
+from torch import Tensor
 
-from actors.placement import Placement
-from actors.waiting import get_in_order
+from actors.solving import Workbench, solve
+from actors.workers import Reference, Workers
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.plan import Decision
-from slimllm_ops.methods import Method
 from slimllm_ops.models.families import Branch
-from slimllm_ops.module_solves import decide_module, eliminate_module, rank_module
-from slimllm_ops.moments.ranking import Ranking
-from slimllm_ops.moments.routing import Observed
-from slimllm_ops.stream.memory import return_large_blocks
+
+T = TypeVar("T")
+M = TypeVar("M")
+R = TypeVar("R")
+P = ParamSpec("P")
 
 IN_FLIGHT = 3
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """Where a solve finds its weights, and what it may use."""
-
-    checkpoint: Checkpoint
-    device: str
-    threads: int
 
 
 class SolverPool:
     """Submits solves; results come back in the order of submission.
 
     Args:
-        checkpoint: the model whose moments are solved, as every node can read it.
-        placement: where they run.
+        workers: Where solves run.
+        checkpoint: The model whose modules are solved; every node can read it.
+        threads: CPU threads of a solve.
     """
 
-    def __init__(self, checkpoint: Checkpoint, placement: Placement) -> None:
-        self._placement = placement
-        self._bench = ray.put(Workbench(checkpoint, placement.device, placement.threads_per_solve))
+    def __init__(self, workers: Workers, checkpoint: Checkpoint, threads: int) -> None:
+        self._workers = workers
+        self._checkpoint = checkpoint
+        self._bench = Workbench(workers.device.type, threads)
 
-    def eliminate(self, layer: int, branch: Branch, observed: ray.ObjectRef, num_units: int) -> ray.ObjectRef:
-        """Eliminate a module from its merged moments; refers to its path and its output's variance."""
-        return self._submit(_eliminate, layer, branch, observed, num_units)
-
-    def rank(
+    def submit(
         self,
+        function: Callable[Concatenate[Tensor, M, P], R],
         layer: int,
         branch: Branch,
-        observed: ray.ObjectRef,
-        num_units: int,
-        method: Method,
-        with_bias: bool,
-    ) -> ray.ObjectRef:
-        """Rank a module's units by a method; refers to a `Ranking`."""
-        return self._submit(_rank, layer, branch, observed, num_units, method, with_bias)
+        moments: Reference[M],
+        *arguments: P.args,
+        **named: P.kwargs,
+    ) -> Reference[R]:
+        """Run a function of a module's output weight and moments.
 
-    def decide(
-        self,
-        layer: int,
-        branch: Branch,
-        observed: ray.ObjectRef,
-        method: Method,
-        ranking: Ranking,
-        removals: list[int],
-        with_bias: bool,
-    ) -> ray.ObjectRef:
-        """Decide a module at several numbers of units removed; refers to a list of decisions."""
-        return self._submit(_decide, layer, branch, observed, method, ranking, removals, with_bias)
+        Args:
+            function: The solve, such as `slimllm_ops.module_solves.decide_module`.
+            layer: The module's layer.
+            branch: The module.
+            moments: Its merged moments.
+            arguments: What else the function takes; by position, since they travel.
+            named: Nothing.
+        """
+        assert not named, "a solve takes its arguments by position"
+        label = f"layer {layer}, {branch.described}"
+        weight = self._checkpoint.stored_weight(layer, branch.output_weight)
+        return self._workers.solve(
+            f"{function.__name__} {label}", solve, self._bench, label, weight, function, moments, *arguments
+        )
 
-    def _submit(self, solve: Callable[..., Any], layer: int, branch: Branch, *arguments: Any) -> ray.ObjectRef:
-        # A solve is a pure function: one that is lost with its node is run again.
-        remote = ray.remote(max_retries=3)(solve)
-        # What Ray's dashboard and its trace call it.
-        name = f"{solve.__name__.lstrip('_')} {_described(layer, branch)}"
-        options = self._placement.solve_options()
-        return remote.options(name=name, **options).remote(self._bench, layer, branch, *arguments)
+    def put(self, moments: M) -> Reference[M]:
+        """Send moments for a solve."""
+        return self._workers.put(moments)
+
+    def get(self, reference: Reference[T]) -> T:
+        """Wait for a result and return it."""
+        return self._workers.get([reference])[0]
 
 
-def results(submissions: Iterable[tuple[ray.ObjectRef, ...]]) -> Iterator[list[Any]]:
-    """Yield the results of submissions in order; a further one is made only when an earlier one is done."""
-    waiting: deque[tuple[ray.ObjectRef, ...]] = deque()
-    for refs in submissions:
-        waiting.append(refs)
+def in_flight(submissions: Iterable[T]) -> Iterator[T]:
+    """Yield what is submitted, in order, while a few further submissions are under way."""
+    waiting: deque[T] = deque()
+    for submitted in submissions:
+        waiting.append(submitted)
         if len(waiting) >= IN_FLIGHT:
-            yield get_in_order(list(waiting.popleft()))
-    while waiting:
-        yield get_in_order(list(waiting.popleft()))
-
-
-def _eliminate(
-    bench: Workbench, layer: int, branch: Branch, observed: Observed, num_units: int
-) -> tuple[Ranking, float]:
-    return eliminate_module(_weight(bench, layer, branch), observed, num_units, _described(layer, branch))
-
-
-def _rank(
-    bench: Workbench,
-    layer: int,
-    branch: Branch,
-    observed: Observed,
-    num_units: int,
-    method: Method,
-    with_bias: bool,
-) -> Ranking:
-    weight_DP, described = _weight(bench, layer, branch), _described(layer, branch)
-    return rank_module(weight_DP, observed, num_units, method, with_bias, described)
-
-
-def _decide(
-    bench: Workbench,
-    layer: int,
-    branch: Branch,
-    observed: Observed,
-    method: Method,
-    ranking: Ranking,
-    removals: list[int],
-    with_bias: bool,
-) -> list[Decision | None]:
-    weight_DP = _weight(bench, layer, branch)
-    return decide_module(weight_DP, observed, method, ranking, removals, _described(layer, branch), with_bias)
-
-
-def _weight(bench: Workbench, layer: int, branch: Branch) -> torch.Tensor:
-    """Read the output projection's weight onto the device that this task was given."""
-    return_large_blocks()
-    torch.set_num_threads(bench.threads)
-    return bench.checkpoint.read_weight(layer, branch.output_weight).to(bench.device, torch.float32)
-
-
-def _described(layer: int, branch: Branch) -> str:
-    return f"layer {layer}, {branch.described}"
+            yield waiting.popleft()
+    yield from waiting

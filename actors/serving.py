@@ -5,7 +5,7 @@ stays in Ray's object store, so that the workers of a node share one copy.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
+from actors.group import Delivery
 from actors.waiting import CALL_SECONDS
 from slimllm_ops.checkpoint.reading import Checkpoint, read_tensors
 
@@ -24,9 +25,6 @@ from slimllm_ops.checkpoint.reading import Checkpoint, read_tensors
 KEPT_READS = 4
 # Requests come from all workers at once, and each waits for the disk.
 THREADS = 4
-
-# Makes a checkpoint of the driver's one that every node can read.
-Delivery = Callable[[Checkpoint], Checkpoint]
 
 # A tensor's bytes, and what they are: NumPy has no bfloat16.
 Packed = tuple[np.ndarray, torch.dtype, tuple[int, ...]]

@@ -1,46 +1,47 @@
-"""One shard of the calibration and evaluation data: a plain class, so that it runs in one process as well as on Ray.
+"""One worker's part of the data: a plain class, so that it runs in this process as well as on Ray.
 
-What a method returns is a function of its arguments and of the decisions applied so far, never of timing.
+A shard opens and closes streams, runs a step of a stream, merges results and reports memory. A step is a function of
+`slimllm_ops` that takes the stream first, such as `LayerStream.forward_pruned`.
+
+What a method returns depends on its arguments and on the steps before it, never on timing.
 """
 
 import os
 import resource
 import socket
-from collections.abc import Sequence
-from functools import partial, reduce
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paper import decide_channels, decide_heads
-from slimllm_ops.decide.plan import Decision, LayerPlan
-from slimllm_ops.models.families import Branch, layer_shape
-from slimllm_ops.moments.observation import PackedObservation
-from slimllm_ops.moments.routing import Observed
+from slimllm_ops.errors import MiscountError
 from slimllm_ops.moments.states import SpilledStates, StateStore
-from slimllm_ops.stream.layer_stream import LayerStream, Mean, Passage
 from slimllm_ops.stream.memory import free_memory, return_large_blocks
-from slimllm_ops.stream.refinement import RefinementStream, solve_alignment, solve_refit
+from slimllm_ops.stream.opening import Workplace
 
-# The read-back of a checkpoint compares the states of so many first tokens: causal, so they need no others.
-PROBED_TOKENS = 64
+R = TypeVar("R")
+# The arguments of a step: positional, and by name.
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-# A branch's refined tensors by their names in the layer: float32, but rounded as the checkpoint stores them.
-Refined = dict[str, np.ndarray]
+class Mergeable(Protocol):
+    """A result of one shard that adds up with another's."""
+
+    def merge(self, other: Any, /) -> Any:
+        """Return the result over both shards' tokens."""
 
 
 class Shard:
-    """Holds the hidden states of its share of the data, one stream per name, and works on them layer by layer.
+    """The hidden states of a share of the data, one stream per name.
 
     Args:
         device: "cpu" or "cuda".
         threads: CPU threads to compute with.
-        offload: hold hidden states in files of this node's temporary folder, not in memory.
+        offload: Whether to hold hidden states in files of this node's temporary folder, not in memory.
     """
 
     def __init__(self, device: str, threads: int, offload: bool = False) -> None:
@@ -48,153 +49,53 @@ class Shard:
         # Ray may be told of more CPUs than there are.
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self._device = torch.device(device)
-        self._store: StateStore = partial(SpilledStates, Path(gettempdir()), self._device) if offload else list
-        self._streams: dict[str, LayerStream] = {}
-        self._refinements: dict[str, RefinementStream] = {}
+        store: StateStore = partial(SpilledStates, Path(gettempdir()), self._device) if offload else list
+        self._workplace = Workplace(self._device, store)
+        self._streams: dict[str, Any] = {}
 
-    def open_stream(
-        self, name: str, checkpoint: Checkpoint, batches: list[np.ndarray], measures_change: bool = False
-    ) -> None:
-        """Embed batches of token blocks, each (b, T) int32, as the input of a model's first layer."""
-        self._streams[name] = self._stream(checkpoint, batches, measures_change)
+    def open(self, name: str, build: Callable[..., Any], batches: list[np.ndarray], *models: Any) -> None:
+        """Open a stream.
 
-    def close_stream(self, name: str) -> None:
-        """Give a stream's memory back."""
+        Args:
+            name: What later calls name it by.
+            build: Makes it from this shard's workplace, its batches of token ids and the models.
+            batches: Token ids, each (b, T), int32.
+            models: The checkpoints it passes.
+        """
+        ids = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
+        self._streams[name] = build(self._workplace, ids, *models)
+
+    def close(self, name: str) -> None:
+        """Close a stream and free its memory."""
         self._streams.pop(name).close()
-        refinement = self._refinements.pop(name, None)
-        if refinement is not None:
-            refinement.close()
 
-    def forward(self, name: str, layer: int) -> Mean:
-        """Pass a whole layer; return the summed cosine of its input and output."""
-        return self._streams[name].forward(layer)
+    def run(self, name: str, step: Callable[..., R], arguments: Arguments) -> R:
+        """Run a step of a stream."""
+        positional, named = arguments
+        return step(self._streams[name], *positional, **named)
 
-    def forward_pruned(self, name: str, layer: int, plan: LayerPlan) -> None:
-        """Pass a layer as a plan leaves it, with nothing observed."""
-        self._streams[name].forward_pruned(layer, plan)
+    def run_with(self, name: str, step: Callable[..., R], value: Any, arguments: Arguments) -> R:
+        """Run a step that takes a value which lies on the cluster, before its other arguments."""
+        positional, named = arguments
+        return step(self._streams[name], value, *positional, **named)
 
-    def observe(self, name: str, layer: int, branch: Branch) -> Observed:
-        """Run a branch up to its output projection; return the moments of what came out, and hold it until `apply`."""
-        return self._streams[name].observe(layer, branch)
+    def merge(self, left: Mergeable, right: Mergeable) -> Any:
+        """Return the merged results of two shards."""
+        return left.merge(right)
 
-    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[Observed, Passage]:
-        """Pass a branch as it is; return its moments, and the summed squares of what it leaves."""
-        return self._streams[name].observe_dense(layer, branch)
+    def require_tokens(self, observed: Any, num_tokens: int, label: str) -> None:
+        """Refuse merged moments that are not of all tokens.
 
-    def mean_powers(self, *parts: Passage) -> tuple[float, float | None]:
-        """Return the means over all shards' tokens of what a branch left: the states' power, the layer's change."""
-        whole = reduce(Passage.merge, parts)
-        return whole.power.value, None if whole.change is None else whole.change.value
-
-    def merge(self, left: Observed, right: Observed) -> Observed:
-        """Return the observation of both sets of tokens; both are of one branch, and so of one kind."""
-        one: Any = left
-        return one.merge(right)
-
-    def require_tokens(self, observed: Observed, num_tokens: int, described: str) -> None:
-        """Refuse merged moments that are not of all tokens."""
-        observed.require_tokens(num_tokens, described)
-
-    def decide_heads(
-        self, name: str, layer: int, observed: PackedObservation, *, num_removed: int, with_bias: bool = True
-    ) -> Decision:
-        """Decide a layer's attention (`slimllm_ops.decide.paper`)."""
-        stream = self._streams[name]
-        return decide_heads(
-            stream.weights(layer),
-            stream.checkpoint.family.attention,
-            observed,
-            num_units=layer_shape(stream.checkpoint.config, layer).num_attention_units,
-            num_removed=num_removed,
-            with_bias=with_bias,
-        )
-
-    def decide_channels(
-        self,
-        name: str,
-        layer: int,
-        observed: Observed,
-        *,
-        num_removed: int,
-        keep_lowest: float,
-        with_bias: bool = True,
-    ) -> Decision:
-        """Decide a layer's MLP (`slimllm_ops.decide.paper`)."""
-        stream = self._streams[name]
-        return decide_channels(
-            stream.weights(layer),
-            stream.checkpoint.family.mlp,
-            observed,
-            num_removed=num_removed,
-            keep_lowest=keep_lowest,
-            with_bias=with_bias,
-        )
-
-    def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> Mean:
-        """Add the observed branch's output, pruned or dense, to the hidden states; return their summed squares."""
-        return self._streams[name].apply(layer, branch, decision)
-
-    def open_refinement(
-        self, name: str, dense: Checkpoint, pruned: Checkpoint, batches: list[np.ndarray], origins: Sequence[int]
-    ) -> None:
-        """Embed batches of token blocks in the dense and in the pruned model, side by side."""
-        self.open_stream(name, pruned, batches)
-        self._refinements[name] = RefinementStream(self._stream(dense, batches), self._streams[name], origins)
-
-    def forward_dropped(self, name: str, layer: int) -> None:
-        """Pass a dense layer that the pruned model has not."""
-        self._refinements[name].forward_dropped(layer)
-
-    def observe_inputs(self, name: str, layer: int, branch: Branch) -> PackedObservation:
-        """Return the joint moments of a branch's input in the pruned stream, and of what the dense one adds."""
-        return self._refinements[name].observe_inputs(layer, branch)
-
-    def solve_alignment(self, name: str, layer: int, branch: Branch, observed: PackedObservation) -> Refined:
-        """Return a branch's input projections, with what brings its input nearest to the dense one's folded in."""
-        alignment_DD = solve_alignment(observed.unpack(self._device).moments).float()
-        aligned = self._refinements[name].aligned(layer, branch, alignment_DD)
-        return {name: _numpy(tensor) for name, tensor in aligned.items()}
-
-    def align(self, name: str, layer: int, aligned: Refined) -> None:
-        """Let a branch of the pruned stream have the input projections that were aligned."""
-        self._refinements[name].replace(layer, self._tensors(aligned))
-
-    def observe_targets(self, name: str, layer: int, branch: Branch) -> PackedObservation:
-        """Run a branch in both streams; return the joint moments of its kept inputs and its target."""
-        return self._refinements[name].observe_targets(layer, branch)
-
-    def solve_refit(self, name: str, layer: int, branch: Branch, observed: PackedObservation) -> Refined:
-        """Return a branch's new output projection: weight (D, S), and bias (D,) where it has one."""
-        stream = self._streams[name]
-        projection, stored = stream.projection(layer, branch), stream.checkpoint.dtype
-        moments = observed.unpack(self._device).moments
-        weight_SD, bias_D = solve_refit(moments, projection.weight.T, projection.bias is not None)
-        refitted = {branch.output_weight: _numpy(weight_SD.T.to(stored))}
-        return refitted if bias_D is None else refitted | {branch.output_bias: _numpy(bias_D.to(stored))}
-
-    def apply_refit(self, name: str, layer: int, branch: Branch, refitted: Refined) -> None:
-        """Add a branch's refitted output to the pruned stream; the dense one goes on."""
-        tensors = self._tensors(refitted)
-        self._refinements[name].apply(layer, branch, tensors[branch.output_weight], tensors.get(branch.output_bias))
-
-    def forward_refined(self, name: str, layer: int, refined: Checkpoint) -> None:
-        """Pass a layer that is refined already in both streams, with nothing observed."""
-        self._refinements[name].forward_refined(layer, refined.read_layer(layer))
-
-    def probe(self, name: str) -> np.ndarray:
-        """Return the hidden states (T', D) of the first tokens of the first block."""
-        return self._streams[name].hidden[0][0, :PROBED_TOKENS].float().cpu().numpy()
-
-    def probed_ids(self, name: str) -> np.ndarray:
-        """Return the ids (T',) of the tokens that `probe` shows."""
-        return self._streams[name].batches[0][0, :PROBED_TOKENS].numpy()
-
-    def negative_log_likelihood(self, name: str) -> Mean:
-        """Return the summed negative log-likelihood of a stream that has passed every layer."""
-        return self._streams[name].negative_log_likelihood()
+        Raises:
+            MiscountError: They are of fewer, or of more.
+        """
+        try:
+            observed.require_tokens(num_tokens)
+        except MiscountError as error:
+            raise MiscountError(f"{label}: {error}") from None
 
     def free_memory(self) -> tuple[str, int]:
-        """Return what memory states are held in (the machine's name, or the GPU's), and the bytes that are free."""
+        """Return where states are held (the machine's name, or the GPU's), and the bytes that are free there."""
         if self._device.type == "cuda":
             return str(torch.cuda.get_device_properties(self._device).uuid), free_memory(self._device)
         return socket.gethostname(), free_memory(self._device)
@@ -202,18 +103,6 @@ class Shard:
     def peak_memory(self) -> dict[str, int]:
         """Return this process's peak resident memory, and its GPU's, in bytes."""
         return peak_memory(self._device)
-
-    def _tensors(self, refined: Refined) -> dict[str, torch.Tensor]:
-        # Received arrays are read-only views of shared memory.
-        return {name: torch.from_numpy(array.copy()).to(self._device) for name, array in refined.items()}
-
-    def _stream(self, checkpoint: Checkpoint, batches: list[np.ndarray], measures_change: bool = False) -> LayerStream:
-        tensors = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
-        return LayerStream(checkpoint, tensors, self._device, self._store, measures_change=measures_change)
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.float().cpu().contiguous().numpy()
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

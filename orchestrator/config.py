@@ -44,6 +44,7 @@ class PruneConfig:
     sequence_length: int = 2048
     seed: int = 0
     evaluate: tuple[str, ...] = ()
+    local: bool = False
     workers: int | None = None
     gpus_per_worker: float | None = None
     offload: bool = False

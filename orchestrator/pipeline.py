@@ -1,18 +1,10 @@
 """The story of a run, from a model and text to pruned checkpoints and their record."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import actors
-import slimllm_ops
-from actors.group import ShardGroup
-from actors.placement import Placement
-from actors.pool import SolverPool
-from actors.serving import shared_files, weight_server
-from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers, session
+from cluster import ClusterError
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
 from orchestrator.inputs import Inputs, load_inputs
@@ -24,31 +16,31 @@ from orchestrator.output.destination import (
     moments_output,
     sparsity_label,
 )
-from orchestrator.output.staging import Staging, open_staging
+from orchestrator.output.staging import open_staging
 from orchestrator.preflight.dry_run import Intent, require_room
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
+from orchestrator.pruning.backends import backend_of
+from orchestrator.pruning.finish import complete
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import calibrate as observe_model
 from orchestrator.pruning.one_pass import prune_one_pass
-from orchestrator.pruning.refine import refine_model
-from orchestrator.pruning.run_context import Job, Target, open_targets, target_name
+from orchestrator.pruning.run_context import RunContext, open_context, settle_workers
+from orchestrator.pruning.targets import Target, open_targets, target_name
 from orchestrator.record.files import run_params, settings_of, what_is_asked, write_record
 from orchestrator.record.mlflow import log_inputs, log_record
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.sweep import log_sweep
-from orchestrator.record.totals import Totals, count_totals
+from orchestrator.record.totals import Totals
 from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.errors import InputError
-from slimllm_ops.stream.memory import return_large_blocks
-from slimllm_ops.stream.read_back import read_back
 
 # What whoever runs this can mend; everything else is a bug, or a machine that failed.
 USER_ERRORS = (ConfigError, DataError, InputError, ClusterError, TrackingError)
 
-PRUNERS: dict[str, Callable[[Job, list[Target]], None]] = {
+PRUNERS: dict[str, Callable[[RunContext, list[Target]], None]] = {
     "slimllm": prune_layerwise,
     "gram": prune_one_pass,
 }
@@ -128,12 +120,13 @@ def _prune_into(
     reporter: Reporter,
 ) -> PruneResult:
     """Prune into a directory, which appears when it is whole; the result names the places where it goes."""
+    backend = backend_of(config)
     with (
         open_staging(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
-        session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
+        backend.session(verbose=reporter.verbose) as resources,
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
-        workers = settle_workers(config, resources, staging)
+        workers = settle_workers(backend, resources, staging)
         require_room(Intent(config, inputs, output, resources, workers), estimate_pruning, reporter)
         run_file = staging.directory / "pruning" / RUN_FILE
         write_run_file(run_file, "prune", config, inputs, workers)
@@ -143,14 +136,14 @@ def _prune_into(
         link_with_job(run, reporter.warn)
         with (
             open_targets(config, staging, inputs.source, run) as targets,
-            working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job,
+            open_context(backend, resources, workers, config, inputs, staging, reporter) as context,
         ):
-            _tell_resumed(job)
-            _log_children(job, targets, run, params)
-            _log_committed(job, targets)
-            PRUNERS[config.method](job, targets)
+            _tell_resumed(context)
+            _log_children(context, targets, run, params)
+            _log_committed(context, targets)
+            PRUNERS[config.method](context, targets)
             models = [
-                _finish(job, target, params, output.place_of(target.directory.relative_to(staging.directory)))
+                _finish(context, target, params, output.place_of(target.directory.relative_to(staging.directory)))
                 for target in targets
             ]
             if len(models) > 1:
@@ -183,18 +176,19 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
     if config.resume and finish_delivery(output, asked, config.overwrite, reporter.note):
         reporter.note(f"{output.place} is finished: there is nothing to resume")
         return output.place
+    backend = backend_of(config)
     with (
         deliver_output(output, config.overwrite, reporter.note) as directory,
         open_staging(directory, config.overwrite, asked, config.resume) as staging,
-        session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
+        backend.session(verbose=reporter.verbose) as resources,
     ):
-        workers = settle_workers(config, resources, staging)
+        workers = settle_workers(backend, resources, staging)
         require_room(Intent(config, inputs, output, resources, workers), estimate_calibration, reporter)
         write_run_file(staging.directory / "pruning" / RUN_FILE, "calibrate", config, inputs, workers)
-        with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
-            _tell_resumed(job)
+        with open_context(backend, resources, workers, config, inputs, staging, reporter) as context:
+            _tell_resumed(context)
             store = MomentStore(staging.solved / "moments")
-            observe_model(job, store)
+            observe_model(context, store)
             for path in store.directory.iterdir():
                 path.rename(staging.directory / path.name)
     return output.place
@@ -205,99 +199,47 @@ def named(tracking: TrackingOptions, name: str) -> TrackingOptions:
     return replace(tracking, run_name=tracking.run_name or name)
 
 
-def settle_workers(config: PruneConfig, resources: Resources, staging: Staging) -> WorkerPlan:
-    """Return the workers of a run; a run that is resumed has those that it began with, whatever the cluster is now.
-
-    Raises:
-        ClusterError: the cluster has less than was asked for.
-    """
-    planned = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
-    settled = WorkerPlan(**staging.settled.once("workers", lambda: asdict(planned)))
-    return replace(settled, weights_travel=planned.weights_travel)
-
-
-@contextmanager
-def working(
-    config: PruneConfig, inputs: Inputs, workers: WorkerPlan, room: int, staging: Staging, reporter: Reporter
-) -> Iterator[Job]:
-    """Hold the workers of a run, as many as there is room for; they start when the first data are sent to them."""
-    return_large_blocks()
-    with (
-        Placement(room, workers.cpus_per_worker, workers.gpus_per_worker, reporter.note) as placement,
-        weight_server() if workers.weights_travel else shared_files() as deliver,
-        ShardGroup(
-            placement,
-            deliver,
-            reporter.note,
-            num_shards=workers.num_workers,
-            offload=config.offload,
-            settle=staging.settled.once,
-        ) as shards,
-    ):
-        pool = SolverPool(deliver(inputs.source), placement)
-        yield Job(config, inputs, shards, pool, staging, reporter)
-
-
-def complete(job: Job, target: Target) -> Totals:
-    """Finish a target's checkpoint, refine it if asked to, read it back, measure its perplexity, count what changed."""
-    pruned = target.pruned.finish()
-    if target.refined is not None:
-        log = target.refined.log
-        if len(log) < job.source.num_layers:
-            job.survive(partial(refine_model, job, target, pruned), log.__len__)
-        pruned = target.refined.finish()
-    with job.reporter.timed("read back"):
-        probe = target.final.log.probe()
-        error = read_back(pruned, probe.ids_T, probe.states_TD, job.shards.compute_dtype)
-    name = str(target.directory.relative_to(job.staging.directory))
-    perplexity = {
-        blocks.spec: (job.dense_perplexity(blocks), job.perplexity(pruned, blocks, "perplexity, pruned", name))
-        for blocks in job.inputs.held_out
-    }
-    return count_totals(job.inputs, pruned, perplexity, job.reporter.seconds, job.shards.peak_memory(), error)
-
-
-def _finish(job: Job, target: Target, params: dict[str, object], output: Path | str) -> PrunedModel:
+def _finish(context: RunContext, target: Target, params: dict[str, object], output: Path | str) -> PrunedModel:
     """Complete a target's checkpoint, write its record and log it."""
-    _tell_idle_experts(job, target)
-    totals, params = complete(job, target), params | {"sparsity": target.sparsity}
-    write_record(target.directory, params, job.inputs, target.final.log.plans, totals)
-    name = target_name(target.sparsity, job.config)
-    model_uri = log_record(target.run, target.directory, job.inputs, name, params, totals)
+    _tell_idle_experts(context, target)
+    totals, params = complete(context, target), params | {"sparsity": target.sparsity}
+    write_record(target.directory, params, context.inputs, target.final.log.plans, totals)
+    name = target_name(target.sparsity, context.config)
+    model_uri = log_record(target.run, target.directory, context.inputs, name, params, totals)
     return PrunedModel(output=output, totals=totals, run_id=target.run.run_id, model_uri=model_uri)
 
 
-def _tell_idle_experts(job: Job, target: Target) -> None:
+def _tell_idle_experts(context: RunContext, target: Target) -> None:
     """Say which experts no calibration token was sent to, so that nothing is known of their channels but weights."""
     plans = enumerate(target.final.log.plans)
     idle = [(layer, plan.mlp.idle_experts) for layer, plan in plans if plan.mlp is not None and plan.mlp.idle_experts]
     if idle:
         first = f"layer {idle[0][0]}: {', '.join(map(str, idle[0][1][:8]))}"
-        job.reporter.note(
+        context.reporter.note(
             f"no calibration token reached {sum(len(experts) for _, experts in idle)} of the experts ({first} ...): "
             f"they lost the channels of the smallest weights; calibrate on more text to know better"
         )
 
 
-def _tell_resumed(job: Job) -> None:
+def _tell_resumed(context: RunContext) -> None:
     """Say whether what was to be resumed is there."""
-    if job.config.resume:
-        found = "going on from what is solved" if job.staging.resumed else "there is nothing to resume: beginning"
-        job.reporter.note(f"{found} ({job.staging.directory})")
+    if context.config.resume:
+        found = "going on from what is solved" if context.staging.resumed else "there is nothing to resume: beginning"
+        context.reporter.note(f"{found} ({context.staging.directory})")
 
 
-def _log_children(job: Job, targets: list[Target], run: Run, params: dict[str, object]) -> None:
+def _log_children(context: RunContext, targets: list[Target], run: Run, params: dict[str, object]) -> None:
     """Log in the runs of a sweep's models what they are made by: MLflow shows a run's own parameters alone."""
     for target in targets:
         if target.run is not run:
-            log_inputs(target.run, settings_of(params) | {"sparsity": target.sparsity}, job.inputs)
+            log_inputs(target.run, settings_of(params) | {"sparsity": target.sparsity}, context.inputs)
 
 
-def _log_committed(job: Job, targets: list[Target]) -> None:
+def _log_committed(context: RunContext, targets: list[Target]) -> None:
     """Log the layers that were committed just before an earlier process ended, and so were not."""
     for target in targets:
         for layer, plan in enumerate(target.pruned.log.plans):
-            job.log_layer(target.run, layer, plan)
+            context.log_layer(target.run, layer, plan)
 
 
 def tracking_options(config: PruneConfig) -> TrackingOptions:

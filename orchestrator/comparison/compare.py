@@ -13,19 +13,19 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import actors
-import slimllm_ops
-from cluster import find_room, session
 from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, refinable
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import sparsity_label
 from orchestrator.output.staging import Staging, open_staging
-from orchestrator.pipeline import complete, named, settle_workers, tracking_options, working
+from orchestrator.pipeline import named, tracking_options
 from orchestrator.progress import Reporter
+from orchestrator.pruning.backends import backend_of
+from orchestrator.pruning.finish import complete
 from orchestrator.pruning.one_pass import observed_moments
-from orchestrator.pruning.run_context import Job, Target, open_target, target_name
+from orchestrator.pruning.run_context import RunContext, open_context, settle_workers
+from orchestrator.pruning.targets import Target, open_target, target_name
 from orchestrator.record.files import run_params, write_record
 from orchestrator.record.mlflow import log_inputs
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
@@ -53,7 +53,7 @@ class Comparison:
 class _Contest:
     """What all methods of a comparison share."""
 
-    job: Job
+    context: RunContext
     run: Run
     params: dict[str, Any]
     keep_checkpoints: bool
@@ -124,18 +124,19 @@ def compare(
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
     tracking = named(tracking, f"{inputs.name}-comparison-{sparsity_label(config)}")
     output = Path(config.output or f"comparisons/{inputs.name}")
+    backend = backend_of(config)
     with (
         open_staging(output, config.overwrite) as staging,
-        session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources,
+        backend.session(verbose=reporter.verbose) as resources,
         tracked_run(tracking, staging.directory / "metrics.jsonl", reporter.warn) as run,
     ):
-        workers = settle_workers(config, resources, staging)
+        workers = settle_workers(backend, resources, staging)
         write_run_file(staging.directory / RUN_FILE, "compare", config, inputs, workers)
         params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
         log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
         link_with_job(run, reporter.warn)
-        with working(config, inputs, workers, find_room(resources, workers), staging, reporter) as job:
-            rows, seconds = _run_all(_Contest(job, run, params, config.keep_checkpoints), chosen)
+        with open_context(backend, resources, workers, config, inputs, staging, reporter) as context:
+            rows, seconds = _run_all(_Contest(context, run, params, config.keep_checkpoints), chosen)
         _publish(rows, params, inputs, seconds, staging, run)
         return Comparison(
             output=output,
@@ -148,12 +149,14 @@ def compare(
 
 def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row], float]:
     """Let all take part, one after the other; return their rows and the seconds of the pass that they share."""
-    job, run = contest.job, contest.run
-    board = _Board(job.inputs, {blocks.spec: job.dense_perplexity(blocks) for blocks in job.inputs.held_out})
+    context, run = contest.context, contest.run
+    board = _Board(
+        context.inputs, {blocks.spec: context.dense_perplexity(blocks) for blocks in context.inputs.held_out}
+    )
     board.enter_dense()
     run.log_metrics(_losses(board.rows, "before"))
     start = time.perf_counter()
-    store = observed_moments(job)
+    store = observed_moments(context)
     calibration_seconds = time.perf_counter() - start
     run.log_metrics({"calibration_seconds": calibration_seconds})
     for contestant in chosen:
@@ -163,50 +166,54 @@ def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row]
 
 def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: _Board) -> None:
     """Write a method's models, measure them, and remove them unless they are to be kept."""
-    job = _job_of(contestant, contest.job)
-    with _open_targets(job, contest.run, contestant.name, _sparsities(contest.job, board.reference)) as targets:
+    context = _context_of(contestant, contest.context)
+    with _open_targets(context, contest.run, contestant.name, _sparsities(contest.context, board.reference)) as targets:
         start = time.perf_counter()
-        contestant.prune(job, store, targets)
+        contestant.prune(context, store, targets)
         seconds = (time.perf_counter() - start) / len(targets)
         for number, target in enumerate(targets):
-            totals = complete(replace(job, reporter=job.reporter.continued()), target)
+            totals = complete(replace(context, reporter=context.reporter.continued()), target)
             asked = {"method": contestant.name, "source": contestant.source, "sparsity": target.sparsity}
             params = {name: value for name, value in (contest.params | asked).items() if value is not None}
             spent = seconds + totals.seconds.get("refining", 0.0)
             _log(target.run, params, board.enter(contestant, number, totals, spent))
             if contest.keep_checkpoints:
                 (target.directory / "pruning").mkdir()
-                write_record(target.directory, params, job.inputs, target.final.log.plans, totals)
+                write_record(target.directory, params, context.inputs, target.final.log.plans, totals)
             else:
                 shutil.rmtree(target.directory)
 
 
-def _job_of(contestant: Contestant, job: Job) -> Job:
-    """Return the job with the settings that `prune` would be given, and a clock of the method's own."""
-    config = job.config
+def _context_of(contestant: Contestant, context: RunContext) -> RunContext:
+    """Return the context with the settings that `prune` would be given, and a clock of the method's own."""
+    config = context.config
     if contestant.refine:
         shared = {item.name: getattr(config, item.name) for item in fields(PruneConfig)}
         config = PruneConfig(**shared | GRAM_ONLY | {"refine": True})
-    return replace(job, config=config, reporter=Reporter(job.reporter.console))
+    return replace(context, config=config, reporter=Reporter(context.reporter.console))
 
 
-def _sparsities(job: Job, reference: Sequence[Totals]) -> Sequence[float | None]:
+def _sparsities(context: RunContext, reference: Sequence[Totals]) -> Sequence[float | None]:
     """Return what each model is to lose: with the paper's ratio, just what that made `slimllm` lose."""
-    if job.config.ratio is None or not reference:
-        return job.config.targets
+    if context.config.ratio is None or not reference:
+        return context.config.targets
     return [totals.sparsity for totals in reference]
 
 
 @contextmanager
-def _open_targets(job: Job, run: Run, method: str, sparsities: Sequence[float | None]) -> Iterator[list[Target]]:
+def _open_targets(
+    context: RunContext, run: Run, method: str, sparsities: Sequence[float | None]
+) -> Iterator[list[Target]]:
     """Give every model of a method a directory and a child of the run, all in the run's journal."""
     with ExitStack() as stack:
         targets = []
         for sparsity in sparsities:
-            name = f"{method}-{target_name(sparsity, job.config)}"
-            directory = job.staging.directory / "checkpoints" / name
+            name = f"{method}-{target_name(sparsity, context.config)}"
+            directory = context.staging.directory / "checkpoints" / name
             child = stack.enter_context(run.child(name))
-            targets.append(open_target(sparsity, directory, child, job.source, job.staging, job.config.refine))
+            targets.append(
+                open_target(sparsity, directory, child, context.source, context.staging, context.config.refine)
+            )
         yield targets
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from orchestrator.config import ConfigError
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import prune_from_moments
-from orchestrator.pruning.run_context import Job, Target
+from orchestrator.pruning.run_context import RunContext
+from orchestrator.pruning.targets import Target
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.errors import InputError
 from slimllm_ops.methods import METHODS, Method
@@ -19,7 +20,7 @@ REFERENCE = "slimllm"
 
 @dataclass(frozen=True)
 class Contestant:
-    """A method as it takes part: from a job and the moments of the dense model, it writes every target's model.
+    """A method that takes part: it writes every target's model from a run's context and the dense model's moments.
 
     Attributes:
         name: what it is called.
@@ -30,7 +31,7 @@ class Contestant:
 
     name: str
     source: str
-    prune: Callable[[Job, MomentStore, list[Target]], None]
+    prune: Callable[[RunContext, MomentStore, list[Target]], None]
     refine: bool = False
 
 
@@ -74,14 +75,14 @@ def contestants() -> list[Contestant]:
 def one_pass(method: Method) -> Contestant:
     """Return a row of `METHODS` as it takes part."""
 
-    def prune(job: Job, store: MomentStore, targets: list[Target]) -> None:
-        prune_from_moments(job, store, method, targets)
+    def prune(context: RunContext, store: MomentStore, targets: list[Target]) -> None:
+        prune_from_moments(context, store, method, targets)
 
     return Contestant(method.name, method.source, prune)
 
 
-def _prune_layer_by_layer(job: Job, store: MomentStore, targets: list[Target]) -> None:
-    prune_layerwise(job, targets)
+def _prune_layer_by_layer(context: RunContext, store: MomentStore, targets: list[Target]) -> None:
+    prune_layerwise(context, targets)
 
 
 LAYER_BY_LAYER = Contestant(REFERENCE, "SlimLLM (Guo et al., ICML 2025), as published", _prune_layer_by_layer)

@@ -10,12 +10,9 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-import ray
 from packaging.requirements import Requirement
 
-import actors
-import slimllm_ops
-from cluster import ClusterError, Resources, WorkerPlan, plan_workers, session
+from cluster import ClusterError, Resources, WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.data.files import local_file
 from orchestrator.inputs import DOWNLOADED, model_name, resolve_model
@@ -26,6 +23,7 @@ from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memor
 from orchestrator.preflight.estimate import Estimate, readable
 from orchestrator.preflight.stages import estimate_pruning
 from orchestrator.preflight.workload import Text, Workload
+from orchestrator.pruning.backends import Backend, backend_of
 from orchestrator.record.files import PACKAGES
 from orchestrator.secrets import masked
 from orchestrator.sources import hub
@@ -132,12 +130,13 @@ def check_output(config: PruneConfig) -> Check:
 
 def _check_cluster(config: PruneConfig, source: Checkpoint | None) -> Iterator[Check]:
     """Yield what was found of Ray and its nodes, and whether a run of the model fits there."""
+    backend = backend_of(config)
     try:
-        with session(config.address, (actors, slimllm_ops)) as resources:
+        with backend.session() as resources:
             sizes = f"{len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs"
             where = f"at {config.address}" if config.address else "of this machine"
-            yield Check("Ray", True, f"{ray.__version__} {where}, {sizes}")
-            yield from _check_nodes(config, source, resources)
+            yield Check("Ray", True, f"{_version('ray')} {where}, {sizes}")
+            yield from _check_nodes(config, backend, source, resources)
             return
     # Any: whatever starts a Ray, or is asked for one, may fail.
     except Exception as error:
@@ -147,9 +146,11 @@ def _check_cluster(config: PruneConfig, source: Checkpoint | None) -> Iterator[C
         yield from check_disks(config, _output(config), estimate, Nodes(Resources(()), ()), ALONE)
 
 
-def _check_nodes(config: PruneConfig, source: Checkpoint | None, resources: Resources) -> Iterator[Check]:
+def _check_nodes(
+    config: PruneConfig, backend: Backend, source: Checkpoint | None, resources: Resources
+) -> Iterator[Check]:
     try:
-        workers = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
+        workers = backend.plan_workers(resources)
     except ClusterError as error:
         yield Check("workers", False, str(error))
         workers = ALONE

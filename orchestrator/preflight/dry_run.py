@@ -4,9 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import actors
-import slimllm_ops
-from cluster import Resources, WorkerPlan, plan_workers, session
+from cluster import Resources, WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, checkpoints_output, is_whole, moments_output
@@ -16,6 +14,7 @@ from orchestrator.preflight.estimate import Estimate
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.preflight.workload import Workload
 from orchestrator.progress import Reporter
+from orchestrator.pruning.backends import backend_of
 from orchestrator.record.files import what_is_asked
 
 # Tells what a run takes.
@@ -80,8 +79,9 @@ def _plan_run(
         reporter.note(f"{output.place} is finished: there is nothing to resume")
         return None
     require_can_start(output.directory, config.overwrite, asked, config.resume)
-    with session(config.address, (actors, slimllm_ops), verbose=reporter.verbose) as resources:
-        workers = plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
+    backend = backend_of(config)
+    with backend.session(verbose=reporter.verbose) as resources:
+        workers = backend.plan_workers(resources)
         return _compare(Intent(config, inputs, output, resources, workers), estimating, gpus=workers.gpus_per_worker)
 
 

@@ -1,9 +1,20 @@
-"""The paper's order: layer by layer, attention first, each module seeing what the pruned ones before it leave."""
+"""The paper's order: layer by layer, attention first. Each module sees the output of the pruned ones before it.
+
+prune_layerwise
+measure_similarities     one pass of the dense model
+allocate                 each layer's heads and channels, from similarities
+_prune_model             one pass for each target; for each layer and module:
+observe                  LayerStream.observe on every shard, moments merged
+decide                   decide_heads or decide_channels where the moments were merged
+apply                    LayerStream.apply on every shard
+"""
 
 from dataclasses import replace
-from functools import partial
 
-from orchestrator.pruning.run_context import Job, Target
+from slimllm_ops.stream.passes import LayerStream
+
+from orchestrator.pruning.run_context import RunContext
+from orchestrator.pruning.targets import Target
 from slimllm_ops.allocate.layer_ratios import (
     Budget,
     LayerBudget,
@@ -12,41 +23,42 @@ from slimllm_ops.allocate.layer_ratios import (
     measure_layer,
     published_settings,
 )
+from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import Decision, LayerPlan
-from slimllm_ops.models.families import Branch
 
 DENSE, PRUNED = "dense", "pruned"
 
 
-def prune_layerwise(job: Job, targets: list[Target]) -> None:
-    """Prune by the paper's method, a pass over the layers for each target after one that measures similarities."""
-    measure = partial(job.survive, partial(measure_similarities, job))
-    similarities = job.staging.results.once("similarities", measure)
+def prune_layerwise(context: RunContext, targets: list[Target]) -> None:
+    """Prune by the paper's method: one pass measures similarities, then one pass prunes each target."""
+    similarities = context.staging.results.once("similarities", lambda: measure_similarities(context))
     for target in targets:
-        budget = allocate(job, similarities, target.sparsity)
+        budget = allocate(context, similarities, target.sparsity)
         if budget.note:
-            job.reporter.note(budget.note)
-        log = target.pruned.log
-        if len(log) < job.source.num_layers:
-            job.survive(partial(_prune_model, job, target, similarities, budget), log.__len__)
+            context.reporter.note(budget.note)
+        if len(target.pruned.log) < context.source.num_layers:
+            _prune_model(context, target, similarities, budget)
 
 
-def measure_similarities(job: Job) -> list[float]:
-    """Return s_l, the mean cosine between the input and the output of every layer of the dense model."""
-    job.shards.open_stream(DENSE, job.source, job.inputs.calibration_blocks())
-    layers = job.reporter.layers("layer similarities", job.source.num_layers, job.inputs.calibration.num_tokens)
-    similarities = [job.shards.forward(DENSE, layer) for layer in layers]
-    job.shards.close_stream(DENSE)
+def measure_similarities(context: RunContext) -> list[float]:
+    """Return s_l of every layer: the mean cosine between its input and its output in the dense model."""
+    shards, num_layers = context.shards, context.source.num_layers
+    for attempt in context.attempts():
+        with attempt:
+            shards.open_stream(DENSE, context.source, context.inputs.calibration_blocks())
+            layers = context.reporter.layers("layer similarities", num_layers, context.inputs.calibration.num_tokens)
+            similarities = [shards.mean(DENSE, LayerStream.forward, layer) for layer in layers]
+            shards.close_stream(DENSE)
     return similarities
 
 
-def allocate(job: Job, similarities: list[float], sparsity: float | None) -> Budget:
-    """Return what every layer gives, to meet a sparsity or, where that is None, by the paper's own ratio."""
-    config, form, num_layers = job.config, job.inputs.form, job.source.num_layers
-    sizes = form.sizes([measure_layer(job.source, layer, form.with_bias) for layer in range(num_layers)])
+def allocate(context: RunContext, similarities: list[float], sparsity: float | None) -> Budget:
+    """Return what every layer gives to meet a sparsity, or by the paper's own ratio where that is None."""
+    config, form, num_layers = context.config, context.inputs.form, context.source.num_layers
+    sizes = form.sizes([measure_layer(context.source, layer, form.with_bias) for layer in range(num_layers)])
     if form.uniform:
         similarities = similarities[:1]
-    # With the paper's own ratio, its published settings stand in for what was not given.
+    # Beside the paper's own ratio, its published settings stand in for missing ones.
     num_pruned, alpha = published_settings(sparsity or config.ratio or 0.0, num_layers)
     num_pruned = min(config.pruned_layers or num_pruned, len(sizes))
     alpha = alpha if config.alpha is None else config.alpha
@@ -58,44 +70,54 @@ def allocate(job: Job, similarities: list[float], sparsity: float | None) -> Bud
     return replace(budget, layers=form.layers(budget.layers, num_layers))
 
 
-def _prune_model(job: Job, target: Target, similarities: list[float], budget: Budget) -> None:
-    shards, tokens, committed = job.shards, job.inputs.calibration.num_tokens, target.pruned.log.plans
-    shards.open_stream(PRUNED, job.source, job.inputs.calibration_blocks(), deciding=True)
-    target.pruned.log.begin(shards.probed_ids(PRUNED), shards.probe(PRUNED))
-    for layer in job.reporter.layers("replaying", len(committed), tokens):
-        shards.forward_pruned(PRUNED, layer, committed[layer])
-    for layer in job.reporter.layers("pruning", job.source.num_layers, tokens, first=len(committed)):
-        attention, mlp = _prune_layer(job, layer, budget.layers[layer])
-        plan = LayerPlan(attention, mlp, similarities[layer], budget.layers[layer].ratio)
-        target.pruned.commit(plan, shards.probe(PRUNED))
-        job.log_layer(target.run, layer, plan)
-    shards.close_stream(PRUNED)
+def _prune_model(context: RunContext, target: Target, similarities: list[float], budget: Budget) -> None:
+    """Pass the layers once; decide, apply and commit each."""
+    shards, tokens, log = context.shards, context.inputs.calibration.num_tokens, target.pruned.log
+    for attempt in context.attempts(log.__len__):
+        with attempt:
+            shards.open_stream(
+                PRUNED,
+                context.source,
+                context.inputs.calibration_blocks(),
+                deciding=True,
+                intercept=context.inputs.form.with_bias,
+            )
+            log.begin(shards.first(PRUNED, LayerStream.probed_ids), shards.first(PRUNED, LayerStream.probe))
+            for layer in context.reporter.layers("replaying", len(log), tokens):
+                shards.each(PRUNED, LayerStream.forward_pruned, layer, log.plans[layer])
+            for layer in context.reporter.layers("pruning", context.source.num_layers, tokens, first=len(log)):
+                attention, mlp = _prune_layer(context, layer, budget.layers[layer])
+                plan = LayerPlan(attention, mlp, similarities[layer], budget.layers[layer].ratio)
+                target.pruned.commit(plan, shards.first(PRUNED, LayerStream.probe))
+                context.log_layer(target.run, layer, plan)
+            shards.close_stream(PRUNED)
 
 
-def _prune_layer(job: Job, layer: int, share: LayerBudget) -> tuple[Decision | None, Decision | None]:
+def _prune_layer(context: RunContext, layer: int, share: LayerBudget) -> tuple[Decision | None, Decision | None]:
     """Observe, decide and apply a layer's attention, then its MLP; None where a module stays whole."""
     if not share.units and not share.channels:
-        job.shards.forward_pruned(PRUNED, layer, LayerPlan())
+        context.shards.each(PRUNED, LayerStream.forward_pruned, layer, LayerPlan())
         return None, None
-    attention = _prune_attention(job, job.source.family.attention, layer, share.units)
-    return attention, _prune_mlp(job, job.source.family.mlp, layer, share.channels)
+    return _prune_attention(context, layer, share.units), _prune_mlp(context, layer, share.channels)
 
 
-def _prune_attention(job: Job, branch: Branch, layer: int, num_removed: int) -> Decision | None:
-    observed = job.shards.observe(PRUNED, layer, branch)
-    heads = None
+def _prune_attention(context: RunContext, layer: int, num_removed: int) -> Decision | None:
+    shards, branch, heads = context.shards, context.source.family.attention, None
+    observed = shards.merge(PRUNED, LayerStream.observe, layer, branch)
     if num_removed:
-        with_bias = job.inputs.form.with_bias
-        heads = job.shards.decide_heads(PRUNED, layer, observed, num_removed=num_removed, with_bias=with_bias)
-    job.shards.apply(PRUNED, layer, branch, heads)
+        heads = shards.get(shards.decide(PRUNED, decide_heads, observed, layer, num_removed=num_removed))
+    shards.each(PRUNED, LayerStream.apply, layer, branch, heads)
     return heads
 
 
-def _prune_mlp(job: Job, branch: Branch, layer: int, num_removed: int) -> Decision | None:
-    observed = job.shards.observe(PRUNED, layer, branch)
-    channels = None
+def _prune_mlp(context: RunContext, layer: int, num_removed: int) -> Decision | None:
+    shards, branch, channels = context.shards, context.source.family.mlp, None
+    observed = shards.merge(PRUNED, LayerStream.observe, layer, branch)
     if num_removed:
-        settings = {"keep_lowest": job.config.keep_lowest, "with_bias": job.inputs.form.with_bias}
-        channels = job.shards.decide_channels(PRUNED, layer, observed, num_removed=num_removed, **settings)
-    job.shards.apply(PRUNED, layer, branch, channels)
+        keep_lowest = context.config.keep_lowest
+        decision = shards.decide(
+            PRUNED, decide_channels, observed, layer, num_removed=num_removed, keep_lowest=keep_lowest
+        )
+        channels = shards.get(decision)
+    shards.each(PRUNED, LayerStream.apply, layer, branch, channels)
     return channels

@@ -1,6 +1,12 @@
 """One forward pass of the dense model, and from its moments models of any method at any number of sparsities.
 
-No barrier: while the shards observe a layer, solves of the layers before run wherever a processor is free.
+prune_one_pass
+calibrate                one pass; for each layer and module:
+observe                  LayerStream.observe_dense on every shard, moments merged
+eliminate                eliminate_observed as a solve, while the shards observe the next layer
+save                     moments and elimination paths, in the MomentStore
+rank_modules             the order in which the method removes units
+write_models             spends the budget; decides, writes and commits each layer for every target
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,55 +15,60 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 import torch
+from slimllm_ops.decide.paths import LayerPaths, ModulePath
+from slimllm_ops.stream.passes import PROBED_TOKENS, LayerStream
 
-from actors.pool import SolverPool, results
-from actors.shard import PROBED_TOKENS
+from actors.pool import SolverPool, in_flight
+from actors.workers import Reference
 from orchestrator.inputs import Inputs
-from orchestrator.pruning.run_context import Job, Target
+from orchestrator.pruning.run_context import RunContext
+from orchestrator.pruning.targets import Target
 from slimllm_ops.allocate.budget import Candidate
+from slimllm_ops.allocate.candidates import module_candidates
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
 from slimllm_ops.allocate.layer_ratios import measure_layer, parameters_to_remove
-from slimllm_ops.checkpoint.moment_store import LayerPaths, ModulePath, MomentStore
+from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.plan import LayerPlan
+from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.methods import METHODS, Method
-from slimllm_ops.models.families import Branch, layer_shape
-from slimllm_ops.module_solves import candidates_of
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.models.families import layer_shape
+from slimllm_ops.models.pair import MODULES, Pair
+from slimllm_ops.module_solves import decide_module, eliminate_observed, rank_module
+from slimllm_ops.moments.observation import DensePass
+from slimllm_ops.moments.ranking import Ranking
 
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """What a method can take, and the form to be met.
+    """A method's rankings of all modules, and the form that the model must have.
 
     Attributes:
-        method: the method.
-        candidates: every module, layer by layer, attention before the MLP.
-        form: what is asked of the shapes.
-        layers: every layer as a whole, where layers may go.
+        method: The method.
+        candidates: What the modules of each layer can give.
+        form: The form.
+        layers: Every layer as a whole, where layers may be dropped.
     """
 
     method: Method
-    candidates: list[Candidate]
+    candidates: list[Pair[Candidate]]
     form: Form
     layers: Sequence[Candidate] = ()
 
     def relative_change(self, layer: int) -> float | None:
-        """Return what a layer adds to the states that leave it, relative to them, where it was measured."""
+        """Return E|h_out - h_in|^2 / E|h_out|^2 of a layer, where it was measured."""
         if not self.layers:
             return None
         return self.layers[layer].output_variance / max(self.layers[layer].stream_power, 1e-300)
 
     def spend(self, target: int) -> Spent:
-        """Return what goes, to remove so many parameters.
+        """Return the units and layers to remove for a number of parameters.
 
         Raises:
-            InputError: the target is not reachable.
+            InputError: The target is not reachable.
         """
         spend = partial(self.form.spend, self.method.spend)
         if not self.form.drop_layers:
@@ -65,49 +76,85 @@ class Ranked:
         return spend_on_layers_too(self.layers, self.candidates, target, spend)
 
 
-def prune_one_pass(job: Job, targets: list[Target]) -> None:
-    """Prune by `gram` to every target, from moments that are given or from one pass over the dense model."""
-    prune_from_moments(job, observed_moments(job), METHODS[job.config.method], targets)
+@dataclass(frozen=True)
+class _ObservedModule:
+    """A module under way: its pass over all shards, and its elimination."""
+
+    seen: Reference[DensePass]
+    path: Reference[ModulePath]
 
 
-def prune_from_moments(job: Job, store: MomentStore, method: Method, targets: list[Target]) -> None:
+def prune_one_pass(context: RunContext, targets: list[Target]) -> None:
+    """Prune by a one-pass method to every target, from kept moments or from one pass over the dense model."""
+    prune_from_moments(context, observed_moments(context), METHODS[context.config.method], targets)
+
+
+def prune_from_moments(context: RunContext, store: MomentStore, method: Method, targets: list[Target]) -> None:
     """Prune by a one-pass method to every target."""
-    if all(len(target.pruned.log) == job.source.num_layers for target in targets):
+    if all(len(target.pruned.log) == context.source.num_layers for target in targets):
         return
-    ranked = job.survive(partial(rank_modules, job.pool, job.source, store, method, job.inputs.form))
-    write_models(job, store, ranked, targets)
+    write_models(context, store, rank_modules(context, store, method), targets)
 
 
-def observed_moments(job: Job) -> MomentStore:
-    """Return the moments that the config names, or those of a pass that is made now."""
-    if job.inputs.moments is not None:
-        return MomentStore(job.inputs.moments)
-    store = MomentStore(job.staging.solved / "moments")
-    calibrate(job, store)
+def observed_moments(context: RunContext) -> MomentStore:
+    """Return the moments that the config names, or those of a pass made now."""
+    intercept = context.inputs.form.with_bias
+    if context.inputs.moments is not None:
+        return MomentStore(context.inputs.moments, intercept)
+    store = MomentStore(context.staging.solved / "moments", intercept)
+    calibrate(context, store)
     return store
 
 
-def calibrate(job: Job, store: MomentStore) -> None:
+def calibrate(context: RunContext, store: MomentStore) -> None:
     """Pass the calibration data through the dense model once; keep every layer's moments and elimination paths."""
-    num_saved = partial(store.num_saved, job.source.num_layers)
-    if num_saved() < job.source.num_layers:
-        job.survive(partial(_observe, job, store), num_saved)
-    store.seal(moments_of(job.inputs))
+    shards, num_layers, tokens = context.shards, context.source.num_layers, context.inputs.calibration.num_tokens
+    num_saved = partial(store.num_saved, num_layers)
+    for attempt in context.attempts(num_saved):
+        with attempt:
+            if (first := num_saved()) == num_layers:
+                continue
+            measures_change = context.inputs.form.drop_layers
+            blocks_BT = context.inputs.calibration_blocks()
+            shards.open_stream(DENSE, context.source, blocks_BT, measures_change=measures_change)
+            for layer in context.reporter.layers("replaying", first, tokens):
+                shards.each(DENSE, LayerStream.forward_pruned, layer, LayerPlan())
+            observed = in_flight(_observe_layers(context, range(first, num_layers)))
+            for layer in context.reporter.layers("calibrating", num_layers, tokens, first):
+                _save_layer(context, store, layer, next(observed))
+            shards.close_stream(DENSE)
+    store.seal(moments_of(context.inputs))
 
 
-def _observe(job: Job, store: MomentStore) -> None:
-    shards, num_layers, tokens = job.shards, job.source.num_layers, job.inputs.calibration.num_tokens
-    first = store.num_saved(num_layers)
-    shards.open_stream(DENSE, job.source, job.inputs.calibration_blocks(), measures_change=job.inputs.form.drop_layers)
-    for layer in job.reporter.layers("replaying", first, tokens):
-        shards.forward_pruned(DENSE, layer, LayerPlan())
-    solved = results(_observe_layers(job, range(first, num_layers)))
-    for layer in job.reporter.layers("calibrating", num_layers, tokens, first):
-        attention, mlp, attention_path, mlp_path, powers = next(solved)
-        for observed in (attention, mlp):
-            observed.require_tokens(tokens, f"layer {layer}")
-        store.save(layer, LayerPaths(ModulePath(*attention_path), ModulePath(*mlp_path), *powers), attention, mlp)
-    shards.close_stream(DENSE)
+def _observe_layers(context: RunContext, layers: range) -> Iterator[Pair[_ObservedModule]]:
+    """Submit the observations and eliminations of layers; yield references to their results."""
+    source = context.source
+    for layer in layers:
+        shape = layer_shape(source.config, layer)
+        modules = []
+        for branch, num_units in zip(
+            source.family.branches, (shape.num_attention_units, shape.intermediate_size), strict=True
+        ):
+            seen = context.shards.merge(DENSE, LayerStream.observe_dense, layer, branch)
+            path = context.pool.submit(eliminate_observed, layer, branch, seen, num_units)
+            modules.append(_ObservedModule(seen, path))
+        yield Pair(*modules)
+
+
+def _save_layer(context: RunContext, store: MomentStore, layer: int, modules: Pair[_ObservedModule]) -> None:
+    """Wait for a layer's observations and eliminations, and keep them."""
+    # Moments pass through the driver to its disk: a run that is killed goes on from there.
+    seen = modules.map(lambda module: context.pool.get(module.seen))
+    paths = modules.map(lambda module: context.pool.get(module.path))
+    for one in seen:
+        one.observed.require_tokens(context.inputs.calibration.num_tokens)
+    change = None if seen.mlp.change is None else seen.mlp.change.value
+    store.save(
+        layer,
+        LayerPaths(paths.attention, paths.mlp, seen.mlp.power.value, change),
+        seen.attention.observed,
+        seen.mlp.observed,
+    )
 
 
 def moments_of(inputs: Inputs) -> dict[str, Any]:
@@ -120,33 +167,104 @@ def moments_of(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def write_models(job: Job, store: MomentStore, ranked: Ranked, targets: list[Target]) -> None:
-    """Decide and write every target's model, layer by layer; each layer's moments are read once for all of them."""
-    logs = [target.pruned.log for target in targets]
-    job.survive(partial(_write_models, job, store, ranked, targets), lambda: sum(map(len, logs)))
+def rank_modules(context: RunContext, store: MomentStore, method: Method) -> Ranked:
+    """Rank every module's units by a method; gram's ranking with an intercept was kept with the moments."""
+    source, form = context.source, context.inputs.form
+    paths = [store.load_paths(layer) for layer in range(source.num_layers)]
+    if method.rank is METHODS["gram"].rank and form.with_bias:
+        rankings = [Pair(path.attention.ranking, path.mlp.ranking) for path in paths]
+    else:
+        for attempt in context.attempts():
+            with attempt:
+                submitted = in_flight(_submit_rankings(context.pool, source, store, method))
+                rankings = [pair.map(context.pool.get) for pair in submitted]
+    sizes = [measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)]
+    layers = layer_candidates(sizes, paths) if form.drop_layers else ()
+    return Ranked(method, module_candidates(sizes, paths, rankings), form, layers)
 
 
-def _write_models(job: Job, store: MomentStore, ranked: Ranked, targets: list[Target]) -> None:
-    asked = [target_parameters(job.source, target.sparsity) for target in targets]
-    num_layers, first = job.source.num_layers, min(len(target.pruned.log) for target in targets)
-    witness = _Witness(job.source)
-    for target in targets:
-        target.pruned.log.begin(*witness.start())
-    decided = decide_layers(job.pool, job.source, store, ranked, asked, range(first, num_layers))
-    for layer in job.reporter.layers("deciding", num_layers, job.inputs.calibration.num_tokens, first):
-        for target, plan in zip(targets, next(decided), strict=True):
-            # An earlier attempt may have ended between two targets.
-            if len(target.pruned.log) == layer:
-                state_TD = witness.forward(target.pruned.log.last_state(), layer, plan)
-                target.pruned.commit(plan, state_TD)
-                job.log_layer(target.run, layer, plan)
-    witness.close()
+def _submit_rankings(
+    pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method
+) -> Iterator[Pair[Reference[Ranking]]]:
+    for layer in range(source.num_layers):
+        shape = layer_shape(source.config, layer)
+        units = Pair(shape.num_attention_units, shape.intermediate_size)
+        yield Pair(
+            *(
+                pool.submit(rank_module, layer, branch, pool.put(store.load_moments(layer, module)), num_units, method)
+                for module, branch, num_units in zip(MODULES, source.family.branches, units, strict=True)
+            )
+        )
+
+
+def write_models(context: RunContext, store: MomentStore, ranked: Ranked, targets: list[Target]) -> None:
+    """Decide and write every target's model, layer by layer; read each layer's moments once for all of them."""
+    source, logs = context.source, [target.pruned.log for target in targets]
+    spent = [ranked.spend(target_parameters(source, target.sparsity)) for target in targets]
+    for attempt in context.attempts(lambda: sum(map(len, logs))):
+        with attempt:
+            first, witness = min(map(len, logs)), _Witness(source)
+            for log in logs:
+                log.begin(*witness.start())
+            plans = _decide_layers(context.pool, source, store, ranked, spent, range(first, source.num_layers))
+            tokens = context.inputs.calibration.num_tokens
+            for layer in context.reporter.layers("deciding", source.num_layers, tokens, first):
+                for target, plan in zip(targets, next(plans), strict=True):
+                    # An earlier attempt may have ended between two targets.
+                    if len(target.pruned.log) == layer:
+                        target.pruned.commit(plan, witness.forward(target.pruned.log.last_state(), layer, plan))
+                        context.log_layer(target.run, layer, plan)
+            witness.close()
+
+
+def _decide_layers(
+    pool: SolverPool, source: Checkpoint, store: MomentStore, ranked: Ranked, spent: Sequence[Spent], layers: range
+) -> Iterator[list[LayerPlan]]:
+    """Yield each layer's plan for every target."""
+    submitted = in_flight(_submit_decisions(pool, source, store, ranked, spent, layers))
+    for layer, pair in zip(layers, submitted, strict=True):
+        decided, change = pair.map(pool.get), ranked.relative_change(layer)
+        yield [
+            LayerPlan(attention=heads, mlp=channels, relative_change=change, dropped=layer in one.dropped)
+            for heads, channels, one in zip(*decided, spent, strict=True)
+        ]
+
+
+def _submit_decisions(
+    pool: SolverPool, source: Checkpoint, store: MomentStore, ranked: Ranked, spent: Sequence[Spent], layers: range
+) -> Iterator[Pair[Reference[list[Decision | None]]]]:
+    for layer in layers:
+        removals = Pair([one.units[layer].attention for one in spent], [one.units[layer].mlp for one in spent])
+        candidates = ranked.candidates[layer]
+        yield Pair(
+            *(
+                pool.submit(
+                    decide_module,
+                    layer,
+                    branch,
+                    # From the disk, one layer at a time: memory does not grow with depth.
+                    pool.put(store.load_moments(layer, module)),
+                    ranked.method,
+                    candidate.ranking,
+                    counts,
+                )
+                for module, branch, candidate, counts in zip(
+                    MODULES, source.family.branches, candidates, removals, strict=True
+                )
+            )
+        )
+
+
+def target_parameters(source: Checkpoint, sparsity: float | None) -> int:
+    """Return how many parameters a sparsity removes from the decoder layers."""
+    assert sparsity is not None, "a config with a ratio is refused for one-pass methods"
+    return parameters_to_remove([measure_layer(source, layer) for layer in range(source.num_layers)], sparsity)
 
 
 class _Witness:
-    """Passes a few tokens through pruned layers as decided, for the read-back of what was written.
+    """A few tokens that pass the pruned layers as decided, for the read-back of the written checkpoint.
 
-    No shard does so, since the moments are of the dense model. One layer's weights serve all targets.
+    The shards hold moments of the dense model and pass no pruned layer. One layer's weights serve all targets.
     """
 
     def __init__(self, source: Checkpoint) -> None:
@@ -160,100 +278,11 @@ class _Witness:
         return self._ids_1T[0].numpy(), self._stream.hidden[0][0].numpy()
 
     def forward(self, state_TD: np.ndarray, layer: int, plan: LayerPlan) -> np.ndarray:
-        """Return what a layer, as a plan leaves it, makes of states (T, D)."""
+        """Return the states (T, D) after a layer that a plan pruned."""
         self._stream.hidden = [torch.from_numpy(state_TD)[None]]
         self._stream.forward_pruned(layer, plan)
         return self._stream.hidden[0][0].numpy()
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         self._stream.close()
-
-
-def _observe_layers(job: Job, layers: range) -> Iterator[tuple[Any, ...]]:
-    """Send layers' observations and solves on their way; yield references to what will come of them."""
-    source, shards, pool = job.source, job.shards, job.pool
-    attention, mlp = source.family.attention, source.family.mlp
-    for layer in layers:
-        shape = layer_shape(source.config, layer)
-        attention_ref, _ = shards.observe_dense(DENSE, layer, attention)
-        attention_path = pool.eliminate(layer, attention, attention_ref, shape.num_attention_units)
-        mlp_ref, powers = shards.observe_dense(DENSE, layer, mlp)
-        mlp_path = pool.eliminate(layer, mlp, mlp_ref, shape.intermediate_size)
-        yield attention_ref, mlp_ref, attention_path, mlp_path, powers
-
-
-def rank_modules(pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method, form: Form) -> Ranked:
-    """Rank every module's units by a method; gram's ranking, where biases recover, was kept with the moments."""
-    paths = [store.load_paths(layer) for layer in range(source.num_layers)]
-    if method.rank is METHODS["gram"].rank and form.with_bias:
-        rankings = [[path.attention.ranking, path.mlp.ranking] for path in paths]
-    else:
-        rankings = list(results(_submit_rankings(pool, source, store, method, form)))
-    sizes = [measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)]
-    layers = layer_candidates(sizes, paths) if form.drop_layers else ()
-    return Ranked(method, candidates_of(sizes, paths, rankings), form, layers)
-
-
-def decide_layers(
-    pool: SolverPool,
-    source: Checkpoint,
-    store: MomentStore,
-    ranked: Ranked,
-    targets: Sequence[int],
-    layers: range,
-) -> Iterator[list[LayerPlan]]:
-    """Yield, for each of the layers, its plan at each target of removed parameters."""
-    spent = [ranked.spend(target) for target in targets]
-    decided = results(_submit_decisions(pool, source, store, ranked, spent, layers))
-    for layer, (attention, mlp) in zip(layers, decided, strict=True):
-        change = ranked.relative_change(layer)
-        yield [
-            LayerPlan(attention=heads, mlp=channels, relative_change=change, dropped=layer in one.dropped)
-            for heads, channels, one in zip(attention, mlp, spent, strict=True)
-        ]
-
-
-def target_parameters(source: Checkpoint, sparsity: float | None) -> int:
-    """Return how many parameters a sparsity removes from the decoder layers."""
-    assert sparsity is not None, "a config with a ratio is refused for one-pass methods"
-    return parameters_to_remove([measure_layer(source, layer) for layer in range(source.num_layers)], sparsity)
-
-
-def _submit_rankings(
-    pool: SolverPool, source: Checkpoint, store: MomentStore, method: Method, form: Form
-) -> Iterator[tuple[ray.ObjectRef, ...]]:
-    for layer in range(source.num_layers):
-        shape = layer_shape(source.config, layer)
-        units = (shape.num_attention_units, shape.intermediate_size)
-        yield tuple(
-            pool.rank(layer, branch, ray.put(store.load_moments(layer, module)), num_units, method, form.with_bias)
-            for (module, branch), num_units in zip(_branches(source), units, strict=True)
-        )
-
-
-def _submit_decisions(
-    pool: SolverPool,
-    source: Checkpoint,
-    store: MomentStore,
-    ranked: Ranked,
-    spent: Sequence[Spent],
-    layers: range,
-) -> Iterator[tuple[ray.ObjectRef, ...]]:
-    for layer in layers:
-        yield tuple(
-            pool.decide(
-                layer,
-                branch,
-                ray.put(store.load_moments(layer, module)),
-                ranked.method,
-                ranked.candidates[2 * layer + number].ranking,
-                [one.units[2 * layer + number] for one in spent],
-                ranked.form.with_bias,
-            )
-            for number, (module, branch) in enumerate(_branches(source))
-        )
-
-
-def _branches(source: Checkpoint) -> tuple[tuple[str, Branch], tuple[str, Branch]]:
-    return ("attention", source.family.attention), ("mlp", source.family.mlp)

@@ -2,28 +2,32 @@
 
 import math
 
+from slimllm_ops.stream.passes import LayerStream
+
 from actors.group import ShardGroup
 from orchestrator.data import TokenBlocks
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import NonFiniteError
 
+# exp() of a larger loss is beyond what a float holds; a heavily pruned model can reach it.
+LARGEST_LOSS = 700
+
 
 def evaluate(shards: ShardGroup, model: Checkpoint, blocks: TokenBlocks, reporter: Reporter, stage: str) -> float:
     """Return the perplexity of a model: exp of the mean negative log-likelihood per token.
 
     Raises:
-        NonFiniteError: a layer's activations, or the logits, hold NaN or infinity.
+        NonFiniteError: A layer's activations, or the logits, hold NaN or infinity.
     """
     shards.open_stream(stage, model, blocks.input_ids_BT)
     for layer in reporter.layers(stage, model.num_layers, blocks.input_ids_BT.size):
-        shards.forward(stage, layer)
-    loss = shards.negative_log_likelihood(stage)
+        shards.each(stage, LayerStream.forward, layer)
+    loss = shards.mean(stage, LayerStream.negative_log_likelihood)
     shards.close_stream(stage)
     if math.isnan(loss):
         raise NonFiniteError(
             f"{stage}: the logits on {blocks.spec} hold NaN or infinity: "
             f"the weights of the final norm or of the head overflow, or are damaged"
         )
-    # A model that is pruned to pieces can pass what a float holds.
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf

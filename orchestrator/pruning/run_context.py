@@ -1,39 +1,53 @@
-"""What a run has at hand while it goes, and what it is to write."""
+"""A run's context: its settings, inputs, workers and places, and how it survives lost workers."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from types import TracebackType
 
 from actors.errors import ShardError, WorkerLostError
 from actors.group import ShardGroup
 from actors.pool import SolverPool
+from actors.workers import solve_threads
+from cluster import Resources, WorkerPlan, find_room
 from orchestrator.config import PruneConfig
 from orchestrator.data import TokenBlocks
 from orchestrator.inputs import Inputs
 from orchestrator.output.staging import Staging
 from orchestrator.progress import Reporter
+from orchestrator.pruning.backends import Backend
 from orchestrator.pruning.perplexity import evaluate
 from orchestrator.record.mlflow import log_layer
 from orchestrator.tracking import Run
-from slimllm_ops.checkpoint.commit_log import CommitLog
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.decide.plan import LayerPlan
+from slimllm_ops.stream.memory import return_large_blocks
 
-T = TypeVar("T")
-
-# A stage that loses workers so often and commits nothing between would go on doing so.
+# A stage that loses workers this often and commits nothing in between would go on losing them.
 MAX_LOSSES = 3
 
 
+@dataclass
+class Attempt:
+    """One attempt at a stage. As a context manager it ends at the loss of a worker, and keeps that loss."""
+
+    loss: WorkerLostError | None = field(default=None, init=False)
+
+    def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, WorkerLostError):
+            return False
+        self.loss = error
+        return True
+
+
 @dataclass(frozen=True)
-class Job:
-    """A run's inputs, workers and places."""
+class RunContext:
+    """A run's settings, inputs, workers and places."""
 
     config: PruneConfig
     inputs: Inputs
@@ -44,137 +58,96 @@ class Job:
 
     @property
     def source(self) -> Checkpoint:
-        """The model that is pruned."""
+        """The dense model."""
         return self.inputs.source
 
-    def survive(self, stage: Callable[[], T], committed: Callable[[], int] = lambda: 0) -> T:
-        """Do what may lose workers; after a loss do it again with those that there are.
+    def attempts(self, committed: Callable[[], int] = lambda: 0) -> Iterator[Attempt]:
+        """Yield attempts at a stage until one keeps all its workers.
 
-        A stage takes up what is committed, so that it goes on, and what it gives does not depend on losses.
+            for attempt in context.attempts(log.__len__):
+                with attempt:
+                    ...  # opens its streams, and goes on from what is committed
 
         Args:
-            stage: what is done; it opens its streams itself.
-            committed: how much of it is committed.
+            committed: Returns how much of the stage is committed.
 
         Raises:
-            ShardError: workers were lost again and again with nothing committed between, or none is left.
+            ShardError: Workers were lost again and again with nothing committed in between, or none is left.
         """
         losses, before = 0, committed()
         while True:
-            try:
-                return stage()
-            except WorkerLostError as lost:
-                losses, before = 1 if committed() > before else losses + 1, committed()
-                if losses > MAX_LOSSES:
-                    raise ShardError(f"{lost} It was the {losses}th loss with nothing solved between") from lost
-                self.shards.lose()
-                self.reporter.warn(f"{lost} The run goes on from what is solved, once it has workers again")
+            attempt = Attempt()
+            yield attempt
+            if (loss := attempt.loss) is None:
+                return
+            losses, before = 1 if committed() > before else losses + 1, committed()
+            if losses > MAX_LOSSES:
+                raise ShardError(f"{loss} It was the {losses}th loss with nothing solved between") from loss
+            self.shards.lose()
+            self.reporter.warn(f"{loss} The run goes on from what is solved, once it has workers again")
 
     def log_layer(self, run: Run, layer: int, plan: LayerPlan) -> None:
-        """Log what became of a layer, once, and tell it to who looks closely."""
+        """Log a layer's decisions once; print them in a verbose run."""
         if metrics := log_layer(run, self.source, layer, plan):
-            told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            self.reporter.detail(f"layer {layer}{', dropped' if plan.dropped else ''}: {told}")
+            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            self.reporter.detail(f"layer {layer}{', dropped' if plan.dropped else ''}: {values}")
 
     def dense_perplexity(self, blocks: TokenBlocks) -> float:
         """Return the dense model's perplexity, measured once for all targets."""
         return self.perplexity(self.source, blocks, "perplexity, dense", "dense")
 
     def perplexity(self, model: Checkpoint, blocks: TokenBlocks, stage: str, name: str) -> float:
-        """Return a model's perplexity, measured once whatever becomes of the process; `name` names the model."""
-        measured = self.staging.results.once(
-            f"perplexity of {name} on {blocks.spec}, {blocks.digest}",
-            lambda: self.survive(lambda: evaluate(self.shards, model, blocks, self.reporter, stage)),
-        )
-        return float(measured)
+        """Return a model's perplexity; a resumed run does not measure it again.
+
+        Args:
+            model: The model.
+            blocks: Held-out blocks.
+            stage: What progress calls the pass.
+            name: What the staging's notes call the model.
+        """
+
+        def measure() -> float:
+            for attempt in self.attempts():
+                with attempt:
+                    perplexity = evaluate(self.shards, model, blocks, self.reporter, stage)
+            return perplexity
+
+        return float(self.staging.results.once(f"perplexity of {name} on {blocks.spec}, {blocks.digest}", measure))
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A checkpoint as it is written, layer by layer, and the log of what is."""
+def settle_workers(backend: Backend, resources: Resources, staging: Staging) -> WorkerPlan:
+    """Return the workers of a run; a resumed run has those that it began with, whatever the cluster is now.
 
-    writer: CheckpointWriter
-    log: CommitLog
-
-    @classmethod
-    def open(cls, source: Checkpoint, directory: Path, log: Path) -> "Draft":
-        """Begin a checkpoint, or go on with it."""
-        return cls(CheckpointWriter(source, directory), CommitLog(log))
-
-    def commit(self, plan: LayerPlan, state_TD: np.ndarray) -> None:
-        """Write the next layer by its plan; `state_TD` is what it leaves of the tokens that are followed."""
-        if not plan.dropped:
-            self.writer.write_layer(len(self.log), plan, self.log.num_kept)
-        self.log.commit(plan, state_TD)
-
-    def commit_tensors(self, plan: LayerPlan, tensors: dict[str, Tensor], state_TD: np.ndarray) -> None:
-        """Write the next layer's tensors, by their names in it; none where the layer is dropped."""
-        if not plan.dropped:
-            self.writer.write_tensors(self.log.num_kept, tensors)
-        self.log.commit(plan, state_TD)
-
-    def finish(self) -> Checkpoint:
-        """Write everything but the layers."""
-        self.writer.finish(self.log.plans)
-        return Checkpoint.open(self.writer.directory)
-
-
-@dataclass(frozen=True)
-class Target:
-    """One checkpoint to write: its sparsity (None where the paper's ratio was given), its place and its run.
-
-    Where the model is refined, that which is refined is written elsewhere, and goes when the run is done.
+    Raises:
+        ClusterError: There is less than the config asks for.
     """
-
-    sparsity: float | None
-    run: Run
-    pruned: Draft
-    refined: Draft | None = None
-
-    @property
-    def final(self) -> Draft:
-        """The checkpoint that stays."""
-        return self.refined or self.pruned
-
-    @property
-    def directory(self) -> Path:
-        """Where it is written."""
-        return self.final.writer.directory
+    planned = backend.plan_workers(resources)
+    settled = WorkerPlan(**staging.settled.once("workers", lambda: asdict(planned)))
+    return replace(settled, weights_travel=planned.weights_travel)
 
 
 @contextmanager
-def open_targets(config: PruneConfig, staging: Staging, source: Checkpoint, run: Run) -> Iterator[list[Target]]:
-    """Give every sparsity a directory and a run: the run itself for one, a child of it for each of several."""
-    sparsities: Sequence[float | None] = config.targets
-    if len(sparsities) == 1:
-        yield [open_target(sparsities[0], staging.directory, run, source, staging, config.refine)]
-        return
-    with ExitStack() as stack:
-        targets = []
-        for sparsity in sparsities:
-            directory = staging.directory / target_name(sparsity, config)
-            child = stack.enter_context(run.child(directory.name, directory / "pruning" / "metrics.jsonl"))
-            targets.append(open_target(sparsity, directory, child, source, staging, config.refine))
-        yield targets
-
-
-def open_target(
-    sparsity: float | None, directory: Path, run: Run, source: Checkpoint, staging: Staging, refine: bool
-) -> Target:
-    """Begin a target's checkpoint in a directory of the staging, or go on with it."""
-    work = staging.solved / directory.relative_to(staging.directory)
-    if not refine:
-        return Target(sparsity, run, Draft.open(source, directory, work / "pruned.log"))
-    return Target(
-        sparsity,
-        run,
-        pruned=Draft.open(source, work / "pruned", work / "pruned.log"),
-        refined=Draft.open(source, directory, work / "refined.log"),
-    )
-
-
-def target_name(sparsity: float | None, config: PruneConfig) -> str:
-    """Return what a target is called in paths, runs and the registry: by its sparsity, or else the ratio."""
-    if sparsity is None:
-        return f"ratio-{config.ratio:g}"
-    return f"sparsity-{sparsity:.2f}" if sparsity == round(sparsity, 2) else f"sparsity-{sparsity:g}"
+def open_context(
+    backend: Backend,
+    resources: Resources,
+    plan: WorkerPlan,
+    config: PruneConfig,
+    inputs: Inputs,
+    staging: Staging,
+    reporter: Reporter,
+) -> Iterator[RunContext]:
+    """Hold a run's workers, as many as there is room for; they start when the first data are sent to them."""
+    return_large_blocks()
+    with (
+        backend.workers(plan, find_room(resources, plan), note=reporter.note) as (workers, deliver),
+        ShardGroup(
+            workers,
+            plan.num_workers,
+            deliver=deliver,
+            note=reporter.note,
+            offload=config.offload,
+            settle=staging.settled.once,
+        ) as shards,
+    ):
+        pool = SolverPool(workers, deliver(inputs.source), solve_threads(plan.cpus_per_worker))
+        yield RunContext(config, inputs, shards, pool, staging, reporter)

@@ -56,6 +56,8 @@ class Candidate:
 
 def in_steps(candidate: Candidate, width: int) -> Candidate:
     """Return a module whose units go so many at a time, in their order."""
+    if width == 1:
+        return candidate
     costs = candidate.ranking.costs
     steps = tuple(sum(costs[start : start + width]) for start in range(0, len(costs), width))
     ranking = Ranking(tuple(range(len(steps))), steps)

@@ -8,12 +8,14 @@ A budget is spent on what can go: steps of channels in the place of channels, an
 alike. Nothing else knows of forms but the recovery, which fits without an intercept by moments about zero.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from slimllm_ops.allocate.budget import Candidate, as_one, in_steps
 from slimllm_ops.allocate.layer_ratios import LayerBudget, LayerSize
 from slimllm_ops.errors import InputError
+from slimllm_ops.models.pair import Pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +62,28 @@ class Form:
         return budgets * num_layers if self.uniform else budgets
 
     def spend(
-        self, rule: Callable[[Sequence[Candidate], int], list[int]], candidates: Sequence[Candidate], target: int
-    ) -> list[int]:
+        self,
+        rule: Callable[[Sequence[Candidate], int], list[int]],
+        candidates: Sequence[Pair[Candidate]],
+        target: int,
+    ) -> list[Pair[int]]:
         """Return how many units every module gives by a rule of `slimllm_ops.allocate.budget`.
 
         Args:
-            rule: how a budget is spent.
-            candidates: every module, layer by layer, attention before the MLP.
-            target: parameters to remove.
+            rule: How a budget is spent.
+            candidates: The modules of each layer.
+            target: Parameters to remove.
         """
-        attentions = list(candidates[0::2])
-        # Of a mixture of experts, every expert gives a channel at a time.
-        steps = [self.multiple_of * candidate.units_at_once for candidate in candidates[1::2]]
-        mlps = [in_steps(candidate, step) for candidate, step in zip(candidates[1::2], steps, strict=True)]
+        # In a mixture of experts, every expert gives a channel at a time.
+        widths = [Pair(1, self.multiple_of * pair.mlp.units_at_once) for pair in candidates]
+        steps = [pair.join(width, in_steps) for pair, width in zip(candidates, widths, strict=True)]
         if self.uniform:
-            spent = rule([as_one(attentions), as_one(mlps)], target) * len(attentions)
+            alike = [as_one([pair.attention for pair in steps]), as_one([pair.mlp for pair in steps])]
+            spent = [Pair(*rule(alike, target))] * len(steps)
         else:
-            spent = rule([one for pair in zip(attentions, mlps, strict=True) for one in pair], target)
-        widths = [width for step in steps for width in (1, step)]
-        return [count * width for count, width in zip(spent, widths, strict=True)]
+            counts = iter(rule([one for pair in steps for one in pair], target))
+            spent = [Pair(next(counts), next(counts)) for _ in steps]
+        return [count.join(width, operator.mul) for count, width in zip(spent, widths, strict=True)]
 
     @staticmethod
     def _as_one(sizes: Sequence[LayerSize]) -> LayerSize:

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 
 from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.layer_ratios import LayerSize
-from slimllm_ops.checkpoint.moment_store import LayerPaths
+from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.errors import InputError
+from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a budget took: how many units of every module, none of those in layers that go as a whole."""
+    """What a budget took: units of each layer's modules, none from layers that it drops, and those layers."""
 
-    units: tuple[int, ...]
+    units: tuple[Pair[int], ...]
     dropped: frozenset[int] = frozenset()
 
 
@@ -49,15 +50,15 @@ def layer_candidates(sizes: Sequence[LayerSize], paths: Sequence[LayerPaths]) ->
 
 def spend_on_layers_too(
     layers: Sequence[Candidate],
-    modules: Sequence[Candidate],
+    modules: Sequence[Pair[Candidate]],
     target: int,
-    spend: Callable[[Sequence[Candidate], int], list[int]],
+    spend: Callable[[Sequence[Pair[Candidate]], int], list[Pair[int]]],
 ) -> Spent:
     """Return which layers go, and how many units of those that stay.
 
     Args:
         layers: every layer as a whole.
-        modules: their modules, layer by layer, attention before the MLP.
+        modules: the modules of each layer.
         target: parameters to remove.
         spend: how a budget is spent on modules.
 
@@ -77,7 +78,8 @@ def spend_on_layers_too(
         except InputError as error:
             refused = error
         else:
-            lost = sum(map(_error, modules, units)) + sum(_error(layers[layer], 1) for layer in dropped)
+            errors = (error for pair, counts in zip(modules, units, strict=True) for error in pair.join(counts, _error))
+            lost = sum(errors) + sum(_error(layers[layer], 1) for layer in dropped)
             tried.append((lost, Spent(units, dropped)))
     if not tried:
         assert refused is not None, "with no layer gone there is a rest to spend"
@@ -86,15 +88,15 @@ def spend_on_layers_too(
 
 
 def _spend_on_kept(
-    modules: Sequence[Candidate],
+    modules: Sequence[Pair[Candidate]],
     dropped: frozenset[int],
     target: int,
-    spend: Callable[[Sequence[Candidate], int], list[int]],
-) -> tuple[int, ...]:
-    """Return how many units every module gives, those of dropped layers none."""
-    kept = [index for index in range(len(modules)) if index // 2 not in dropped]
-    counts = dict(zip(kept, spend([modules[index] for index in kept], target), strict=True))
-    return tuple(counts.get(index, 0) for index in range(len(modules)))
+    spend: Callable[[Sequence[Pair[Candidate]], int], list[Pair[int]]],
+) -> tuple[Pair[int], ...]:
+    """Return how many units each layer's modules give; those of dropped layers give none."""
+    kept = [layer for layer in range(len(modules)) if layer not in dropped]
+    counts = dict(zip(kept, spend([modules[layer] for layer in kept], target), strict=True))
+    return tuple(counts.get(layer, Pair(0, 0)) for layer in range(len(modules)))
 
 
 def _error(candidate: Candidate, num_removed: int) -> float:

@@ -22,19 +22,24 @@ Shapes: N tokens, D hidden size, S kept inputs of an output projection.
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.elimination import factorise_with_ridge, ridge
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.families import Branch, Family
 from slimllm_ops.moments.moments import Moments
 from slimllm_ops.moments.observation import ObservationSum, PackedObservation
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 
 MIX = 0.75
+
+# A branch's new tensors by their names in the layer: float32, but rounded as the checkpoint stores them.
+Refined = dict[str, np.ndarray]
 
 
 def require_refinable(family: Family) -> None:
@@ -72,25 +77,29 @@ class RefinementStream:
         return self.pruned.require_finite(seen, layer, branch)
 
     @torch.inference_mode()
-    def aligned(self, layer: int, branch: Branch, alignment_DD: Tensor) -> dict[str, Tensor]:
-        """Return the pruned branch's input projections with an alignment folded in, W_in M^T, by name."""
-        weights = self.pruned.weights(layer)
+    def solve_alignment(self, observed: PackedObservation, layer: int, branch: Branch) -> Refined:
+        """Return the pruned branch's input projections with the alignment folded in, W_in M^T.
+
+        Args:
+            observed: The joint moments that `observe_inputs` returned, of all shards.
+            layer: The pruned layer.
+            branch: The branch.
+        """
+        alignment_DD = solve_alignment(observed.unpack(self.pruned.device).moments).float()
+        weights, dtype = self.pruned.weights(layer), self.pruned.checkpoint.dtype
         return {
-            name: (weights[name].to(alignment_DD) @ alignment_DD.T).to(self.pruned.checkpoint.dtype)
-            for name in branch.input_weights
+            name: _numpy((weights[name].to(alignment_DD) @ alignment_DD.T).to(dtype)) for name in branch.input_weights
         }
 
     @torch.inference_mode()
-    def replace(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Let the pruned layer have other tensors, given by name."""
-        weights = self.pruned.weights(layer)
-        for name, tensor in tensors.items():
-            weights[name].copy_(tensor)
+    def align(self, aligned: Refined, layer: int) -> None:
+        """Give a branch of the pruned stream its aligned input projections."""
+        self._replace(layer, self._tensors(aligned))
 
-    def forward_refined(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Pass a layer whose refined tensors are known in both streams, without a look at its moments."""
+    def forward_refined(self, layer: int, refined: Checkpoint) -> None:
+        """Pass a refined layer in both streams, observing nothing."""
         self.forward_dropped(self._origins[layer])
-        self.replace(layer, tensors)
+        self._replace(layer, refined.read_layer(layer))
         self.pruned.forward_pruned(layer, LayerPlan())
 
     def forward_dropped(self, layer: int) -> None:
@@ -104,19 +113,53 @@ class RefinementStream:
         return self.pruned.require_finite(_summed(self._targets(layer, branch)), layer, branch)
 
     @torch.inference_mode()
-    def apply(self, layer: int, branch: Branch, weight_DS: Tensor, bias_D: Tensor | None) -> None:
-        """Add the refitted branch's output to the pruned stream; the dense one has gone on already."""
-        weight_DS = weight_DS.to(self.pruned.device, self.pruned.dtype)
-        bias_D = None if bias_D is None else bias_D.to(weight_DS)
+    def solve_refit(self, observed: PackedObservation, layer: int, branch: Branch) -> Refined:
+        """Return a branch's new output projection: weight (D, S), and bias (D,) where it has one.
+
+        Args:
+            observed: The joint moments that `observe_targets` returned, of all shards.
+            layer: The pruned layer.
+            branch: The branch.
+        """
+        projection, dtype = self.pruned.projection(layer, branch), self.pruned.checkpoint.dtype
+        moments = observed.unpack(self.pruned.device).moments
+        weight_SD, bias_D = solve_refit(moments, projection.weight.T, projection.bias is not None)
+        refitted = {branch.output_weight: _numpy(weight_SD.T.to(dtype))}
+        return refitted if bias_D is None else refitted | {branch.output_bias: _numpy(bias_D.to(dtype))}
+
+    @torch.inference_mode()
+    def apply(self, refitted: Refined, layer: int, branch: Branch) -> None:
+        """Add the refitted branch's output to the pruned stream; the dense stream has passed it already."""
+        tensors = {name: tensor.to(self.pruned.dtype) for name, tensor in self._tensors(refitted).items()}
+        weight_DS, bias_D = tensors[branch.output_weight], tensors.get(branch.output_bias)
         for index, x_bTS in enumerate(self._kept_inputs):
             added = self.pruned.contribution(layer, branch, functional.linear(x_bTS, weight_DS, bias_D))
             self.pruned.hidden[index] = self.pruned.hidden[index] + added
         self._kept_inputs = self.pruned.store()
 
+    def probe(self) -> np.ndarray:
+        """Return the pruned stream's states (T', D) of the first tokens."""
+        return self.pruned.probe()
+
+    def probed_ids(self) -> np.ndarray:
+        """Return the ids (T',) of the tokens whose states `probe` returns."""
+        return self.pruned.probed_ids()
+
     def close(self) -> None:
         """Give both streams' memory back."""
         self._dense.close()
         self.pruned.close()
+
+    def _replace(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Give the pruned layer other tensors, by name."""
+        weights = self.pruned.weights(layer)
+        with torch.inference_mode():
+            for name, tensor in tensors.items():
+                weights[name].copy_(tensor)
+
+    def _tensors(self, refined: Refined) -> dict[str, Tensor]:
+        # Received arrays are read-only views of shared memory.
+        return {name: torch.from_numpy(array.copy()).to(self.pruned.device) for name, array in refined.items()}
 
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         origin = self._origins[layer]
@@ -185,3 +228,7 @@ def _summed(batches: Iterable[Tensor]) -> PackedObservation:
     for batch in batches:
         seen.add(batch.flatten(0, 1), batch.flatten(0, 1))
     return seen.packed()
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().contiguous().numpy()

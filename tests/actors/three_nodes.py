@@ -15,15 +15,17 @@ from typing import Any, NoReturn
 import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
+from slimllm_ops.stream.passes import LayerStream
 
 import actors
 import slimllm_ops
-from actors import group
+from actors import ray_workers
 from actors.group import ShardGroup
 from actors.placement import Placement
-from actors.pool import SolverPool, results
+from actors.pool import SolverPool
 from actors.probe import NodeState
-from actors.serving import shared_files, weight_server
+from actors.ray_workers import RayWorkers
+from actors.serving import weight_server
 from cluster import plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
@@ -31,6 +33,7 @@ from orchestrator.pipeline import prune
 from orchestrator.preflight.checks import look_at
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.module_solves import eliminate_observed
 
 NODES = 3
 
@@ -57,7 +60,7 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
         lost = cluster.list_all_nodes()[-1]
         losing = Losing(lambda: cluster.remove_node(lost, allow_graceful=False))
         # A node that is gone for good need not be waited for as long as one that may come back.
-        group.REPLACE_SECONDS = 10.0
+        ray_workers.REPLACE_SECONDS = 10.0
         prune(PruneConfig(**common, output=f"{scratch}/slimllm", method="slimllm"), losing)
         seen["told"] = losing.told.getvalue()
     finally:
@@ -84,22 +87,20 @@ class Losing(Reporter):
 def use_parts(inputs: Inputs) -> dict[str, Any]:
     """Pass a layer and solve it, with weights that travel; then look at where everything ran."""
     branch = inputs.source.family.mlp
-    with (
-        Placement(NODES, 2, 0.0) as placement,
-        weight_server() as deliver,
-        ShardGroup(placement, deliver, print) as shards,
-    ):
-        shards.start()
-        nodes = ray.get([actor.__ray_call__.remote(node_of) for actor in shards._actors])
+    with Placement(NODES, 2, 0.0) as placement, weight_server() as deliver:
+        workers = RayWorkers(placement)
+        shards = ShardGroup(workers, NODES, deliver=deliver)
+        workers.start()
+        nodes = ray.get([actor.__ray_call__.remote(node_of) for actor in workers._actors])
         solves = [ray.remote(sleeping_node).options(**placement.solve_options()).remote() for _ in range(NODES)]
         served: Any = deliver(inputs.source)
-        ray.get([actor.__ray_call__.remote(refuse_files) for actor in shards._actors])
+        ray.get([actor.__ray_call__.remote(refuse_files) for actor in workers._actors])
         shards.open_stream("served", inputs.source, inputs.calibration_blocks())
-        shards.forward("served", 0)
-        observed, powers = shards.observe_dense("served", 1, branch)
-        pool = SolverPool(served, placement)
+        shards.each("served", LayerStream.forward, 0)
+        seen = shards.merge("served", LayerStream.observe_dense, 1, branch)
+        pool = SolverPool(workers, served, threads=1)
         num_channels = inputs.source.config.intermediate_size
-        (ranking, _), _ = next(results([(pool.eliminate(1, branch, observed, num_channels), powers)]))
+        ranking = pool.get(pool.submit(eliminate_observed, 1, branch, seen, num_channels)).ranking
         return {
             "actors": nodes,
             "solves": ray.get(solves),
@@ -123,12 +124,11 @@ def error_of_a_lost_file(shards: ShardGroup, inputs: Inputs) -> str:
 
 def refusal_of_paths(shards: ShardGroup, inputs: Inputs) -> str:
     """Return what comes of sending a checkpoint that reads files: that workers refuse it shows that they can."""
-    with shared_files() as deliver:
-        shards._deliver = deliver
-        try:
-            shards.open_stream("by path", inputs.source, inputs.calibration_blocks())
-        except ray.exceptions.RayTaskError as error:
-            return str(error.cause)
+    shards.deliver = lambda checkpoint: checkpoint
+    try:
+        shards.open_stream("by path", inputs.source, inputs.calibration_blocks())
+    except ray.exceptions.RayTaskError as error:
+        return str(error.cause)
     return "no error"
 
 

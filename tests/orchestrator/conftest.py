@@ -17,42 +17,35 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
-from orchestrator import PruneConfig, pipeline
+from orchestrator import PruneConfig
 from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
-from tests.orchestrator.standing import Standing
 from tests.orchestrator.tracked import FIRST_RUN, TrackingServer, serving
 
 PruneModel = Callable[..., PruneResult]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standing_workers(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let the runs of a file's tests take over each other's workers, unless it is marked `own_workers`."""
-    if request.node.get_closest_marker("own_workers"):
-        yield
-        return
-    standing = Standing()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "Placement", standing.placement)
-        patch.setattr(pipeline, "ShardGroup", standing.shards)
-        yield
-    standing.release()
-
-
 @pytest.fixture(scope="session")
-def prune_model(
-    local_ray: None, tracking_uri: str, token_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> PruneModel:
-    """Prune a model on one worker, quietly, by a third, unless told otherwise."""
+def prune_model(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PruneModel:
+    """Prune a model by a third in this process, with a journal and no MLflow, unless told otherwise."""
 
     def run(model: Path, **settings: Any) -> PruneResult:
-        defaults = {"calibration": str(token_file), "tracking_uri": tracking_uri, "workers": 1}
+        defaults = {"calibration": str(token_file), "tracking_uri": "none", "local": True}
         if "ratio" not in settings:
             defaults["sparsity"] = 0.33
         output = tmp_path_factory.mktemp("run") / "pruned"
         config = PruneConfig(**{"model": str(model), "output": str(output), **defaults, **settings})
         return prune(config, Reporter(Console(file=io.StringIO())))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prune_on_ray(local_ray: None, prune_model: PruneModel) -> PruneModel:
+    """The same on the session's Ray, on one worker."""
+
+    def run(model: Path, **settings: Any) -> PruneResult:
+        return prune_model(model, **{"local": False, "workers": 1, **settings})
 
     return run
 
@@ -71,9 +64,10 @@ def held_out_file(tmp_path_factory: pytest.TempPathFactory, held_out_blocks: np.
 
 
 @pytest.fixture(scope="session")
-def gqa_run(prune_model: PruneModel, gqa_model: Path, held_out_file: Path) -> PruneResult:
-    """The random model with grouped queries, pruned, evaluated and registered."""
-    return prune_model(gqa_model, evaluate=(str(held_out_file),), register="tiny", run_name="the run")
+def gqa_run(prune_on_ray: PruneModel, tracking_uri: str, gqa_model: Path, held_out_file: Path) -> PruneResult:
+    """The random model with grouped queries, pruned on Ray, evaluated, tracked in MLflow and registered."""
+    evaluate = (str(held_out_file),)
+    return prune_on_ray(gqa_model, evaluate=evaluate, tracking_uri=tracking_uri, register="tiny", run_name="the run")
 
 
 @pytest.fixture(scope="session")

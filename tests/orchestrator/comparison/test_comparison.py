@@ -60,7 +60,6 @@ def own_file(own_blocks: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def run_comparison(
-    local_ray: None,
     tracking_uri: str,
     gqa_model: Path,
     token_file: Path,
@@ -75,7 +74,7 @@ def run_comparison(
             "calibration": str(token_file),
             "evaluate": (str(own_file),),
             "tracking_uri": tracking_uri,
-            "workers": 1,
+            "local": True,
             "output": str(tmp_path_factory.mktemp("comparison") / "out"),
         }
         return compare(CompareConfig(**{**defaults, **settings}), Reporter(Console(file=io.StringIO())))
@@ -97,17 +96,15 @@ def everything(run_comparison: Compare, passes: list[tuple[str, int, str]]) -> I
     def keep_the_first(projection: Projection, num_units: int) -> Ranking:
         return Ranking(tuple(reversed(range(num_units))), (1.0,) * num_units)
 
-    def counted(observe: Callable[..., Any]) -> Callable[..., Any]:
-        def count(self: ShardGroup, name: str, layer: int, branch: Any) -> Any:
-            passes.append((name, layer, branch.module))
-            return observe(self, name, layer, branch)
+    def count(self: ShardGroup, name: str, step: Callable[..., Any], layer: int, branch: Any) -> Any:
+        passes.append((name, layer, branch.module))
+        return merge(self, name, step, layer, branch)
 
-        return count
+    merge = ShardGroup.merge
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "mine", Method("mine", keep_the_first, spend_evenly, leave, "a user", "all"))
-        for name in ("observe", "observe_dense"):
-            patch.setattr(ShardGroup, name, counted(getattr(ShardGroup, name)))
+        patch.setattr(ShardGroup, "merge", count)
         yield run_comparison(sparsity=SPARSITIES)
 
 
@@ -129,7 +126,7 @@ def test_one_pass_over_the_dense_model_serves_all_one_pass_methods(
 ) -> None:
     dense = [(layer, module) for name, layer, module in passes if name == "dense"]
     assert dense == [(layer, module) for layer in range(3) for module in ("self_attn", "mlp")]
-    assert {name for name, _, _ in passes} == {"dense", "pruned"}
+    assert {name for name, _, _ in passes} == {"dense", "pruned", "refined"}
 
 
 def test_losses_and_gaps_follow_from_the_perplexities(everything: Comparison) -> None:

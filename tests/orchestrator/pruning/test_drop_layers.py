@@ -42,8 +42,8 @@ def idle_model(make_llama: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dropped(prune_model: PruneModel, idle_model: Path, held_out_file: Path) -> PruneResult:
-    return prune_model(idle_model, evaluate=(str(held_out_file),), **SETTINGS)
+def dropped(prune_model: PruneModel, idle_model: Path, held_out_file: Path, tracking_uri: str) -> PruneResult:
+    return prune_model(idle_model, evaluate=(str(held_out_file),), tracking_uri=tracking_uri, **SETTINGS)
 
 
 def plan_of(output: Path) -> list[bool]:
@@ -107,14 +107,14 @@ def test_one_worker_and_three_drop_the_same(prune_model: PruneModel, idle_model:
 
 @pytest.mark.slow
 def test_it_is_refined_and_resumed_to_the_same_bytes_and_nearer_to_the_dense_model(
-    idle_model: Path, token_file: Path, held_out_file: Path, tracking_uri: str, local_ray: None, tmp_path: Path
+    idle_model: Path, token_file: Path, tmp_path: Path
 ) -> None:
     config = PruneConfig(
         model=str(idle_model),
         calibration=str(token_file),
         evaluate=(str(token_file),),
-        tracking_uri=tracking_uri,
-        workers=1,
+        tracking_uri="none",
+        local=True,
         sparsity=0.45,
         output=str(tmp_path / "undisturbed"),
         refine=True,
@@ -139,11 +139,11 @@ def test_what_lost_layers_is_pruned_again(prune_model: PruneModel, dropped: Prun
 
 
 def test_kept_moments_serve_where_they_were_kept_for_it(
-    prune_model: PruneModel, idle_model: Path, token_file: Path, local_ray: None, tmp_path: Path, dropped: PruneResult
+    prune_model: PruneModel, idle_model: Path, token_file: Path, tmp_path: Path, dropped: PruneResult
 ) -> None:
     reporter = Reporter(Console(file=io.StringIO()))
     kept = PruneConfig(
-        model=str(idle_model), calibration=str(token_file), workers=1, output=str(tmp_path / "kept"), **SETTINGS
+        model=str(idle_model), calibration=str(token_file), local=True, output=str(tmp_path / "kept"), **SETTINGS
     )
     moments = str(calibrate(kept, reporter))
     run = prune_model(idle_model, moments=moments, calibration=None, **SETTINGS)

@@ -45,15 +45,16 @@ def assert_same_model(found: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sweep(prune_model: PruneModel, gqa_model: Path, held_out_file: Path) -> PruneResult:
-    """Two sparsities from one pass."""
-    return prune_model(gqa_model, method="gram", sparsity=(0.2, 0.45), evaluate=(str(held_out_file),))
+def sweep(prune_model: PruneModel, gqa_model: Path, held_out_file: Path, tracking_uri: str) -> PruneResult:
+    """Two sparsities from one pass, tracked in MLflow."""
+    evaluate = (str(held_out_file),)
+    return prune_model(gqa_model, method="gram", sparsity=(0.2, 0.45), evaluate=evaluate, tracking_uri=tracking_uri)
 
 
 @pytest.fixture(scope="module")
-def moments(local_ray: None, gqa_model: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def moments(gqa_model: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("moments") / "kept"
-    config = PruneConfig(model=str(gqa_model), calibration=str(token_file), output=str(output), workers=1)
+    config = PruneConfig(model=str(gqa_model), calibration=str(token_file), output=str(output), local=True)
     return calibrate(config, Reporter(Console(file=io.StringIO())))
 
 

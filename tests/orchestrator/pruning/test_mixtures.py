@@ -65,7 +65,6 @@ def few_tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", params=["slimllm", "gram"])
 def told(
     request: pytest.FixtureRequest,
-    local_ray: None,
     model: Path,
     few_tokens: str,
     tracking_uri: str,
@@ -79,7 +78,7 @@ def told(
         calibration=few_tokens,
         output=str(tmp_path_factory.mktemp("run") / "pruned"),
         tracking_uri=tracking_uri,
-        workers=1,
+        local=True,
     )
     return Told(prune(config, Reporter(console)), console.file.getvalue())
 
@@ -124,10 +123,10 @@ def test_units_are_the_experts_channels(told: Told) -> None:
 
 
 def test_moments_that_were_kept_give_the_same_model(
-    model: Path, token_file: Path, prune_model: PruneModel, local_ray: None, tmp_path: Path
+    model: Path, token_file: Path, prune_model: PruneModel, tmp_path: Path
 ) -> None:
     config = PruneConfig(
-        model=str(model), method="gram", calibration=str(token_file), output=str(tmp_path / "moments"), workers=1
+        model=str(model), method="gram", calibration=str(token_file), output=str(tmp_path / "moments"), local=True
     )
     moments = calibrate(config, Reporter(Console(file=io.StringIO())))
     once = prune_model(model, method="gram")

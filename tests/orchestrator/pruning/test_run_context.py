@@ -1,8 +1,6 @@
-"""What a run does about losses that do not end."""
+"""A stage that loses workers is attempted again, as long as something is committed in between."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,26 +8,20 @@ from rich.console import Console
 
 from actors.errors import ShardError, WorkerLostError
 from actors.group import ShardGroup
-from actors.placement import Placement
+from actors.local import LocalWorkers
 from actors.pool import SolverPool
-from actors.serving import shared_files
 from orchestrator import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.staging import Staging
 from orchestrator.progress import Reporter
-from orchestrator.pruning.run_context import MAX_LOSSES, Job
+from orchestrator.pruning.run_context import MAX_LOSSES, RunContext
 
 
-@contextmanager
-def job_of(inputs: Inputs, told: io.StringIO) -> Iterator[Job]:
-    """A job whose workers have not started, since nothing was sent to them."""
-    with (
-        Placement(1, 1, 0.0) as placement,
-        shared_files() as deliver,
-        ShardGroup(placement, deliver, print) as shards,
-    ):
-        pool = SolverPool(deliver(inputs.source), placement)
-        yield Job(PruneConfig(), inputs, shards, pool, Staging(Path("nowhere")), Reporter(Console(file=told)))
+def context_of(inputs: Inputs, printed: io.StringIO) -> RunContext:
+    """A context whose workers have not started, since nothing was sent to them."""
+    workers = LocalWorkers(1, 1)
+    shards, pool = ShardGroup(workers, 1), SolverPool(workers, inputs.source, threads=1)
+    return RunContext(PruneConfig(), inputs, shards, pool, Staging(Path("nowhere")), Reporter(Console(file=printed)))
 
 
 @pytest.fixture
@@ -37,24 +29,41 @@ def inputs(gqa_model: Path, token_file: Path) -> Inputs:
     return load_inputs(PruneConfig(model=str(gqa_model), calibration=str(token_file)))
 
 
-@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(("progress", "attempts"), [(0, MAX_LOSSES + 1), (1, 10)])
 def test_losses_are_survived_as_long_as_something_is_committed_between(
     inputs: Inputs, progress: int, attempts: int
 ) -> None:
-    tried, told = [], io.StringIO()
+    tried: list[int] = []
+    printed, finished = io.StringIO(), False
 
-    def stage() -> str:
-        tried.append(progress)
-        if len(tried) < 10:
-            raise WorkerLostError("a worker died.")
-        return "done"
+    def stage() -> None:
+        nonlocal finished
+        for attempt in context_of(inputs, printed).attempts(lambda: sum(tried)):
+            with attempt:
+                tried.append(progress)
+                if len(tried) < 10:
+                    raise WorkerLostError("a worker died.")
+                finished = True
 
-    with job_of(inputs, told) as job:
-        if progress:
-            assert job.survive(stage, lambda: sum(tried)) == "done"
-        else:
-            with pytest.raises(ShardError, match=r"a worker died. It was the 4th loss with nothing solved between"):
-                job.survive(stage, lambda: sum(tried))
+    if progress:
+        stage()
+    else:
+        with pytest.raises(ShardError, match=r"a worker died. It was the 4th loss with nothing solved between"):
+            stage()
+    assert finished == bool(progress)
     assert len(tried) == attempts
-    assert told.getvalue().count("goes on from what is solved") == attempts - 1
+    assert printed.getvalue().count("goes on from what is solved") == attempts - 1
+
+
+def test_other_errors_end_the_stage(inputs: Inputs) -> None:
+    tried = []
+
+    def stage() -> None:
+        for attempt in context_of(inputs, io.StringIO()).attempts():
+            with attempt:
+                tried.append(attempt)
+                raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        stage()
+    assert len(tried) == 1

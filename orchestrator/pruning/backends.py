@@ -1,0 +1,116 @@
+"""Where a run computes: on Ray, or in this process (`--local`). Each is imported only when a run asks for it."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import actors
+import slimllm_ops
+from actors.group import Delivery
+from actors.workers import Workers
+from cluster import Node, Resources, WorkerPlan, plan_workers
+from orchestrator.config import PruneConfig
+from slimllm_ops.checkpoint.reading import Checkpoint
+
+Note = Callable[[str], None]
+
+
+class Backend(Protocol):
+    """What a run computes on."""
+
+    def session(self, *, verbose: bool = False) -> AbstractContextManager[Resources]:
+        """Connect, or start what is needed, for as long as the context lasts; give what there is.
+
+        Raises:
+            ClusterError: It cannot be reached.
+        """
+
+    def plan_workers(self, resources: Resources) -> WorkerPlan:
+        """Return how many workers run, and what each computes with.
+
+        Raises:
+            ClusterError: There is less than the config asks for.
+        """
+
+    def workers(self, plan: WorkerPlan, room: int, *, note: Note) -> AbstractContextManager[tuple[Workers, Delivery]]:
+        """Hold workers, and what makes a checkpoint that they can read; they start when data are sent to them.
+
+        Args:
+            plan: The workers of the run.
+            room: How many of them there is room for.
+            note: Receives a line when others have to be waited for.
+        """
+
+
+def backend_of(config: PruneConfig) -> Backend:
+    """Return the backend that a config asks for."""
+    return LocalBackend(config) if config.local else RayBackend(config)
+
+
+class RayBackend:
+    """A Ray cluster, or a Ray on this machine."""
+
+    def __init__(self, config: PruneConfig) -> None:
+        self._config = config
+
+    @contextmanager
+    def session(self, *, verbose: bool = False) -> Iterator[Resources]:
+        """Connect to the cluster at the config's address, or start a Ray on this machine."""
+        from cluster.session import session
+
+        with session(self._config.address, (actors, slimllm_ops), verbose=verbose) as resources:
+            yield resources
+
+    def plan_workers(self, resources: Resources) -> WorkerPlan:
+        """Return how many workers run: one for each GPU, or one for every 4 cores."""
+        config = self._config
+        return plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
+
+    @contextmanager
+    def workers(self, plan: WorkerPlan, room: int, *, note: Note) -> Iterator[tuple[Workers, Delivery]]:
+        """Hold a place on the cluster, and actors there."""
+        from actors.placement import Placement
+        from actors.ray_workers import RayWorkers
+        from actors.serving import weight_server
+
+        with (
+            Placement(room, plan.cpus_per_worker, plan.gpus_per_worker, note) as placement,
+            weight_server() if plan.weights_travel else nullcontext(_as_it_is) as deliver,
+        ):
+            yield RayWorkers(placement, offload=self._config.offload, note=note), deliver
+
+
+class LocalBackend:
+    """This process: no Ray."""
+
+    def __init__(self, config: PruneConfig) -> None:
+        self._config = config
+        self._num_workers = config.workers or 1
+
+    @contextmanager
+    def session(self, *, verbose: bool = False) -> Iterator[Resources]:
+        """Give this machine's CPUs, and its first GPU."""
+        import torch
+
+        cpus = len(os.sched_getaffinity(0))
+        # Shards compute one after the other: there may be more of them than CPUs.
+        yield Resources((Node(max(cpus, self._num_workers), int(torch.cuda.is_available()), here=True),))
+
+    def plan_workers(self, resources: Resources) -> WorkerPlan:
+        """Return one shard, or as many as were asked for; they share the GPU."""
+        gpus = self._config.gpus_per_worker
+        shared = resources.gpus / self._num_workers if gpus is None else gpus
+        return plan_workers(resources, self._num_workers, shared)
+
+    @contextmanager
+    def workers(self, plan: WorkerPlan, room: int, *, note: Note) -> Iterator[tuple[Workers, Delivery]]:
+        """Hold shards in this process."""
+        from actors.local import LocalWorkers
+
+        device = "cuda" if plan.gpus_per_worker else "cpu"
+        yield LocalWorkers(plan.num_workers, plan.cpus_per_worker, device, offload=self._config.offload), _as_it_is
+
+
+def _as_it_is(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint

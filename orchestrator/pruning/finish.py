@@ -1,0 +1,25 @@
+"""What follows when a target's layers are written: refine, read back, measure, count."""
+
+from orchestrator.pruning.refine import refine_model
+from orchestrator.pruning.run_context import RunContext
+from orchestrator.pruning.targets import Target
+from orchestrator.record.totals import Totals, count_totals
+from slimllm_ops.stream.read_back import read_back
+
+
+def complete(context: RunContext, target: Target) -> Totals:
+    """Finish a target's checkpoint, refine it if the config asks, read it back, and measure it."""
+    pruned = target.pruned.finish()
+    if target.refined is not None:
+        refine_model(context, target, pruned)
+        pruned = target.refined.finish()
+    with context.reporter.timed("read back"):
+        probe = target.final.log.probe()
+        error = read_back(pruned, probe.ids_T, probe.states_TD, context.shards.compute_dtype)
+    name = str(target.directory.relative_to(context.staging.directory))
+    perplexity = {
+        blocks.spec: (context.dense_perplexity(blocks), context.perplexity(pruned, blocks, "perplexity, pruned", name))
+        for blocks in context.inputs.held_out
+    }
+    peak_memory = context.shards.peak_memory()
+    return count_totals(context.inputs, pruned, perplexity, context.reporter.seconds, peak_memory, error)

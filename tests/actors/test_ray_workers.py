@@ -1,0 +1,122 @@
+"""Workers on a real Ray: they compute what this process computes, and a loss is noticed and replaced."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from slimllm_ops.stream.passes import LayerStream
+
+from actors import placement as placement_module
+from actors.errors import ShardError
+from actors.group import ShardGroup
+from actors.local import LocalWorkers
+from actors.placement import Placement
+from actors.ray_workers import RayWorkers
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.paper import decide_channels, decide_heads
+from slimllm_ops.decide.plan import LayerPlan
+from slimllm_ops.errors import CheckpointError
+
+
+@contextmanager
+def group_of(num_workers: int, cpus: int = 1, num_shards: int | None = None) -> Iterator[ShardGroup]:
+    with (
+        Placement(num_workers, cpus, 0.0) as placement,
+        ShardGroup(RayWorkers(placement), num_shards or num_workers) as group,
+    ):
+        yield group
+
+
+@pytest.fixture(scope="module")
+def two(local_ray: None) -> Iterator[ShardGroup]:
+    """Two workers that stay."""
+    with group_of(2) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def blocks_BT(token_blocks: np.ndarray) -> np.ndarray:
+    return token_blocks[:10]
+
+
+def prune_first_layer(group: ShardGroup, model: Path, blocks_BT: np.ndarray) -> tuple[LayerPlan, np.ndarray]:
+    """Decide a layer by the paper's method; return its plan, and the states after it."""
+    checkpoint = Checkpoint.open(model)
+    attention, mlp = checkpoint.family.branches
+    group.open_stream("a", checkpoint, blocks_BT, deciding=True)
+    observed = group.merge("a", LayerStream.observe, 0, attention)
+    heads = group.get(group.decide("a", decide_heads, observed, 0, num_removed=1))
+    group.each("a", LayerStream.apply, 0, attention, heads)
+    observed = group.merge("a", LayerStream.observe, 0, mlp)
+    channels = group.get(group.decide("a", decide_channels, observed, 0, num_removed=9, keep_lowest=0.01))
+    group.each("a", LayerStream.apply, 0, mlp, channels)
+    state_TD = group.first("a", LayerStream.probe)
+    group.close_stream("a")
+    return LayerPlan(heads, channels), state_TD
+
+
+def test_ray_and_this_process_compute_the_same_bits(two: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray) -> None:
+    plan, state_TD = prune_first_layer(two, gqa_model, blocks_BT)
+    with ShardGroup(LocalWorkers(2, 1), 2) as local:
+        here, here_TD = prune_first_layer(local, gqa_model, blocks_BT)
+    assert here.describe() == plan.describe()
+    assert np.array_equal(here_TD, state_TD)
+
+
+def test_what_lost_workers_held_is_held_by_others_to_the_last_bit(
+    two: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray
+) -> None:
+    plan, state_TD = prune_first_layer(two, gqa_model, blocks_BT)
+    with group_of(1, num_shards=2) as group:
+        group.open_stream("b", Checkpoint.open(gqa_model), blocks_BT)
+        group.each("b", LayerStream.forward_pruned, 0, plan)
+        assert np.array_equal(group.first("b", LayerStream.probe), state_TD)
+        again, again_TD = prune_first_layer(group, gqa_model, blocks_BT)
+    assert again.describe() == plan.describe()
+    assert np.array_equal(again_TD, state_TD)
+
+
+def test_what_a_worker_raises_for_the_user_arrives_as_it_was(
+    two: ShardGroup, gqa_model: Path, tmp_path: Path, blocks_BT: np.ndarray
+) -> None:
+    checkpoint = Checkpoint.open(shutil.copytree(gqa_model, tmp_path / "model"))
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"^shard model.safetensors of .*model is missing") as raised:
+        two.open_stream("none", checkpoint, blocks_BT)
+    assert raised.type is CheckpointError
+
+
+def test_too_many_workers_for_the_cluster_are_not_waited_for_without_end(
+    local_ray: None, gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement_module, "START_SECONDS", 1.0)
+    message = r"no room for 2 workers of 1000 CPUs and 0 GPUs within 1 s, .* free: .* lower --workers"
+    with pytest.raises(ShardError, match=message), group_of(2, cpus=1000) as group:
+        group.open_stream("a", Checkpoint.open(gqa_model), blocks_BT)
+
+
+def workers() -> list[psutil.Process]:
+    """The processes of all shards that this process's Ray runs."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.is_running() and " ".join(child.cmdline()).startswith("ray::Shard")]
+
+
+def test_a_worker_that_is_killed_is_told_of_at_once_and_closing_ends_the_others(
+    local_ray: None, gqa_model: Path, blocks_BT: np.ndarray
+) -> None:
+    others = {process.pid for process in workers()}
+    with group_of(2) as group:
+        group.open_stream("a", Checkpoint.open(gqa_model), blocks_BT)
+        mine = [process for process in workers() if process.pid not in others]
+        assert len(mine) == 2
+        os.kill(mine[1].pid, signal.SIGKILL)
+        with pytest.raises(ShardError, match=r"a worker died: .*; was its node lost, or out of memory\?"):
+            group.each("a", LayerStream.forward, 0)
+    _, alive = psutil.wait_procs(mine, timeout=20)
+    assert not alive
