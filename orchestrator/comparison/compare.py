@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from orchestrator.progress import Reporter
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import observed_moments, prune_from_moments
 from orchestrator.pruning.run_context import Job, Target, open_target, target_name
-from orchestrator.record.files import Totals, count_parameters, log_inputs, run_params, write_record
+from orchestrator.record.files import Totals, count_parameters, log_inputs, write_record
+from orchestrator.record.params import run_params
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
+from orchestrator.settings import declared
 from orchestrator.tracking import Run, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting
 from slimllm_ops.checkpoint.moment_store import MomentStore
@@ -38,8 +40,6 @@ from slimllm_ops.stream.refinement import require_refinable
 
 # Every gap is a fraction of this method's.
 REFERENCE = "slimllm"
-# A config of gram has none of the paper's settings.
-GRAM_ONLY = {"method": "gram", "ratio": None, "pruned_layers": None, "alpha": None}
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,8 @@ def _job_of(contestant: Contestant, job: Job) -> Job:
     """Return the job with the settings that `prune` would be given, and a clock of the method's own."""
     config = job.config
     if contestant.refine:
-        shared = {item.name: getattr(config, item.name) for item in fields(PruneConfig)}
-        config = PruneConfig(**shared | GRAM_ONLY | {"refine": True})
+        shared = {name: getattr(config, name) for name, one in declared(PruneConfig).items() if one.taken_by("gram")}
+        config = PruneConfig(**shared | {"method": "gram", "refine": True})
     return replace(job, config=config, reporter=Reporter(job.reporter.console))
 
 

@@ -24,7 +24,7 @@ from orchestrator.pipeline import tracking_options
 from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, existing, look_at
 from orchestrator.preflight.dry_run import checkpoints_output
 from orchestrator.preflight.estimate import Estimate, Text, Workload, estimate_pruning, readable
-from orchestrator.record.files import PACKAGES
+from orchestrator.record.params import PACKAGES
 from orchestrator.secrets import masked
 from orchestrator.sources import hub
 from orchestrator.sources.storage import is_uri

@@ -14,7 +14,7 @@ from orchestrator.output.staging import require_startable
 from orchestrator.preflight.checks import Check, check_fit, check_nodes, look_at, require_certain
 from orchestrator.preflight.estimate import Estimate, Workload, estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
-from orchestrator.record.files import what_is_asked
+from orchestrator.record.params import what_is_asked
 
 # Tells what a run takes.
 Estimating = Callable[[Workload], Estimate]

@@ -65,9 +65,9 @@ class Ranked:
         return spend_on_layers_too(self.layers, self.candidates, target, spend)
 
 
-def prune_one_pass(job: Job, targets: list[Target]) -> None:
-    """Prune by `gram` to every target, from moments that are given or from one pass over the dense model."""
-    prune_from_moments(job, observed_moments(job), METHODS[job.config.method], targets)
+def prune_one_pass(method: Method, job: Job, targets: list[Target]) -> None:
+    """Prune by a one-pass method to every target, from moments that are given or from one pass over the dense model."""
+    prune_from_moments(job, observed_moments(job), method, targets)
 
 
 def prune_from_moments(job: Job, store: MomentStore, method: Method, targets: list[Target]) -> None:
