@@ -1,87 +1,240 @@
-"""What a run is asked to do: one frozen value, checked when it is made."""
+"""Every setting, declared once (docs/settings.md): the settings of `prune`, and those that `compare` adds."""
 
 import math
-import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.settings import Check, ConfigError, Effect, Methods, declared, read_settings, setting
 from orchestrator.sources.storage import is_uri
 
-METHODS = ("slimllm", "gram")
+# `slimllm` goes layer by layer. The others need one pass over the calibration data, and are rows of
+# slimllm_ops/methods.py; that takes seconds to import, so the names stand here too, and a test compares them.
+PAPER = Methods("slimllm", ("slimllm",))
+ONE_PASS = Methods("one-pass methods", ("gram", "flap", "fasp", "slimgpt", "wanda-sp", "magnitude", "random"))
+GRAM = Methods("gram", ("gram",))
+METHODS = PAPER.names + ONE_PASS.names
 
+DEFAULT_SPARSITY = 0.2
+FRACTION = Check(lambda value: 0 < value < 1, "it must lie between 0 and 1, both excluded")
+AT_LEAST_ONE = Check(lambda value: value >= 1, "it must be at least 1")
 
-class ConfigError(ValueError):
-    """A setting is out of range, unknown, or contradicts another; the message says what to change."""
+# Commands that take a setting.
+COMPUTE = ("prune", "calibrate", "compare")
+EVERY = (*COMPUTE, "doctor")
+RECORD = ("prune", "compare", "log")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """The settings of `prune`; the command line's options of the same names, and the keys of a `--config` file.
+    """The settings of `prune`: the options of the command line, and the keys of a `--config` file.
 
     Raises:
-        ConfigError: a setting is out of range or contradicts another.
+        ConfigError: A setting is out of range or contradicts another.
     """
 
-    model: str | None = None
-    output: str | None = None
-    overwrite: bool = False
-    resume: bool = False
-    method: str = "slimllm"
-    sparsity: tuple[float, ...] = ()
-    refine: bool = False
-    moments: str | None = None
-    ratio: float | None = None
-    pruned_layers: int | None = None
-    alpha: float | None = None
-    keep_lowest: float = 0.01
-    uniform: bool = False
-    multiple_of: int = 1
-    no_bias: bool = False
-    drop_layers: bool = False
-    calibration: str | None = None
-    samples: int = 128
-    sequence_length: int = 2048
-    seed: int = 0
-    evaluate: tuple[str, ...] = ()
-    local: bool = False
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-    offload: bool = False
-    shared_storage: bool = False
-    address: str | None = None
-    experiment: str = "slimllm"
-    tracking_uri: str | None = None
-    run_name: str | None = None
-    register: str | None = None
+    model: str | None = setting(
+        None,
+        "The model: a directory, a URI or a hub id; without it, the built-in one.",
+        None,
+        EVERY,
+        effect=Effect.INPUT,
+        tags_models=True,
+    )
+    output: str | None = setting(
+        None,
+        "Where the result goes: a directory or a URI.",
+        "Result",
+        EVERY,
+        effect=Effect.PLACE,
+        metavar="DIR",
+        shown="pruned/, moments/ or comparisons/<model>",
+    )
+    overwrite: bool = setting(False, "Replace an output that is not empty.", "Result", EVERY, effect=Effect.ATTEMPT)
+    resume: bool = setting(
+        False,
+        "Continue an unfinished run of this output.",
+        "Result",
+        ("prune", "calibrate", "doctor"),
+        effect=Effect.ATTEMPT,
+    )
+    method: str = setting(
+        "slimllm",
+        f"How to choose units: slimllm layer by layer, or a one-pass method: {', '.join(ONE_PASS.names)}.",
+        "What to remove",
+        ("prune", "doctor"),
+        choices=METHODS,
+        tags_models=True,
+    )
+    sparsity: tuple[float, ...] = setting(
+        (),
+        "Fraction of the decoder layers' parameters to remove; repeatable.",
+        "What to remove",
+        ("prune", "compare", "doctor"),
+        check=FRACTION,
+        shown=f"{DEFAULT_SPARSITY:g}".removeprefix("0"),
+    )
+    refine: bool = setting(
+        False,
+        "Make a second pass that corrects the model towards the dense one.",
+        "What to remove",
+        ("prune", "doctor"),
+        methods=ONE_PASS,
+        tags_models=True,
+    )
+    moments: str | None = setting(
+        None,
+        "Moments that `slimllm calibrate` kept, in a directory or at a URI; they replace the pass.",
+        "What to remove",
+        ("prune", "doctor"),
+        methods=ONE_PASS,
+        effect=Effect.INPUT,
+        metavar="DIR",
+    )
+    ratio: float | None = setting(
+        None,
+        "The paper's pruning ratio, instead of a sparsity.",
+        "What to remove",
+        ("prune", "compare"),
+        methods=PAPER,
+        check=FRACTION,
+        tags_models=True,
+    )
+    pruned_layers: int | None = setting(
+        None,
+        "How many layers to prune, as in the paper.",
+        "What to remove",
+        ("prune", "compare"),
+        methods=PAPER,
+        check=AT_LEAST_ONE,
+        shown="as published",
+    )
+    alpha: float | None = setting(
+        None,
+        "How strongly ratios follow the similarity of a layer's input and output.",
+        "What to remove",
+        ("prune", "compare"),
+        methods=PAPER,
+        check=Check(math.isfinite, "it must be a number, such as 10"),
+        shown="as published",
+    )
+    keep_lowest: float = setting(
+        0.01,
+        "Share of the lowest-scored channels that slimllm keeps, as the published code does.",
+        "What to remove",
+        ("prune", "compare"),
+        check=Check(lambda value: 0 <= value < 1, "it must lie in [0, 1)"),
+    )
+    uniform: bool = setting(
+        False, "Keep the same number of heads and channels in every layer.", "Form", ("prune",), tags_models=True
+    )
+    multiple_of: int = setting(
+        1, "Keep a multiple of N channels in every layer.", "Form", ("prune",), check=AT_LEAST_ONE
+    )
+    no_bias: bool = setting(False, "Recover without new biases.", "Form", ("prune",), tags_models=True)
+    drop_layers: bool = setting(
+        False,
+        "Remove whole layers where that costs less than heads and channels.",
+        "What to remove",
+        ("prune", "calibrate", "doctor"),
+        methods=GRAM,
+    )
+    calibration: str | None = setting(
+        None,
+        "Text or tokens to calibrate on.",
+        "Data",
+        EVERY,
+        effect=Effect.INPUT,
+        metavar="SPEC",
+        shown="builtin:calibration",
+    )
+    samples: int = setting(128, "How many blocks to draw from a text.", "Data", EVERY, check=AT_LEAST_ONE)
+    sequence_length: int = setting(
+        2048,
+        "Tokens of a block, at most what the model takes.",
+        "Data",
+        EVERY,
+        check=Check(lambda value: value >= 2, "a block must have two tokens at least"),
+    )
+    seed: int = setting(
+        0,
+        "Chooses the blocks of a text.",
+        "Data",
+        COMPUTE,
+        check=Check(lambda value: 0 <= value < 2**63, "it must be at least 0, and less than 2^63"),
+    )
+    evaluate: tuple[str, ...] = setting(
+        (),
+        "Held-out text or tokens for perplexity before and after; repeatable.",
+        "Data",
+        ("prune", "compare", "doctor"),
+        effect=Effect.INPUT,
+        metavar="SPEC",
+        shown="builtin:heldout, if neither text nor moments are given",
+    )
+    workers: int | None = setting(
+        None, "How many Ray actors compute.", "Workers", EVERY, check=AT_LEAST_ONE, shown="one per GPU or per 4 cores"
+    )
+    gpus_per_worker: float | None = setting(
+        None,
+        "Share of a GPU for each worker.",
+        "Workers",
+        EVERY,
+        check=Check(lambda value: 0 <= value <= 1, "a worker computes on one GPU at most, so pass 0 to 1"),
+        shown="1, if there are GPUs",
+    )
+    local: bool = setting(False, "Compute in this process, without Ray.", "Workers", COMPUTE, effect=Effect.ATTEMPT)
+    offload: bool = setting(
+        False, "Hold hidden states in files in TMPDIR, not in memory.", "Workers", EVERY, effect=Effect.PLACE
+    )
+    shared_storage: bool = setting(
+        False,
+        "Every node finds the driver's files at the same path, and reads weights itself.",
+        "Workers",
+        EVERY,
+        effect=Effect.PLACE,
+    )
+    address: str | None = setting(
+        None,
+        "Head of a Ray cluster, host:port.",
+        "Workers",
+        EVERY,
+        effect=Effect.ATTEMPT,
+        metavar="ADDR",
+        shown="a local Ray",
+    )
+    experiment: str = setting("slimllm", "MLflow experiment.", "MLflow", RECORD, effect=Effect.PLACE)
+    tracking_uri: str | None = setting(
+        None,
+        'MLflow store, or "none".',
+        "MLflow",
+        (*RECORD, "doctor"),
+        effect=Effect.ATTEMPT,
+        metavar="URI",
+        shown="sqlite:///mlflow.db",
+    )
+    run_name: str | None = setting(
+        None, "Name of the MLflow run.", "MLflow", RECORD, effect=Effect.PLACE, shown="<model>-<method>-<sparsity>"
+    )
+    register: str | None = setting(
+        None, "Register each checkpoint as a version of this model.", "MLflow", ("prune", "log"), effect=Effect.PLACE
+    )
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the model."""
-        object.__setattr__(self, "evaluate", tuple(self.evaluate))
-        # One sparsity is the usual case, and may be given as a plain number.
-        sparsity = (self.sparsity,) if isinstance(self.sparsity, int | float) else tuple(self.sparsity)
-        object.__setattr__(self, "sparsity", sparsity)
-        _require(self.method in METHODS, f"method {self.method!r} is unknown: choose one of {', '.join(METHODS)}")
-        self._check_ranges()
-        self._check_combinations()
-
-    def _check_ranges(self) -> None:
-        for name, values in (("sparsity", self.sparsity), ("ratio", () if self.ratio is None else (self.ratio,))):
-            for value in values:
-                _require(0 < value < 1, f"{name} is {value}: it must lie between 0 and 1, both excluded")
-        _require(0 <= self.keep_lowest < 1, f"keep_lowest is {self.keep_lowest}: it must lie in [0, 1)")
-        for name in ("samples", "sequence_length", "workers", "pruned_layers", "multiple_of"):
+        for name, one in declared(type(self)).items():
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}: it must be at least 1")
+            if one.repeated:
+                # One value is the usual case, and may be given as such.
+                value = (value,) if isinstance(value, str | int | float) else tuple(value)
+                object.__setattr__(self, name, value)
+            one.require(value)
+        self._check_targets()
         _require(
-            self.alpha is None or math.isfinite(self.alpha), f"alpha is {self.alpha}: it must be a number, such as 10"
+            not (self.local and self.address),
+            "local computes in this process, and address names a Ray cluster: give one of them",
         )
-        _require(0 <= self.seed < 2**63, f"seed is {self.seed}: it must be at least 0, and less than 2^63")
-        _require(self.sequence_length >= 2, "sequence_length is 1: a block must have two tokens at least")
-        _require(
-            self.gpus_per_worker is None or 0 <= self.gpus_per_worker <= 1,
-            f"gpus_per_worker is {self.gpus_per_worker}: a worker computes on one GPU at most, so pass 0 to 1",
-        )
+        self._check_command()
 
     def _check_targets(self) -> None:
         _require(
@@ -90,97 +243,60 @@ class PruneConfig:
         )
         _require(len(set(self.sparsity)) == len(self.sparsity), "a sparsity was given twice: give each once")
 
-    def _check_combinations(self) -> None:
-        self._check_targets()
+    def _check_command(self) -> None:
         for name in ("pruned_layers", "alpha"):
             _require(
                 not self.uniform or getattr(self, name) is None,
                 f"{name} says how layers differ, and uniform that they do not: give one of them",
             )
-        if self.method == "slimllm":
-            for name in ("refine", "moments", "drop_layers"):
-                _require(not getattr(self, name), f"{name} belongs to --method gram: add that, or leave {name} out")
-        else:
-            for name in ("ratio", "pruned_layers", "alpha"):
-                _require(
-                    getattr(self, name) is None,
-                    f"{name} belongs to --method slimllm: {self.method} meets a sparsity by error alone",
-                )
+        for one in declared(PruneConfig).values():
+            if one.is_set(self):
+                one.require_method(self.method)
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether the method needs one pass over the dense model, and not one for every sparsity."""
+        return self.method in ONE_PASS.names
 
     @property
     def targets(self) -> tuple[float | None, ...]:
         """The sparsities to meet: .2 by default, None where the paper's own ratio was given."""
-        return (None,) if self.ratio is not None else self.sparsity or (0.2,)
+        return (None,) if self.ratio is not None else self.sparsity or (DEFAULT_SPARSITY,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(PruneConfig):
-    """The settings of `compare`: those of `prune`, the methods that take part (all by default), and what is kept.
+    """The settings of `compare`: those of `prune` that it takes, the methods that take part, and what is kept.
 
-    `ratio`, `pruned_layers`, `alpha` and `keep_lowest` are for `slimllm`, which is always one of them.
+    `ratio`, `pruned_layers`, `alpha` and `keep_lowest` are for `slimllm`, which always takes part.
     """
 
-    methods: tuple[str, ...] = ()
-    keep_checkpoints: bool = False
+    methods: tuple[str, ...] = setting(
+        (), "Method to compare with slimllm; repeatable.", "What to remove", ("compare",), flag="--method", shown="all"
+    )
+    keep_checkpoints: bool = setting(False, "Keep every model that was measured.", "Result", ("compare",))
 
-    def __post_init__(self) -> None:
-        """Check every setting that can be checked without the model."""
-        object.__setattr__(self, "methods", tuple(self.methods))
-        super().__post_init__()
-
-    def _check_combinations(self) -> None:
-        self._check_targets()
+    def _check_command(self) -> None:
         _require(
             not is_uri(self.output or ""),
             f"output {self.output} is a URI, and a comparison is written to a directory: pass one, and copy it there",
         )
         _require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
         _require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
-        for name in ("refine", "moments", "register", "resume", "uniform", "no_bias", "drop_layers"):
-            _require(not getattr(self, name), f"{name} is a setting of prune: leave it out of a comparison")
+        for name, one in declared(PruneConfig).items():
+            _require(
+                "compare" in one.commands or not one.is_set(self),
+                f"{name} is a setting of prune: leave it out of a comparison",
+            )
 
 
 def read_config_file(path: Path, kind: type[PruneConfig] = PruneConfig) -> dict[str, Any]:
     """Return the settings of a TOML file, with the names of a config's fields; dashes count as underscores.
 
     Raises:
-        ConfigError: the file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
+        ConfigError: The file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
     """
-    try:
-        read = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"config file {path} does not exist") from error
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}; pass a TOML file") from error
-    except RecursionError as error:
-        raise ConfigError(f"config file {path} is nested too deeply: settings are names and values") from error
-    # Not only TOML's own: numbers of very many digits are refused by Python.
-    except ValueError as error:
-        raise ConfigError(f"config file {path} is not TOML: {error}") from error
-    settings = {key.replace("-", "_"): value for key, value in read.items()}
-    known = {field.name: field for field in fields(kind)}
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(f"config file {path} has an unknown key {key!r}; known are: {', '.join(sorted(known))}")
-        annotation = known[key].type
-        _require_type(path, key, value, annotation.__name__ if isinstance(annotation, type) else str(annotation))
-    return settings
-
-
-def _require_type(path: Path, key: str, value: Any, annotation: str) -> None:
-    """Check a TOML value against a field's annotation; TOML writes whole floats as integers."""
-    expected = {
-        "str": (str,),
-        "bool": (bool,),
-        "int": (int,),
-        "float": (float, int),
-        "tuple[str, ...]": (list,),
-        "tuple[float, ...]": (list, float),
-    }[annotation.removesuffix(" | None")]
-    items = value if isinstance(value, list) else []
-    kinds = (str,) if "str" in annotation else (int, float)
-    if type(value) not in expected or not all(type(item) in kinds for item in items):
-        raise ConfigError(f"config file {path}: {key} is {value!r}, expected {annotation}")
+    return read_settings(path, declared(kind))
 
 
 def _require(holds: bool, message: str) -> None:

@@ -27,8 +27,9 @@ from orchestrator.pruning.one_pass import calibrate as observe_model
 from orchestrator.pruning.one_pass import prune_one_pass
 from orchestrator.pruning.run_context import RunContext, open_context, settle_workers
 from orchestrator.pruning.targets import Target, open_targets, target_name
-from orchestrator.record.files import run_params, settings_of, what_is_asked, write_record
+from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs, log_record
+from orchestrator.record.params import run_params, settings_of, what_is_asked
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.sweep import log_sweep
 from orchestrator.record.totals import Totals
@@ -36,13 +37,15 @@ from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_lo
 from orchestrator.tracking.ray_job import link_with_job, require_lasting
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.errors import InputError
+from slimllm_ops.methods import METHODS
 
 # What whoever runs this can mend; everything else is a bug, or a machine that failed.
 USER_ERRORS = (ConfigError, DataError, InputError, ClusterError, TrackingError)
 
+# How each method prunes, by its name.
 PRUNERS: dict[str, Callable[[RunContext, list[Target]], None]] = {
     "slimllm": prune_layerwise,
-    "gram": prune_one_pass,
+    **{name: partial(prune_one_pass, method) for name, method in METHODS.items()},
 }
 
 

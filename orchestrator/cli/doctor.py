@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli.exit_codes import REFUSED, explained, print_json
-from orchestrator.cli.options import CLUSTER, TELLING, Command, with_options
+from orchestrator.cli.options import TELLING, Command, with_options, with_settings
 from orchestrator.cli.runs import configure
 from orchestrator.config import PruneConfig
 from orchestrator.secrets import masked
@@ -16,23 +16,11 @@ from orchestrator.secrets import masked
 if TYPE_CHECKING:
     from orchestrator.preflight.checks import Check
 
-# What changes what a run needs.
-NEEDS = (
-    "sparsity",
-    "method",
-    "refine",
-    "moments",
-    "drop_layers",
-    "calibration",
-    "samples",
-    "sequence_length",
-    "evaluate",
-)
-
 
 @click.command(cls=Command)
 @click.argument("model", required=False)
-@with_options("output", "overwrite", "resume", *NEEDS, *CLUSTER, "tracking_uri", "config", *TELLING)
+@with_settings("doctor")
+@with_options("config", *TELLING)
 def doctor(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Say what a run would find: versions, Ray, nodes, memory for MODEL, tracking server, hub, disk.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli.exit_codes import explained, print_json
-from orchestrator.cli.options import TELLING, Command, with_options
+from orchestrator.cli.options import TELLING, Command, with_options, with_settings
 from orchestrator.config import ConfigError
 from orchestrator.secrets import masked
 from orchestrator.sources.storage import is_uri
@@ -24,7 +24,8 @@ EXPORTS = ("stock", "gguf")
 
 @click.command(cls=Command)
 @click.argument("output")
-@with_options("experiment", "tracking_uri", "run_name", "register", *TELLING)
+@with_settings("log")
+@with_options(*TELLING)
 def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
     """Log a finished OUTPUT in MLflow, where the tracking server was not there or was lost; twice does nothing."""
     from orchestrator.tracking import log_output, where_to_look

@@ -8,7 +8,7 @@ import click
 
 # What takes seconds to import is imported by the commands; `--help` does not wait for it.
 from orchestrator.cli.exit_codes import explained, print_json
-from orchestrator.cli.options import CLUSTER, DATA, GROUPS, TELLING, Command, with_options
+from orchestrator.cli.options import TELLING, Command, with_options, with_settings
 from orchestrator.config import CompareConfig, PruneConfig, read_config_file
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=PruneConfig)
 
-COMPARED = ("sparsity", "ratio", "pruned_layers", "alpha", "keep_lowest", *DATA, "evaluate", *CLUSTER)
 EXAMPLES = """\b
 Examples:
   slimllm prune meta-llama/Llama-3.1-8B --sparsity .2 --evaluate heldout.txt
@@ -27,7 +26,8 @@ Examples:
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("model", required=False)
-@with_options(*(name for options in GROUPS.values() for name in options))
+@with_settings("prune")
+@with_options("config", "dry_run", *TELLING)
 def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Prune MODEL, a directory, URI or hub id; without one, the built-in model."""
     run = _plan_pruning if dry_run else _prune
@@ -37,9 +37,10 @@ def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool,
 
 @click.command(cls=Command)
 @click.argument("model", required=False)
-@with_options("output", "overwrite", "resume", "drop_layers", *DATA, *CLUSTER, "config", "dry_run", *TELLING)
+@with_settings("calibrate")
+@with_options("config", "dry_run", *TELLING)
 def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
-    """Keep MODEL's moments, for `prune --method gram --moments` at any sparsity with no forward pass."""
+    """Keep MODEL's moments, for `prune --moments` at any sparsity and by any one-pass method, with no forward pass."""
     run = _plan_calibration if dry_run else _calibrate
     with explained(as_json=as_json, verbose=verbose):
         run(configure(PruneConfig, config_file, flags | {"method": "gram"}), as_json=as_json, verbose=verbose)
@@ -47,9 +48,8 @@ def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: b
 
 @click.command(cls=Command)
 @click.argument("model", required=False)
-@click.option("--method", "methods", multiple=True, metavar="NAME", help="Beside slimllm; repeatable. [all there are]")
-@with_options("output", "overwrite", *COMPARED, "experiment", "tracking_uri", "run_name", "config", *TELLING)
-@click.option("--keep-checkpoints", is_flag=True, default=None, help="Keep every model that was measured.")
+@with_settings("compare")
+@with_options("config", *TELLING)
 def compare(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Compare methods on MODEL, at the same parameter count and from the same calibration data."""
     with explained(as_json=as_json, verbose=verbose):

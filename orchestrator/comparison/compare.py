@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,15 @@ from orchestrator.pruning.finish import complete
 from orchestrator.pruning.one_pass import observed_moments
 from orchestrator.pruning.run_context import RunContext, open_context, settle_workers
 from orchestrator.pruning.targets import Target, open_target, target_name
-from orchestrator.record.files import run_params, write_record
+from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs
+from orchestrator.record.params import run_params
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.totals import Totals, count_parameters
+from orchestrator.settings import declared
 from orchestrator.tracking import Run, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting
 from slimllm_ops.checkpoint.moment_store import MomentStore
-
-# A config of gram has none of the paper's settings.
-GRAM_ONLY = {"method": "gram", "ratio": None, "pruned_layers": None, "alpha": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +187,8 @@ def _context_of(contestant: Contestant, context: RunContext) -> RunContext:
     """Return the context with the settings that `prune` would be given, and a clock of the method's own."""
     config = context.config
     if contestant.refine:
-        shared = {item.name: getattr(config, item.name) for item in fields(PruneConfig)}
-        config = PruneConfig(**shared | GRAM_ONLY | {"refine": True})
+        shared = {name: getattr(config, name) for name, one in declared(PruneConfig).items() if one.taken_by("gram")}
+        config = PruneConfig(**shared | {"method": "gram", "refine": True})
     return replace(context, config=config, reporter=Reporter(context.reporter.console))
 
 

@@ -24,7 +24,7 @@ from orchestrator.preflight.estimate import Estimate, readable
 from orchestrator.preflight.stages import estimate_pruning
 from orchestrator.preflight.workload import Text, Workload
 from orchestrator.pruning.backends import Backend, backend_of
-from orchestrator.record.files import PACKAGES
+from orchestrator.record.params import PACKAGES
 from orchestrator.secrets import masked
 from orchestrator.sources import hub
 from orchestrator.sources.storage import is_uri

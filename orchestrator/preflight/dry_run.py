@@ -15,7 +15,7 @@ from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.preflight.workload import Workload
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import backend_of
-from orchestrator.record.files import what_is_asked
+from orchestrator.record.params import what_is_asked
 
 # Tells what a run takes.
 Estimating = Callable[[Workload], Estimate]

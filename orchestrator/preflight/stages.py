@@ -6,6 +6,7 @@ leave out the network and other work on the machine.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -33,17 +34,16 @@ LOGIT_COPIES = 2
 def estimate_pruning(work: Workload) -> Estimate:
     """Return what `prune` will take."""
     config, targets = work.config, len(work.config.targets)
-    passes = _PRUNING[config.method](work)
-    observing = {"slimllm": targets, "gram": config.moments is None}[config.method] + 2 * targets * config.refine
+    passes = _one_pass(work) if config.in_one_pass else _layerwise(work)
+    observing = passes.observing + 2 * targets * config.refine
     return _estimate(
         work,
-        [*passes, *_finishing(work)],
+        [*passes.stages, *_finishing(work)],
         observing=observing,
-        passing=observing + (config.method == "slimllm") + len(work.held_out) * (1 + targets),
+        passing=observing + passes.forward + len(work.held_out) * (1 + targets),
         output=_output_bytes(work),
         tracked=0 if TrackingOptions(tracking_uri=config.tracking_uri).journal_only else _output_bytes(work),
-        beside=config.refine * _output_bytes(work)
-        + (_kept_moments(work) if config.method == "gram" and config.moments is None else 0),
+        beside=config.refine * _output_bytes(work) + passes.kept,
     )
 
 
@@ -74,12 +74,28 @@ def _estimate(
     )
 
 
-def _layerwise(work: Workload) -> Iterator[Stage]:
-    """Yield the stages of the paper's method: a pass that measures similarities, then one for each target."""
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """The passes of a method over the calibration data.
+
+    Attributes:
+        stages: Those that pass and decide.
+        observing: How many passes observe moments.
+        forward: How many more there are.
+        kept: Bytes of moments that stay on the disk while the run goes on.
+    """
+
+    stages: Sequence[Stage]
+    observing: int
+    forward: int
+    kept: int
+
+
+def _layerwise(work: Workload) -> _Passes:
+    """Return the passes of the paper's method: one that measures similarities, then one for each target."""
     targets, tokens = len(work.config.targets), work.calibration.num_tokens
     passing, deciding = (Footprint.of(work.source, work.device, deciding=one) for one in (False, True))
     forward = _seconds(work, tokens, sum(layer.forward for layer in work.layers))
-    yield _stage(work, "layer similarities", passing.passing(), forward)
     observing = _seconds(
         work,
         tokens,
@@ -87,11 +103,26 @@ def _layerwise(work: Workload) -> Iterator[Stage]:
         # Where the moments were merged: one worker decides, and the others wait.
         solves=work.workers.num_workers * sum(layer.decision for layer in work.layers),
     )
-    yield _stage(work, "pruning", deciding, _times(targets, observing))
+    stages = (
+        _stage(work, "layer similarities", passing.passing(), forward),
+        _stage(work, "pruning", deciding, _times(targets, observing)),
+    )
+    return _Passes(stages=stages, observing=targets, forward=1, kept=0)
 
 
-def _one_pass(work: Workload) -> Iterator[Stage]:
-    """Yield the stages of `gram`: a pass if there are no moments, decisions, and another pass to refine."""
+def _one_pass(work: Workload) -> _Passes:
+    """Return the passes of a one-pass method: one, if no moments are given."""
+    calibrating = work.config.moments is None
+    return _Passes(
+        stages=tuple(_one_pass_stages(work)),
+        observing=int(calibrating),
+        forward=0,
+        kept=_kept_moments(work) if calibrating else 0,
+    )
+
+
+def _one_pass_stages(work: Workload) -> Iterator[Stage]:
+    """Yield a pass if no moments are given, decisions, and another pass to refine."""
     config, targets = work.config, len(work.config.targets)
     if config.moments is None:
         yield _calibrating(work)
@@ -103,9 +134,6 @@ def _one_pass(work: Workload) -> Iterator[Stage]:
         solves = work.workers.num_workers * sum(3 * layer.refit for layer in work.layers)
         refining = _seconds(work, work.calibration.num_tokens, both, solves=solves)
         yield _stage(work, "refining", footprint, _times(targets, refining))
-
-
-_PRUNING = {"slimllm": _layerwise, "gram": _one_pass}
 
 
 def _calibrating(work: Workload) -> Stage:
@@ -189,7 +217,7 @@ def _spilled(work: Workload) -> int:
     """Return the bytes of the states that a worker holds in files, at most."""
     if not work.config.offload:
         return 0
-    deciding = work.config.method == "slimllm"
+    deciding = not work.config.in_one_pass
     footprint = Footprint.of(work.source, work.device, deciding=deciding, measures_change=work.config.drop_layers)
     if work.config.refine:
         footprint = Footprint.of_refinement(work.source, work.source, work.device)

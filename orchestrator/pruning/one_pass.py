@@ -84,9 +84,9 @@ class _ObservedModule:
     path: Reference[ModulePath]
 
 
-def prune_one_pass(context: RunContext, targets: list[Target]) -> None:
+def prune_one_pass(method: Method, context: RunContext, targets: list[Target]) -> None:
     """Prune by a one-pass method to every target, from kept moments or from one pass over the dense model."""
-    prune_from_moments(context, observed_moments(context), METHODS[context.config.method], targets)
+    prune_from_moments(context, observed_moments(context), method, targets)
 
 
 def prune_from_moments(context: RunContext, store: MomentStore, method: Method, targets: list[Target]) -> None:

@@ -1,9 +1,6 @@
 """What a run leaves beside the weights: the plan, the scores, figures and a model card."""
 
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,66 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import WorkerPlan
-from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
 from orchestrator.record.figures import LayerKept, ScoredUnits, draw_kept, draw_scores
 from orchestrator.record.model_card import write_model_card
+from orchestrator.record.params import settings_of
 from orchestrator.record.totals import Totals
 from orchestrator.secrets import masked_all
-from orchestrator.version import VERSION
 from slimllm_ops.decide.plan import Decision, LayerPlan, Plan
-
-PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets")
-# Settings of one attempt at a run, which may be another at the next; MLflow knows itself where it is.
-OF_AN_ATTEMPT = {"overwrite", "resume", "tracking_uri", "address"}
-# Where a run goes and how it is told: nothing that it gives depends on these.
-PLACES = {"output", "experiment", "run_name", "register", "shared_storage", "offload", "weights_travel"}
-# Settings that name files, of which the digests tell more.
-DIGESTED = {"model", "calibration", "evaluate", "moments"}
-
-
-def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:
-    """Return what the run was asked to do and what it ran on: enough to repeat it, and without secrets."""
-    asked = {name: value for name, value in asdict(config).items() if value is not None and name not in OF_AN_ATTEMPT}
-    found = {
-        "model": config.model or inputs.name,
-        "model_digest": inputs.source_digest,
-        "calibration": inputs.calibration.spec,
-        "calibration_digest": inputs.calibration.digest,
-        "evaluate": ", ".join(blocks.spec for blocks in inputs.held_out),
-        "sparsity": ", ".join(f"{sparsity:g}" for sparsity in config.targets if sparsity is not None) or None,
-        "python_version": platform.python_version(),
-        **_versions(),
-        **asdict(workers),
-    }
-    return masked_all(asked | found)
-
-
-def settings_of(params: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a run's parameters may bear on what it gives."""
-    return {name: value for name, value in params.items() if name not in PLACES}
-
-
-def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
-    """Return what the result depends on: a run that is resumed must have the same."""
-    settings = {name: value for name, value in asdict(config).items() if name not in OF_AN_ATTEMPT | PLACES | DIGESTED}
-    return settings | {
-        "sparsity": config.targets,
-        "model_digest": inputs.source_digest,
-        "calibration_digest": inputs.calibration.digest,
-        "evaluate_digests": [blocks.digest for blocks in inputs.held_out],
-        **_versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what results depend on, by package."""
-    return {"slimllm": VERSION} | {package: version(package) for package in PACKAGES}
-
-
-def _versions() -> dict[str, str]:
-    return {f"{package}_version": found for package, found in versions().items()}
 
 
 def write_record(

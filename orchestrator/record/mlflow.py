@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from orchestrator.inputs import Inputs
 from orchestrator.record.figures import LayerKept
+from orchestrator.record.params import TOLD_OF_A_MODEL
 from orchestrator.record.totals import Totals
 from orchestrator.tracking import Run
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -12,7 +13,6 @@ from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.models.families import layer_shape
 
 # Settings by which one model is told from another, where they are set.
-TOLD_OF_A_MODEL = ("method", "refine", "ratio", "uniform", "no_bias", "model", "model_digest")
 # Digits of measured figures where they are read, not computed with.
 READ_DIGITS = 4
 

@@ -13,7 +13,7 @@ import tomli_w
 from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
-from orchestrator.record.files import OF_AN_ATTEMPT, PLACES, versions
+from orchestrator.record.params import OF_AN_ATTEMPT, PLACES, versions
 from orchestrator.secrets import masked_all
 from slimllm_ops.files import written_whole
 

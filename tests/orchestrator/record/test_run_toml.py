@@ -16,7 +16,7 @@ from orchestrator.cli import main
 from orchestrator.config import read_config_file
 from orchestrator.pipeline import calibrate
 from orchestrator.progress import Reporter
-from orchestrator.record.files import OF_AN_ATTEMPT, PLACES
+from orchestrator.record.params import OF_AN_ATTEMPT, PLACES
 from tests.conftest import content
 from tests.orchestrator.conftest import PruneModel
 

@@ -1,0 +1,78 @@
+"""A run's parameters: what records say it was asked for, and what `--resume` compares.
+
+Which setting belongs where derives from its declaration (`Effect` in orchestrator/settings.py).
+"""
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from cluster import WorkerPlan
+from orchestrator.config import CompareConfig, PruneConfig
+from orchestrator.inputs import Inputs
+from orchestrator.secrets import masked_all
+from orchestrator.settings import Effect, declared
+from orchestrator.version import VERSION
+
+PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets")
+SETTINGS = declared(CompareConfig).values()
+# No record has these: the next attempt at a run may have others.
+OF_AN_ATTEMPT = {one.name for one in SETTINGS if one.effect is Effect.ATTEMPT}
+# Results do not depend on these. `weights_travel` is no setting: it follows from `shared_storage` and the nodes.
+PLACES = {one.name for one in SETTINGS if one.effect is Effect.PLACE} | {"weights_travel"}
+# Settings that name files, whose digests tell more.
+DIGESTED = {one.name for one in SETTINGS if one.effect is Effect.INPUT}
+# What MLflow's page of a model shows, where it is set.
+TOLD_OF_A_MODEL = (*(one.name for one in SETTINGS if one.tags_models), "model_digest")
+
+
+def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:
+    """Return what the run was asked to do and what it ran on: enough to repeat it, and without secrets."""
+    asked = {name: value for name, value in asdict(config).items() if value is not None and name not in OF_AN_ATTEMPT}
+    found = {
+        "model": config.model or inputs.name,
+        "model_digest": inputs.source_digest,
+        "calibration": inputs.calibration.spec,
+        "calibration_digest": inputs.calibration.digest,
+        "evaluate": ", ".join(blocks.spec for blocks in inputs.held_out),
+        "sparsity": ", ".join(f"{sparsity:g}" for sparsity in config.targets if sparsity is not None) or None,
+        "python_version": platform.python_version(),
+        **_versions(),
+        **asdict(workers),
+    }
+    return masked_all(asked | found)
+
+
+def settings_of(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a run that its result may depend on."""
+    return {name: value for name, value in params.items() if name not in PLACES}
+
+
+def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
+    """Return what the result depends on: a run that is resumed must have the same."""
+    settings = {name: value for name, value in asdict(config).items() if name not in OF_AN_ATTEMPT | PLACES | DIGESTED}
+    return settings | {
+        "sparsity": config.targets,
+        "model_digest": inputs.source_digest,
+        "calibration_digest": inputs.calibration.digest,
+        "evaluate_digests": [blocks.digest for blocks in inputs.held_out],
+        **_versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
+    return {"slimllm": VERSION} | {package: _version(package) for package in PACKAGES}
+
+
+def _versions() -> dict[str, str]:
+    return {f"{package}_version": found for package, found in versions().items()}
+
+
+def _version(package: str) -> str:
+    """Return a package's version; a run in this process may do without Ray and MLflow."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,218 @@
+"""How a setting is declared, and what derives from a declaration (docs/settings.md).
+
+A setting is a field of a config with a `Setting` beside it. Options, `--config` files, checks, the lists of each
+command, what `--resume` compares and docs/options.md all read that declaration. Nothing here knows a setting by name.
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+
+class ConfigError(ValueError):
+    """A setting is out of range, unknown, or contradicts another; the message says what to change."""
+
+
+class Effect(Enum):
+    """What a setting changes, and so where its value is kept."""
+
+    RESULT = "the result: `--resume` needs the same value, and every record has it"
+    INPUT = "the data: `--resume` compares digests of the files that it names, and every record has it"
+    PLACE = "where a run writes or how its workers share files: MLflow alone has it"
+    ATTEMPT = "one attempt at a run, and the next may differ: no record has it"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition that a value must meet, and the words for it: "it must be at least 1"."""
+
+    holds: Callable[[Any], bool]
+    must: str
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Methods that take a setting, and what help texts call them."""
+
+    label: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """List the names: "gram, flap or fasp"."""
+        *first, last = self.names
+        return f"{', '.join(first)} or {last}" if first else last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The declaration of a setting.
+
+    Attributes:
+        help: What it does, as `--help` and docs/options.md say it: one sentence.
+        group: The heading of `--help` that it stands under; None if it is the command's argument and no option.
+        commands: The commands that take it.
+        methods: The methods that take it; None for all.
+        effect: What it changes.
+        check: What each value must meet.
+        choices: The values that there are; empty for any.
+        metavar: What stands for the value in help texts; by default it follows from the type.
+        shown: The default in help texts, where the value itself does not say it.
+        flag: The option, where it is not the name with dashes.
+        tags_models: Whether MLflow's model page shows it, if it is set.
+        name: The field's name.
+        annotation: The field's type.
+        default: The field's default.
+    """
+
+    help: str
+    group: str | None
+    commands: tuple[str, ...]
+    methods: Methods | None = None
+    effect: Effect = Effect.RESULT
+    check: Check | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    shown: str | None = None
+    flag: str | None = None
+    tags_models: bool = False
+    name: str = ""
+    annotation: Any = None
+    default: Any = None
+
+    @property
+    def kind(self) -> type:
+        """The type of one value: str, bool, int or float."""
+        return _kind_of(self.annotation)[0]
+
+    @property
+    def repeated(self) -> bool:
+        """Whether there may be several values."""
+        return _kind_of(self.annotation)[1]
+
+    @property
+    def described_type(self) -> str:
+        """The type as messages name it."""
+        return f"{self.kind.__name__}{', or a list of them' if self.repeated else ''}"
+
+    @property
+    def option(self) -> str:
+        """The option of the command line: "--keep-lowest"."""
+        return self.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def placeholder(self) -> str | None:
+        """What stands for the value in help texts; None for a flag."""
+        return self.metavar or {bool: None, int: "N", float: "F", str: "NAME"}[self.kind]
+
+    @property
+    def shown_default(self) -> str:
+        """The default as help texts show it: ".01"; nothing for flags and for what is left out."""
+        if self.shown is not None:
+            return self.shown
+        if self.kind is bool or self.default in (None, ()):
+            return ""
+        return f"{self.default:g}".replace("0.", ".", 1) if self.kind is float else str(self.default)
+
+    def describe(self) -> str:
+        """Return what it does and which methods take it, without a full stop."""
+        return self.help.removesuffix(".") + (f" ({self.methods.label})" if self.methods else "")
+
+    def is_set(self, config: object) -> bool:
+        """Return whether a config has another value than the default."""
+        return bool(getattr(config, self.name) != self.default)
+
+    def fits_type(self, value: Any) -> bool:
+        """Return whether a value read from a file has the type; a whole float may be written as an integer."""
+        items = value if self.repeated and isinstance(value, list) else [value]
+        return all(type(item) is self.kind or (self.kind is float and type(item) is int) for item in items)
+
+    def require(self, value: Any) -> None:
+        """Check a value's choices and range.
+
+        Raises:
+            ConfigError: It is not one of the choices, or out of range.
+        """
+        for item in value if self.repeated else () if value is None else (value,):
+            if self.choices and item not in self.choices:
+                raise ConfigError(f"{self.name} {item!r} is unknown: choose one of {', '.join(self.choices)}")
+            if self.check and not self.check.holds(item):
+                raise ConfigError(f"{self.name} is {item}: {self.check.must}")
+
+    def taken_by(self, method: str) -> bool:
+        """Return whether a method takes the setting."""
+        return self.methods is None or method in self.methods.names
+
+    def require_method(self, method: str) -> None:
+        """Check that a method takes the setting.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        if self.methods and not self.taken_by(method):
+            ones = "that" if len(self.methods.names) == 1 else "one of them"
+            raise ConfigError(
+                f"{self.name} belongs to --method {self.methods}: choose {ones}, or leave {self.name} out"
+            )
+
+
+def setting(default: Any, help: str, group: str | None, commands: tuple[str, ...], **declared: Any) -> Any:
+    """Declare a setting: the value of a dataclass's field, as `dataclasses.field` is.
+
+    Args:
+        default: The field's default.
+        help: What the setting does.
+        group: The heading that it stands under.
+        commands: The commands that take it.
+        declared: The other attributes of `Setting`.
+
+    Example:
+        `samples: int = setting(128, "Number of blocks of calibration text.", "Data", ("prune",))`
+    """
+    return field(
+        default=default,
+        metadata={"setting": Setting(help=help, group=group, commands=commands, default=default, **declared)},
+    )
+
+
+def declared(config: type) -> dict[str, Setting]:
+    """Return the settings of a config's class by name, in the order of their declarations."""
+    return {one.name: replace(one.metadata["setting"], name=one.name, annotation=one.type) for one in fields(config)}
+
+
+def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return the values of a TOML file by the settings' names; dashes count as underscores.
+
+    Raises:
+        ConfigError: The file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
+    """
+    try:
+        read = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}; pass a TOML file") from error
+    except RecursionError as error:
+        raise ConfigError(f"config file {path} is nested too deeply: settings are names and values") from error
+    # Not only TOML's own: Python refuses numbers of very many digits.
+    except ValueError as error:
+        raise ConfigError(f"config file {path} is not TOML: {error}") from error
+    settings = {key.replace("-", "_"): value for key, value in read.items()}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"config file {path} has an unknown key {key!r}; known are: {', '.join(sorted(known))}")
+        if not known[key].fits_type(value):
+            raise ConfigError(f"config file {path}: {key} is {value!r}, expected {known[key].described_type}")
+    return settings
+
+
+def _kind_of(annotation: Any) -> tuple[type, bool]:
+    """Return the type of one value, and whether there may be several: int of `int | None`, str of `tuple[str, ...]`."""
+    if isinstance(annotation, UnionType):
+        annotation = next(one for one in get_args(annotation) if one is not NoneType)
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0], True
+    return annotation, False

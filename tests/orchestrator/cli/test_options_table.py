@@ -1,0 +1,31 @@
+"""The tables of docs/options.md are those that the declarations give."""
+
+import re
+
+from orchestrator.cli.options import OPTIONS
+from orchestrator.cli.options_table import BEGIN, PAGE, render_tables, with_tables
+
+
+def test_the_page_has_the_tables_of_today() -> None:
+    page = PAGE.read_text()
+    assert BEGIN in page
+    assert with_tables(page) == page, "run `make docs`"
+
+
+def test_it_has_every_option_once_with_a_sentence() -> None:
+    rows = re.findall(r"^\| `(--[\w-]+)[^`]*` \| (\w.+?) \|", render_tables(), flags=re.MULTILINE)
+    assert sorted(flag for flag, _ in rows) == sorted(f"--{name.replace('_', '-')}" for name in OPTIONS)
+
+
+def test_a_row_says_the_default_and_which_other_commands_take_it() -> None:
+    assert (
+        "| `--keep-lowest F` | Share of the lowest-scored channels that slimllm keeps, as the published code does "
+        in (render_tables())
+    )
+    assert "| .01 | `compare` |" in render_tables()
+
+
+def test_what_stands_around_the_tables_stays() -> None:
+    page = PAGE.read_text()
+    changed = page.replace("| .01 |", "| .02 |").replace("# Options", "# All options")
+    assert with_tables(changed) == page.replace("# Options", "# All options")

@@ -1,0 +1,45 @@
+"""Which settings a record has, and which `--resume` compares: named one by one, since a mistake would be silent."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster import WorkerPlan
+from orchestrator.config import PruneConfig
+from orchestrator.inputs import Inputs, load_inputs
+from orchestrator.record.params import DIGESTED, OF_AN_ATTEMPT, PLACES, TOLD_OF_A_MODEL, run_params, what_is_asked
+
+RESULT = {
+    *("method", "sparsity", "refine", "ratio", "pruned_layers", "alpha", "keep_lowest"),
+    *("uniform", "multiple_of", "no_bias", "drop_layers", "samples", "sequence_length", "seed"),
+    *("workers", "gpus_per_worker"),
+}
+VERSIONS = {f"{name}_version" for name in ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")}
+
+
+@pytest.fixture(scope="module")
+def config(gqa_model: Path, token_file: Path) -> PruneConfig:
+    return PruneConfig(model=str(gqa_model), calibration=str(token_file), output="out", local=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(config: PruneConfig) -> Inputs:
+    return load_inputs(config)
+
+
+def test_resume_compares_what_the_result_depends_on(config: PruneConfig, inputs: Inputs) -> None:
+    digests = {"model_digest", "calibration_digest", "evaluate_digests"}
+    assert what_is_asked(config, inputs).keys() == RESULT | digests | VERSIONS
+
+
+def test_every_setting_has_its_place() -> None:
+    assert {"overwrite", "resume", "tracking_uri", "address", "local"} == OF_AN_ATTEMPT
+    assert {"output", "experiment", "run_name", "register", "shared_storage", "offload", "weights_travel"} == PLACES
+    assert {"model", "calibration", "evaluate", "moments"} == DIGESTED
+    assert set(TOLD_OF_A_MODEL) == {"method", "refine", "ratio", "uniform", "no_bias", "model", "model_digest"}
+
+
+def test_parameters_leave_out_what_another_attempt_may_have(config: PruneConfig, inputs: Inputs) -> None:
+    params = run_params(config, inputs, WorkerPlan(1, 1, 0.0, weights_travel=False))
+    assert not params.keys() & OF_AN_ATTEMPT
+    assert (params["output"], params["sparsity"]) == ("out", "0.2")
