@@ -2,8 +2,8 @@
 
 The runs are those of `slimllm prune --local --tracking-uri none`, on workers that also keep the seconds of each step.
 By default they prune a random checkpoint of a 7B model's shape on 128 x 2048 tokens, on a GPU where there is one:
-`slimllm` at 20 %, and `gram` at 20, 30 and 50 %. Beside a step's seconds stands the share of them that its products would
-take at the rate of a plain product on this device.
+`slimllm` at 20 %, and `gram` at 20, 30 and 50 %. Beside a step's seconds stands the share of them that its products
+would take at the rate of a plain product on this device.
 """
 
 import io

@@ -12,7 +12,6 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.models.families import layer_shape
 
-# Settings by which one model is told from another, where they are set.
 # Digits of measured figures where they are read, not computed with.
 READ_DIGITS = 4
 
