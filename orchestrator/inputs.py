@@ -79,7 +79,7 @@ def load_inputs(config: PruneConfig) -> Inputs:
         DataError: a specification of data does not give token blocks.
     """
     directory = resolve_model(config.model)
-    with _named(config.model, directory):
+    with _naming_uri(config.model, directory):
         source = Checkpoint.open(directory)
     if config.refine:
         require_refinable(source.family)
@@ -111,7 +111,7 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, mome
     """Load the calibration blocks; where moments were kept and no other pass is made, take what those rest on."""
     if moments is None:
         return Calibration.of(_load(config, source, config.calibration or BUILTIN_CALIBRATION))
-    with _named(config.moments, moments):
+    with _naming_uri(config.moments, moments):
         manifest = MomentStore(moments).manifest()
     if manifest["model_digest"] != digest:
         raise InputError(
@@ -193,7 +193,7 @@ def resolve_moments(moments: str | None) -> Path | None:
 
 
 @contextmanager
-def _named(given: str | None, directory: Path) -> Iterator[None]:
+def _naming_uri(given: str | None, directory: Path) -> Iterator[None]:
     """Errors about what was fetched name the URI that it is known by."""
     try:
         yield

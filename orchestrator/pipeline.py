@@ -38,8 +38,8 @@ from orchestrator.record.mlflow import log_inputs, log_record
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.sweep import log_sweep
 from orchestrator.record.totals import Totals, count_totals
-from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
-from orchestrator.tracking.ray_job import link_with_job, require_lasting
+from orchestrator.tracking import Run, TrackingError, TrackingOptions, log_command, tracked_run
+from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.errors import InputError
 from slimllm_ops.stream.memory import return_large_blocks
@@ -107,7 +107,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     """
     reporter = reporter or Reporter()
     tracking = tracking_options(config)
-    require_lasting(config.output, tracking)
+    require_lasting_output(config.output, tracking)
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
     tracking = named(tracking, f"{inputs.name}-{config.method}-{sparsity_label(config)}")
@@ -116,7 +116,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         return PruneResult(output=output.place, models=(), tracking_uri=None, experiment_id=None, run_id=None)
     with deliver_output(output, config.overwrite, reporter.note) as directory:
         result = _prune_into(directory, output, config, inputs, tracking, reporter)
-        return replace(result, log_command=how_to_log(directory, output.place))
+        return replace(result, log_command=log_command(directory, output.place))
 
 
 def _prune_into(
@@ -177,7 +177,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
         DeliveryError: a store did not take the output, which is whole on this machine.
     """
     reporter = reporter or Reporter()
-    require_lasting(config.output)
+    require_lasting_output(config.output)
     inputs = load_inputs(config)
     output, asked = moments_output(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and finish_delivery(output, asked, config.overwrite, reporter.note):

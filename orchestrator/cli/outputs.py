@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.exit_codes import explained, print_json
+from orchestrator.cli.exit_codes import exit_on_error, print_json
 from orchestrator.cli.options import TELLING, Command, with_options
 from orchestrator.config import ConfigError
 from orchestrator.secrets import masked
@@ -27,15 +27,15 @@ EXPORTS = ("stock", "gguf")
 @with_options("experiment", "tracking_uri", "run_name", "register", *TELLING)
 def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
     """Log a finished OUTPUT in MLflow, where the tracking server was not there or was lost; twice does nothing."""
-    from orchestrator.tracking import log_output, where_to_look
+    from orchestrator.tracking import log_output, run_page
 
-    with explained(as_json=as_json, verbose=verbose), _here(output) as directory:
+    with exit_on_error(as_json=as_json, verbose=verbose), _here(output) as directory:
         logged = log_output(directory, **asked)
     if as_json:
         print_json(asdict(logged) | {"output": output})
         return
     click.echo(f"{masked(output)} is logged{' already' if logged.before else ''} as MLflow run {logged.run_id}")
-    click.echo(f"to look at it: {where_to_look(logged.tracking_uri, logged.experiment_id, logged.run_id)}")
+    click.echo(f"to look at it: {run_page(logged.tracking_uri, logged.experiment_id, logged.run_id)}")
 
 
 @click.command(cls=Command)
@@ -72,7 +72,7 @@ def _units_of(family: "Family") -> str:
 @with_options(*TELLING)
 def export(output: str, form: str, path: str | None, overwrite: bool, as_json: bool, verbose: bool) -> None:
     """Write OUTPUT, a pruned checkpoint, in a form that another program loads."""
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         exported = _export(output, form, path, overwrite)
     if as_json:
         print_json(asdict(exported) | {"form": form})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 # What takes seconds to import is imported by the commands; `--help` does not wait for it.
-from orchestrator.cli.exit_codes import explained, print_json
+from orchestrator.cli.exit_codes import exit_on_error, print_json
 from orchestrator.cli.options import CLUSTER, DATA, GROUPS, TELLING, Command, with_options
 from orchestrator.config import CompareConfig, PruneConfig, read_config_file
 
@@ -31,7 +31,7 @@ Examples:
 def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Prune MODEL, a directory, URI or hub id; without one, the built-in model."""
     run = _plan_pruning if dry_run else _prune
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         run(configure(PruneConfig, config_file, flags), as_json=as_json, verbose=verbose)
 
 
@@ -41,7 +41,7 @@ def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool,
 def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Keep MODEL's moments, for `prune --method gram --moments` at any sparsity with no forward pass."""
     run = _plan_calibration if dry_run else _calibrate
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         run(configure(PruneConfig, config_file, flags | {"method": "gram"}), as_json=as_json, verbose=verbose)
 
 
@@ -52,7 +52,7 @@ def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: b
 @click.option("--keep-checkpoints", is_flag=True, default=None, help="Keep every model that was measured.")
 def compare(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Compare methods on MODEL, at the same parameter count and from the same calibration data."""
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         _compare(configure(CompareConfig, config_file, flags), as_json=as_json, verbose=verbose)
 
 
@@ -100,7 +100,7 @@ def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
         print_plan(plan)
     if plan is not None:
         # The object that was printed has the checks; another would make two of them.
-        with explained(as_json=False):
+        with exit_on_error(as_json=False):
             require_certain(plan.checks, Reporter().warn)
 
 

@@ -31,7 +31,7 @@ from orchestrator.record.mlflow import log_inputs
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.totals import Totals, count_parameters
 from orchestrator.tracking import Run, tracked_run
-from orchestrator.tracking.ray_job import link_with_job, require_lasting
+from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
 from slimllm_ops.checkpoint.moment_store import MomentStore
 
 # A config of gram has none of the paper's settings.
@@ -117,7 +117,7 @@ def compare(
     reporter = reporter or Reporter()
     chosen = choose(config.methods) if chosen is None else chosen
     tracking = tracking_options(config)
-    require_lasting(config.output, tracking)
+    require_lasting_output(config.output, tracking)
     inputs = load_inputs(config)
     chosen = refinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:

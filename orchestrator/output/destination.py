@@ -1,6 +1,6 @@
 """Where an output goes: a directory here, or a store, to which it is uploaded from a directory here once it is whole.
 
-What is on its way to a URI waits in the cache directory (storage.outgoing), unfinished or whole, until it is there.
+What is on its way to a URI waits in the cache (storage.outgoing_directory), unfinished or whole, until it is there.
 """
 
 import json
@@ -47,7 +47,7 @@ class Destination:
         if not storage.is_uri(output):
             return cls(Path(output))
         try:
-            return cls(storage.outgoing(output), output.rstrip("/"))
+            return cls(storage.outgoing_directory(output), output.rstrip("/"))
         except storage.StorageError as error:
             raise ConfigError(f"output {error}") from error
 

@@ -74,7 +74,7 @@ def log_output(
     )
 
 
-def how_to_log(output: Path, place: Path | str | None = None) -> str | None:
+def log_command(output: Path, place: Path | str | None = None) -> str | None:
     """Return the command that gives MLflow what it lacks of a finished output; None where it has everything.
 
     Args:
@@ -88,7 +88,7 @@ def how_to_log(output: Path, place: Path | str | None = None) -> str | None:
     return f"slimllm log {shlex.quote(str(place or output))} --tracking-uri {shlex.quote(uri)}"
 
 
-def where_to_look(tracking_uri: str, experiment_id: str | None, run_id: str | None) -> str:
+def run_page(tracking_uri: str, experiment_id: str | None, run_id: str | None) -> str:
     """Return the address of a run's page, or the command that serves such pages from a database."""
     if tracking_uri.startswith("http"):
         return f"{masked(tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
@@ -171,7 +171,7 @@ def _journals(output: Path) -> list[Journal]:
     """Return the journal of an output's run and those of its children."""
     for name in JOURNALS:
         if (output / name).is_file():
-            journal = _opened(output / name)
+            journal = _open_journal(output / name)
             return [journal, *_children(journal).values()]
     raise TrackingError(
         f"{output} has no {JOURNALS[0]}, which every run leaves: pass a directory that `slimllm prune` wrote"
@@ -185,13 +185,13 @@ def _children(journal: Journal) -> dict[str, Journal]:
     found: dict[str, Journal] = {}
     for event in Journal.read(journal.path):
         if event["event"] == "child":
-            found[event["run_name"]] = _opened(journal.path.parent / event["journal"])
+            found[event["run_name"]] = _open_journal(journal.path.parent / event["journal"])
         elif "child" in event:
             found[event["child"]] = Journal(journal.path, child=event["child"])
     return found
 
 
-def _opened(path: Path) -> Journal:
+def _open_journal(path: Path) -> Journal:
     try:
         with path.open("rb+"):
             return Journal(path)

@@ -8,7 +8,7 @@ CACHE/fetched/DIGEST OF THE URI/
     lock                    whoever fetches holds it
     blobs/TOKEN             a file, whole; the token tells its version in the store
     DIGEST OF TOKENS/NAME   what the URI names: links to blobs, which never change
-CACHE/outputs/DIGEST OF THE URI/NAME    an output that is on its way (delivery.py)
+CACHE/outputs/DIGEST OF THE URI/NAME    an output that is on its way (output/destination.py)
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "slimllm"
 
 
-def outgoing(uri: str) -> Path:
+def outgoing_directory(uri: str) -> Path:
     """Return the local directory in which an output is made that goes to a URI: the same for every attempt."""
     return cache_directory() / "outputs" / _digest(uri) / name_of(uri)
 
@@ -62,7 +62,7 @@ def fetch_file(uri: str) -> Path:
     Raises:
         StorageError: there is no such file, or the store does not give it.
     """
-    return Path(_ask("fetch_file", uri, cache=_fetched(uri), name=name_of(uri)))
+    return Path(_ask("fetch_file", uri, cache=_fetch_cache(uri), name=name_of(uri)))
 
 
 def fetch_directory(uri: str, patterns: tuple[str, ...] = ("*",)) -> Path:
@@ -71,7 +71,7 @@ def fetch_directory(uri: str, patterns: tuple[str, ...] = ("*",)) -> Path:
     Raises:
         StorageError: there is no such directory, a name in it leaves it, or the store does not give it.
     """
-    return Path(_ask("fetch_directory", uri, cache=_fetched(uri), name=name_of(uri), patterns=patterns))
+    return Path(_ask("fetch_directory", uri, cache=_fetch_cache(uri), name=name_of(uri), patterns=patterns))
 
 
 def read_text(uri: str, name: str) -> str | None:
@@ -125,7 +125,7 @@ def _ask(operation: str, uri: str, stalled_seconds: float | None = None, **asked
     return given
 
 
-def _fetched(uri: str) -> str:
+def _fetch_cache(uri: str) -> str:
     return str(cache_directory() / "fetched" / _digest(uri))
 
 
