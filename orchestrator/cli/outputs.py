@@ -15,7 +15,7 @@ from orchestrator.secrets import masked
 from orchestrator.sources.storage import is_uri
 
 if TYPE_CHECKING:
-    from orchestrator.exports import Exported
+    from orchestrator.exports import Export
     from slimllm_ops.models.families import Family
 
 # What a checkpoint may be exported to.
@@ -77,10 +77,10 @@ def export(output: str, form: str, path: str | None, overwrite: bool, as_json: b
     if as_json:
         print_json(asdict(exported) | {"form": form})
     else:
-        click.echo(f"{form}: {exported.path}, {exported.described}")
+        click.echo(f"{form}: {exported.path}, {exported.description}")
 
 
-def _export(output: str, form: str, path: str | None, overwrite: bool) -> "Exported":
+def _export(output: str, form: str, path: str | None, overwrite: bool) -> "Export":
     from orchestrator.exports.gguf import export_gguf
     from orchestrator.exports.stock import export_stock
 

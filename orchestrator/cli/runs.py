@@ -91,7 +91,7 @@ def _plan_calibration(config: PruneConfig, as_json: bool, verbose: bool) -> None
 def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
     """Print a plan; what the run would be refused for ends this too, with the same line."""
     from orchestrator.cli.summary import describe_plan, print_plan
-    from orchestrator.preflight.checks import require_certain
+    from orchestrator.preflight.checks import refuse_certain_failure
     from orchestrator.progress import Reporter
 
     if as_json:
@@ -101,7 +101,7 @@ def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
     if plan is not None:
         # The object that was printed has the checks; another would make two of them.
         with exit_on_error(as_json=False):
-            require_certain(plan.checks, Reporter().warn)
+            refuse_certain_failure(plan.checks, Reporter().warn)
 
 
 def _calibrate(config: PruneConfig, as_json: bool, verbose: bool) -> None:

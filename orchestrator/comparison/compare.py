@@ -16,7 +16,7 @@ from typing import Any
 import actors
 import slimllm_ops
 from cluster import find_room, session
-from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, refinable
+from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, exclude_unrefinable
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
@@ -60,7 +60,7 @@ class _Contest:
 
 
 @dataclass
-class _Board:
+class _Scoreboard:
     """The rows so far, and what those to come are measured by."""
 
     inputs: Inputs
@@ -119,7 +119,7 @@ def compare(
     tracking = tracking_options(config)
     require_lasting_output(config.output, tracking)
     inputs = load_inputs(config)
-    chosen = refinable(chosen, config.methods, inputs.source.family, reporter.note)
+    chosen = exclude_unrefinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
     tracking = named(tracking, f"{inputs.name}-comparison-{sparsity_label(config)}")
@@ -149,7 +149,7 @@ def compare(
 def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row], float]:
     """Let all take part, one after the other; return their rows and the seconds of the pass that they share."""
     job, run = contest.job, contest.run
-    board = _Board(job.inputs, {blocks.spec: job.dense_perplexity(blocks) for blocks in job.inputs.held_out})
+    board = _Scoreboard(job.inputs, {blocks.spec: job.dense_perplexity(blocks) for blocks in job.inputs.held_out})
     board.enter_dense()
     run.log_metrics(_losses(board.rows, "before"))
     start = time.perf_counter()
@@ -161,7 +161,7 @@ def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row]
     return board.rows, calibration_seconds
 
 
-def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: _Board) -> None:
+def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: _Scoreboard) -> None:
     """Write a method's models, measure them, and remove them unless they are to be kept."""
     job = _job_of(contestant, contest.job)
     with _open_targets(job, contest.run, contestant.name, _sparsities(contest.job, board.reference)) as targets:

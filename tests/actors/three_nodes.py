@@ -20,15 +20,15 @@ import actors
 import slimllm_ops
 from actors import group
 from actors.group import ShardGroup
+from actors.node_state import NodeState
 from actors.placement import Placement
 from actors.pool import SolverPool, results
-from actors.probe import NodeState
 from actors.serving import shared_files, weight_server
 from cluster import plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.pipeline import prune
-from orchestrator.preflight.checks import look_at
+from orchestrator.preflight.checks import inspect_cluster
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
 
@@ -48,7 +48,7 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
             for shared in (False, True):
                 plan = plan_workers(resources, NODES, None, shared_storage=shared)
                 seen[f"weights_travel, {shared}"] = plan.weights_travel
-            found = look_at(resources, plan, "cpu").states
+            found = inspect_cluster(resources, plan, "cpu").states
             seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             inputs = load_inputs(PruneConfig(**common))
             seen |= use_parts(inputs)
