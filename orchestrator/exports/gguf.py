@@ -75,9 +75,8 @@ def _require_package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise InputError("--to gguf needs the package gguf, which is not installed: pip install 'slimllm[gguf]'") from (
-            error
-        )
+        missing = "--to gguf needs the package gguf, which is not installed"
+        raise InputError(f"{missing}: pip install -e '.[gguf]' in slimllm's checkout") from error
     return gguf
 
 

@@ -68,7 +68,8 @@ class Store:
         try:
             self.files, self.root = fsspec.url_to_fs(uri, **OPTIONS.get(scheme, {}))
         except ImportError as error:
-            remedy = f"pip install 'slimllm[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
+            extra = EXTRAS.get(scheme)
+            remedy = f"pip install -e '.[{extra}]' in slimllm's checkout" if extra else str(error)
             raise RefusedError(f"{uri}: {scheme}:// needs a package that is not installed: {remedy}") from error
         self.root = self.root.rstrip("/")
         # What is imported takes seconds, which are not the store's.

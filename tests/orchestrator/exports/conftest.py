@@ -10,12 +10,12 @@ from tests.orchestrator.exports.gguf_files import pruned_build
 
 @pytest.fixture(scope="session")
 def gguf() -> Any:
-    return pytest.importorskip("gguf", reason="needs slimllm[gguf]")
+    return pytest.importorskip("gguf", reason="pip install -e '.[gguf]'")
 
 
 @pytest.fixture(scope="session")
 def llama_cpp(gguf: Any) -> Any:
-    return pytest.importorskip("llama_cpp", reason="needs slimllm[gguf-test]")
+    return pytest.importorskip("llama_cpp", reason="pip install -e '.[gguf-test]'")
 
 
 @pytest.fixture

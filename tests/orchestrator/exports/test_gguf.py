@@ -1,6 +1,6 @@
 """What llama.cpp loads from an export computes what transformers does, and holds the tensors that it had.
 
-Reading a file back needs the package `gguf`, running it `llama-cpp-python`: pip install 'slimllm[gguf-test]'.
+Reading a file back needs the package `gguf`, running it `llama-cpp-python`: pip install -e '.[gguf-test]'.
 """
 
 import weakref

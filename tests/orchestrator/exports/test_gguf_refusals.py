@@ -43,7 +43,7 @@ def test_a_place_where_no_file_can_be_is_refused(pruned: Path, tmp_path: Path) -
 def test_without_the_package_one_line_says_what_to_install(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     before = content(pruned.parent)
-    assert refused(pruned).endswith("pip install 'slimllm[gguf]'")
+    assert refused(pruned).endswith("not installed: pip install -e '.[gguf]' in slimllm's checkout")
     assert content(pruned.parent) == before
 
 

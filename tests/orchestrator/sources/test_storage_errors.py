@@ -53,7 +53,8 @@ def test_a_package_that_is_not_installed(
 ) -> None:
     (tmp_path / f"{package}.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    says = f"model {scheme}://b/x: {scheme}:// needs a package that is not installed: pip install 'slimllm[{scheme}]'"
+    install = f"pip install -e '.[{scheme}]' in slimllm's checkout"
+    says = f"model {scheme}://b/x: {scheme}:// needs a package that is not installed: {install}"
     assert_one_line(run(["prune", f"{scheme}://b/x"], code=2), says)
 
 
