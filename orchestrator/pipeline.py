@@ -38,7 +38,7 @@ from orchestrator.record.mlflow import log_inputs, log_record
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.sweep import log_sweep
 from orchestrator.record.totals import Totals, count_totals
-from orchestrator.tracking import Run, TrackingError, TrackingOptions, log_command, tracked_run
+from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.errors import InputError
@@ -116,7 +116,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         return PruneResult(output=output.place, models=(), tracking_uri=None, experiment_id=None, run_id=None)
     with deliver_output(output, config.overwrite, reporter.note) as directory:
         result = _prune_into(directory, output, config, inputs, tracking, reporter)
-        return replace(result, log_command=log_command(directory, output.place))
+        return replace(result, log_command=how_to_log(directory, output.place))
 
 
 def _prune_into(

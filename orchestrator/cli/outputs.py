@@ -27,7 +27,7 @@ EXPORTS = ("stock", "gguf")
 @with_options("experiment", "tracking_uri", "run_name", "register", *TELLING)
 def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
     """Log a finished OUTPUT in MLflow, where the tracking server was not there or was lost; twice does nothing."""
-    from orchestrator.tracking import log_output, run_page
+    from orchestrator.tracking import log_output, where_to_look
 
     with exit_on_error(as_json=as_json, verbose=verbose), _here(output) as directory:
         logged = log_output(directory, **asked)
@@ -35,7 +35,7 @@ def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
         print_json(asdict(logged) | {"output": output})
         return
     click.echo(f"{masked(output)} is logged{' already' if logged.before else ''} as MLflow run {logged.run_id}")
-    click.echo(f"to look at it: {run_page(logged.tracking_uri, logged.experiment_id, logged.run_id)}")
+    click.echo(f"to look at it: {where_to_look(logged.tracking_uri, logged.experiment_id, logged.run_id)}")
 
 
 @click.command(cls=Command)

@@ -16,7 +16,7 @@ from orchestrator.preflight.estimate import readable
 from orchestrator.record.sweep import sweep_cells, sweep_rows
 from orchestrator.record.totals import Totals
 from orchestrator.secrets import masked
-from orchestrator.tracking import log_command, run_page
+from orchestrator.tracking import how_to_log, where_to_look
 
 
 def print_summary(result: PruneResult, console: Console | None = None) -> None:
@@ -129,7 +129,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console = console or Console(highlight=False)
     print_table(comparison.rows, console)
     found = f"MLflow run {comparison.run_id}, with a child for each model"
-    told = _of_mlflow(comparison, log_command(comparison.output), found)
+    told = _of_mlflow(comparison, how_to_log(comparison.output), found)
     _print_lines(console, [f"table and figure: {comparison.output}", *told])
 
 
@@ -138,7 +138,7 @@ def _of_mlflow(result: PruneResult | Comparison, command: str | None, found: str
     if command:
         return ["MLflow does not have all of this run; when its server answers again, log it by", command]
     assert result.tracking_uri is not None, "a run that MLflow has was stored somewhere"
-    return [found, f"to look at it: {run_page(result.tracking_uri, result.experiment_id, result.run_id)}"]
+    return [found, f"to look at it: {where_to_look(result.tracking_uri, result.experiment_id, result.run_id)}"]
 
 
 def _print_lines(console: Console, lines: list[str]) -> None:

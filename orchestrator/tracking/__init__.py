@@ -13,7 +13,7 @@ MLflow keeps each event once. A server that does not answer costs one warning: t
 MLflow is imported at the first call (2 s). Every call names its run: there is no active run, no global URI.
 """
 
-from orchestrator.tracking.finished_run import LoggedOutput, log_command, log_output, run_page
+from orchestrator.tracking.finished_run import LoggedOutput, how_to_log, log_output, where_to_look
 from orchestrator.tracking.options import TrackingError, TrackingOptions, database_file
 from orchestrator.tracking.run import Run, tracked_run
 
@@ -23,8 +23,8 @@ __all__ = [
     "TrackingError",
     "TrackingOptions",
     "database_file",
-    "log_command",
+    "how_to_log",
     "log_output",
-    "run_page",
     "tracked_run",
+    "where_to_look",
 ]

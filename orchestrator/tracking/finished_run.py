@@ -74,7 +74,7 @@ def log_output(
     )
 
 
-def log_command(output: Path, place: Path | str | None = None) -> str | None:
+def how_to_log(output: Path, place: Path | str | None = None) -> str | None:
     """Return the command that gives MLflow what it lacks of a finished output; None where it has everything.
 
     Args:
@@ -88,7 +88,7 @@ def log_command(output: Path, place: Path | str | None = None) -> str | None:
     return f"slimllm log {shlex.quote(str(place or output))} --tracking-uri {shlex.quote(uri)}"
 
 
-def run_page(tracking_uri: str, experiment_id: str | None, run_id: str | None) -> str:
+def where_to_look(tracking_uri: str, experiment_id: str | None, run_id: str | None) -> str:
     """Return the address of a run's page, or the command that serves such pages from a database."""
     if tracking_uri.startswith("http"):
         return f"{masked(tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"

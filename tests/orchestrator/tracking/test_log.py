@@ -14,7 +14,7 @@ from mlflow.entities import Run as StoredRun
 from orchestrator import progress
 from orchestrator.cli import main
 from orchestrator.progress import Reporter
-from orchestrator.tracking import TrackingError, TrackingOptions, log_command, log_output, tracked_run
+from orchestrator.tracking import TrackingError, TrackingOptions, how_to_log, log_output, tracked_run
 from tests.orchestrator.tracked import (
     TrackingServer,
     assert_everything_logged,
@@ -57,7 +57,7 @@ def slimllm_log(*arguments: object) -> Result:
 def test_an_output_whose_server_was_never_there_is_logged_once(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     output = tmp_path / "out"
     write_output(output, NOBODY, "never there", register="never-there")
-    assert log_command(output) == f"slimllm log {output} --tracking-uri {NOBODY}"
+    assert how_to_log(output) == f"slimllm log {output} --tracking-uri {NOBODY}"
     moved = output.rename(tmp_path / "moved")
     first = slimllm_log(moved, "--tracking-uri", uri)
     assert first.exit_code == 0, first.output
@@ -77,7 +77,7 @@ def test_an_output_whose_server_was_never_there_is_logged_once(uri: str, client:
     assert client.get_registered_model("never-there").aliases == {"sparsity-0-20": version.version}
     assert child.data.tags["mlflow.note.content"] == "a child"
     assert f"is logged as MLflow run {sweep.info.run_id}" in first.output
-    assert log_command(moved) is None
+    assert how_to_log(moved) is None
 
     before = files_of(moved)
     again = slimllm_log(moved, "--tracking-uri", uri)
@@ -92,7 +92,7 @@ def test_an_output_whose_server_was_never_there_is_logged_once(uri: str, client:
 
 def test_what_was_logged_while_it_ran_is_logged_already(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     write_output(tmp_path, uri, "while it ran")
-    assert log_command(tmp_path) is None
+    assert how_to_log(tmp_path) is None
     assert log_output(tmp_path, tracking_uri=uri).before
     # Registering it is something new, and the rest stays as it is.
     assert not log_output(tmp_path, tracking_uri=uri, register="while-it-ran").before
@@ -206,7 +206,7 @@ def test_what_is_refused_is_no_success(uri: str, client: MlflowClient, tmp_path:
     assert result.exit_code == 2
     assert "refused to log" in result.output.splitlines()[0]
     assert "refused a part" in result.output.splitlines()[-1]
-    assert log_command(tmp_path) is not None
+    assert how_to_log(tmp_path) is not None
 
 
 def test_a_server_that_hangs_holds_up_no_run(
