@@ -73,17 +73,6 @@ def _require_content(spec: str, path: Path) -> None:
 
 
 @contextmanager
-def naming_uri(spec: str, path: Path | None) -> Iterator[None]:
-    """Errors about a file that was fetched name the URI that it is known by."""
-    try:
-        yield
-    except DataError as error:
-        if path is None or not storage.is_uri(spec):
-            raise
-        raise DataError(str(error).replace(str(path), spec)) from error
-
-
-@contextmanager
 def naming_file(path: Path) -> Iterator[None]:
     """Says which file could not be read, in one line."""
     try:

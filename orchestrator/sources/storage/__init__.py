@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +37,17 @@ class StorageError(RuntimeError):
 def is_uri(place: object) -> bool:
     """Return whether a place is named by a URI rather than a path."""
     return _URI.match(str(place)) is not None
+
+
+@contextmanager
+def naming_uri(place: str | None, copy: Path | None, *errors: type[Exception]) -> Iterator[None]:
+    """Let errors about a local copy name the URI that it was fetched from; errors about other places stay."""
+    try:
+        yield
+    except errors as error:
+        if place is None or copy is None or not is_uri(place):
+            raise
+        raise type(error)(str(error).replace(str(copy), place)) from error
 
 
 def name_of(uri: str) -> str:
