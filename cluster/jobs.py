@@ -84,7 +84,7 @@ class JobServer:
         if "://" not in self.address:
             # A head's own address: Ray asks it where its job server is, and would wait for minutes.
             require_answer(self.address)
-        with self._explained(), _variable_set(ADDRESS_VARIABLES[0], self.address):
+        with self._as_cluster_errors(), _variable_set(ADDRESS_VARIABLES[0], self.address):
             self._client = _Client()
 
     def submit(
@@ -114,7 +114,7 @@ class JobServer:
             if not working_dir.is_dir():
                 raise ClusterError(f"the working directory {working_dir} is not there: pass a directory")
             runtime_env["working_dir"] = str(working_dir)
-        with self._explained(working_dir=working_dir):
+        with self._as_cluster_errors(working_dir=working_dir):
             # Without `exec` there is a shell between, which hides by what signal the process ended.
             return self._client.submit_job(entrypoint=f"exec {shlex.join(command)}", runtime_env=runtime_env)
 
@@ -125,12 +125,12 @@ class JobServer:
             ClusterError: there is no such job.
             LostError: the server does not answer any more.
         """
-        with self._explained(job_id=job_id):
+        with self._as_cluster_errors(job_id=job_id):
             return _state(self._client.get_job_info(job_id))
 
     def states(self) -> list[JobState]:
         """Return what is known of every job that was submitted, the last first."""
-        with self._explained():
+        with self._as_cluster_errors():
             jobs = self._client.list_jobs()
         # Other programs that are connected are listed too; they have no log, and nobody can stop them.
         submitted = [_state(job) for job in jobs if job.submission_id]
@@ -138,7 +138,7 @@ class JobServer:
 
     def log(self, job_id: str) -> str:
         """Return what a job has printed so far."""
-        with self._explained(job_id=job_id):
+        with self._as_cluster_errors(job_id=job_id):
             return self._client.get_job_logs(job_id)
 
     def follow(self, job_id: str, seen: int = 0) -> Iterator[str]:
@@ -177,7 +177,7 @@ class JobServer:
             ClusterError: there is no such job.
             LostError: the server does not answer any more.
         """
-        with self._explained(job_id=job_id):
+        with self._as_cluster_errors(job_id=job_id):
             self._client.stop_job(job_id)
 
     def wait_for_stop(self, job_id: str) -> JobState:
@@ -206,7 +206,7 @@ class JobServer:
                 time.sleep(QUIET_SECONDS)
 
     @contextmanager
-    def _explained(self, job_id: str | None = None, working_dir: Path | None = None) -> Iterator[None]:
+    def _as_cluster_errors(self, job_id: str | None = None, working_dir: Path | None = None) -> Iterator[None]:
         """Raise in one line what Ray's client raises in many ways."""
         try:
             yield
@@ -215,14 +215,14 @@ class JobServer:
                 f"no Ray job server answers at {self.address}: check --address, and that the head has its dashboard"
             ) from error
         except RayError as error:
-            reason = _one_line(error).partition(". ")[0]
+            reason = _error_line(error).partition(". ")[0]
             raise ClusterError(
                 f"the job server at {self.address} does not let us in ({reason}): {AS_THE_CLUSTER}"
             ) from error
         except (requests.RequestException, KeyError) as error:
             raise self._no_job_server() from error
         except (RuntimeError, ValueError, OSError) as error:
-            raise self._refusal(_one_line(error), job_id, working_dir) from error
+            raise self._refusal(_error_line(error), job_id, working_dir) from error
 
     def _refusal(self, reason: str, job_id: str | None, working_dir: Path | None) -> ClusterError:
         if "Version check returned 404" in reason:
@@ -280,7 +280,7 @@ def _state(job: JobDetails) -> JobState:
     )
 
 
-def _one_line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """Return the line of an error that tells most: of a traceback the last, and the first of anything else."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = lines[-1] if any(line.endswith("Traceback (most recent call last):") for line in lines) else lines[0]

@@ -1,7 +1,5 @@
 """What a run starts from: the model's directory and its token blocks, found and checked before anything starts."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +77,7 @@ def load_inputs(config: PruneConfig) -> Inputs:
         DataError: a specification of data does not give token blocks.
     """
     directory = resolve_model(config.model)
-    with _named(config.model, directory):
+    with storage.naming_uri(config.model, directory, InputError):
         source = Checkpoint.open(directory)
     if config.refine:
         require_refinable(source.family)
@@ -111,7 +109,7 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, mome
     """Load the calibration blocks; where moments were kept and no other pass is made, take what those rest on."""
     if moments is None:
         return Calibration.of(_load(config, source, config.calibration or BUILTIN_CALIBRATION))
-    with _named(config.moments, moments):
+    with storage.naming_uri(config.moments, moments, InputError):
         manifest = MomentStore(moments).manifest()
     if manifest["model_digest"] != digest:
         raise InputError(
@@ -190,17 +188,6 @@ def resolve_moments(moments: str | None) -> Path | None:
         return storage.fetch_directory(moments)
     except storage.StorageError as error:
         raise InputError(f"moments {error}") from error
-
-
-@contextmanager
-def _named(given: str | None, directory: Path) -> Iterator[None]:
-    """Errors about what was fetched name the URI that it is known by."""
-    try:
-        yield
-    except InputError as error:
-        if given is None or not storage.is_uri(given):
-            raise
-        raise type(error)(str(error).replace(str(directory), given)) from error
 
 
 def _load_held_out(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:

@@ -35,7 +35,7 @@ from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.sweep import log_sweep
 from orchestrator.record.totals import Totals
 from orchestrator.tracking import Run, TrackingError, TrackingOptions, how_to_log, tracked_run
-from orchestrator.tracking.ray_job import link_with_job, require_lasting
+from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.errors import InputError
 from slimllm_ops.methods import METHODS
@@ -103,7 +103,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     """
     reporter = reporter or Reporter()
     tracking = tracking_options(config)
-    require_lasting(config.output, tracking)
+    require_lasting_output(config.output, tracking)
     with reporter.timed("inputs"):
         inputs = load_inputs(config)
     tracking = named(tracking, f"{inputs.name}-{config.method}-{sparsity_label(config)}")
@@ -174,7 +174,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
         DeliveryError: a store did not take the output, which is whole on this machine.
     """
     reporter = reporter or Reporter()
-    require_lasting(config.output)
+    require_lasting_output(config.output)
     inputs = load_inputs(config)
     output, asked = moments_output(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and finish_delivery(output, asked, config.overwrite, reporter.note):

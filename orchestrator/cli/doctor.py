@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.exit_codes import REFUSED, explained, print_json
+from orchestrator.cli.exit_codes import REFUSED, exit_on_error, print_json
 from orchestrator.cli.options import TELLING, Command, with_options, with_settings
 from orchestrator.cli.runs import configure
 from orchestrator.config import PruneConfig
@@ -26,7 +26,7 @@ def doctor(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any)
 
     Without MODEL, what does not need one. Exit code 0 if all is well, 2 if something is to be mended.
     """
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         checks = _examine(configure(PruneConfig, config_file, flags), as_json)
     if not all(check.ok for check in checks):
         sys.exit(REFUSED)

@@ -20,12 +20,12 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 
-class _Told(SystemExit):
+class _AlreadyReported(SystemExit):
     """What there is to say has been said."""
 
 
 @contextmanager
-def explained(*, as_json: bool = False, verbose: bool = False) -> Iterator[None]:
+def exit_on_error(*, as_json: bool = False, verbose: bool = False) -> Iterator[None]:
     """Run what is inside; end the process with a line and a code where it cannot go on.
 
     Args:
@@ -56,9 +56,9 @@ def explained(*, as_json: bool = False, verbose: bool = False) -> Iterator[None]
 
 def print_json(value: Any) -> None:
     """Print a result for machines: one JSON object, without secrets; NaN is null, infinity "inf"."""
-    from orchestrator.tracking.journal import plain
+    from orchestrator.tracking.journal import json_value
 
-    click.echo(json.dumps(plain(value), allow_nan=False))
+    click.echo(json.dumps(json_value(value), allow_nan=False))
 
 
 def exit_with(text: str, code: int = REFUSED, *, as_json: bool = False) -> NoReturn:
@@ -67,7 +67,7 @@ def exit_with(text: str, code: int = REFUSED, *, as_json: bool = False) -> NoRet
     if as_json:
         click.echo(json.dumps({"error": line, "exit_code": code}))
     click.echo(f"slimllm: {line}", err=True)
-    raise _Told(code)
+    raise _AlreadyReported(code)
 
 
 def _ending_of(error: BaseException, terminated: bool) -> tuple[str, int] | None:
@@ -75,7 +75,7 @@ def _ending_of(error: BaseException, terminated: bool) -> tuple[str, int] | None
     match error:
         case KeyboardInterrupt():
             return _with_notes("interrupted; no checkpoint was written", error), INTERRUPTED
-        case _Told():
+        case _AlreadyReported():
             return None
         # Where Ray waits for a worker, it puts a SystemExit of its own, with another code, in the place of ours.
         case SystemExit():

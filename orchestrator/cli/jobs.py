@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from orchestrator.cli.exit_codes import FAILED, INTERRUPTED, TERMINATED, exit_with, explained, print_json
+from orchestrator.cli.exit_codes import FAILED, INTERRUPTED, TERMINATED, exit_on_error, exit_with, print_json
 from orchestrator.cli.options import Command, with_options
 from orchestrator.config import ConfigError
 from orchestrator.secrets import masked
@@ -67,7 +67,7 @@ def submit(
 
     The code travels; the cluster's Python needs the packages that it imports. Ctrl-C stops the job or leaves it be.
     """
-    with explained():
+    with exit_on_error():
         _require_command(ctx, words)
         variables = dict(_variable(asked) for asked in environment)
         _warn(words, variables)
@@ -92,7 +92,7 @@ def jobs() -> None:
 @with_options("json")
 def list_jobs(address: str | None, as_json: bool) -> None:
     """List the jobs that were submitted to the cluster, the last first."""
-    with explained(as_json=as_json):
+    with exit_on_error(as_json=as_json):
         states = _connect(address).states()
     if as_json:
         print_json([_described(state) for state in states])
@@ -108,7 +108,7 @@ def list_jobs(address: str | None, as_json: bool) -> None:
 @click.option("--follow", is_flag=True, help="Until the job ends; then exit as it did.")
 def logs(job_id: str, address: str | None, follow: bool) -> None:
     """Print what job ID has printed."""
-    with explained():
+    with exit_on_error():
         server = _connect(address)
         if follow:
             _follow(server, job_id, address)
@@ -120,7 +120,7 @@ def logs(job_id: str, address: str | None, follow: bool) -> None:
 @address_option
 def stop(job_id: str, address: str | None) -> None:
     """Stop job ID, as SIGTERM stops a command: what is solved stays, and --resume goes on."""
-    with explained():
+    with exit_on_error():
         server = _connect(address)
         state = server.state(job_id)
         if not state.is_over:

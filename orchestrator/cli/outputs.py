@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.exit_codes import explained, print_json
+from orchestrator.cli.exit_codes import exit_on_error, print_json
 from orchestrator.cli.options import TELLING, Command, with_options, with_settings
 from orchestrator.config import ConfigError
 from orchestrator.secrets import masked
 from orchestrator.sources.storage import is_uri
 
 if TYPE_CHECKING:
-    from orchestrator.exports import Exported
+    from orchestrator.exports import Export
     from slimllm_ops.models.families import Family
 
 # What a checkpoint may be exported to.
@@ -30,7 +30,7 @@ def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
     """Log a finished OUTPUT in MLflow, where the tracking server was not there or was lost; twice does nothing."""
     from orchestrator.tracking import log_output, where_to_look
 
-    with explained(as_json=as_json, verbose=verbose), _here(output) as directory:
+    with exit_on_error(as_json=as_json, verbose=verbose), _here(output) as directory:
         logged = log_output(directory, **asked)
     if as_json:
         print_json(asdict(logged) | {"output": output})
@@ -73,15 +73,15 @@ def _units_of(family: "Family") -> str:
 @with_options(*TELLING)
 def export(output: str, form: str, path: str | None, overwrite: bool, as_json: bool, verbose: bool) -> None:
     """Write OUTPUT, a pruned checkpoint, in a form that another program loads."""
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         exported = _export(output, form, path, overwrite)
     if as_json:
         print_json(asdict(exported) | {"form": form})
     else:
-        click.echo(f"{form}: {exported.path}, {exported.described}")
+        click.echo(f"{form}: {exported.path}, {exported.description}")
 
 
-def _export(output: str, form: str, path: str | None, overwrite: bool) -> "Exported":
+def _export(output: str, form: str, path: str | None, overwrite: bool) -> "Export":
     from orchestrator.exports.gguf import export_gguf
     from orchestrator.exports.stock import export_stock
 

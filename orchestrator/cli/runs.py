@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 # What takes seconds to import is imported by the commands; `--help` does not wait for it.
-from orchestrator.cli.exit_codes import explained, print_json
+from orchestrator.cli.exit_codes import exit_on_error, print_json
 from orchestrator.cli.options import TELLING, Command, with_options, with_settings
 from orchestrator.config import CompareConfig, PruneConfig, read_config_file
 
@@ -31,7 +31,7 @@ Examples:
 def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Prune MODEL, a directory, URI or hub id; without one, the built-in model."""
     run = _plan_pruning if dry_run else _prune
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         run(configure(PruneConfig, config_file, flags), as_json=as_json, verbose=verbose)
 
 
@@ -42,7 +42,7 @@ def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool,
 def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Keep MODEL's moments, for `prune --moments` at any sparsity and by any one-pass method, with no forward pass."""
     run = _plan_calibration if dry_run else _calibrate
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         run(configure(PruneConfig, config_file, flags | {"method": "gram"}), as_json=as_json, verbose=verbose)
 
 
@@ -52,7 +52,7 @@ def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: b
 @with_options("config", *TELLING)
 def compare(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Compare methods on MODEL, at the same parameter count and from the same calibration data."""
-    with explained(as_json=as_json, verbose=verbose):
+    with exit_on_error(as_json=as_json, verbose=verbose):
         _compare(configure(CompareConfig, config_file, flags), as_json=as_json, verbose=verbose)
 
 
@@ -91,7 +91,7 @@ def _plan_calibration(config: PruneConfig, as_json: bool, verbose: bool) -> None
 def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
     """Print a plan; what the run would be refused for ends this too, with the same line."""
     from orchestrator.cli.summary import describe_plan, print_plan
-    from orchestrator.preflight.checks import require_certain
+    from orchestrator.preflight.checks import refuse_certain_failure
     from orchestrator.progress import Reporter
 
     if as_json:
@@ -100,8 +100,8 @@ def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
         print_plan(plan)
     if plan is not None:
         # The object that was printed has the checks; another would make two of them.
-        with explained(as_json=False):
-            require_certain(plan.checks, Reporter().warn)
+        with exit_on_error(as_json=False):
+            refuse_certain_failure(plan.checks, Reporter().warn)
 
 
 def _calibrate(config: PruneConfig, as_json: bool, verbose: bool) -> None:

@@ -121,7 +121,7 @@ def print_plan(plan: RunPlan, console: Console | None = None) -> None:
 
 def describe_plan(plan: RunPlan) -> dict[str, Any]:
     """Return what a run would take as JSON has it."""
-    return asdict(plan) | {"estimate": plan.estimate.described()}
+    return asdict(plan) | {"estimate": plan.estimate.as_json()}
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

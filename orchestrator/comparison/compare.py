@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, refinable
+from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, exclude_unrefinable
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
@@ -33,7 +33,7 @@ from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.totals import Totals, count_parameters
 from orchestrator.settings import declared
 from orchestrator.tracking import Run, tracked_run
-from orchestrator.tracking.ray_job import link_with_job, require_lasting
+from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
 from slimllm_ops.checkpoint.moment_store import MomentStore
 
 
@@ -59,7 +59,7 @@ class _Contest:
 
 
 @dataclass
-class _Board:
+class _Scoreboard:
     """The rows so far, and what those to come are measured by."""
 
     inputs: Inputs
@@ -116,9 +116,9 @@ def compare(
     reporter = reporter or Reporter()
     chosen = choose(config.methods) if chosen is None else chosen
     tracking = tracking_options(config)
-    require_lasting(config.output, tracking)
+    require_lasting_output(config.output, tracking)
     inputs = load_inputs(config)
-    chosen = refinable(chosen, config.methods, inputs.source.family, reporter.note)
+    chosen = exclude_unrefinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
     tracking = named(tracking, f"{inputs.name}-comparison-{sparsity_label(config)}")
@@ -149,9 +149,8 @@ def compare(
 def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row], float]:
     """Let all take part, one after the other; return their rows and the seconds of the pass that they share."""
     context, run = contest.context, contest.run
-    board = _Board(
-        context.inputs, {blocks.spec: context.dense_perplexity(blocks) for blocks in context.inputs.held_out}
-    )
+    held_out = context.inputs.held_out
+    board = _Scoreboard(context.inputs, {blocks.spec: context.dense_perplexity(blocks) for blocks in held_out})
     board.enter_dense()
     run.log_metrics(_losses(board.rows, "before"))
     start = time.perf_counter()
@@ -163,7 +162,7 @@ def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row]
     return board.rows, calibration_seconds
 
 
-def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: _Board) -> None:
+def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: _Scoreboard) -> None:
     """Write a method's models, measure them, and remove them unless they are to be kept."""
     context = _context_of(contestant, contest.context)
     with _open_targets(context, contest.run, contestant.name, _sparsities(contest.context, board.reference)) as targets:

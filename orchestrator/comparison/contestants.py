@@ -35,7 +35,7 @@ class Contestant:
     refine: bool = False
 
 
-def refinable(
+def exclude_unrefinable(
     chosen: Sequence[Contestant], names: Sequence[str], family: Family, note: Callable[[str], None]
 ) -> list[Contestant]:
     """Return what takes part on a family: where that cannot be refined, what refines stays out, and a note says so.

@@ -7,8 +7,9 @@ not overlap (``text.py``); a table with an ``input_ids`` column holds blocks alr
 from pathlib import Path
 
 from orchestrator.data.blocks import DataError, TextOptions, TokenBlocks, check_fits, freeze, save_blocks
-from orchestrator.data.files import local_file, named, read_rows, table_columns
+from orchestrator.data.files import local_file, read_rows, table_columns
 from orchestrator.data.text import read_text
+from orchestrator.sources import storage
 
 __all__ = ["DataError", "TextOptions", "TokenBlocks", "load_tokens", "save_blocks"]
 
@@ -34,7 +35,7 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
         DataError: In one line, whatever is wrong with the source, the tokenizer or the tokens.
     """
     path = local_file(spec)
-    with named(spec, path):
+    with storage.naming_uri(spec, path, DataError):
         if path is not None and "input_ids" in table_columns(path):
             ids_BT = read_rows(path)
             found, source_digest = len(ids_BT), None

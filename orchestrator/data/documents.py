@@ -10,8 +10,8 @@ from orchestrator.data.files import (
     HUB_NAME,
     LONGEST_DOCUMENT,
     SUFFIXES,
-    explained,
-    listed,
+    list_names,
+    naming_file,
     read_column,
     table_columns,
 )
@@ -36,7 +36,7 @@ def _builtin_documents(spec: str) -> Iterator[str]:
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    with explained(path), path.open(encoding="utf-8-sig") as file:
+    with naming_file(path), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if not line.strip():
                 continue
@@ -66,7 +66,7 @@ def _lines(file: TextIO, path: Path) -> Iterator[str]:
 def _table_documents(path: Path) -> Iterator[str]:
     names = table_columns(path)
     if "text" not in names:
-        raise DataError(f"{path}: neither 'text' nor 'input_ids' among the columns ({listed(names)}): rename one")
+        raise DataError(f"{path}: neither 'text' nor 'input_ids' among the columns ({list_names(names)}): rename one")
     number = 0
     for array in read_column(path, "text"):
         for value in array:
@@ -89,7 +89,7 @@ def _hub_documents(spec: str) -> Iterator[str]:
 
 def _text_of(row: dict[str, Any], where: str) -> str:
     if "text" not in row:
-        raise DataError(f"{where}: no 'text' among the columns ({listed(row)}): rename the one that has it")
+        raise DataError(f"{where}: no 'text' among the columns ({list_names(row)}): rename the one that has it")
     text = row["text"]
     if not isinstance(text, str):
         kind = "null" if text is None else f"of type {type(text).__name__}"

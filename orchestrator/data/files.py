@@ -22,7 +22,7 @@ _BATCH_BYTES = 1 << 26
 MOST_IDS = 1 << 28
 # Of a document, in characters: what a tokenizer makes of it takes a hundred times as many bytes.
 LONGEST_DOCUMENT = 1 << 25
-_SHOWN_NAMES = 10
+_MOST_NAMES = 10
 
 
 def local_file(spec: str) -> Path | None:
@@ -73,18 +73,7 @@ def _require_content(spec: str, path: Path) -> None:
 
 
 @contextmanager
-def named(spec: str, path: Path | None) -> Iterator[None]:
-    """Errors about a file that was fetched name the URI that it is known by."""
-    try:
-        yield
-    except DataError as error:
-        if path is None or not storage.is_uri(spec):
-            raise
-        raise DataError(str(error).replace(str(path), spec)) from error
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Says which file could not be read, in one line."""
     try:
         yield
@@ -93,32 +82,32 @@ def explained(path: Path) -> Iterator[None]:
     # Any: of a broken file pyarrow raises what the first thing that it stumbles over raises.
     except Exception as error:
         kind = "UTF-8 text" if path.suffix in (".txt", ".jsonl") else f"a whole {path.suffix[1:]} file"
-        raise DataError(f"{path}: not readable as {kind} ({one_line(error)}): write it again") from error
+        raise DataError(f"{path}: not readable as {kind} ({error_line(error)}): write it again") from error
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """What an error of someone else's says, in its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shown(lines[0], 200)}" if lines else type(error).__name__
 
 
-def listed(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
     """Some of the names that were found, however many and long they are."""
     names = list(names)
-    return ", ".join(map(shown, names[:_SHOWN_NAMES])) + (", ..." if len(names) > _SHOWN_NAMES else "")
+    return ", ".join(map(shown, names[:_MOST_NAMES])) + (", ..." if len(names) > _MOST_NAMES else "")
 
 
 def table_columns(path: Path) -> list[str]:
     """The columns of a table; none for other files."""
     if path.suffix not in (".parquet", ".arrow"):
         return []
-    with explained(path):
+    with naming_file(path):
         return (pq.read_schema(path) if path.suffix == ".parquet" else _open_arrow(path).schema).names
 
 
 def read_column(path: Path, name: str) -> Iterator[pa.Array]:
     """The arrays of one column of a table, batch by batch, mapped into memory where they are in Arrow."""
-    with explained(path):
+    with naming_file(path):
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
             batches: Iterable[pa.RecordBatch] = file.iter_batches(_rows_at_once(file.metadata), columns=[name])

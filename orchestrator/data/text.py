@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from orchestrator.data.blocks import DataError, TextOptions
 from orchestrator.data.documents import read_documents
-from orchestrator.data.files import explained, one_line
+from orchestrator.data.files import error_line, naming_file
 
 _POOL = 16  # 128 blocks of 2048 are drawn from 4 million tokens: a broad choice, and 5 to 10 s of tokenising
 _PIECE_CHARACTERS = 1 << 16  # of a .txt; a tokenizer works on the pieces of a batch in parallel
@@ -33,21 +33,21 @@ def read_text(
     tokenizer = _load_tokenizer(spec, model_dir)
     text_hash = hashlib.sha256()
     if path is not None and path.suffix == ".txt":
-        pieces = _hashed(text_pieces(path), text_hash, end=b"")
+        pieces = _hash_texts(text_pieces(path), text_hash, end=b"")
         tokens: Iterator[np.ndarray] = chain(
             _encode(tokenizer, islice(pieces, 1), add_special_tokens=True),
             _encode(tokenizer, pieces, add_special_tokens=False),
         )
     else:
         documents = (text for text in read_documents(spec, path) if text)
-        tokens = _encode(tokenizer, _hashed(documents, text_hash, end=b"\0"), add_special_tokens=True)
+        tokens = _encode(tokenizer, _hash_texts(documents, text_hash, end=b"\0"), add_special_tokens=True)
     ids_BT, found = draw_blocks(spec, tokens, length, options)
     return ids_BT, found, text_hash.hexdigest()
 
 
 def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
     remedy = "add its files, or give token blocks (input_ids in a .parquet or .arrow file), which need none"
-    with _failing(f"{spec} is text, and {model_dir} has no tokenizer that loads", remedy):
+    with _naming_tokenizer_failure(f"{spec} is text, and {model_dir} has no tokenizer that loads", remedy):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
         # Of many families a folder with no tokenizer files loads as an empty tokenizer, which drops every word.
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
@@ -57,7 +57,7 @@ def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _failing(what: str, remedy: str) -> Iterator[None]:
+def _naming_tokenizer_failure(what: str, remedy: str) -> Iterator[None]:
     """Says what a tokenizer could not do, in one line; its files are a stranger's, and may hold anything."""
     try:
         yield
@@ -65,13 +65,13 @@ def _failing(what: str, remedy: str) -> Iterator[None]:
         raise
     # Any: Transformers raises a dozen kinds, and a panic of the Rust beneath is no Exception.
     except BaseException as error:
-        raise DataError(f"{what} ({one_line(error)}): {remedy}") from error
+        raise DataError(f"{what} ({error_line(error)}): {remedy}") from error
 
 
 def text_pieces(path: Path) -> Iterator[str]:
     """A text in pieces which together are the text, blank lines included."""
     rest = ""
-    with explained(path), path.open(encoding="utf-8-sig") as file:
+    with naming_file(path), path.open(encoding="utf-8-sig") as file:
         while read := file.read(_PIECE_CHARACTERS):
             rest += read
             if cut := _last_line_start(rest):
@@ -91,7 +91,7 @@ def _last_line_start(text: str) -> int:
     return len(text) if len(text) >= _BATCH_CHARACTERS else 0  # a line without end is cut anywhere
 
 
-def _hashed(texts: Iterable[str], text_hash: Any, end: bytes) -> Iterator[str]:
+def _hash_texts(texts: Iterable[str], text_hash: Any, end: bytes) -> Iterator[str]:
     for text in texts:
         text_hash.update(text.encode() + end)
         yield text
@@ -103,7 +103,7 @@ def _encode(
     """The token ids of the texts in their order, one array for each batch of texts."""
     failed = f"the tokenizer in {tokenizer.name_or_path} cannot read the text"
     for batch in _batches(texts):
-        with _failing(failed, "take its files from their source again"):
+        with _naming_tokenizer_failure(failed, "take its files from their source again"):
             encoded = tokenizer(
                 batch,
                 add_special_tokens=add_special_tokens,

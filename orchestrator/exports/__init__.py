@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Exported:
+class Export:
     """What an export wrote: where, of which architecture, and in a few words what that is."""
 
     path: Path
     architecture: str
-    described: str
+    description: str

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from orchestrator.exports import Exported
+from orchestrator.exports import Export
 from orchestrator.exports.gguf_tensors import list_parts, matrix_dtype, write_parts
 from orchestrator.exports.gguf_vocabulary import read_vocabulary
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -32,7 +32,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 
 
-def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Exported:
+def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Export:
     """Write what a run left as a GGUF file, whole or not at all.
 
     Args:
@@ -44,10 +44,10 @@ def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Exported:
         InputError: the gguf package is missing, the place is taken, or llama.cpp has nothing that computes this model.
         CheckpointError: there is no pruned checkpoint, or it is broken.
     """
-    path = path or _beside(output)
+    path = path or _default_path(output)
     _require_free(path, overwrite)
     checkpoint = _open_pruned(output)
-    _require_known(checkpoint)
+    _require_supported(checkpoint)
     factors, amplitude = _rope_scaling(checkpoint)
     shapes = [layer_shape(checkpoint.config, layer) for layer in range(checkpoint.num_layers)]
     vocabulary = read_vocabulary(output, checkpoint.config)
@@ -57,7 +57,7 @@ def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Exported:
     with written_whole(path) as unfinished:
         writer = gguf.GGUFWriter(unfinished, architecture)
         try:
-            writer.add_name(_beside(output).stem)
+            writer.add_name(_default_path(output).stem)
             writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[matrix_dtype(checkpoint)]])
             _add_shapes(writer, checkpoint.config, shapes)
             _add_rope(writer, checkpoint.config, amplitude)
@@ -68,7 +68,7 @@ def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Exported:
             raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
         finally:
             writer.close()
-    return Exported(path, architecture, f"of llama.cpp's architecture {architecture}")
+    return Export(path, architecture, f"of llama.cpp's architecture {architecture}")
 
 
 def _require_package() -> Any:
@@ -80,7 +80,7 @@ def _require_package() -> Any:
     return gguf
 
 
-def _beside(output: Path) -> Path:
+def _default_path(output: Path) -> Path:
     # Not resolved: a link's own place, not that of what it points to. No suffix is replaced: model-0.2 has one.
     whole = Path(os.path.abspath(output))  # noqa: PTH100
     return whole.with_name(f"{whole.name}.gguf")
@@ -107,7 +107,7 @@ def _open_pruned(output: Path) -> Checkpoint:
     return checkpoint
 
 
-def _require_known(checkpoint: Checkpoint) -> None:
+def _require_supported(checkpoint: Checkpoint) -> None:
     """Refuse what no architecture of llama.cpp's that has numbers for each layer computes."""
     config = checkpoint.config
     if checkpoint.family.model_type not in FAMILIES:

@@ -71,7 +71,7 @@ class Part:
     read: Callable[[], dict[str, Tensor]]
 
 
-def interleaved(tensor: Tensor, heads: int) -> Tensor:
+def interleave_heads(tensor: Tensor, heads: int) -> Tensor:
     """Return the rows of q or k, (R, D) or (R,), with the two halves of each head in turns: 0, W/2, 1, W/2 + 1, ..."""
     halves = tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
@@ -151,5 +151,5 @@ def _file_bytes(tensor: Tensor, entry: Entry) -> np.ndarray:
     """Return a tensor's numbers as they lie in the file, which NumPy need not understand."""
     tensor = tensor.to(entry.dtype)
     if entry.heads:
-        tensor = interleaved(tensor, entry.heads)
+        tensor = interleave_heads(tensor, entry.heads)
     return tensor.contiguous().view(torch.uint8).numpy()

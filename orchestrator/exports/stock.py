@@ -3,13 +3,13 @@
 import shutil
 from pathlib import Path
 
-from orchestrator.exports import Exported
+from orchestrator.exports import Export
 from orchestrator.output.staging import open_staging
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stock import stock_form, write_stock
 
 
-def export_stock(output: Path, path: Path | None, overwrite: bool) -> Exported:
+def export_stock(output: Path, path: Path | None, overwrite: bool) -> Export:
     """Write a uniform pruned checkpoint as a stock one.
 
     Args:
@@ -32,4 +32,4 @@ def export_stock(output: Path, path: Path | None, overwrite: bool) -> Exported:
         write_stock(source, form, staging.directory)
         if (output / "pruning").is_dir():
             shutil.copytree(output / "pruning", staging.directory / "pruning")
-    return Exported(path, form.architecture, f"a {form.architecture} that computes the same to the last bit")
+    return Export(path, form.architecture, f"a {form.architecture} that computes the same to the last bit")

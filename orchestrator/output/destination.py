@@ -1,6 +1,6 @@
 """Where an output goes: a directory here, or a store, to which it is uploaded from a directory here once it is whole.
 
-What is on its way to a URI waits in the cache directory (storage.outgoing), unfinished or whole, until it is there.
+What is on its way to a URI waits in the cache (storage.outgoing_directory), unfinished or whole, until it is there.
 """
 
 import json
@@ -47,7 +47,7 @@ class Destination:
         if not storage.is_uri(output):
             return cls(Path(output))
         try:
-            return cls(storage.outgoing(output), output.rstrip("/"))
+            return cls(storage.outgoing_directory(output), output.rstrip("/"))
         except storage.StorageError as error:
             raise ConfigError(f"output {error}") from error
 
@@ -130,7 +130,10 @@ def fetch_output(uri: str) -> Iterator[Path]:
         fetched = storage.fetch_directory(uri)
     if not (fetched / ASKED).exists():
         raise ConfigError(f"{uri} is no whole output (it has no {ASKED}): upload it again by --resume, or prune again")
-    with TemporaryDirectory(dir=fetched.parents[1]) as folder, _naming_uri(uri, Path(folder) / fetched.name) as copy:
+    with (
+        TemporaryDirectory(dir=fetched.parents[1]) as folder,
+        storage.naming_uri(uri, copy := Path(folder) / fetched.name, ConfigError, InputError, TrackingError),
+    ):
         # Only journals are written to, and what was fetched must stay as it is.
         shutil.copytree(fetched, copy, copy_function=_copy_or_link)
         journals = {path: path.read_bytes() for path in copy.rglob(JOURNAL)}
@@ -146,15 +149,6 @@ def _copy_or_link(source: str, copy: str) -> None:
         shutil.copyfile(source, copy)
     else:
         Path(copy).symlink_to(Path(source).resolve())
-
-
-@contextmanager
-def _naming_uri(uri: str, directory: Path) -> Iterator[Path]:
-    """Errors about the copy name the URI."""
-    try:
-        yield directory
-    except (ConfigError, InputError, TrackingError) as error:
-        raise type(error)(str(error).replace(str(directory), uri)) from error
 
 
 @contextmanager

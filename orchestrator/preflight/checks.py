@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.probe import NodeState, installed, look_at_nodes
+from actors.node_state import NodeState, inspect_nodes, installed_versions
 from cluster import Node, Resources, WorkerPlan, spread_workers
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.output.staging import staging_directory
@@ -15,7 +15,7 @@ from orchestrator.preflight.stages import LIBRARIES
 from orchestrator.tracking import TrackingOptions, database_file
 from slimllm_ops.stream.operations import Rates
 
-PROBE_SECONDS = 10.0
+NODE_SECONDS = 10.0
 # The estimate is within 30 % of what was measured (tests/orchestrator/preflight/test_estimate.py). A run that would not
 # fit even if the estimate were that much too high certainly does not fit.
 MEMORY_MARGIN = 0.3
@@ -60,7 +60,7 @@ class Nodes:
         yield from zip(self.resources.nodes, self.states, strict=True)
 
 
-def look_at(resources: Resources, workers: WorkerPlan, device: str) -> Nodes:
+def inspect_cluster(resources: Resources, workers: WorkerPlan, device: str) -> Nodes:
     """Look at every node, for some seconds at most.
 
     Args:
@@ -70,7 +70,7 @@ def look_at(resources: Resources, workers: WorkerPlan, device: str) -> Nodes:
     """
     # Where there are no ids, nothing is known of any node but this one.
     nodes = [(node.node_id, node.here) for node in resources.nodes]
-    found = look_at_nodes(nodes, device, workers.cpus_per_worker, workers.gpus_per_worker, PROBE_SECONDS)
+    found = inspect_nodes(nodes, device, workers.cpus_per_worker, workers.gpus_per_worker, NODE_SECONDS)
     return Nodes(resources, tuple(found))
 
 
@@ -130,7 +130,7 @@ def check_disks(
 
 
 def _check_output_disk(config: PruneConfig, output: Path, estimate: Estimate) -> Check:
-    place = existing(output)
+    place = nearest_directory(output)
     written, free = estimate.output + estimate.beside, shutil.disk_usage(place).free
     if config.resume:
         # What an earlier attempt has written is not written again.
@@ -165,7 +165,7 @@ def _check_temporary_disks(estimate: Estimate, nodes: Nodes, workers: WorkerPlan
 
 def check_nodes(nodes: Nodes, workers: WorkerPlan | None) -> list[Check]:
     """Say of every node what it has, whether its packages are this program's, and whether torch sees its GPUs."""
-    here = {"python": platform.python_version()} | installed()
+    here = {"python": platform.python_version()} | installed_versions()
     return [_check_node(node, state, here, workers) for node, state in nodes.pairs()]
 
 
@@ -189,7 +189,7 @@ def _check_node(node: Node, state: NodeState | str, here: dict[str, str], worker
     return Check(name, True, found)
 
 
-def require_certain(checks: Sequence[Check], warn: Callable[[str], None]) -> None:
+def refuse_certain_failure(checks: Sequence[Check], warn: Callable[[str], None]) -> None:
     """Warn of what may fail.
 
     Raises:
@@ -203,11 +203,11 @@ def require_certain(checks: Sequence[Check], warn: Callable[[str], None]) -> Non
             warn(line)
 
 
-def existing(path: Path) -> Path:
+def nearest_directory(path: Path) -> Path:
     """Return a path, or the nearest folder above it that is there."""
     path = path.absolute()
     return next(one for one in (path, *path.parents) if one.is_dir())
 
 
 def _disk_of(path: Path) -> int:
-    return existing(path).stat().st_dev
+    return nearest_directory(path).stat().st_dev

@@ -19,7 +19,15 @@ from orchestrator.inputs import DOWNLOADED, model_name, resolve_model
 from orchestrator.output.destination import checkpoints_output
 from orchestrator.output.staging import require_can_start
 from orchestrator.pipeline import tracking_options
-from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, existing, look_at
+from orchestrator.preflight.checks import (
+    Check,
+    Nodes,
+    check_disks,
+    check_memory,
+    check_nodes,
+    inspect_cluster,
+    nearest_directory,
+)
 from orchestrator.preflight.estimate import Estimate, readable
 from orchestrator.preflight.stages import estimate_pruning
 from orchestrator.preflight.workload import Text, Workload
@@ -38,17 +46,17 @@ ALONE = WorkerPlan(1, 1, 0.0, weights_travel=False)
 
 def diagnose(config: PruneConfig) -> Iterator[Check]:
     """Yield what was found, for runs of a config; without a model, of what all runs need."""
-    yield from _looked("versions", check_versions)
+    yield from _run_check("versions", check_versions)
     source = None
     if config.model is not None:
         found, check = find_model(config.model)
         yield check
         source = found
     yield from _check_cluster(config, source)
-    yield from _looked("tracking", lambda: check_tracking(config))
-    yield from _looked("hub", lambda: check_hub(config, found=source is not None))
+    yield from _run_check("tracking", lambda: check_tracking(config))
+    yield from _run_check("hub", lambda: check_hub(config, found=source is not None))
     if source is not None:
-        yield from _looked("output", lambda: check_output(config))
+        yield from _run_check("output", lambda: check_output(config))
 
 
 def check_versions() -> Check:
@@ -89,7 +97,9 @@ def find_model(model: str) -> tuple[Checkpoint | None, Check]:
         source = Checkpoint.open(directory)
     # Any: a directory of someone else's may hold anything.
     except Exception as error:
-        return None, Check("model", False, _told(error), "" if isinstance(error, ValueError) else "check the name")
+        return None, Check(
+            "model", False, _error_text(error), "" if isinstance(error, ValueError) else "check the name"
+        )
     shape = f"{source.config.model_type}, {source.num_layers} layers of hidden size {source.config.hidden_size}"
     return source, Check("model", True, f"{directory}: {shape}, {readable(source.num_bytes())}")
 
@@ -140,7 +150,7 @@ def _check_cluster(config: PruneConfig, source: Checkpoint | None) -> Iterator[C
             return
     # Any: whatever starts a Ray, or is asked for one, may fail.
     except Exception as error:
-        yield Check("Ray", False, _told(error), "" if isinstance(error, ClusterError) else "look at its logs")
+        yield Check("Ray", False, _error_text(error), "" if isinstance(error, ClusterError) else "look at its logs")
     if source is not None:
         estimate = _estimate(config, source, replace(ALONE, num_workers=config.workers or 1), None)
         yield from check_disks(config, _output(config), estimate, Nodes(Resources(()), ()), ALONE)
@@ -154,10 +164,10 @@ def _check_nodes(
     except ClusterError as error:
         yield Check("workers", False, str(error))
         workers = ALONE
-    nodes = look_at(resources, workers, "cuda" if workers.gpus_per_worker else "cpu")
+    nodes = inspect_cluster(resources, workers, "cuda" if workers.gpus_per_worker else "cpu")
     yield from check_nodes(nodes, workers)
     if source is None:
-        place = existing(_output(config) if config.output else Path())
+        place = nearest_directory(_output(config) if config.output else Path())
         yield Check("disk", True, f"{readable(shutil.disk_usage(place).free)} free in {place}")
         return
     estimate = _estimate(config, source, workers, nodes)
@@ -172,16 +182,16 @@ def _estimate(config: PruneConfig, source: Checkpoint, workers: WorkerPlan, node
     text = Text(config.samples, length)
     held_out = (text,) * (len(config.evaluate) or (config.calibration is None and config.moments is None))
     rates = None if nodes is None else nodes.rates
-    return estimate_pruning(Workload.described(config, source, text, held_out, workers, rates))
+    return estimate_pruning(Workload.of_texts(config, source, text, held_out, workers, rates))
 
 
-def _looked(name: str, look: Callable[[], Check]) -> Iterator[Check]:
+def _run_check(name: str, look: Callable[[], Check]) -> Iterator[Check]:
     """Yield what a look gives, or what it failed by."""
     try:
         yield look()
     # Any: a doctor that stumbles over one thing still looks at the others.
     except Exception as error:
-        yield Check(name, False, _told(error))
+        yield Check(name, False, _error_text(error))
 
 
 def _output(config: PruneConfig) -> Path:
@@ -194,7 +204,7 @@ def _is_hub_id(model: str) -> bool:
     return not is_path and not is_uri(model) and model.count("/") == 1
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     # Those of this program, whose text says what to do, are values that are wrong.
     known = isinstance(error, ValueError | hub.HubError)

@@ -9,7 +9,7 @@ from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, checkpoints_output, is_whole, moments_output
 from orchestrator.output.staging import require_can_start
-from orchestrator.preflight.checks import Check, check_fit, check_nodes, look_at, require_certain
+from orchestrator.preflight.checks import Check, check_fit, check_nodes, inspect_cluster, refuse_certain_failure
 from orchestrator.preflight.estimate import Estimate
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.preflight.workload import Workload
@@ -62,12 +62,12 @@ def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> 
     Raises:
         ConfigError: it will.
     """
-    plan = _compare(intent, estimating)
+    plan = _estimate_and_check(intent, estimating)
     for line in plan.estimate.lines():
         reporter.note(f"estimate: {line}")
     for stage in plan.estimate.stages:
         reporter.detail(f"estimate, {stage.describe()}")
-    require_certain(plan.checks, reporter.warn)
+    refuse_certain_failure(plan.checks, reporter.warn)
 
 
 def _plan_run(
@@ -82,10 +82,12 @@ def _plan_run(
     backend = backend_of(config)
     with backend.session(verbose=reporter.verbose) as resources:
         workers = backend.plan_workers(resources)
-        return _compare(Intent(config, inputs, output, resources, workers), estimating, gpus=workers.gpus_per_worker)
+        return _estimate_and_check(
+            Intent(config, inputs, output, resources, workers), estimating, gpus=workers.gpus_per_worker
+        )
 
 
-def _compare(intent: Intent, estimating: Estimating, gpus: float = 0.0) -> RunPlan:
+def _estimate_and_check(intent: Intent, estimating: Estimating, gpus: float = 0.0) -> RunPlan:
     """Look at the nodes, and compare what they have with what the run will take.
 
     Args:
@@ -96,7 +98,7 @@ def _compare(intent: Intent, estimating: Estimating, gpus: float = 0.0) -> RunPl
     """
     config, workers = intent.config, intent.workers
     device = "cuda" if gpus else "" if workers.gpus_per_worker else "cpu"
-    nodes = look_at(intent.resources, workers, device)
+    nodes = inspect_cluster(intent.resources, workers, device)
     estimate = estimating(Workload.of(config, intent.inputs, workers, nodes.rates))
     checks = (*check_nodes(nodes, workers), *check_fit(config, intent.output.directory, estimate, nodes, workers))
     return RunPlan(output=intent.output.place, workers=workers, estimate=estimate, checks=checks)

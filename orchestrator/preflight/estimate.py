@@ -106,7 +106,7 @@ class Estimate:
             lines.append(f"very roughly {self.seconds:.0f} s: {', '.join(parts)}")
         return lines
 
-    def described(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return all of it, as JSON has it."""
         totals = {name: getattr(self, name) for name in ("worker", "solve", "driver", "seconds")}
         return asdict(self) | totals

@@ -38,7 +38,7 @@ def estimate_pruning(work: Workload) -> Estimate:
     observing = passes.observing + 2 * targets * config.refine
     return _estimate(
         work,
-        [*passes.stages, *_finishing(work)],
+        [*passes.stages, *_final_stages(work)],
         observing=observing,
         passing=observing + passes.forward + len(work.held_out) * (1 + targets),
         output=_output_bytes(work),
@@ -50,7 +50,7 @@ def estimate_pruning(work: Workload) -> Estimate:
 def estimate_calibration(work: Workload) -> Estimate:
     """Return what `calibrate` will take."""
     output = _kept_moments(work)
-    return _estimate(work, [_calibrating(work)], observing=1, passing=1, output=output, beside=0, tracked=0)
+    return _estimate(work, [_calibration_stage(work)], observing=1, passing=1, output=output, beside=0, tracked=0)
 
 
 def _estimate(
@@ -67,7 +67,7 @@ def _estimate(
         output=output,
         beside=beside,
         tracked=tracked,
-        spilled=_spilled(work) if observing else 0,
+        spilled=_spilled_bytes(work) if observing else 0,
         weights=passing * work.stored_bytes if workers.weights_travel else 0,
         moments=observing * (workers.num_workers - 1) * moments * work.source.num_layers,
         tokens=4 * observing * work.calibration.num_tokens,
@@ -105,7 +105,7 @@ def _layerwise(work: Workload) -> _Passes:
     )
     stages = (
         _stage(work, "layer similarities", passing.passing(), forward),
-        _stage(work, "pruning", deciding, _times(targets, observing)),
+        _stage(work, "pruning", deciding, _multiply(targets, observing)),
     )
     return _Passes(stages=stages, observing=targets, forward=1, kept=0)
 
@@ -125,35 +125,35 @@ def _one_pass_stages(work: Workload) -> Iterator[Stage]:
     """Yield a pass if no moments are given, decisions, and another pass to refine."""
     config, targets = work.config, len(work.config.targets)
     if config.moments is None:
-        yield _calibrating(work)
+        yield _calibration_stage(work)
     refits = _seconds(work, 0, 0, solves=targets * sum(layer.refit for layer in work.layers))
-    yield Stage(name="deciding", solve=_solving(work), driver=_driving(work), seconds=refits)
+    yield Stage(name="deciding", solve=_solve_memory(work), driver=_driver_memory(work), seconds=refits)
     if config.refine:
         footprint = Footprint.of_refinement(work.source, work.source, work.device)
         both = sum(2 * layer.forward + 3 * layer.moments for layer in work.layers)
         solves = work.workers.num_workers * sum(3 * layer.refit for layer in work.layers)
         refining = _seconds(work, work.calibration.num_tokens, both, solves=solves)
-        yield _stage(work, "refining", footprint, _times(targets, refining))
+        yield _stage(work, "refining", footprint, _multiply(targets, refining))
 
 
-def _calibrating(work: Workload) -> Stage:
+def _calibration_stage(work: Workload) -> Stage:
     """Return the pass that observes the dense model while modules are solved."""
     measures = work.config.drop_layers
     footprint = Footprint.of(work.source, work.device, deciding=False, measures_change=measures)
     operations = sum(layer.forward + layer.moments for layer in work.layers)
     solves = sum(layer.elimination for layer in work.layers)
     seconds = _seconds(work, work.calibration.num_tokens, operations, solves=solves)
-    return _stage(work, "calibrating", footprint, seconds, solve=_solving(work))
+    return _stage(work, "calibrating", footprint, seconds, solve=_solve_memory(work))
 
 
-def _finishing(work: Workload) -> Iterator[Stage]:
+def _final_stages(work: Workload) -> Iterator[Stage]:
     """Yield what follows when models are written: each is read back, and measured beside the dense one."""
     targets = len(work.config.targets)
     seconds = _seconds(work, 0, 0)
-    yield Stage(name="read back", driver=_driving(work), seconds=_times(targets, seconds))
+    yield Stage(name="read back", driver=_driver_memory(work), seconds=_multiply(targets, seconds))
     for name, models in (("perplexity, dense", 1), ("perplexity, pruned", targets)):
         if work.held_out:
-            measured = [_measuring(work, name, text) for text in work.held_out]
+            measured = [_perplexity_stage(work, name, text) for text in work.held_out]
             largest = max(measured, key=lambda stage: stage.worker)
             seconds = None if work.rates is None else models * sum(stage.seconds or 0.0 for stage in measured)
             yield Stage(
@@ -161,7 +161,7 @@ def _finishing(work: Workload) -> Iterator[Stage]:
             )
 
 
-def _measuring(work: Workload, name: str, text: Text) -> Stage:
+def _perplexity_stage(work: Workload, name: str, text: Text) -> Stage:
     """Return a pass of held-out text with its logits."""
     vocabulary, hidden = work.source.config.vocab_size, work.source.config.hidden_size
     footprint = Footprint.of(work.source, work.device, deciding=False).passing()
@@ -201,10 +201,10 @@ def _stage(
     likely = max(footprint.likely_peak(held, at_once), outside)
     return Stage(
         name=name,
-        worker=_libraries(work) + likely,
+        worker=_library_memory(work) + likely,
         required=footprint.fixed + footprint.states_per_token * held + footprint.activations_per_token * text.length,
         solve=solve,
-        driver=_driving(work),
+        driver=_driver_memory(work),
         seconds=seconds,
     )
 
@@ -213,7 +213,7 @@ def _tokens_per_worker(work: Workload, text: Text) -> int:
     return -(-text.num_blocks // work.workers.num_workers) * text.length
 
 
-def _spilled(work: Workload) -> int:
+def _spilled_bytes(work: Workload) -> int:
     """Return the bytes of the states that a worker holds in files, at most."""
     if not work.config.offload:
         return 0
@@ -224,16 +224,16 @@ def _spilled(work: Workload) -> int:
     return footprint.states_per_token * _tokens_per_worker(work, work.calibration)
 
 
-def _libraries(work: Workload) -> int:
+def _library_memory(work: Workload) -> int:
     # What CUDA takes of a GPU for each process is not known beforehand, and not counted.
     return LIBRARIES if work.device.type == "cpu" else 0
 
 
-def _solving(work: Workload) -> int:
-    return _libraries(work) + solve_bytes(work.source, work.device)
+def _solve_memory(work: Workload) -> int:
+    return _library_memory(work) + solve_bytes(work.source, work.device)
 
 
-def _driving(work: Workload) -> int:
+def _driver_memory(work: Workload) -> int:
     """Return the driver's bytes while it writes layers and passes a few tokens through them: always on CPUs."""
     footprint = Footprint.of(work.source, torch.device("cpu"), deciding=False)
     return work.driver + LATER_LIBRARIES + max(footprint.layers + 2 * footprint.stored_layer, work.embedding_bytes)
@@ -263,5 +263,5 @@ def _seconds(work: Workload, tokens: int, operations: float, *, solves: float = 
     return max(computing + solving, work.stored_bytes / BYTES_PER_SECOND)
 
 
-def _times(number: int, seconds: float | None) -> float | None:
+def _multiply(number: int, seconds: float | None) -> float | None:
     return None if seconds is None else number * seconds

@@ -53,10 +53,10 @@ class Workload:
         """Describe a run whose inputs are at hand."""
         calibration = Text(inputs.calibration.num_blocks, inputs.calibration.block_length)
         held_out = tuple(Text(*blocks.input_ids_BT.shape) for blocks in inputs.held_out)
-        return cls.described(config, inputs.source, calibration, held_out, workers, rates)
+        return cls.of_texts(config, inputs.source, calibration, held_out, workers, rates)
 
     @classmethod
-    def described(
+    def of_texts(
         cls,
         config: PruneConfig,
         source: Checkpoint,

@@ -139,7 +139,7 @@ def draw_scores(scores: Mapping[str, Sequence[ScoredUnits]], path: Path) -> None
 
 def _draw_sorted(axes: "Axes", layers: Sequence[ScoredUnits], unit: str) -> None:
     positions, values, stays = (np.concatenate(parts) for parts in zip(*map(_curve, layers), strict=True))
-    slots = np.repeat(np.arange(len(layers)), [len(_shown(len(layer.scores))) for layer in layers])
+    slots = np.repeat(np.arange(len(layers)), [len(_drawn_ranks(len(layer.scores))) for layer in layers])
     for slot in range(0, len(layers), 2):
         axes.axvspan(slot - 0.5, slot + 0.5, color=BAND, zorder=0, linewidth=0)
     # In points squared: neighbours touch where there is room, and nothing is smaller than the eye sees.
@@ -168,12 +168,12 @@ def _curve(layer: ScoredUnits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scores = np.asarray(layer.scores, dtype=float)
     stays = np.zeros(len(scores), dtype=bool)
     stays[np.asarray(layer.kept, dtype=int)] = True
-    order = np.argsort(-scores, kind="stable")[_shown(len(scores))]
+    order = np.argsort(-scores, kind="stable")[_drawn_ranks(len(scores))]
     highest = np.abs(scores).max() or 1.0
-    return (_shown(len(scores)) + 0.5) / len(scores), scores[order] / highest, stays[order]
+    return (_drawn_ranks(len(scores)) + 0.5) / len(scores), scores[order] / highest, stays[order]
 
 
-def _shown(n_units: int) -> np.ndarray:
+def _drawn_ranks(n_units: int) -> np.ndarray:
     """The ranks that are drawn: all of them, or evenly many of them."""
     return np.unique(np.linspace(0, n_units - 1, min(n_units, MAX_POINTS)).round().astype(int))
 

@@ -25,14 +25,14 @@ def write_record(
     The same run writes the same bytes, wherever it writes them and however fast.
     """
     pruning = directory / "pruning"
-    header = {"format": 1, "params": settings_of(params), "totals": masked_all(totals.recorded())}
+    header = {"format": 1, "params": settings_of(params), "totals": masked_all(totals.reproducible_figures())}
     Plan(header, tuple(layers)).write(pruning / "plan.json")
     pq.write_table(importance_table(layers), pruning / "importance.parquet")
     figures = pruning / "figures"
     figures.mkdir(exist_ok=True)
     kept = [LayerKept.of(inputs.source, number, layer) for number, layer in enumerate(layers)]
     draw_kept(kept, figures / "kept.png")
-    draw_scores(_scored(layers), figures / "scores.png")
+    draw_scores(_unit_scores(layers), figures / "scores.png")
     write_model_card(directory, inputs, params, totals)
 
 
@@ -70,7 +70,7 @@ def _modules(layer: LayerPlan) -> list[tuple[str, Decision]]:
     return [(name, decision) for name, decision in modules if decision is not None]
 
 
-def _scored(layers: Sequence[LayerPlan]) -> dict[str, list[ScoredUnits]]:
+def _unit_scores(layers: Sequence[LayerPlan]) -> dict[str, list[ScoredUnits]]:
     scored: dict[str, list[ScoredUnits]] = {"attention": [], "mlp": []}
     for number, layer in enumerate(layers):
         for module, decision in _modules(layer):

@@ -13,7 +13,7 @@ from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.models.families import layer_shape
 
 # Digits of measured figures where they are read, not computed with.
-READ_DIGITS = 4
+TAG_DIGITS = 4
 
 
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:
@@ -80,25 +80,25 @@ def log_record(
         params: What the checkpoint was made by.
         totals: What came of it.
     """
-    description = describe(inputs.name, params["method"], totals)
+    description = describe_checkpoint(inputs.name, params["method"], totals)
     run.log_metrics(totals.metrics())
     run.log_note(description)
     run.log_artifacts(directory / "pruning", to="pruning")
     told = {
-        "sparsity": params["sparsity"] or round(totals.sparsity, READ_DIGITS),
+        "sparsity": params["sparsity"] or round(totals.sparsity, TAG_DIGITS),
         "parameters": totals.parameters_after,
     }
     return run.log_checkpoint(
         directory,
         f"{inputs.name}-{target}",
         told | {name: params[name] for name in TOLD_OF_A_MODEL if params.get(name)},
-        measured={name: round(value, READ_DIGITS) for name, value in totals.perplexities().items()},
+        measured={name: round(value, TAG_DIGITS) for name, value in totals.perplexities().items()},
         alias=target,
         description=description,
     )
 
 
-def describe(name: str, method: str, totals: Totals) -> str:
+def describe_checkpoint(name: str, method: str, totals: Totals) -> str:
     """Return what was done to a model and what it cost, in a line."""
     # The registry's table shows some thirty characters: those by which versions are told apart come first.
     costs = [

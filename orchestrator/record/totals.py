@@ -33,7 +33,7 @@ class Totals:
         """Fraction of the decoder layers' parameters that is gone."""
         return 1 - self.layer_parameters_after / self.layer_parameters_before
 
-    def recorded(self) -> dict[str, Any]:
+    def reproducible_figures(self) -> dict[str, Any]:
         """Return the figures that the same run gives again: all but those of the machine and what else it did."""
         figures = asdict(self) | {"sparsity": self.sparsity}
         return {name: value for name, value in figures.items() if name not in ("seconds", "peak_memory")}

@@ -94,11 +94,11 @@ def _model(name: str, *patterns: str) -> None:
         # With no network, or no such model, this fails at once.
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-    Thread(target=_tell_of_growth, args=(cache,), daemon=True).start()
+    Thread(target=_report_growth, args=(cache,), daemon=True).start()
     watched_process.write(given=snapshot_download(name, allow_patterns=list(patterns)))
 
 
-def _tell_of_growth(directory: Path) -> None:
+def _report_growth(directory: Path) -> None:
     """Give a sign of life for every second in which a directory grew."""
     before = 0
     while True:

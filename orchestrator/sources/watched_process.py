@@ -25,7 +25,7 @@ def ask(module: str, *arguments: str, stalled_seconds: float) -> Iterator[Any]:
     Raises:
         WatchedProcessError: it failed, ended early, or nothing came for so many seconds.
     """
-    with _started(module, arguments) as process:
+    with _start(module, arguments) as process:
         for line in _lines(process, stalled_seconds):
             if not line:
                 continue
@@ -38,7 +38,7 @@ def ask(module: str, *arguments: str, stalled_seconds: float) -> Iterator[Any]:
 
 
 @contextmanager
-def _started(module: str, arguments: tuple[str, ...]) -> Iterator["subprocess.Popen[bytes]"]:
+def _start(module: str, arguments: tuple[str, ...]) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a module in a process, and end it with this block; it imports nothing from the directory it is run in."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -91,10 +91,10 @@ def answer(do: Callable[..., None], *arguments: str) -> None:
         do(*arguments)
     # Any: libraries that talk to servers have changed their HTTP library, and with it what reaches their callers.
     except Exception as error:
-        write(failed=explained(error))
+        write(failed=error_line(error))
 
 
-def explained(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return what an error of someone else's says, in its first line."""
     reason = next(iter(str(error).strip().splitlines()), "")[:200]
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__

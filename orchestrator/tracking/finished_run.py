@@ -179,7 +179,7 @@ def _journals(output: Path) -> list[Journal]:
     """Return the journal of an output's run and those of its children."""
     for name in JOURNALS:
         if (output / name).is_file():
-            journal = _opened(output / name)
+            journal = _open_journal(output / name)
             return [journal, *_children(journal).values()]
     raise TrackingError(
         f"{output} has no {JOURNALS[0]}, which every run leaves: pass a directory that `slimllm prune` wrote"
@@ -193,13 +193,13 @@ def _children(journal: Journal) -> dict[str, Journal]:
     found: dict[str, Journal] = {}
     for event in Journal.read(journal.path):
         if event["event"] == "child":
-            found[event["run_name"]] = _opened(journal.path.parent / event["journal"])
+            found[event["run_name"]] = _open_journal(journal.path.parent / event["journal"])
         elif "child" in event:
             found[event["child"]] = Journal(journal.path, child=event["child"])
     return found
 
 
-def _opened(path: Path) -> Journal:
+def _open_journal(path: Path) -> Journal:
     try:
         with path.open("rb+"):
             return Journal(path)

@@ -23,7 +23,7 @@ class Journal:
     def append(self, event: dict[str, object]) -> dict[str, Any]:
         """Write an event, without secrets, and return it as a reader of the file will see it."""
         of_child = {} if self.child is None else {"child": self.child}
-        line = json.dumps(plain({"time": time.time(), **event, **of_child}), allow_nan=False)
+        line = json.dumps(json_value({"time": time.time(), **event, **of_child}), allow_nan=False)
         # Opened for each line: when the process is killed, all lines but the last are whole and in order.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -53,7 +53,7 @@ class Journal:
         return events
 
 
-def plain(value: object) -> Any:
+def json_value(value: object) -> Any:
     """What JSON can hold: NaN becomes null, infinity "inf" or "-inf", what it does not know its text."""
     match value:
         case None | bool() | int():
@@ -63,11 +63,11 @@ def plain(value: object) -> Any:
         case float():
             return value if math.isfinite(value) else None if math.isnan(value) else str(float(value))
         case Mapping():
-            return {masked(str(key)): plain(item) for key, item in value.items()}
+            return {masked(str(key)): json_value(item) for key, item in value.items()}
         case list() | tuple():
-            return [plain(item) for item in value]
+            return [json_value(item) for item in value]
         case _ if hasattr(value, "tolist"):
-            return plain(value.tolist())
+            return json_value(value.tolist())
         case _:
             return masked(str(value))
 

@@ -15,7 +15,7 @@ RUN_ID_KEY = "mlflow_run_id"
 TRACKING_URI_KEY = "mlflow_tracking_uri"
 
 
-def require_lasting(output: str | None, tracking: TrackingOptions | None = None) -> None:
+def require_lasting_output(output: str | None, tracking: TrackingOptions | None = None) -> None:
     """Refuse to write where Ray deletes: a job that was submitted with a working directory runs in a copy of it.
 
     Args:

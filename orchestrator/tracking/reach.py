@@ -49,7 +49,7 @@ def reach_store(options: TrackingOptions) -> str:
             _ask_server(uri)
     # Any: MLflow raises what the libraries beneath it raise.
     except Exception as error:
-        raise TrackingError(f"{server_name(uri)} {failure(error)}") from None
+        raise TrackingError(f"{server_name(uri)} {describe_failure(error)}") from None
     return f"{server_name(uri)} answers"
 
 
@@ -86,10 +86,10 @@ def prepare_store(uri: str) -> Path | None:
         host, port = parts.hostname, parts.port
     except ValueError:
         # Its text has what it took for the port, which may be half of a password.
-        raise unusable(uri, "its host or its port cannot be read") from None
+        raise uri_error(uri, "its host or its port cannot be read") from None
     dialect = parts.scheme.partition("+")[0]
     if dialect in ("http", "https") and not host:
-        raise unusable(uri, "it names no host")
+        raise uri_error(uri, "it names no host")
     if dialect in DATABASE_PORTS and host:
         socket.create_connection((host, port or DATABASE_PORTS[dialect]), timeout=float(QUICK_SECONDS)).close()
     if (path := database_file(uri)) is None:
@@ -99,11 +99,11 @@ def prepare_store(uri: str) -> Path | None:
         with closing(sqlite3.connect(path)) as database:
             database.execute("PRAGMA schema_version")
     except (OSError, sqlite3.Error) as error:
-        raise unusable(uri, str(error)) from error
+        raise uri_error(uri, str(error)) from error
     return path.parent
 
 
-def unusable(uri: str, why: str) -> TrackingError:
+def uri_error(uri: str, why: str) -> TrackingError:
     """Return the error that says why a URI cannot be used, and what to give."""
     return TrackingError(
         f"{server_name(uri)} cannot be used ({masked(why)}): give sqlite:///PATH.db or http://HOST:PORT"
@@ -115,16 +115,16 @@ def server_name(uri: str) -> str:
     return f"MLflow at {masked(uri)}"
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return the first line of an error's text, short and without secrets."""
     text = str(error).strip() or type(error).__name__
     return masked(text.splitlines()[0])[:200]
 
 
-def failure(error: BaseException) -> str:
+def describe_failure(error: BaseException) -> str:
     """Return in a few words how a server failed."""
     # The first cause: what MLflow raises wraps the address and three layers of retries around it.
     while deeper := error.__cause__ or error.__context__:
         error = deeper
     silent = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
-    return f"{'does not answer' if silent else 'failed'} ({one_line(error)})"
+    return f"{'does not answer' if silent else 'failed'} ({error_line(error)})"

@@ -126,14 +126,14 @@ class Run:
         if journal is not None:
             self._journal.append({"event": "child", "run_name": run_name, "journal": self._from_journal(journal)})
         own = Journal(journal) if journal else Journal(self._journal.path, child=run_name)
-        with Run(self._server, own, self._child_options(run_name), parent=self)._recorded() as run:
+        with Run(self._server, own, self._child_options(run_name), parent=self)._open_and_close() as run:
             yield run
 
     def _child_options(self, run_name: str) -> TrackingOptions:
         return replace(self._options, run_name=run_name)
 
     @contextmanager
-    def _recorded(self) -> Iterator["Run"]:
+    def _open_and_close(self) -> Iterator["Run"]:
         try:
             self._start()
             yield self
@@ -160,7 +160,7 @@ class Run:
         parent = self._parent.run_id if self._parent else None
         if self._earlier and (found := server.ask(lambda: server.find_run(key))) is not None:
             self._stored = found
-            server.ask(lambda: found.go_on(name, parent))
+            server.ask(lambda: found.resume(name, parent))
         elif (created := server.ask(lambda: server.create_run(key, begun, name, parent))) is not None:
             self._stored = created
             place = {"uri": server.uri, "experiment_id": server.experiment_id, "run_id": created.run_id}
@@ -248,7 +248,7 @@ def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = Non
     server = Server(options, warn or warn_on_stderr)
     server.ask(server.connect)
     run = Run(server, Journal(journal), options, parent=None)
-    with run._recorded(), _system_metrics(run):
+    with run._open_and_close(), _system_metrics(run):
         yield run
 
 

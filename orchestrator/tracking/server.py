@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 from orchestrator.secrets import masked_all
 from orchestrator.tracking.options import TrackingError, TrackingOptions
-from orchestrator.tracking.reach import ENVIRONMENT, failure, one_line, prepare_store, server_name, unusable
-from orchestrator.tracking.signals import uninterrupted
+from orchestrator.tracking.reach import ENVIRONMENT, describe_failure, error_line, prepare_store, server_name, uri_error
+from orchestrator.tracking.signals import defer_signals
 from orchestrator.tracking.stored_run import PARENT_TAG, StoredRun
 
 T = TypeVar("T")
@@ -44,13 +44,13 @@ class Server:
         except Exception as error:
             # What fails here is the record of a run of hours, never a reason to end it.
             if _is_refusal(error):
-                self._warn(f"{server_name(self.uri)} refused to log: {one_line(error)}")
+                self._warn(f"{server_name(self.uri)} refused to log: {error_line(error)}")
             else:
                 self.alive = False
-                self._lose(f"{server_name(self.uri)} {failure(error)}")
+                self._report_loss(f"{server_name(self.uri)} {describe_failure(error)}")
         return None
 
-    def _lose(self, why: str) -> None:
+    def _report_loss(self, why: str) -> None:
         self._warn(f"{why}; the run goes on without it, and can be logged once it has ended")
 
     def connect(self) -> None:
@@ -69,7 +69,7 @@ class Server:
             self.client = MlflowClient(tracking_uri=self.uri)
         except (MlflowException, ImportError) as error:
             # Its own text has the whole address.
-            raise unusable(self.uri, one_line(error).partition(". ")[0]) from None
+            raise uri_error(self.uri, error_line(error).partition(". ")[0]) from None
         self.experiment_id = self._find_experiment(location)
 
     def _find_experiment(self, location: Path | None) -> str:
@@ -88,7 +88,7 @@ class Server:
     def find_run(self, key: str) -> StoredRun | None:
         """The experiment's run of a journal with this key; None if it was never created, or was deleted."""
         found = self.client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-        return self._stored(found[0], found_again=True) if found else None
+        return self._stored_run(found[0], found_again=True) if found else None
 
     def create_run(self, key: str, begun: float, run_name: str | None, parent_id: str | None) -> StoredRun:
         """A run that starts when its first event was written."""
@@ -98,18 +98,18 @@ class Server:
         tags = masked_all(resolve_tags({KEY_TAG: key}))
         if parent_id:
             tags[PARENT_TAG] = parent_id
-        with uninterrupted():
+        with defer_signals():
             run = self.client.create_run(self.experiment_id, start_time=int(begun * 1000), tags=tags, run_name=run_name)
-        return self._stored(run, found_again=False)
+        return self._stored_run(run, found_again=False)
 
-    def _stored(self, run: Any, found_again: bool) -> StoredRun:
+    def _stored_run(self, run: Any, found_again: bool) -> StoredRun:
         return StoredRun(self.client, self.uri, self.experiment_id, run, found_again)
 
 
 class RequiredServer(Server):
     """A connection without which there is nothing to do."""
 
-    def _lose(self, why: str) -> None:
+    def _report_loss(self, why: str) -> None:
         # What failed has the address in its text, with the password in it: it is not chained.
         raise TrackingError(f"{why}; start it, or pass another --tracking-uri") from None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.tracking.reach import QUICK_SECONDS
 from orchestrator.tracking.registry import Registry
-from orchestrator.tracking.signals import uninterrupted
+from orchestrator.tracking.signals import defer_signals
 
 SAMPLING_SECONDS = 2.0
 # A server that forwards a large file to its object store answers only when the whole file is there.
@@ -39,7 +39,7 @@ class StoredRun:
         self._totals: list[Any] = []
         self._model_id: str | None = None
 
-    def go_on(self, run_name: str | None, parent_id: str | None) -> None:
+    def resume(self, run_name: str | None, parent_id: str | None) -> None:
         """Set the run RUNNING again, in a parent that may be a new one."""
         self._client.update_run(self.run_id, status="RUNNING", name=run_name)
         if parent_id:
@@ -47,7 +47,7 @@ class StoredRun:
 
     def tell(self, event: dict[str, Any]) -> None:
         """Log one line of a journal."""
-        with uninterrupted():
+        with defer_signals():
             match event["event"]:
                 case "params":
                     self._tell_params({key: str(value) for key, value in event["params"].items()})
@@ -106,7 +106,7 @@ class StoredRun:
 
     def upload(self, paths: Sequence[Path], folder: str | None) -> bool:
         """Copy files, and directories' files, to the run."""
-        with self._patience():
+        with self._upload_timeout():
             for path in paths:
                 copy = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
                 copy(self.run_id, str(path), folder)
@@ -136,7 +136,7 @@ class StoredRun:
 
     def _fill_model(self, model_id: str, directory: Path) -> None:
         try:
-            with self._patience(), _without_hidden(directory) as links:
+            with self._upload_timeout(), _link_visible_files(directory) as links:
                 self._client.log_model_artifacts(model_id, str(links))
         except BaseException:
             with suppress(Exception):
@@ -187,7 +187,7 @@ class StoredRun:
                 return
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
+    def _upload_timeout(self) -> Iterator[None]:
         """Give an upload, to a server that answers, more time than other calls, unless the user set one."""
         self._client.get_run(self.run_id)
         if os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] != QUICK_SECONDS:
@@ -201,7 +201,7 @@ class StoredRun:
 
 
 @contextmanager
-def _without_hidden(directory: Path) -> Iterator[Path]:
+def _link_visible_files(directory: Path) -> Iterator[Path]:
     """A folder of links to a directory's files but for the hidden: what a run goes on from may lie among them.
 
     MLflow uploads a folder or a file, and no file to a folder of a model.

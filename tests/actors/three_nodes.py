@@ -21,16 +21,16 @@ import actors
 import slimllm_ops
 from actors import ray_workers
 from actors.group import ShardGroup
+from actors.node_state import NodeState
 from actors.placement import Placement
 from actors.pool import SolverPool
-from actors.probe import NodeState
 from actors.ray_workers import RayWorkers
 from actors.serving import weight_server
 from cluster import plan_workers, session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.pipeline import prune
-from orchestrator.preflight.checks import look_at
+from orchestrator.preflight.checks import inspect_cluster
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.module_solves import eliminate_observed
@@ -51,7 +51,7 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
             for shared in (False, True):
                 plan = plan_workers(resources, NODES, None, shared_storage=shared)
                 seen[f"weights_travel, {shared}"] = plan.weights_travel
-            found = look_at(resources, plan, "cpu").states
+            found = inspect_cluster(resources, plan, "cpu").states
             seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             inputs = load_inputs(PruneConfig(**common))
             seen |= use_parts(inputs)

@@ -8,13 +8,15 @@ CACHE/fetched/DIGEST OF THE URI/
     lock                    whoever fetches holds it
     blobs/TOKEN             a file, whole; the token tells its version in the store
     DIGEST OF TOKENS/NAME   what the URI names: links to blobs, which never change
-CACHE/outputs/DIGEST OF THE URI/NAME    an output that is on its way (delivery.py)
+CACHE/outputs/DIGEST OF THE URI/NAME    an output that is on its way (output/destination.py)
 """
 
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +39,17 @@ def is_uri(place: object) -> bool:
     return _URI.match(str(place)) is not None
 
 
+@contextmanager
+def naming_uri(place: str | None, copy: Path | None, *errors: type[Exception]) -> Iterator[None]:
+    """Let errors about a local copy name the URI that it was fetched from; errors about other places stay."""
+    try:
+        yield
+    except errors as error:
+        if place is None or copy is None or not is_uri(place):
+            raise
+        raise type(error)(str(error).replace(str(copy), place)) from error
+
+
 def name_of(uri: str) -> str:
     """Return what the last part of a URI calls it; an address's query is no part of its name."""
     parts = urlsplit(uri)
@@ -51,7 +64,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "slimllm"
 
 
-def outgoing(uri: str) -> Path:
+def outgoing_directory(uri: str) -> Path:
     """Return the local directory in which an output is made that goes to a URI: the same for every attempt."""
     return cache_directory() / "outputs" / _digest(uri) / name_of(uri)
 
@@ -62,7 +75,7 @@ def fetch_file(uri: str) -> Path:
     Raises:
         StorageError: there is no such file, or the store does not give it.
     """
-    return Path(_ask("fetch_file", uri, cache=_fetched(uri), name=name_of(uri)))
+    return Path(_ask("fetch_file", uri, cache=_fetch_cache(uri), name=name_of(uri)))
 
 
 def fetch_directory(uri: str, patterns: tuple[str, ...] = ("*",)) -> Path:
@@ -71,7 +84,7 @@ def fetch_directory(uri: str, patterns: tuple[str, ...] = ("*",)) -> Path:
     Raises:
         StorageError: there is no such directory, a name in it leaves it, or the store does not give it.
     """
-    return Path(_ask("fetch_directory", uri, cache=_fetched(uri), name=name_of(uri), patterns=patterns))
+    return Path(_ask("fetch_directory", uri, cache=_fetch_cache(uri), name=name_of(uri), patterns=patterns))
 
 
 def read_text(uri: str, name: str) -> str | None:
@@ -125,7 +138,7 @@ def _ask(operation: str, uri: str, stalled_seconds: float | None = None, **asked
     return given
 
 
-def _fetched(uri: str) -> str:
+def _fetch_cache(uri: str) -> str:
     return str(cache_directory() / "fetched" / _digest(uri))
 
 

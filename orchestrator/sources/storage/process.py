@@ -37,9 +37,9 @@ VERSIONS = {
     *("etag", "md5hash", "crc32c", "contentmd5", "digest", "blobid", "xethash"),
     *("generation", "lastmodified", "updated", "mtime", "modified"),
 }
-SIDE_BY_SIDE = 4
+MAX_TRANSFERS = 4
 # Written and removed, to know before a run begins that its output can be written.
-PROBE = ".slimllm"
+WRITE_TEST = ".slimllm"
 
 
 class RefusedError(Exception):
@@ -81,7 +81,7 @@ class Store:
         found = self.files.find(self.root, detail=True)
         infos = {name: info for name, info in found.items() if info["type"] == "file"}
         named = {name.removeprefix(self.root).removeprefix("/"): info for name, info in infos.items()}
-        return {name: info for name, info in named.items() if name != PROBE}
+        return {name: info for name, info in named.items() if name != WRITE_TEST}
 
     def place(self, name: str) -> str:
         """Return where a file under the root is."""
@@ -117,7 +117,7 @@ def fetch_file(uri: str, *, cache: str, name: str) -> str:
     info = store.files.info(store.root)
     if info["type"] != "file":
         raise RefusedError(f"{uri} is a directory: name one file in it")
-    return str(_bring(store, {name: (store.root, info)}, Path(cache)) / name)
+    return str(_fetch(store, {name: (store.root, info)}, Path(cache)) / name)
 
 
 def fetch_directory(uri: str, *, cache: str, name: str, patterns: list[str]) -> str:
@@ -134,7 +134,7 @@ def fetch_directory(uri: str, *, cache: str, name: str, patterns: list[str]) -> 
     for each in chosen:
         _require_inside(uri, each)
     named = {f"{name}/{each}": (store.place(each), info) for each, info in chosen.items()}
-    return str(_bring(store, named, Path(cache)) / name)
+    return str(_fetch(store, named, Path(cache)) / name)
 
 
 def read_text(uri: str, *, name: str) -> str | None:
@@ -152,7 +152,7 @@ def _require_inside(uri: str, name: str) -> None:
         raise RefusedError(f"{uri}: the name of {name!r} in it leaves the directory: rename or remove it there")
 
 
-def _bring(store: Store, wanted: dict[str, tuple[str, dict[str, Any]]], cache: Path) -> Path:
+def _fetch(store: Store, wanted: dict[str, tuple[str, dict[str, Any]]], cache: Path) -> Path:
     """Return the directory that has the files by their local names, each a link to a blob; fetch what is not here.
 
     Args:
@@ -163,10 +163,10 @@ def _bring(store: Store, wanted: dict[str, tuple[str, dict[str, Any]]], cache: P
     tokens = {name: _token(place, info) for name, (place, info) in wanted.items()}
     directory = cache / _digest(sorted(tokens.items()))
     (cache / "blobs").mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "lock"):
+    with _lock(cache / "lock"):
         blobs = {name: cache / "blobs" / token for name, token in tokens.items()}
         missing = [name for name, blob in blobs.items() if not blob.exists()]
-        _side_by_side(lambda name: store.download(*wanted[name], to=blobs[name]), missing)
+        _run_concurrently(lambda name: store.download(*wanted[name], to=blobs[name]), missing)
         for name, blob in blobs.items():
             link = directory / name
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -177,11 +177,11 @@ def _bring(store: Store, wanted: dict[str, tuple[str, dict[str, Any]]], cache: P
 
 def _token(place: str, info: dict[str, Any]) -> str:
     """Return what tells a version of a file from others; where the store has no word for that, nothing is the same."""
-    said = {key: str(value) for key, value in info.items() if _plain(key) in VERSIONS and value is not None}
+    said = {key: str(value) for key, value in info.items() if _letters_of(key) in VERSIONS and value is not None}
     return _digest([place, info["size"], sorted(said.items()) or uuid.uuid4().hex])
 
 
-def _plain(key: str) -> str:
+def _letters_of(key: str) -> str:
     return "".join(filter(str.isalnum, key)).lower()
 
 
@@ -190,7 +190,7 @@ def _digest(value: Any) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[None]:
     """Wait for whoever fetches the same; they end when nothing comes to them."""
     with path.open("w") as file:
         while True:
@@ -203,9 +203,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _side_by_side(do: Callable[[str], None], names: list[str]) -> None:
+def _run_concurrently(do: Callable[[str], None], names: list[str]) -> None:
     """Do something of every name, a few at a time; the first error ends it."""
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         futures = [pool.submit(do, name) for name in names]
         try:
             for future in futures:
@@ -223,10 +223,10 @@ def require_writable(uri: str, *, overwrite: bool) -> None:
     store = Store(uri)
     if found := store.find():
         _require_overwrite(uri, len(found), overwrite)
-    store.files.pipe_file(store.place(PROBE), f"{socket.gethostname()} {time.time()}".encode())
+    store.files.pipe_file(store.place(WRITE_TEST), f"{socket.gethostname()} {time.time()}".encode())
     # Some may write and not delete; then it stays, and counts as nothing.
     with suppress(Exception):
-        store.files.rm_file(store.place(PROBE))
+        store.files.rm_file(store.place(WRITE_TEST))
 
 
 def _require_overwrite(uri: str, num_files: int, overwrite: bool) -> None:
@@ -248,7 +248,7 @@ def upload_directory(uri: str, *, directory: str, last: str, overwrite: bool) ->
     if last in there:
         # From here on what is there is not whole.
         store.files.rm_file(store.place(last))
-    _side_by_side(lambda name: store.upload(files[name], name), [name for name in files if name != last])
+    _run_concurrently(lambda name: store.upload(files[name], name), [name for name in files if name != last])
     for name in stale:
         store.files.rm_file(store.place(name) if name else store.root)
     _require_there(store, {name: path for name, path in files.items() if name != last})
@@ -272,7 +272,7 @@ def _require_there(store: Store, files: dict[str, Path]) -> None:
 OPERATIONS = (fetch_file, fetch_directory, read_text, require_writable, upload_directory, upload_file)
 
 
-def _do(operation: str, uri: str, asked: str) -> None:
+def _run_operation(operation: str, uri: str, asked: str) -> None:
     operations: dict[str, Callable[..., Any]] = {each.__name__: each for each in OPERATIONS}
     try:
         watched_process.write(given=operations[operation](uri, **json.loads(asked)))
@@ -280,14 +280,14 @@ def _do(operation: str, uri: str, asked: str) -> None:
         watched_process.write(failed=str(error))
     except FileNotFoundError as error:
         watched_process.write(
-            failed=f"{uri}: there is nothing of this name ({watched_process.explained(error)}): check the URI"
+            failed=f"{uri}: there is nothing of this name ({watched_process.error_line(error)}): check the URI"
         )
     except Exception as error:
-        why = watched_process.explained(error)
+        why = watched_process.error_line(error)
         watched_process.write(
             failed=f"{uri}: the store refused ({why}): check the URI, the credentials and the network"
         )
 
 
 if __name__ == "__main__":
-    watched_process.answer(_do, *sys.argv[1:])
+    watched_process.answer(_run_operation, *sys.argv[1:])

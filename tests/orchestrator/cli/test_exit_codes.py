@@ -14,7 +14,7 @@ import ray
 from click.testing import CliRunner, Result
 
 from orchestrator.cli import main
-from orchestrator.cli.exit_codes import explained
+from orchestrator.cli.exit_codes import exit_on_error
 from orchestrator.pipeline import PruneResult
 from slimllm_ops.models.families import FAMILIES
 
@@ -120,7 +120,7 @@ def test_sigterm_is_told_wherever_it_comes(wait: Callable[[Any], object], capsys
         wait(ref)
 
     try:
-        with pytest.raises(SystemExit) as ended, explained():
+        with pytest.raises(SystemExit) as ended, exit_on_error():
             wait_and_be_told()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from orchestrator.cli import main
 from orchestrator.config import ConfigError
 from orchestrator.tracking import TrackingOptions, log_output, tracked_run
-from orchestrator.tracking.ray_job import link_with_job, require_lasting
+from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
 from tests.orchestrator.job_server import SECONDS, Head, Proxy, Terminal, started_head, thaw_when_told_to_end
 
 
@@ -99,15 +99,15 @@ def test_a_job_in_a_copy_of_a_folder_keeps_nothing_there(tmp_path: Path, monkeyp
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for output in (None, "pruned/a", str(tmp_path / "a")):
         with pytest.raises(ConfigError, match=r"the output would lie in the job's copy of --working-dir"):
-            require_lasting(output)
+            require_lasting_output(output)
     for uri in (None, "sqlite:///mlflow.db"):
         with pytest.raises(ConfigError, match=r"MLflow's database would lie in the job's copy of --working-dir"):
-            require_lasting("/data/a", TrackingOptions(tracking_uri=uri))
+            require_lasting_output("/data/a", TrackingOptions(tracking_uri=uri))
     for uri in ("http://host:5000", "sqlite:////data/mlflow.db"):
-        require_lasting("/data/a", TrackingOptions(tracking_uri=uri))
-    require_lasting("/data/a")
+        require_lasting_output("/data/a", TrackingOptions(tracking_uri=uri))
+    require_lasting_output("/data/a")
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    require_lasting(None, TrackingOptions())
+    require_lasting_output(None, TrackingOptions())
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from actors import probe
-from actors.probe import Gpu, NodeState
+from actors import node_state
+from actors.node_state import Gpu, NodeState
 from cluster import Node, Resources, WorkerPlan
 from orchestrator import pipeline
 from orchestrator.cli import main
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.output.staging import open_staging
 from orchestrator.preflight import checks
-from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, require_certain
+from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, refuse_certain_failure
 from orchestrator.preflight.estimate import Estimate, Stage
 from orchestrator.preflight.stages import LIBRARIES
 from slimllm_ops.stream.operations import Rates
@@ -47,7 +47,7 @@ ESTIMATE = Estimate(
 
 
 def state(**changes: Any) -> NodeState:
-    packages = {"python": probe.platform.python_version()} | probe.installed()
+    packages = {"python": node_state.platform.python_version()} | node_state.installed_versions()
     found = NodeState("there", packages, 64 * 10**9, "/tmp", 10**12, Rates(1e11, 5e10), None)
     return replace(found, **changes)
 
@@ -83,7 +83,10 @@ def test_on_gpus_the_workers_of_one_share_it_and_one_that_was_not_looked_at_is_s
     ("found", "said"),
     [
         ("it did not answer in time", "it did not answer in time: look whether it lives"),
-        (state(packages={"python": "3.10.1"} | probe.installed()), "python 3.10.1: install what is here: python 3."),
+        (
+            state(packages={"python": "3.10.1"} | node_state.installed_versions()),
+            "python 3.10.1: install what is here: python 3.",
+        ),
         (state(packages=state().packages | {"torch": ""}), "torch missing: install what is here: torch 2"),
         (state(), "torch sees no GPU: install a torch built for CUDA"),
     ],
@@ -154,10 +157,10 @@ def test_spilled_states_must_fit_on_every_nodes_temporary_disk(tmp_path: Path) -
 
 def test_what_is_certain_is_refused_and_the_rest_is_said() -> None:
     said: list[str] = []
-    require_certain([Check("a", True, "well"), Check("b", False, "found", "mend")], said.append)
+    refuse_certain_failure([Check("a", True, "well"), Check("b", False, "found", "mend")], said.append)
     assert said == ["b: found: mend"]
     with pytest.raises(ConfigError, match=r"^c: found: mend$"):
-        require_certain([Check("c", False, "found", "mend", certain=True)], said.append)
+        refuse_certain_failure([Check("c", False, "found", "mend", certain=True)], said.append)
 
 
 # ---- In whole runs
@@ -202,13 +205,13 @@ def test_a_disk_that_is_too_small_is_refused_with_nothing_left(
 def test_memory_that_is_too_small_is_refused_and_what_may_be_is_said(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr(node_state, "free_memory", lambda device: 10_000)
     result = run()
     assert result.exit_code == 2, result.output
     assert re.search(r"\nslimllm: memory, .* of 0 MB free, for 1 worker.*: pass --offload, ", result.stderr)
     assert not (tmp_path / "parent").exists()
     # Less than the libraries take, but it may be that others end.
-    monkeypatch.setattr(probe, "free_memory", lambda device: 100_000_000)
+    monkeypatch.setattr(node_state, "free_memory", lambda device: 100_000_000)
     result = run()
     assert result.exit_code == 0, result.output
     assert re.search(r"\nwarning: memory, .* of 100 MB free", result.stderr)

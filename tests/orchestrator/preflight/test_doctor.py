@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
-from actors import probe
+from actors import node_state
 from orchestrator.cli import main
 from orchestrator.preflight import checks
 from orchestrator.preflight import doctor as diagnosis
@@ -85,7 +85,7 @@ def test_what_is_to_be_mended_is_said_with_a_remedy_and_code_2(
     free_port: tuple[int, socket.socket],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(probe, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr(node_state, "free_memory", lambda device: 10_000)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: Usage(0, 0, 1000))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (tmp_path / "taken" / "inside").mkdir(parents=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from orchestrator import PruneConfig
-from orchestrator.comparison.contestants import choose, refinable
+from orchestrator.comparison.contestants import choose, exclude_unrefinable
 from orchestrator.pipeline import PruneResult, calibrate, prune
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -138,11 +138,11 @@ def test_moments_that_were_kept_give_the_same_model(
 def test_what_refines_takes_no_part_and_a_note_says_so() -> None:
     notes: list[str] = []
     family = family_named("mixtral")
-    names = [one.name for one in refinable(choose(()), (), family, notes.append)]
+    names = [one.name for one in exclude_unrefinable(choose(()), (), family, notes.append)]
     assert names == [one.name for one in choose(()) if one.name != "gram-refine"]
     assert notes == [notes[0]]
     assert notes[0].startswith("gram-refine does not take part: Mixtral models cannot be refined")
     with pytest.raises(InputError, match="Mixtral models cannot be refined"):
-        refinable(choose(("gram-refine",)), ("gram-refine",), family, notes.append)
+        exclude_unrefinable(choose(("gram-refine",)), ("gram-refine",), family, notes.append)
     everything = choose(())
-    assert refinable(everything, (), family_named("llama"), notes.append) == everything
+    assert exclude_unrefinable(everything, (), family_named("llama"), notes.append) == everything

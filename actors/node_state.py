@@ -56,7 +56,7 @@ class NodeState:
     gpu: Gpu | None
 
 
-def look_around(device: str, threads: int) -> NodeState:
+def inspect_node(device: str, threads: int) -> NodeState:
     """Look at the node that this process runs on.
 
     Args:
@@ -66,7 +66,7 @@ def look_around(device: str, threads: int) -> NodeState:
     gpu = _gpu() if device == "cuda" else None
     return NodeState(
         host=socket.gethostname(),
-        packages={"python": platform.python_version()} | installed(),
+        packages={"python": platform.python_version()} | installed_versions(),
         free_memory=free_memory(torch.device("cpu")),
         temporary=gettempdir(),
         free_disk=shutil.disk_usage(gettempdir()).free,
@@ -75,19 +75,19 @@ def look_around(device: str, threads: int) -> NodeState:
     )
 
 
-def look_at_nodes(
+def inspect_nodes(
     nodes: Sequence[tuple[str, bool]], device: str, threads: int, gpus: float, seconds: float
 ) -> list[NodeState | str]:
     """Look at nodes of the cluster, all at once; return what was found on each, or why nothing was.
 
     Args:
         nodes: what Ray calls each, and whether it is the one that this process runs on.
-        device: as in `look_around`.
-        threads: as in `look_around`.
+        device: as in `inspect_node`.
+        threads: as in `inspect_node`.
         gpus: the share of a GPU that a worker will have, taken for the look where the device is one.
         seconds: how long the others are waited for.
     """
-    remote = ray.remote(num_cpus=0, num_gpus=gpus if device == "cuda" else 0, max_retries=0)(look_around)
+    remote = ray.remote(num_cpus=0, num_gpus=gpus if device == "cuda" else 0, max_retries=0)(inspect_node)
     asked = {
         node: remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
             device, threads
@@ -96,7 +96,7 @@ def look_at_nodes(
         if not here or device == "cuda"
     }
     deadline = time.monotonic() + seconds
-    return [_found(asked[node], deadline) if node in asked else look_around(device, threads) for node, _ in nodes]
+    return [_found(asked[node], deadline) if node in asked else inspect_node(device, threads) for node, _ in nodes]
 
 
 def _found(ref: ray.ObjectRef, deadline: float) -> NodeState | str:
@@ -126,7 +126,7 @@ def _rates(device: str, threads: int) -> Rates:
         torch.set_num_threads(before)
 
 
-def installed() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Return the versions of the packages that workers compute with; "" where one is missing."""
     return {name: _version(name) for name in PACKAGES}
 

@@ -1,0 +1,110 @@
+"""Text from a dataset on the hub: a server that speaks as much of its protocol as a dataset of one file needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.orchestrator.data.sample_files import DOCUMENTS, naive_blocks, naive_ids, write_jsonl
+
+HUB = """
+import json, os, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+data = Path(sys.argv[2]).read_bytes()
+entry = {"type": "file", "path": "train.jsonl", "size": len(data), "oid": "b" * 40}
+info = {"id": "me/tiny", "sha": "a" * 40, "siblings": [{"rfilename": "train.jsonl"}], "tags": []}
+
+class Hub(BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.endswith("/train.jsonl"):
+            self.reply(200, data)
+        elif path.startswith("/api/datasets/me/tiny"):
+            self.reply(200, json.dumps([entry] if "/tree/" in path else info).encode())
+        else:
+            self.reply(404, b"")
+    do_HEAD = do_POST = do_GET
+
+    def reply(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"e"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in self.path else "RepoNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+threading.Thread(target=server.serve_forever, daemon=True).start()
+
+from orchestrator.data import DataError, TextOptions, load_tokens
+
+def ask(spec):
+    start = time.monotonic()
+    options = TextOptions(samples=1000, sequence_length=8)
+    model = {"model_dir": Path(sys.argv[1]), "vocab_size": 103, "max_length": 64}
+    try:
+        said = load_tokens(spec, **model, options=options).input_ids_BT.tolist()
+    except DataError as error:
+        said = str(error)
+    return said, time.monotonic() - start
+
+import datasets
+
+ask(sys.argv[2])  # so that the seconds of the others are not those of imports
+answers = {spec: ask(spec) for spec in sys.argv[3:]}
+server.shutdown()
+server.server_close()
+answers["unreachable"] = ask("me/tiny")
+print(json.dumps(answers))
+"""
+
+
+def ask_hub(tmp_path: Path, model_dir: Path, *specs: str, **environment: str) -> dict[str, Any]:
+    path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
+    command = [sys.executable, "-c", HUB, str(model_dir), str(path), *specs]
+    proxies = {f"{name}_proxy": "" for name in ("http", "https", "all")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k.lower() not in proxies}
+    # Its own home: what this machine's cache of the hub holds must not answer.
+    ours = {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[3]), **environment}
+    done = subprocess.run(command, env=clean | ours, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_dataset_on_the_hub(tmp_path: Path, model_dir: Path) -> None:
+    specs = [
+        "me/tiny",
+        "me/tiny:default",
+        "me/tiny:default:train",
+        "me/tiny:default:test",
+        "me/tiny:no",
+        "me/none",
+    ]
+    answers = ask_hub(tmp_path, model_dir, *specs)
+    expected = naive_blocks(naive_ids(DOCUMENTS), 8).tolist()
+    assert [answers[spec][0] for spec in specs[:3]] == [expected] * 3
+    for spec, said in zip(specs[3:], ["Bad split: test", "'no' not found", "RepositoryNotFoundError"], strict=True):
+        assert said in answers[spec][0]
+        assert "\n" not in answers[spec][0]
+    message, seconds = answers["unreachable"]
+    assert "me/tiny: no file of this name, and no dataset" in message
+    assert "give a local file (.txt, .jsonl, .parquet, .arrow)" in message
+    assert seconds < 15  # load_dataset alone retries for 23 s
+
+
+def test_the_hub_when_offline(tmp_path: Path, model_dir: Path) -> None:
+    message, seconds = ask_hub(tmp_path, model_dir, "me/tiny", HF_HUB_OFFLINE="1")["me/tiny"]
+    assert "ConnectionError" in message
+    assert "give a local file" in message
+    assert seconds < 15
