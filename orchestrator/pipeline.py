@@ -12,7 +12,8 @@ from actors.group import ShardGroup
 from actors.placement import Placement
 from actors.pool import SolverPool
 from actors.serving import shared_files, weight_server
-from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers, session
+from cluster import ClusterError, Resources, WorkerPlan, find_room, plan_workers
+from cluster.session import session
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
 from orchestrator.inputs import Inputs, load_inputs

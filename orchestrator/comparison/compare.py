@@ -15,7 +15,8 @@ from typing import Any
 
 import actors
 import slimllm_ops
-from cluster import find_room, session
+from cluster import find_room
+from cluster.session import session
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs

@@ -10,12 +10,12 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-import ray
 from packaging.requirements import Requirement
 
 import actors
 import slimllm_ops
-from cluster import ClusterError, Resources, WorkerPlan, plan_workers, session
+from cluster import ClusterError, Resources, WorkerPlan, plan_workers
+from cluster.session import session
 from orchestrator.config import PruneConfig
 from orchestrator.data.files import local_file
 from orchestrator.inputs import DOWNLOADED, model_name, resolve_model
@@ -128,7 +128,7 @@ def _check_cluster(config: PruneConfig, source: Checkpoint | None) -> Iterator[C
         with session(config.address, (actors, slimllm_ops)) as resources:
             sizes = f"{len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs"
             where = f"at {config.address}" if config.address else "of this machine"
-            yield Check("Ray", True, f"{ray.__version__} {where}, {sizes}")
+            yield Check("Ray", True, f"{version('ray')} {where}, {sizes}")
             yield from _check_nodes(config, source, resources)
             return
     # Any: whatever starts a Ray, or is asked for one, may fail.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import actors
 import slimllm_ops
-from cluster import Resources, WorkerPlan, plan_workers, session
+from cluster import Resources, WorkerPlan, plan_workers
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, is_whole
@@ -89,6 +89,9 @@ def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> 
 def _plan_run(
     config: PruneConfig, reporter: Reporter, place: Callable[[PruneConfig, str], Destination], estimating: Estimating
 ) -> RunPlan | None:
+    # Every run imports this file, and one without Ray has no Ray to import.
+    from cluster.session import session
+
     inputs = load_inputs(config)
     output, asked = place(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and is_whole(output, asked):

@@ -2,8 +2,9 @@
 
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,8 +171,12 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what results depend on, by package."""
-    return {"slimllm": VERSION} | {package: version(package) for package in PACKAGES}
+    """Return the versions of what results depend on, by package. A run without Ray or MLflow may lack them."""
+    found = {"slimllm": VERSION}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -24,7 +24,8 @@ from actors.placement import Placement
 from actors.pool import SolverPool, results
 from actors.probe import NodeState
 from actors.serving import shared_files, weight_server
-from cluster import plan_workers, session
+from cluster import plan_workers
+from cluster.session import session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.pipeline import prune

@@ -4,7 +4,6 @@ In the process of the tests, with their Ray; what is known before Ray starts is 
 """
 
 import http.server
-import importlib
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import cluster.session
 from orchestrator import pipeline
 from orchestrator.cli import main
 
@@ -365,10 +365,8 @@ def test_an_output_that_cannot_be_written_or_is_taken(cli: Cli, model: Path, tok
 @pytest.fixture
 def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the run believe that the tests' own Ray is not there, so that it looks at the address."""
-    # `cluster.session` is also the name of the function in it.
-    module = importlib.import_module("cluster.session")
-    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(module, "HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr(cluster.session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.session, "HEALTH_SECONDS", 2.0)
 
 
 @pytest.fixture
