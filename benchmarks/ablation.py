@@ -16,7 +16,7 @@ from pathlib import Path
 import actors
 import slimllm_ops
 from benchmarks.machine import describe_machine, write_table
-from cluster import session
+from cluster.session import session
 from orchestrator.comparison.compare import Comparison, compare
 from orchestrator.comparison.contestants import LAYER_BY_LAYER, REFINED, Contestant, one_pass
 from orchestrator.config import CompareConfig

@@ -1,15 +1,10 @@
-"""Connecting to Ray, or starting it, and checking what it has before work is sent there."""
+"""Connecting to Ray, or starting it, and checking what it has before work is sent there.
+
+This package names the values, which need no Ray. The connection is `cluster.session`, which imports Ray.
+"""
 
 from cluster.errors import ClusterError
-from cluster.session import (
-    Node,
-    Resources,
-    WorkerPlan,
-    find_room,
-    plan_workers,
-    session,
-    spread_workers,
-)
+from cluster.resources import Node, Resources, WorkerPlan, find_room, plan_workers, spread_workers
 
 __all__ = [
     "ClusterError",
@@ -18,6 +13,5 @@ __all__ = [
     "WorkerPlan",
     "find_room",
     "plan_workers",
-    "session",
     "spread_workers",
 ]

@@ -1,4 +1,4 @@
-"""A Ray session: a local Ray sized to the machine, or a connection to a cluster that is already there."""
+"""A Ray session: a local Ray sized to the machine, or a connection to a cluster. Importing this imports Ray."""
 
 import os
 import signal
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,7 @@ import ray
 
 from cluster.errors import ClusterError
 from cluster.inside_job import carries_packages
+from cluster.resources import Node, Resources
 
 CONNECT_SECONDS = 10.0
 # What a local Ray is told. A process that nothing runs in is ended after a second where all CPUs are spoken for, as
@@ -23,54 +23,6 @@ CONNECT_SECONDS = 10.0
 LOCAL_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "60000"}
 HEALTH_SECONDS = 30.0
 AS_THE_CLUSTER = "check --address, and that RAY_AUTH_MODE and the versions of Ray and Python are those of the cluster"
-# On CPUs one worker computes with a group of cores: fewer copies of the hidden layer's weights and of the moments.
-CPUS_PER_WORKER = 4
-
-
-@dataclass(frozen=True)
-class Node:
-    """What one node has."""
-
-    cpus: int
-    gpus: int
-    # What Ray calls it, and its address.
-    node_id: str = ""
-    address: str = ""
-    # Whether this program runs on it.
-    here: bool = False
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a cluster has, node by node."""
-
-    nodes: tuple[Node, ...]
-    # Whether every node is the driver's own, and so sees its files.
-    local: bool = True
-
-    @property
-    def cpus(self) -> int:
-        """CPUs of all nodes."""
-        return sum(node.cpus for node in self.nodes)
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of all nodes."""
-        return sum(node.gpus for node in self.nodes)
-
-    def room(self, cpus: int, gpus: float) -> int:
-        """Return how many workers of so many CPUs and GPUs each the nodes have room for."""
-        return sum(min(node.cpus // cpus, int(node.gpus / gpus) if gpus else node.cpus) for node in self.nodes)
-
-
-@dataclass(frozen=True)
-class WorkerPlan:
-    """How many workers run, what each computes with, and whether the model's weights travel to them through Ray."""
-
-    num_workers: int
-    cpus_per_worker: int
-    gpus_per_worker: float
-    weights_travel: bool
 
 
 @contextmanager
@@ -119,67 +71,6 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
 def _folders(packages: Sequence[ModuleType]) -> list[str]:
     """Return where packages lie. Inside a job, Ray copies its environment deeply, which modules do not bear."""
     return [str(Path(package.__path__[0])) for package in packages]
-
-
-def plan_workers(
-    resources: Resources, num_workers: int | None, gpus_per_worker: float | None, shared_storage: bool = False
-) -> WorkerPlan:
-    """Return how many workers run and what each takes: one per GPU where there are any, else one per 4 cores.
-
-    Args:
-        resources: what the cluster has.
-        num_workers: how many were asked for, or None.
-        gpus_per_worker: what was asked for, or None.
-        shared_storage: whether the driver's paths are those of every node.
-
-    Raises:
-        ClusterError: the cluster has less than was asked for.
-    """
-    if gpus_per_worker is None:
-        gpus_per_worker = 1.0 if resources.gpus else 0.0
-    room = resources.room(1, gpus_per_worker)
-    if num_workers is None:
-        by_cores = max(1, sum(node.cpus // CPUS_PER_WORKER for node in resources.nodes))
-        num_workers = room if gpus_per_worker else by_cores
-    if not 0 < num_workers <= room:
-        raise ClusterError(
-            f"{max(num_workers, 1)} workers of {gpus_per_worker:g} GPUs were asked for, the cluster has room for "
-            f"{room}: {len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs; "
-            f"lower --workers or --gpus-per-worker (0 computes on CPUs)"
-        )
-    # A worker on a GPU has the CPUs that fall to that GPU, so that another run finds its own beside the other GPUs.
-    cpus = resources.cpus // (room if gpus_per_worker else num_workers)
-    while resources.room(cpus, gpus_per_worker) < num_workers:
-        cpus -= 1
-    return WorkerPlan(num_workers, cpus, gpus_per_worker, weights_travel=not (resources.local or shared_storage))
-
-
-def find_room(resources: Resources, workers: WorkerPlan) -> int:
-    """Return how many of a plan's workers the cluster has room for, which may be smaller than when it was made.
-
-    Raises:
-        ClusterError: it has room for none.
-    """
-    room = resources.room(workers.cpus_per_worker, workers.gpus_per_worker)
-    if not room:
-        raise ClusterError(
-            f"the run has workers of {workers.cpus_per_worker} CPUs and {workers.gpus_per_worker:g} GPUs, and no node "
-            f"has so many: {len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs; "
-            f"resume it on nodes like those it began on, or begin anew"
-        )
-    return min(room, workers.num_workers)
-
-
-def spread_workers(resources: Resources, workers: WorkerPlan) -> list[int]:
-    """Return how many of a plan's workers each node will likely have: they are dealt out, as Ray spreads them."""
-    rooms = [Resources((node,)).room(workers.cpus_per_worker, workers.gpus_per_worker) for node in resources.nodes]
-    counts = [0] * len(rooms)
-    left = min(workers.num_workers, sum(rooms))
-    while left:
-        for number in [number for number, room in enumerate(rooms) if counts[number] < room][:left]:
-            counts[number] += 1
-            left -= 1
-    return counts
 
 
 def _require_connected_to(address: str | None) -> None:

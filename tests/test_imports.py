@@ -147,6 +147,62 @@ def test_the_mathematics_knows_of_no_ray_and_no_mlflow() -> None:
     assert not wrong
 
 
+# What a run without Ray and MLflow loads, and what `slimllm --help` waits for.
+LIGHT = (
+    "cluster",
+    "cluster.inside_job",
+    "orchestrator.cli",
+    "orchestrator.inputs",
+    "orchestrator.record.files",
+    "orchestrator.record.run_toml",
+    "orchestrator.tracking.ray_job",
+)
+
+
+def at_once(module: str) -> Iterator[str]:
+    """Every module that is imported as this one is, and not only when a function of it runs."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    left: list[ast.AST] = [ast.parse(file.read_text())]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
+            left += ast.iter_child_nodes(node)
+
+
+def everything_at_once(module: str) -> set[str]:
+    """Every module that comes with this one, those of other packages by their top-level names."""
+    found, left = set[str](), [module]
+    while left:
+        name = left.pop()
+        top = name.partition(".")[0]
+        path = ROOT.joinpath(*name.split("."))
+        if top not in SIBLINGS:
+            found.add(top)
+        elif name not in found and (path.is_dir() or path.with_suffix(".py").is_file()):
+            found.add(name)
+            left += [*at_once(name), *([name.rpartition(".")[0]] if "." in name else [])]
+    return found
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_needs_no_ray_and_no_mlflow_imports_neither(module: str) -> None:
+    assert not everything_at_once(module) & {"ray", "mlflow"}
+
+
+def test_what_connects_to_ray_imports_it() -> None:
+    """Otherwise the test above looks at nothing."""
+    assert "ray" in everything_at_once("cluster.session")
+    assert {"torch", "slimllm_ops.errors"} <= everything_at_once("slimllm_ops.checkpoint.reading")
+
+
 def test_nothing_unpickles_or_runs_a_models_code() -> None:
     """A model directory is data: whatever loads a part of it says that no code of its own is to be run."""
     for path in (path for folder in SIBLINGS for path in (ROOT / folder).rglob("*.py")):

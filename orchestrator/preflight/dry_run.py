@@ -73,6 +73,8 @@ def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> 
 def _plan_run(
     config: PruneConfig, reporter: Reporter, place: Callable[[PruneConfig, str], Destination], estimating: Estimating
 ) -> RunPlan | None:
+    # Every run imports this file, and one without Ray has no Ray to import.
+
     inputs = load_inputs(config)
     output, asked = place(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and is_whole(output, asked):

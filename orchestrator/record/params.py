@@ -4,6 +4,7 @@ Which setting belongs where derives from its declaration (`Effect` in orchestrat
 """
 
 import platform
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -62,17 +63,13 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that results depend on."""
-    return {"slimllm": VERSION} | {package: _version(package) for package in PACKAGES}
+    """Return the versions of the packages that results depend on; a run in this process may lack Ray and MLflow."""
+    found = {"slimllm": VERSION}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _versions() -> dict[str, str]:
     return {f"{package}_version": found for package, found in versions().items()}
-
-
-def _version(package: str) -> str:
-    """Return a package's version; a run in this process may do without Ray and MLflow."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

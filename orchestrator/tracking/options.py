@@ -42,7 +42,7 @@ class TrackingOptions:
             raise TrackingError(f"the registered model's name is {self.register!r}: give one without '/' and ':'")
         if self.register is not None and self.journal_only:
             raise TrackingError(
-                "--register needs MLflow, which --tracking-uri none leaves out: pass a store, or leave one of them out"
+                "--register needs MLflow, and --tracking-uri none does not use it: pass a store, or leave one out"
             )
 
     @property

@@ -26,7 +26,8 @@ from actors.placement import Placement
 from actors.pool import SolverPool
 from actors.ray_workers import RayWorkers
 from actors.serving import weight_server
-from cluster import plan_workers, session
+from cluster import plan_workers
+from cluster.session import session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.pipeline import prune

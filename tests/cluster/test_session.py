@@ -9,7 +9,8 @@ from ray.runtime_env.runtime_env import _merge_runtime_env
 
 import actors
 import slimllm_ops
-from cluster import ClusterError, Node, Resources, WorkerPlan, plan_workers, session, spread_workers
+from cluster import ClusterError, Node, Resources, WorkerPlan, plan_workers, spread_workers
+from cluster.session import session
 
 
 def cluster(*nodes: tuple[int, int]) -> Resources:

@@ -4,7 +4,6 @@ In the process of the tests, with their Ray; what is known before Ray starts is 
 """
 
 import http.server
-import importlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -89,10 +88,8 @@ def test_an_output_that_cannot_be_written_or_is_taken(cli: Cli, model: Path, tok
 @pytest.fixture
 def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the run believe that the tests' own Ray is not there, so that it looks at the address."""
-    # `cluster.session` is also the name of the function in it.
-    module = importlib.import_module("cluster.session")
-    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(module, "HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr(cluster.session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.session, "HEALTH_SECONDS", 2.0)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`slimllm doctor` looks at everything that a run needs, says what to mend, and leaves everything as it was."""
 
-import importlib
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
+import cluster.session
 from actors import node_state
 from orchestrator.cli import main
 from orchestrator.preflight import checks
@@ -116,9 +116,7 @@ def test_more_workers_than_there_are(doctor: Doctor, gqa_model: Path) -> None:
 def test_a_ray_that_does_not_answer_and_a_broken_model(
     doctor: Doctor, gqa_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `cluster.session` is also the name of the function in it.
-    module = importlib.import_module("cluster.session")
-    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.session.ray, "is_initialized", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = f"127.0.0.1:{taken.getsockname()[1]}"
     lines = lines_of(doctor(gqa_model, "--address", free))
