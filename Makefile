@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow lint types ablation benchmarks memory forms faults builtin-model
+.PHONY: install demo test slow lint types ablation benchmarks memory forms faults same-bytes builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -57,6 +57,10 @@ forms: install
 # Kills workers, nodes, heads and drivers in whole runs, 50 times, and compares what comes of them; half an hour.
 faults: install
 	$(BIN)/python -m benchmarks.faults
+
+# Whether this checkout prunes to the same bytes as another one, `make same-bytes BEFORE=DIR`; minutes.
+same-bytes: install
+	$(BIN)/python -m benchmarks.same_bytes --before $(BEFORE)
 
 # Trains the built-in model anew, in minutes: the result is committed, so nobody has to.
 builtin-model: install

@@ -17,7 +17,8 @@ def run(command: click.Command, folder: Path, *arguments: str) -> dict[str, Row]
     try:
         command.main([*arguments, f"--output={output}"], standalone_mode=False)
     except SystemExit as ended:
-        assert not ended.code, f"exit code {ended.code}"
+        if ended.code:
+            raise AssertionError(f"the benchmark ended with {ended.code}") from ended
     return read_table(output)
 
 
