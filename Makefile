@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow lint types ablation benchmarks memory forms faults docs builtin-model
+.PHONY: install demo test slow lint types ablation benchmarks memory forms faults same-bytes docs builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -61,6 +61,10 @@ faults: install
 # Writes the tables of docs/options.md from the declarations of the settings; a test compares them.
 docs: install
 	$(BIN)/python -m orchestrator.cli.options_table
+
+# Whether this checkout prunes to the same bytes as another one, `make same-bytes BEFORE=DIR`; minutes.
+same-bytes: install
+	$(BIN)/python -m benchmarks.same_bytes --before $(BEFORE)
 
 # Trains the built-in model anew, in minutes: the result is committed, so nobody has to.
 builtin-model: install

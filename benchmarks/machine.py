@@ -28,6 +28,11 @@ def write_table(path: Path, title: str, machine: str, rows: Sequence[Sequence[st
     print(path.read_text())
 
 
+def figure(value: float) -> str:
+    """Return seconds or a ratio with two decimals, and a small one with two digits that are not zero."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def _version(package: str) -> str:
     try:
         return version(package)

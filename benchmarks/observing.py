@@ -13,42 +13,53 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.machine import describe_machine, write_table
+from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.random_model import Shape, write_model
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stream.layer_stream import LayerStream
 from slimllm_ops.stream.memory import return_large_blocks
 
-BLOCK = 2048
-REPEATS = 5
 SHAPES = ((512, 1408, 8), (1024, 2816, 16), (2048, 5632, 16), (4096, 11008, 32))
 
 
 @click.command()
-@click.option("--blocks", default=4, help="Blocks of 2048 tokens, two in a batch.")
+@click.option(
+    "--shape",
+    "shapes",
+    nargs=3,
+    type=int,
+    multiple=True,
+    default=SHAPES,
+    help="Hidden size, intermediate size and heads; repeatable.",
+)
+@click.option("--blocks", default=4, help="Blocks of tokens, two in a batch.")
+@click.option("--block-length", default=2048, help="Tokens of a block.")
+@click.option("--repeats", default=5, help="How often each way is timed, after one that is not.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--output", type=Path, default=Path("benchmarks/results/observing.md"))
-def main(blocks: int, device: str, output: Path) -> None:
+def main(
+    shapes: tuple[tuple[int, int, int], ...], blocks: int, block_length: int, repeats: int, device: str, output: Path
+) -> None:
     """Measure every width and write the table."""
     return_large_blocks()
     rows = [["hidden, intermediate", "plain, s", "gram, s", "slimllm, s", "gram, of plain", "slimllm, of plain"]]
-    for hidden, intermediate, heads in SHAPES:
+    for hidden, intermediate, heads in shapes:
         with tempfile.TemporaryDirectory() as folder:
             shape = Shape(
                 hidden=hidden, intermediate=intermediate, layers=1, heads=heads, kv_heads=heads // 4, vocabulary=1000
             )
             checkpoint = Checkpoint.open(write_model(Path(folder) / "model", shape))
-            ids = torch.randint(1000, (blocks, BLOCK), generator=torch.Generator().manual_seed(0))
+            ids = torch.randint(1000, (blocks, block_length), generator=torch.Generator().manual_seed(0))
             stream = LayerStream(checkpoint, list(ids.split(2)), torch.device(device))
-            plain, gram, slimllm = _medians(stream)
-        ratios = (f"{gram / plain:.2f}", f"{slimllm / plain:.2f}")
-        rows.append([f"{hidden}, {intermediate}", f"{plain:.2f}", f"{gram:.2f}", f"{slimllm:.2f}", *ratios])
+            plain, gram, slimllm = _medians(stream, repeats)
+        ratios = (figure(gram / plain), figure(slimllm / plain))
+        rows.append([f"{hidden}, {intermediate}", figure(plain), figure(gram), figure(slimllm), *ratios])
         print(rows[-1], flush=True)
-    title = f"Observing a layer beside a plain pass of it: {blocks} x {BLOCK} tokens on {device}"
+    title = f"Observing a layer beside a plain pass of it: {blocks} x {block_length} tokens on {device}"
     write_table(output, title, describe_machine(), rows)
 
 
-def _medians(stream: LayerStream) -> list[float]:
+def _medians(stream: LayerStream, repeats: int) -> list[float]:
     """Return the seconds of each way; they take turns, so that what else the machine does falls on all."""
     family = stream.checkpoint.family
 
@@ -70,7 +81,7 @@ def _medians(stream: LayerStream) -> list[float]:
     ways: list[Callable[[], None]] = [plain, gram, slimllm]
     embedded = list(stream.hidden)
     times: list[list[float]] = [[] for _ in ways]
-    for turn in range(REPEATS + 1):
+    for turn in range(repeats + 1):
         for way, seconds in zip(ways, times, strict=True):
             stream.hidden = list(embedded)
             start = _now(stream.device)

@@ -1,8 +1,8 @@
 """One layer's decisions by moments against the published code's algorithm: `python -m benchmarks.speed`.
 
 Random correlated activations of 4096 tokens, 16 heads; hidden 1024 with 2816 channels, and twice as wide. Both sides
-start from the activations, make the same decisions (checked) and fit the recovery. Elimination, which the published
-method has no part of, is measured against a plain product of the same size.
+start from the activations, make the same decisions (checked) and fit the recovery. The published method has no
+elimination; ours is measured against a plain product of the same size.
 """
 
 import time
@@ -14,49 +14,53 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.machine import describe_machine, write_table
+from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.naive import prune_channels, prune_heads
 from slimllm_ops.decide import elimination
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.models.families import FAMILIES
 from slimllm_ops.moments.moments import Moments
-from slimllm_ops.moments.observation import Observation
+from slimllm_ops.moments.observation import ObservationSum, PackedObservation
 from slimllm_ops.moments.projection import Projection
 
 T = TypeVar("T")
 
-TOKENS, HEADS = 4096, 16
 SHAPES = ((1024, 2816), (2048, 5632))
 ATTENTION, MLP = FAMILIES[0].attention, FAMILIES[0].mlp
 
 
 @click.command()
-@click.option("--hidden", type=int, multiple=True, default=[1024, 2048])
+@click.option(
+    "--shape", "shapes", nargs=2, type=int, multiple=True, default=SHAPES, help="Hidden size and channels; repeatable."
+)
+@click.option("--tokens", default=4096)
+@click.option("--heads", default=16)
 @click.option("--output", type=Path, default=Path("benchmarks/results/speed.md"))
-def main(hidden: tuple[int, ...], output: Path) -> None:
+def main(shapes: tuple[tuple[int, int], ...], tokens: int, heads: int, output: Path) -> None:
     """Measure every step once per shape and write the table."""
     rows = [["step", "published algorithm, s", "from moments, s", "ratio"]]
-    for size, channels in SHAPES:
-        if size in hidden:
-            rows += [_measure_heads(size), _measure_channels(size, channels), _measure_elimination(channels, size)]
+    for hidden, channels in shapes:
+        rows.append(_measure_heads(hidden, heads, tokens))
+        rows.append(_measure_channels(hidden, channels, tokens))
+        rows.append(_measure_elimination(hidden, channels, tokens))
     write_table(output, "One layer: by moments against the published algorithm", describe_machine(), rows)
 
 
-def _measure_heads(hidden: int) -> list[str]:
-    x_NP, weight_PD = _activations(hidden), _weights(hidden, hidden)
-    slow, plain = _timed(lambda: prune_heads(x_NP, weight_PD, HEADS, HEADS // 4))
+def _measure_heads(hidden: int, heads: int, tokens: int) -> list[str]:
+    x_NP, input_ND, weight_PD = _activations(hidden, tokens), _activations(hidden, tokens), _weights(hidden, hidden)
+    slow, plain = _timed(lambda: prune_heads(x_NP, weight_PD, heads, heads // 4))
     tensors = {ATTENTION.output_weight: torch.from_numpy(weight_PD.T.copy())}
 
     def by_moments() -> list[int]:
-        observed = Observation(Moments.of(torch.from_numpy(x_NP)), torch.zeros(hidden))
-        decision = decide_heads(tensors, ATTENTION, observed, num_units=HEADS, num_removed=HEADS // 4)
+        observed = _observe(x_NP, input_ND)
+        decision = decide_heads(tensors, ATTENTION, observed, num_units=heads, num_removed=heads // 4)
         return list(decision.kept)
 
     return _row(f"attention, hidden {hidden}", slow, plain, by_moments)
 
 
-def _measure_channels(hidden: int, channels: int) -> list[str]:
-    x_NP, input_ND = _activations(channels), _activations(hidden)
+def _measure_channels(hidden: int, channels: int, tokens: int) -> list[str]:
+    x_NP, input_ND = _activations(channels, tokens), _activations(hidden, tokens)
     weight_PD, gate_PD, up_PD = _weights(channels, hidden), _weights(channels, hidden), _weights(channels, hidden)
     num_removed = channels // 5
     slow, plain = _timed(lambda: prune_channels(x_NP, weight_PD, input_ND, (gate_PD, up_PD), num_removed))
@@ -64,16 +68,15 @@ def _measure_channels(hidden: int, channels: int) -> list[str]:
     tensors = into | {MLP.output_weight: torch.from_numpy(weight_PD.T.copy())}
 
     def by_moments() -> list[int]:
-        squares_D = torch.from_numpy(input_ND).double().square().sum(dim=0)
-        observed = Observation(Moments.of(torch.from_numpy(x_NP)), squares_D)
+        observed = _observe(x_NP, input_ND)
         return list(decide_channels(tensors, MLP, observed, num_removed=num_removed, keep_lowest=0.01).kept)
 
     return _row(f"MLP, hidden {hidden}, {channels} channels", slow, plain, by_moments)
 
 
-def _measure_elimination(channels: int, hidden: int) -> list[str]:
+def _measure_elimination(hidden: int, channels: int, tokens: int) -> list[str]:
     """Measure the whole elimination path against the machine's rate of products in float64."""
-    moments = Moments.of(torch.from_numpy(_activations(channels)))
+    moments = Moments.of(torch.from_numpy(_activations(channels, tokens)))
     projection = Projection.of(moments, torch.from_numpy(_weights(channels, hidden).T.copy()))
     seconds, _ = _timed(lambda: elimination.eliminate(projection, channels))
     square = torch.rand(channels, channels, dtype=torch.float64)
@@ -81,14 +84,21 @@ def _measure_elimination(channels: int, hidden: int) -> list[str]:
     # A^-1, W W^T and the blocks' updates of both, over a set that shrinks to nothing: 1 + D / P + 2 products.
     work = 3 + hidden / channels
     share = work * product_seconds / seconds
-    return [f"elimination of {channels} channels", "", f"{seconds:.1f}", f"{share:.0%} of the GEMM rate"]
+    return [f"elimination of {channels} channels", "", figure(seconds), f"{share:.0%} of the GEMM rate"]
+
+
+def _observe(x_NP: np.ndarray, input_ND: np.ndarray) -> PackedObservation:
+    """Return what a worker sends of a branch's activations."""
+    observed = ObservationSum()
+    observed.add(torch.from_numpy(x_NP), torch.from_numpy(input_ND))
+    return observed.packed()
 
 
 def _row(name: str, slow: float, plain: list[int], by_moments: Callable[[], list[int]]) -> list[str]:
     fast, kept = _timed(by_moments)
     if kept != plain:
         raise SystemExit(f"{name}: decisions differ: {len(set(kept) ^ set(plain))} units")
-    return [name, f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.1f}"]
+    return [name, figure(slow), figure(fast), figure(slow / fast)]
 
 
 def _timed(action: Callable[[], T]) -> tuple[float, T]:
@@ -97,11 +107,11 @@ def _timed(action: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, result
 
 
-def _activations(width: int) -> np.ndarray:
+def _activations(width: int, tokens: int) -> np.ndarray:
     rng = np.random.default_rng(width)
     mixing = rng.normal(size=(width, width)).astype(np.float32) / np.sqrt(width)
     spread = rng.uniform(0.2, 2.0, size=width).astype(np.float32)
-    return (rng.normal(size=(TOKENS, width)).astype(np.float32) @ mixing) * spread + spread
+    return (rng.normal(size=(tokens, width)).astype(np.float32) @ mixing) * spread + spread
 
 
 def _weights(inputs: int, outputs: int) -> np.ndarray:

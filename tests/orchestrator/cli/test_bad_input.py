@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import cluster.session
 from tests.orchestrator.cli.broken_inputs import BROKEN_DATA, Cli, table
 
 
