@@ -21,7 +21,7 @@ TERMINATED = 143
 
 
 class _AlreadyReported(SystemExit):
-    """What there is to say has been said."""
+    """The end of a process whose error was printed already."""
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def _require_content(spec: str, path: Path) -> None:
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Says which file could not be read, in one line."""
+    """Name the file that could not be read, in one line."""
     try:
         yield
     except DataError:
@@ -86,13 +86,13 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def error_line(error: BaseException) -> str:
-    """What an error of someone else's says, in its first line."""
+    """Return the first line of what a library's error says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shown(lines[0], 200)}" if lines else type(error).__name__
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Some of the names that were found, however many and long they are."""
+    """Return the first of the names that were found, each cut to a readable length."""
     names = list(names)
     return ", ".join(map(shown, names[:_MOST_NAMES])) + (", ..." if len(names) > _MOST_NAMES else "")
 

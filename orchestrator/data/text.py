@@ -58,7 +58,7 @@ def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _naming_tokenizer_failure(what: str, remedy: str) -> Iterator[None]:
-    """Says what a tokenizer could not do, in one line; its files are a stranger's, and may hold anything."""
+    """Say in one line what a tokenizer could not do; its files are a stranger's, and may hold anything."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -64,7 +64,7 @@ class Destination:
 
 
 def finish_delivery(output: Destination, asked: dict[str, Any], overwrite: bool, note: Callable[[str], None]) -> bool:
-    """Return whether an output is whole where it goes, and is what is asked; what is whole here is uploaded first.
+    """Upload an output that is whole here; return whether it is whole where it goes, and is what is asked.
 
     Raises:
         ConfigError: it is whole, but was asked to be something else; or the store does not say.
@@ -97,7 +97,7 @@ def is_whole(output: Destination, asked: dict[str, Any]) -> bool:
 
 @contextmanager
 def deliver_output(output: Destination, overwrite: bool, note: Callable[[str], None]) -> Iterator[Path]:
-    """Give the directory to make an output in; at the end it is uploaded, if it goes to a store.
+    """Give the directory to make an output in; upload it at the end, if it goes to a store.
 
     Raises:
         ConfigError: the store holds something there and is not to be overwritten, or cannot be written to; another
@@ -121,7 +121,7 @@ def deliver_output(output: Destination, overwrite: bool, note: Callable[[str], N
 
 @contextmanager
 def fetch_output(uri: str) -> Iterator[Path]:
-    """Give a copy of an output that is in a store, for what reads it; journals that grow in it are put back.
+    """Fetch a copy of an output from a store for a command that reads it; put journals back that grew.
 
     Raises:
         ConfigError: it is not there, not whole, or the store does not take the journal.
@@ -153,7 +153,7 @@ def _copy_or_link(source: str, copy: str) -> None:
 
 @contextmanager
 def _lock_upload(directory: Path, uri: str) -> Iterator[None]:
-    """Hold what is on its way to a URI; where nothing is left of it, leave nothing."""
+    """Hold the lock of an upload to a URI; remove its folder once nothing is left in it."""
     holder = directory.parent / "holder"
     with hold_lock(holder, uri):
         try:
@@ -165,7 +165,7 @@ def _lock_upload(directory: Path, uri: str) -> Iterator[None]:
 
 @contextmanager
 def _as_config_errors() -> Iterator[None]:
-    """Refusals of a store, before anything is computed, are the user's to mend."""
+    """Raise a refusal of a store as a ConfigError: nothing is computed yet, and the user can mend it."""
     try:
         yield
     except storage.StorageError as error:

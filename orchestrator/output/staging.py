@@ -86,7 +86,7 @@ class Staging:
 def open_staging(
     output: Path, overwrite: bool, asked: dict[str, Any] | None = None, resume: bool = False
 ) -> Iterator[Staging]:
-    """Give a directory beside `output` to write in, which becomes `output` at the end.
+    """Open a directory beside `output` to write in; at the end it becomes `output`.
 
     After an error it stays if something is solved in it, for whoever asks the same with `resume`; else it goes.
 
@@ -180,7 +180,7 @@ def has_unfinished_run(output: Path) -> bool:
 
 @contextmanager
 def _lock_staging(output: Path) -> Iterator[Staging]:
-    """Make the directory beside the output, and hold it for as long as this process lives."""
+    """Make the directory beside the output, and hold its lock for as long as this process lives."""
     staging = _staging(output)
     with hold_lock(staging.lock_file, str(output)):
         yield staging
@@ -188,7 +188,7 @@ def _lock_staging(output: Path) -> Iterator[Staging]:
 
 @contextmanager
 def hold_lock(holder: Path, output: str) -> Iterator[None]:
-    """Hold what an output is made in for as long as this process lives; the file says who does.
+    """Hold the lock of an output for as long as this process lives; the file says which process holds it.
 
     Raises:
         ConfigError: another run holds it, or the file cannot be written.

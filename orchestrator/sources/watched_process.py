@@ -95,6 +95,6 @@ def answer(do: Callable[..., None], *arguments: str) -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """Return what an error of someone else's says, in its first line."""
+    """Return an error's type and the first line of its text."""
     reason = next(iter(str(error).strip().splitlines()), "")[:200]
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__

@@ -202,7 +202,7 @@ class StoredRun:
 
 @contextmanager
 def _link_visible_files(directory: Path) -> Iterator[Path]:
-    """A folder of links to a directory's files but for the hidden: what a run goes on from may lie among them.
+    """Give a folder of links to a directory's visible files: a run may keep what it resumes from in hidden ones.
 
     MLflow uploads a folder or a file, and no file to a folder of a model.
     """
