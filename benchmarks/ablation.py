@@ -22,11 +22,13 @@ from orchestrator.comparison.contestants import LAYER_BY_LAYER, REFINED, Contest
 from orchestrator.config import CompareConfig
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import Ranked, rank_modules, write_models
-from orchestrator.pruning.run_context import Job, Target
+from orchestrator.pruning.run_context import RunContext
+from orchestrator.pruning.targets import Target
 from slimllm_ops.allocate.budget import STREAM_WEIGHT, Candidate, spend_by_price
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.methods import METHODS
+from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking
 
 ROOT = Path(__file__).parents[1]
@@ -67,35 +69,36 @@ class PublishedChoice:
     def __init__(self) -> None:
         self._layers: list[LayerPlan] = []
 
-    def prune(self, job: Job, store: MomentStore, targets: list[Target]) -> None:
+    def prune(self, context: RunContext, store: MomentStore, targets: list[Target]) -> None:
         """Prune as published, and remember what was kept."""
-        prune_layerwise(job, targets)
+        prune_layerwise(context, targets)
         self._layers = targets[0].pruned.log.plans
 
-    def refit(self, job: Job, store: MomentStore, targets: list[Target]) -> None:
+    def refit(self, context: RunContext, store: MomentStore, targets: list[Target]) -> None:
         """Keep what the paper keeps, and recover by least squares from the dense model's moments, in one pass."""
-        self._write(job, store, targets, lambda ranking, decision: _order_of(decision) if decision else ranking)
+        self._write(context, store, targets, lambda ranking, decision: _order_of(decision) if decision else ranking)
 
-    def eliminate(self, job: Job, store: MomentStore, targets: list[Target]) -> None:
+    def eliminate(self, context: RunContext, store: MomentStore, targets: list[Target]) -> None:
         """Keep as many units as the paper in every module, chosen by elimination."""
-        self._write(job, store, targets, lambda ranking, decision: ranking)
+        self._write(context, store, targets, lambda ranking, decision: ranking)
 
     def _write(
         self,
-        job: Job,
+        context: RunContext,
         store: MomentStore,
         targets: list[Target],
         rank: Callable[[Ranking, Decision | None], Ranking],
     ) -> None:
-        decisions = [decision for layer in self._layers for decision in (layer.attention, layer.mlp)]
-        counts = [decision.num_removed if decision else 0 for decision in decisions]
+        decisions = [Pair(layer.attention, layer.mlp) for layer in self._layers]
+        counts = [decision.num_removed if decision else 0 for pair in decisions for decision in pair]
         method = replace(METHODS["gram"], spend=lambda candidates, target: counts)
-        dense = rank_modules(job.pool, job.source, store, method, job.inputs.form)
-        candidates = [
-            replace(candidate, ranking=rank(candidate.ranking, decision))
-            for candidate, decision in zip(dense.candidates, decisions, strict=True)
-        ]
-        write_models(job, store, Ranked(method, candidates, job.inputs.form), targets)
+
+        def reorder(candidate: Candidate, decision: Decision | None) -> Candidate:
+            return replace(candidate, ranking=rank(candidate.ranking, decision))
+
+        dense = rank_modules(context, store, method)
+        candidates = [one.join(decided, reorder) for one, decided in zip(dense.candidates, decisions, strict=True)]
+        write_models(context, store, Ranked(method, candidates, context.inputs.form), targets)
 
 
 def _order_of(decision: Decision) -> Ranking:

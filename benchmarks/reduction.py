@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from actors.group import merge_on_actors
 from benchmarks.machine import describe_machine, write_table
+from slimllm_ops.moments.moments import merge_tree
 from slimllm_ops.moments.observation import ObservationSum, PackedObservation
 
 WORKERS = (1, 2, 4, 8)
@@ -92,8 +92,17 @@ def _tree_seconds(actors: list[Any]) -> float:
     references = [actor.observe.remote() for actor in actors]
     ray.wait(references, num_returns=len(references), fetch_local=False)
     start = time.perf_counter()
-    ray.wait([merge_on_actors(actors, references)], fetch_local=False)
+    ray.wait([_merge(actors, references)], fetch_local=False)
     return time.perf_counter() - start
+
+
+def _merge(actors: list[Any], references: list[Any]) -> Any:
+    """Merge as a group of shards does: in a tree, each pair where its left part is."""
+
+    def merge(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]:
+        return left[0], left[0].merge.remote(left[1], right[1])
+
+    return merge_tree(list(zip(actors, references, strict=True)), merge)[1]
 
 
 def _gloo_seconds(workers: int, numbers: int) -> float:

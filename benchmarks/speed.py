@@ -7,6 +7,7 @@ elimination; ours is measured against a plain product of the same size.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.naive import prune_channels, prune_heads
 from slimllm_ops.decide import elimination
 from slimllm_ops.decide.paper import decide_channels, decide_heads
-from slimllm_ops.models.families import FAMILIES
+from slimllm_ops.models.families import FAMILIES, Family, LayerShape
 from slimllm_ops.moments.moments import Moments
 from slimllm_ops.moments.observation import ObservationSum, PackedObservation
 from slimllm_ops.moments.projection import Projection
@@ -26,7 +27,25 @@ from slimllm_ops.moments.projection import Projection
 T = TypeVar("T")
 
 SHAPES = ((1024, 2816), (2048, 5632))
-ATTENTION, MLP = FAMILIES[0].attention, FAMILIES[0].mlp
+LLAMA = FAMILIES[0]
+ATTENTION, MLP = LLAMA.branches
+
+
+@dataclass(frozen=True)
+class OneLayer:
+    """A model of one layer, as the paper's decisions read it."""
+
+    tensors: dict[str, torch.Tensor]
+    num_units: int
+    family: Family = LLAMA
+
+    def weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """Return the layer's tensors."""
+        return self.tensors
+
+    def shape(self, layer: int) -> LayerShape:
+        """Return the layer's numbers of heads; nothing asks for its channels."""
+        return LayerShape(self.num_units, self.num_units, 0, self.num_units)
 
 
 @click.command()
@@ -53,8 +72,7 @@ def _measure_heads(hidden: int, heads: int, tokens: int) -> list[str]:
 
     def by_moments() -> list[int]:
         observed = _observe(x_NP, input_ND)
-        decision = decide_heads(tensors, ATTENTION, observed, num_units=heads, num_removed=heads // 4)
-        return list(decision.kept)
+        return list(decide_heads(OneLayer(tensors, heads), observed, 0, num_removed=heads // 4).kept)
 
     return _row(f"attention, hidden {hidden}", slow, plain, by_moments)
 
@@ -69,7 +87,8 @@ def _measure_channels(hidden: int, channels: int, tokens: int) -> list[str]:
 
     def by_moments() -> list[int]:
         observed = _observe(x_NP, input_ND)
-        return list(decide_channels(tensors, MLP, observed, num_removed=num_removed, keep_lowest=0.01).kept)
+        layer = OneLayer(tensors, num_units=1)
+        return list(decide_channels(layer, observed, 0, num_removed=num_removed, keep_lowest=0.01).kept)
 
     return _row(f"MLP, hidden {hidden}, {channels} channels", slow, plain, by_moments)
 

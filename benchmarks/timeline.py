@@ -53,9 +53,9 @@ def main(blocks: int, output: Path) -> None:
         prune(config)
     events = ray.timeline()
     ray.shutdown()
-    observed = _spans(events, "Shard.observe_dense")
-    names = [f"eliminate layer {layer}, {module}" for layer in range(SHAPE.layers) for module in ("self_attn", "mlp")]
-    solved = [_spans(events, name)[0] for name in names]
+    modules = [f"layer {layer}, {module}" for layer in range(SHAPE.layers) for module in ("self_attn", "mlp")]
+    observed = [_spans(events, f"{module}, observe_dense")[0] for module in modules]
+    solved = [_spans(events, f"eliminate_observed {module}")[0] for module in modules]
     begin = min(span.start for span in observed)
     rows = [["layer", "observed, s", "attention solved, s", "MLP solved, s"]]
     for layer in range(SHAPE.layers):
