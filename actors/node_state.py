@@ -7,16 +7,12 @@ import os
 import platform
 import shutil
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from tempfile import gettempdir
 
-import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slimllm_ops.stream.memory import free_memory
 from slimllm_ops.stream.operations import Rates
@@ -78,36 +74,28 @@ def inspect_node(device: str, threads: int) -> NodeState:
 def inspect_nodes(
     nodes: Sequence[tuple[str, bool]], device: str, threads: int, gpus: float, seconds: float
 ) -> list[NodeState | str]:
-    """Look at nodes of the cluster, all at once; return what was found on each, or why nothing was.
+    """Look at nodes, all at once; return what was found on each, or why nothing was.
 
     Args:
-        nodes: what Ray calls each, and whether it is the one that this process runs on.
-        device: as in `inspect_node`.
-        threads: as in `inspect_node`.
-        gpus: the share of a GPU that a worker will have, taken for the look where the device is one.
-        seconds: how long the others are waited for.
+        nodes: Ray's name of each (empty without Ray), and whether this process runs on it.
+        device: As in `inspect_node`.
+        threads: As in `inspect_node`.
+        gpus: The share of a GPU that a worker will have, which a look at a GPU takes.
+        seconds: How long to wait for the other nodes.
     """
-    remote = ray.remote(num_cpus=0, num_gpus=gpus if device == "cuda" else 0, max_retries=0)(inspect_node)
-    asked = {
-        node: remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            device, threads
-        )
-        for node, here in nodes
-        if not here or device == "cuda"
-    }
-    deadline = time.monotonic() + seconds
-    return [_found(asked[node], deadline) if node in asked else inspect_node(device, threads) for node, _ in nodes]
+    # On Ray, a GPU is looked at by a task that holds its share of it.
+    others = [node for node, here in nodes if node and (not here or device == "cuda")]
+    answers = _ask_nodes(others, device, threads, gpus if device == "cuda" else 0, seconds) if others else {}
+    return [answers[node] if node in answers else inspect_node(device, threads) for node, _ in nodes]
 
 
-def _found(ref: ray.ObjectRef, deadline: float) -> NodeState | str:
-    try:
-        return ray.get(ref, timeout=max(deadline - time.monotonic(), 0.0))
-    except GetTimeoutError:
-        ray.cancel(ref, force=True)
-        return "it did not answer in time"
-    # A worker that cannot import what is missing there, a node that is lost.
-    except (RayError, ImportError) as error:
-        return next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)[:200]
+def _ask_nodes(
+    nodes: Sequence[str], device: str, threads: int, gpus: float, seconds: float
+) -> dict[str, NodeState | str]:
+    # A run in this process does without Ray.
+    from actors.node_tasks import ask_nodes
+
+    return ask_nodes(nodes, inspect_node, device, threads, gpus=gpus, seconds=seconds)
 
 
 def _gpu() -> Gpu | None:
