@@ -1,4 +1,4 @@
-"""What `test_memory.py` runs in processes of their own: one pass of a shard, and the peak of its memory.
+"""What `test_memory.py` runs in processes of their own: one pass of one shard, and the peak of its memory.
 
 python -m tests.actors.one_pass MODEL deciding|dense BLOCKS LENGTH [offload]
 """
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from slimllm_ops.stream.passes import LayerStream
 
-from actors.batching import into_batches
-from actors.shard import Shard
+from actors.group import ShardGroup
+from actors.local import LocalWorkers
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.paper import decide_channels, decide_heads
 
 # Of so many tokens is every micro-batch, however many there are.
 AT_ONCE = 512
@@ -35,7 +37,9 @@ class Peak:
 
 def main(model: str, way: str, blocks: str, length: str, *options: str) -> None:
     """Pass every layer; print the peak above what was taken before, in bytes."""
-    shard = Shard("cpu", 2, offload="offload" in options)
+    offload = "offload" in options
+    workers = LocalWorkers(1, 2, offload=offload)
+    shard = ShardGroup(workers, 1, offload=offload, settle=lambda name, compute: AT_ONCE)
     checkpoint = Checkpoint.open(Path(model))
     ids = np.random.default_rng(0).integers(0, 500, size=(int(blocks), int(length))).astype(np.int32)
     # The first product and the first solve load libraries and buffers of theirs: not what grows.
@@ -51,20 +55,21 @@ def private_memory() -> int:
     return memory.rss - memory.shared
 
 
-def pass_layer(shard: Shard, checkpoint: Checkpoint, way: str, ids: np.ndarray, layers: range) -> None:
+def pass_layer(shard: ShardGroup, checkpoint: Checkpoint, way: str, ids: np.ndarray, layers: range) -> None:
     """Pass layers as a method does that decides on the way, or as one that leaves the model dense."""
-    attention, mlp = checkpoint.family.attention, checkpoint.family.mlp
-    shard.open_stream("a", checkpoint, into_batches(ids, AT_ONCE))
+    attention, mlp = checkpoint.family.branches
+    shard.open_stream("a", checkpoint, ids, deciding=way != "dense")
     for layer in layers:
         if way == "dense":
             for branch in (attention, mlp):
-                shard.observe_dense("a", layer, branch)
+                shard.merge("a", LayerStream.observe_dense, layer, branch)
             continue
-        observed = shard.observe("a", layer, attention)
-        shard.apply("a", layer, attention, shard.decide_heads("a", layer, observed, num_removed=1))
-        observed = shard.observe("a", layer, mlp)
-        decision = shard.decide_channels("a", layer, observed, num_removed=300, keep_lowest=0.01)
-        shard.apply("a", layer, mlp, decision)
+        observed = shard.merge("a", LayerStream.observe, layer, attention)
+        heads = shard.get(shard.decide("a", decide_heads, observed, layer, num_removed=1))
+        shard.each("a", LayerStream.apply, layer, attention, heads)
+        observed = shard.merge("a", LayerStream.observe, layer, mlp)
+        channels = shard.get(shard.decide("a", decide_channels, observed, layer, num_removed=300, keep_lowest=0.01))
+        shard.each("a", LayerStream.apply, layer, mlp, channels)
     shard.close_stream("a")
 
 
