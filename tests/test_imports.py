@@ -14,7 +14,7 @@ SIBLINGS = {
     "slimllm_ops": set(),
     "cluster": set(),
 }
-MATHEMATICS = {"torch", "transformers", "safetensors", "accelerate", "numpy"}
+MATHEMATICS = {"torch", "transformers", "safetensors", "accelerate", "numpy", "wrapt"}
 
 
 def imported(package: str) -> Iterator[tuple[str, str]]:
