@@ -19,7 +19,7 @@ from torch import Tensor
 
 from actors.group import Delivery
 from actors.waiting import CALL_SECONDS
-from slimllm_ops.checkpoint.reading import Checkpoint, read_tensors
+from slimllm_ops.checkpoint.reading import Checkpoint, StoredWeight, read_tensors
 
 # The layer in use and the next, of two models at most: whoever comes later reads them again.
 KEPT_READS = 4
@@ -59,6 +59,17 @@ class WeightServer:
 
 
 @dataclass(frozen=True)
+class ServedWeight(StoredWeight):
+    """One weight of a layer, whose tensors come from a server."""
+
+    server: Any
+
+    def read_parts(self) -> dict[str, Tensor]:
+        """Return the tensors that make up the weight, by their full names."""
+        return _fetch(self.server, self.directory, self.files)
+
+
+@dataclass(frozen=True)
 class ServedCheckpoint(Checkpoint):
     """A checkpoint whose tensors come from a server, wherever this one travels."""
 
@@ -71,9 +82,14 @@ class ServedCheckpoint(Checkpoint):
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Return tensors by their full names, as stored."""
-        files = {name: self.files[name] for name in names}
-        (located,) = ray.get(self.server.locate.remote(self.directory, files), timeout=CALL_SECONDS)
-        return {name: _unpack(packed) for name, packed in ray.get(located, timeout=CALL_SECONDS).items()}
+        return _fetch(self.server, self.directory, {name: self.files[name] for name in names})
+
+    def stored_weight(self, layer: int, name: str) -> ServedWeight:
+        """Return where one of a layer's tensors lies, by what the model's class calls it, relative to the layer."""
+        weight = super().stored_weight(layer, name)
+        return ServedWeight(
+            weight.directory, weight.files, weight.prefix, weight.split, weight.num_experts, self.server
+        )
 
 
 @contextmanager
@@ -99,6 +115,12 @@ def shared_files() -> Iterator[Delivery]:
 
 def _modified(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _fetch(server: Any, directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
+    """Return tensors as stored, by their names, from a server; `files` has the file of each."""
+    (located,) = ray.get(server.locate.remote(directory, files), timeout=CALL_SECONDS)
+    return {name: _unpack(packed) for name, packed in ray.get(located, timeout=CALL_SECONDS).items()}
 
 
 def _pack(tensor: Tensor) -> Packed:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from slimllm_ops.checkpoint.stored_weight import StoredWeight
+from slimllm_ops.checkpoint.reading import StoredWeight
 
 from slimllm_ops.errors import SolveError
 from slimllm_ops.stream.memory import return_large_blocks

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from slimllm_ops.checkpoint.reading import INDEX
+from slimllm_ops.checkpoint.tensor_index import INDEX
 
 # Draws a matrix of so many rows and columns.
 Matrix = Callable[[int, int], Tensor]

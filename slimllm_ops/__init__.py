@@ -1,10 +1,9 @@
 """The mathematics of structured pruning and the models it is done to; no Ray, no MLflow.
 
-Importing the package registers the pruned models' classes, so that their checkpoints load without remote code.
+Importing the package lets transformers load pruned models without remote code (`models/registration.py`).
 """
 
 from slimllm_ops.models.families import FAMILIES
-from slimllm_ops.models.pruned import register
+from slimllm_ops.models.registration import register_families
 
-for _family in FAMILIES:
-    register(_family.pruned)
+register_families(FAMILIES)

@@ -10,6 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from slimllm_ops.errors import CheckpointError
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -38,6 +40,33 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write a JSON file."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=indent) + "\n")
+
+
+def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
+    """Return the object in a JSON file that a stranger may have written.
+
+    Args:
+        path: The file.
+        most_bytes: More than such a file can need; a larger one is not read.
+
+    Raises:
+        CheckpointError: The file is too large, cannot be read, or holds no JSON object.
+    """
+    try:
+        if (size := path.stat().st_size) > most_bytes:
+            raise CheckpointError(f"{path} has {size:,} bytes, more than such a file can need ({most_bytes:,})")
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): make it readable") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deeply: take it from its source again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): take it from its source again") from error
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{path} holds a {type(held).__name__}, expected a JSON object")
+    return held
 
 
 def flush(path: Path) -> None:

@@ -24,13 +24,9 @@ MOST_LINES = 300
 # Files that may be longer, and why.
 LONGER = {
     "slimllm_ops/models/families.py": "a table of families",
-    # For now: these are being split, and leave this list then.
     "slimllm_ops/stream/layer_stream.py": "is split into weights, branches and passes",
-    "slimllm_ops/checkpoint/reading.py": "is split into reading and validation",
-    "actors/group.py": "is split from its protocol",
-    "orchestrator/pipeline.py": "is split from the run's context",
 }
-MATHEMATICS = {"torch", "transformers", "safetensors", "accelerate", "numpy"}
+MATHEMATICS = {"torch", "transformers", "safetensors", "accelerate", "numpy", "wrapt"}
 
 
 def imported(package: str) -> Iterator[tuple[str, str]]:

@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from slimllm_ops.errors import InputError
-from slimllm_ops.files import write_json, written_whole
-from slimllm_ops.models.config_checks import read_json_object
+from slimllm_ops.files import read_json_object, write_json, written_whole
 from slimllm_ops.moments.moments import PackedMoments
 from slimllm_ops.moments.observation import PackedObservation
 from slimllm_ops.moments.ranking import Ranking

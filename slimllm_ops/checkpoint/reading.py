@@ -2,36 +2,53 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from slimllm_ops.errors import CheckpointError, NonFiniteError, shown
-from slimllm_ops.models.config_checks import LARGEST_INDEX, read_config, read_json_object, wrong_config
-from slimllm_ops.models.families import Family, family_of
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-# What weights may be stored in, as safetensors calls it.
-DTYPES = ("F16", "BF16", "F32", "F64")
+from slimllm_ops.checkpoint.tensor_index import TensorIndex, locate_tensors, open_shard
+from slimllm_ops.checkpoint.validation import require_fit, require_layers
+from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.models.config_checks import read_config
+from slimllm_ops.models.families import family_of
+from slimllm_ops.models.tensor_layout import Stored
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model directory that was found whole: its config, its family, and which file holds which tensor."""
+class StoredWeight:
+    """One weight of a layer, and the files that hold it. It pickles small, and reading it needs no transformers.
+
+    Attributes:
+        directory: The checkpoint's.
+        files: The file of each tensor that makes up the weight, by the tensor's full name.
+        prefix: What the tensors' names begin with.
+        split: How the tensors merge into the weight; None where one tensor is the weight.
+        num_experts: How many experts the tensors are of.
+    """
 
     directory: Path
-    config: PretrainedConfig
-    family: Family
     files: dict[str, str]
+    prefix: str
+    split: Stored | None
+    num_experts: int
+
+    def read(self) -> Tensor:
+        """Return the weight as stored."""
+        tensors = {name.removeprefix(self.prefix): tensor for name, tensor in self.read_parts().items()}
+        return tensors.popitem()[1] if self.split is None else self.split.merge(tensors, self.num_experts)
+
+    def read_parts(self) -> dict[str, Tensor]:
+        """Return the tensors that make up the weight, by their full names."""
+        return read_tensors(self.directory, self.files)
+
+
+@dataclass(frozen=True)
+class Checkpoint(TensorIndex):
+    """A model directory that was found whole, and whose tensors can be read."""
 
     @classmethod
     def open(cls, directory: str | Path) -> "Checkpoint":
@@ -43,41 +60,17 @@ class Checkpoint:
         """
         directory = Path(directory)
         config = read_config(directory)
-        checkpoint = cls(directory, config, family_of(config), _locate_tensors(directory))
+        checkpoint = cls(directory, config, family_of(config), locate_tensors(directory))
         # What the config describes is built only where every one of its layers is there.
-        checkpoint._require_layers()
-        checkpoint._require_fit()
+        require_layers(checkpoint)
+        require_fit(checkpoint)
         return checkpoint
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return self.config.num_hidden_layers
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the first layer's weights are stored in."""
-        name = self._held_names(0, self.family.mlp.output_weight)[0]
-        return self.read([name]).popitem()[1].dtype
-
-    def layer_prefix(self, layer: int) -> str:
-        """Return what the names of a layer's tensors begin with."""
-        return f"{self.family.layers}.{layer}."
-
-    def layer_names(self, layer: int) -> list[str]:
-        """Return the full names of one layer's tensors."""
-        return [name for name in self.files if name.startswith(self.layer_prefix(layer))]
-
-    def has(self, layer: int, name: str) -> bool:
-        """Return whether a layer has a tensor of that name, relative to the layer."""
-        return self.layer_prefix(layer) + name in self.files
-
-    def outside(self) -> list[str]:
-        """Return the modules that hold the tensors outside the decoder layers: embeddings, final norm, head."""
-        names = [name for name in self.files if not name.startswith(f"{self.family.layers}.")]
-        called = {stored: module for module, stored in self.family.stored_as}
-        stored = {name.rpartition(".")[0] for name in names}
-        return sorted(called.get(module, module) for module in stored)
+        first = next(iter(self.stored_weight(0, self.family.mlp.output_weight).files))
+        return self.read([first])[first].dtype
 
     def read_module(self, module: str) -> dict[str, Tensor]:
         """Return the tensors of a module outside the decoder layers as stored, by their names in it.
@@ -85,7 +78,7 @@ class Checkpoint:
         Raises:
             NonFiniteError: a weight is NaN or infinite.
         """
-        stored = self._stored_name(f"{module}.").removesuffix(".")
+        stored = self.stored_name(f"{module}.").removesuffix(".")
         tensors = self.read([name for name in self.files if name.rpartition(".")[0] == stored])
         return self._require_finite(tensors, f"{stored}.", module)
 
@@ -101,12 +94,18 @@ class Checkpoint:
 
     def read_weight(self, layer: int, name: str) -> Tensor:
         """Return one of a layer's tensors as stored, by what the model's class calls it, relative to the layer."""
-        prefix = self.layer_prefix(layer)
-        held = self.read(self._held_names(layer, name))
-        return self._merged({key.removeprefix(prefix): tensor for key, tensor in held.items()})[name]
+        return self.stored_weight(layer, name).read()
+
+    def stored_weight(self, layer: int, name: str) -> StoredWeight:
+        """Return where one of a layer's tensors lies, by what the model's class calls it, relative to the layer."""
+        prefix, num_experts = self.layer_prefix(layer), self.family.num_experts(self.config)
+        split = None if self.has(layer, name) else self.split_of(name)
+        parts = [name] if split is None else split.names(num_experts)
+        files = {prefix + part: self.files[prefix + part] for part in parts}
+        return StoredWeight(self.directory, files, prefix, split, num_experts)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Return tensors by their full names, as stored; files are opened only for as long as it takes."""
+        """Return tensors by their full names, as stored; files are open_shard only for as long as it takes."""
         return read_tensors(self.directory, {name: self.files[name] for name in names})
 
     def num_parameters(self, names: list[str]) -> int:
@@ -149,7 +148,7 @@ class Checkpoint:
     def _slices(self, names: list[str]) -> Iterator[tuple[str, Any]]:
         """Yield tensors by their full names, of which a header alone is read; each is good until the next."""
         for file_name in sorted({self.files[name] for name in names}):
-            with _opened(self.directory / file_name) as file:
+            with open_shard(self.directory / file_name) as file:
                 for name in [name for name in names if self.files[name] == file_name]:
                     yield name, file.get_slice(name)
 
@@ -163,75 +162,6 @@ class Checkpoint:
                 )
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
-    def _require_layers(self) -> None:
-        prefix = f"{self.family.layers}."
-        found = {name.removeprefix(prefix).partition(".")[0] for name in self.files if name.startswith(prefix)}
-        for layer in range(self.num_layers):
-            if str(layer) not in found:
-                raise CheckpointError(
-                    f"{self.directory} has no tensors of layer {layer}, though its config.json names "
-                    f"{self.num_layers} layers: the checkpoint is incomplete"
-                )
-
-    def _require_fit(self) -> None:
-        """Compare names, shapes and dtypes with those of the model that the config describes."""
-        model = _build_on_meta(self.directory, self.config)
-        # Tied weights are one parameter of two names, of which the checkpoint may have one.
-        for name, parameter in model.named_parameters():
-            for held, _ in self._held(name, tuple(parameter.shape)):
-                if held not in self.files:
-                    described, key = self._place_of(held)
-                    raise CheckpointError(f"{described} has no {key}: the checkpoint is incomplete")
-        modules = {name for name, _ in model.named_modules() if name}
-        if unknown := [name for name in self.outside() if name not in modules]:
-            raise CheckpointError(
-                f"{self.directory} holds tensors of {shown(unknown[0]) or 'no module'}, which a "
-                f"{self.config.model_type} model has not: save it anew by transformers' save_pretrained"
-            )
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        stored_shapes = (one for name, shape in shapes.items() for one in self._held(name, shape))
-        expected = {name: shape for name, shape in stored_shapes if name in self.files}
-        for file_name in sorted({self.files[name] for name in expected}):
-            with _opened(self.directory / file_name) as file:
-                for name in [name for name in expected if self.files[name] == file_name]:
-                    stored = file.get_slice(name)
-                    self._require_stored(name, stored.get_dtype(), tuple(stored.get_shape()), expected[name])
-
-    def _require_stored(self, name: str, dtype: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        described, key = self._place_of(name)
-        if shape != expected:
-            raise CheckpointError(f"{described} does not fit its config.json: {key} is {shape}, expected {expected}")
-        if dtype not in DTYPES:
-            raise CheckpointError(
-                f"{described} holds {key} as {dtype}: pass the model in bfloat16, float16 or float32, not quantised"
-            )
-
-    def _stored_name(self, name: str) -> str:
-        """Return what the files call a tensor of the model, by its full name."""
-        for module, stored in self.family.stored_as:
-            renamed = f"{stored}.{name.removeprefix(f'{module}.')}"
-            if name.startswith(f"{module}.") and any(one.startswith(f"{stored}.") for one in self.files):
-                return renamed
-        return name
-
-    def _held(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield what the files hold in the place of a tensor of the model, by its full name: names and shapes."""
-        prefix, _, key = name.removeprefix(f"{self.family.layers}.").partition(".")
-        split = next((one for one in self.family.stored if one.name == key), None)
-        if split is None or name in self.files:
-            yield self._stored_name(name), shape
-            return
-        for part in split.names(self.family.num_experts(self.config)):
-            yield f"{self.family.layers}.{prefix}.{part}", split.part_shape(shape)
-
-    def _held_names(self, layer: int, name: str) -> list[str]:
-        """Return the names of what the files hold in the place of a layer's tensor."""
-        full = self.layer_prefix(layer) + name
-        split = next((one for one in self.family.stored if one.name == name), None)
-        if split is None or full in self.files:
-            return [full]
-        return [self.layer_prefix(layer) + part for part in split.names(self.family.num_experts(self.config))]
-
     def _merged(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of a layer by what the class calls them; those that are held in parts are put together."""
         num_experts = self.family.num_experts(self.config)
@@ -239,14 +169,6 @@ class Checkpoint:
             if next(stored.names(num_experts)) in held:
                 held[stored.name] = stored.merge(held, num_experts)
         return held
-
-    def _place_of(self, name: str) -> tuple[str, str]:
-        """Return which layer of which directory a tensor is of, and its name there."""
-        prefix = f"{self.family.layers}."
-        if not name.startswith(prefix):
-            return str(self.directory), name
-        layer, _, key = name.removeprefix(prefix).partition(".")
-        return f"layer {layer} of {self.directory}", key
 
 
 def read_tensors(directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
@@ -257,81 +179,9 @@ def read_tensors(directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
     """
     tensors = {}
     for file_name in sorted(set(files.values())):
-        with _opened(directory / file_name) as file:
+        with open_shard(directory / file_name) as file:
             for name in files:
                 if files[name] == file_name:
                     # A copy, so that the mapped file's pages do not stay in this process's memory.
                     tensors[name] = file.get_tensor(name).clone()
     return tensors
-
-
-def _build_on_meta(directory: Path, config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model that a config describes, without memory for it."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        model.tie_weights()
-    # Any: whatever a layer's constructor stumbles over is what the config says of it.
-    except Exception as error:
-        raise wrong_config(directory, error) from error
-    return model
-
-
-def _locate_tensors(directory: Path) -> dict[str, str]:
-    """Return which file holds which tensor, having opened every file."""
-    if (directory / INDEX).is_file():
-        expected: dict[str, str] = _read_weight_map(directory / INDEX)
-        file_names = sorted(set(expected.values()))
-    elif (directory / SINGLE).is_file():
-        expected, file_names = {}, [SINGLE]
-    else:
-        pickles = sorted(path.name for path in directory.glob("*.bin")) + sorted(
-            path.name for path in directory.glob("*.pt*")
-        )
-        found = f"only the pickle {pickles[0]}: convert it to safetensors" if pickles else "no weights"
-        raise CheckpointError(f"{directory} holds {found}; expected {SINGLE} or {INDEX}")
-    located: dict[str, str] = {}
-    for file_name in file_names:
-        with _opened(directory / file_name) as file:
-            located.update(dict.fromkeys(file.keys(), file_name))
-    missing = sorted(set(expected) - set(located))
-    if missing:
-        raise CheckpointError(
-            f"{directory}: {INDEX} names {shown(missing[0])}, which no shard holds: download it again"
-        )
-    return located
-
-
-def _read_weight_map(path: Path) -> dict[str, str]:
-    """Return which file an index expects every tensor in; all of them are files of its own directory."""
-    weight_map = read_json_object(path, LARGEST_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} is truncated or broken (it has no weight_map): download it again")
-    for name, file_name in weight_map.items():
-        # A name of this form is no path: it has no separator of any system, is not "..", and is no pickle's.
-        if not isinstance(file_name, str) or not re.fullmatch(r"[\w-][\w .-]*\.safetensors", file_name):
-            raise CheckpointError(
-                f"{path} says that {shown(name)} is in {shown(repr(file_name))}, which is no name of a safetensors "
-                f"file beside it: download it again"
-            )
-    return weight_map
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        # A pipe of that name would be waited for.
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"shard {path.name} of {path.parent} is no file: download it again")
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise CheckpointError(f"shard {path.name} of {path.parent} is missing: download it again") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"shard {path.name} of {path.parent} cannot be read ({error}): make it readable"
-        ) from error
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"shard {path.name} of {path.parent} is truncated or broken ({shown(str(error), 200)}): download it again"
-        ) from error

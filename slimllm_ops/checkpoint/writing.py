@@ -14,12 +14,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slimllm_ops.checkpoint.reading import INDEX, Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.surgery import prune_layer
+from slimllm_ops.checkpoint.tensor_index import INDEX
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.errors import NonFiniteError
-from slimllm_ops.files import write_json, written_whole
-from slimllm_ops.models.config_checks import kept_layers, read_json_object
+from slimllm_ops.files import read_json_object, write_json, written_whole
+from slimllm_ops.models.config_checks import kept_layers
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.models.pruned import pruned_layers
 

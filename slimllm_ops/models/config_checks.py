@@ -4,20 +4,21 @@ Transformers allocates by some of these numbers as soon as it parses them, and b
 What is checked here is what is parsed: the file is read once, no other file that it may name, and no code.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from slimllm_ops.errors import CheckpointError, shown
+from slimllm_ops.files import read_json_object
 from slimllm_ops.models.families import Family, family_named
 
+# Whoever reads weights alone, and no config, need not wait for transformers: its import takes seconds.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 LARGEST_CONFIG = 1 << 24
-LARGEST_INDEX = 1 << 28
 
 # The least and the most of every whole number that sizes follow from; far beyond any model that there is.
 SIZES = {
@@ -55,12 +56,14 @@ UNSUPPORTED = {
 }
 
 
-def read_config(directory: Path) -> PretrainedConfig:
+def read_config(directory: Path) -> "PretrainedConfig":
     """Return the config of a model directory, of a family that is known, with sizes that a model can have.
 
     Raises:
         CheckpointError: the directory or its config.json is missing or wrong, or the architecture is unknown.
     """
+    from transformers import CONFIG_MAPPING
+
     described = _read_description(directory)
     try:
         _check(described)
@@ -83,29 +86,6 @@ def wrong_config(directory: Path, error: Exception) -> CheckpointError:
     """Return the error of a config that transformers cannot parse, or build a model from."""
     reason = shown(" ".join(str(error).split()), 300) or type(error).__name__
     return CheckpointError(f"{directory}: its config.json is wrong: {reason}")
-
-
-def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
-    """Return what a JSON file of a model directory holds.
-
-    Raises:
-        CheckpointError: it is too large, cannot be read, or holds no JSON object.
-    """
-    try:
-        if (size := path.stat().st_size) > most_bytes:
-            raise CheckpointError(f"{path} has {size:,} bytes, more than such a file can need ({most_bytes:,})")
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path} is nested too deeply: take it from its source again") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): take it from its source again") from error
-    if not isinstance(held, dict):
-        raise CheckpointError(f"{path} holds a {type(held).__name__}, expected a JSON object")
-    return held
 
 
 def _read_description(directory: Path) -> dict[str, Any]:
@@ -134,17 +114,23 @@ def _check(described: dict[str, Any]) -> None:
                 f"config.json has {key} {shown(repr(described[key]))}: {family.name} models are supported where it "
                 f"is {value}{f': {reason}' if reason else ''}"
             )
-    for key in described:
-        # Transformers sets every key that it does not know as an attribute, over its own methods too.
-        known = getattr(PretrainedConfig, key, None)
-        if callable(known) or (isinstance(known, property) and known.fset is None):
-            raise CheckpointError(f"its config.json is wrong: {shown(key)!r} is no setting")
+    _check_keys(described)
     _check_sizes(described)
     _check_positions(described)
     for key, value in described.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise _wrong(key, value, "a finite number")
     _check_layers(described, family)
+
+
+def _check_keys(described: dict[str, Any]) -> None:
+    """Check that no key is the name of a method: transformers sets every key that it does not know as an attribute."""
+    from transformers import PretrainedConfig
+
+    for key in described:
+        known = getattr(PretrainedConfig, key, None)
+        if callable(known) or (isinstance(known, property) and known.fset is None):
+            raise CheckpointError(f"its config.json is wrong: {shown(key)!r} is no setting")
 
 
 def _check_sizes(described: dict[str, Any]) -> None:

@@ -15,17 +15,27 @@ each for all experts, (E, rows, columns): so each expert keeps as many channels 
 A unit is a channel of one expert, and the experts' channels follow each other: unit e I + c is channel c of expert e.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from slimllm_ops.errors import CheckpointError, shown
-from slimllm_ops.models import pruned as models
+from slimllm_ops.models.pruned.pruned_layers import LinearNames, PrunedExpertsMixin, PrunedModelMixin
 from slimllm_ops.models.tensor_layout import Stored
+
+# The table is read by processes that only solve: they need none of transformers, which takes seconds to import.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# The package of the pruned classes, a file for each family.
+PRUNED_CLASSES = "slimllm_ops.models.pruned"
 
 
 def unit_rows(units: Sequence[int], num_units: int, num_rows: int) -> Tensor:
@@ -77,7 +87,7 @@ class Reading:
 class Branch:
     """One branch of a decoder layer."""
 
-    names: models.LinearNames
+    names: LinearNames
     reading: Reading
 
     @property
@@ -158,18 +168,28 @@ class Family:
     """One row of the table.
 
     Attributes:
-        pruned: the class of its pruned models, which names its layers and their linear maps.
-        attention_reading: what the attention does around them.
-        mlp_reading: what the MLP does around them.
-        intermediate_size: what its config calls the number of channels.
-        residual_multiplier: what its config calls the multiplier of what branches add, if it has one.
-        parallel: what its config calls the flag of layers whose MLP reads what the attention reads, if it has one.
-        requires: settings of which one value alone is supported, and why where that needs to be said.
-        stored_as: modules outside the layers, and what dense checkpoints call them instead.
-        stored: tensors of the layers that dense checkpoints call otherwise, or hold in parts.
+        name: The name in its classes: Pruned<name>ForCausalLM.
+        model_type: What the config.json of a dense model gives as its type.
+        file: The file of `pruned/` with its classes; pruned_<model_type> if empty.
+        layers: Name of the list of decoder layers in the model.
+        attention_names: The linear maps of the attention, as the pruned class names them.
+        mlp_names: The linear maps of the MLP, as the pruned class names them.
+        attention_reading: What the attention does around them.
+        mlp_reading: What the MLP does around them.
+        intermediate_size: What its config calls the number of channels.
+        residual_multiplier: What its config calls the multiplier of what branches add, if it has one.
+        parallel: What its config calls the flag of layers whose MLP reads what the attention reads, if it has one.
+        requires: Settings of which one value alone is supported, and why where that needs to be said.
+        stored_as: Modules outside the layers, and what dense checkpoints call them instead.
+        stored: Tensors of the layers that dense checkpoints call otherwise, or hold in parts.
     """
 
-    pruned: type[models.PrunedModelMixin]
+    name: str
+    model_type: str
+    file: str = ""
+    layers: str = PrunedModelMixin.layers_path
+    attention_names: LinearNames = PrunedModelMixin.attention_names
+    mlp_names: LinearNames = PrunedModelMixin.mlp_names
     attention_reading: Reading = Reading(norm="input_layernorm")
     mlp_reading: Reading = Reading(norm="post_attention_layernorm")
     intermediate_size: str = "intermediate_size"
@@ -180,29 +200,30 @@ class Family:
     stored: tuple[Stored, ...] = ()
 
     @property
-    def name(self) -> str:
-        """The name in its classes: Pruned<name>ForCausalLM."""
-        return self.pruned.__name__.removeprefix("Pruned").removesuffix("ForCausalLM")
+    def class_name(self) -> str:
+        """The name of the class of its pruned models."""
+        return f"Pruned{self.name}ForCausalLM"
 
     @property
-    def model_type(self) -> str:
-        """What the config.json of a dense model gives as its type."""
-        return self.pruned.config_class.model_type.removeprefix("pruned_")
+    def module(self) -> str:
+        """The module that defines that class."""
+        return f"{PRUNED_CLASSES}.{self.file or f'pruned_{self.model_type}'}"
 
+    # Not cached: a row is pickled into processes that need no model.
     @property
-    def layers(self) -> str:
-        """Name of the list of decoder layers in the model."""
-        return self.pruned.layers_path
+    def pruned(self) -> type[PrunedModelMixin]:
+        """The class of its pruned models, imported here, with transformers' modelling code of the family."""
+        return getattr(import_module(self.module), self.class_name)
 
     @cached_property
     def attention(self) -> Branch:
         """The attention."""
-        return Branch(self.pruned.attention_names, self.attention_reading)
+        return Branch(self.attention_names, self.attention_reading)
 
     @cached_property
     def mlp(self) -> Branch:
         """The MLP."""
-        return Branch(self.pruned.mlp_names, self.mlp_reading)
+        return Branch(self.mlp_names, self.mlp_reading)
 
     def multiplier(self, config: PretrainedConfig) -> float:
         """Return what everything that a branch adds to the residual stream is multiplied by."""
@@ -230,21 +251,31 @@ _ALL_ALIKE = "where some layers have an MLP without experts, of another width, a
 _EXPERTS = Reading(norm="post_attention_layernorm", stacked=2, experts=Experts())
 
 FAMILIES = (
-    Family(pruned=models.PrunedLlamaForCausalLM),
-    Family(pruned=models.PrunedMistralForCausalLM),
-    Family(pruned=models.PrunedQwen2ForCausalLM),
-    Family(pruned=models.PrunedQwen3ForCausalLM),
-    Family(pruned=models.PrunedGemmaForCausalLM),
-    Family(pruned=models.PrunedGemma2ForCausalLM, attention_reading=_GEMMA_ATTENTION, mlp_reading=_GEMMA_MLP),
-    Family(pruned=models.PrunedGemma3ForCausalLM, attention_reading=_GEMMA_ATTENTION, mlp_reading=_GEMMA_MLP),
+    Family(name="Llama", model_type="llama"),
+    Family(name="Mistral", model_type="mistral"),
+    Family(name="Qwen2", model_type="qwen2"),
+    Family(name="Qwen3", model_type="qwen3"),
+    Family(name="Gemma", model_type="gemma"),
+    Family(name="Gemma2", model_type="gemma2", attention_reading=_GEMMA_ATTENTION, mlp_reading=_GEMMA_MLP),
     Family(
-        pruned=models.PrunedPhi3ForCausalLM,
+        name="Gemma3",
+        model_type="gemma3_text",
+        file="pruned_gemma3",
+        attention_reading=_GEMMA_ATTENTION,
+        mlp_reading=_GEMMA_MLP,
+    ),
+    Family(
+        name="Phi3",
+        model_type="phi3",
+        attention_names=LinearNames("self_attn", ("qkv_proj",), "o_proj"),
+        mlp_names=LinearNames("mlp", ("gate_up_proj",), "down_proj"),
         attention_reading=Reading(norm="input_layernorm", stacked=3),
         mlp_reading=Reading(norm="post_attention_layernorm", stacked=2),
     ),
-    Family(pruned=models.PrunedGraniteForCausalLM, residual_multiplier="residual_multiplier"),
+    Family(name="Granite", model_type="granite", residual_multiplier="residual_multiplier"),
     Family(
-        pruned=models.PrunedOlmo2ForCausalLM,
+        name="Olmo2",
+        model_type="olmo2",
         attention_reading=Reading(
             norm=None,
             output_norm="post_attention_layernorm",
@@ -252,10 +283,14 @@ FAMILIES = (
         ),
         mlp_reading=Reading(norm=None, output_norm="post_feedforward_layernorm"),
     ),
-    Family(pruned=models.PrunedSmolLM3ForCausalLM),
-    Family(pruned=models.PrunedStarcoder2ForCausalLM),
+    Family(name="SmolLM3", model_type="smollm3"),
+    Family(name="Starcoder2", model_type="starcoder2", mlp_names=LinearNames("mlp", ("c_fc",), "c_proj")),
     Family(
-        pruned=models.PrunedOPTForCausalLM,
+        name="OPT",
+        model_type="opt",
+        layers="model.decoder.layers",
+        attention_names=LinearNames("self_attn", ("q_proj", "k_proj", "v_proj"), "out_proj"),
+        mlp_names=LinearNames("", ("fc1",), "fc2"),
         attention_reading=Reading(norm="self_attn_layer_norm"),
         mlp_reading=Reading(norm="final_layer_norm", activation="activation_fn"),
         intermediate_size="ffn_dim",
@@ -263,12 +298,18 @@ FAMILIES = (
     ),
     # The rows of its query_key_value lie head by head, so they are units as they are.
     Family(
-        pruned=models.PrunedGPTNeoXForCausalLM,
+        name="GPTNeoX",
+        model_type="gpt_neox",
+        layers="gpt_neox.layers",
+        attention_names=LinearNames("attention", ("query_key_value",), "dense"),
+        mlp_names=LinearNames("mlp", ("dense_h_to_4h",), "dense_4h_to_h"),
         parallel="use_parallel_residual",
         stored_as=(("lm_head", "embed_out"),),
     ),
     Family(
-        pruned=models.PrunedMixtralForCausalLM,
+        name="Mixtral",
+        model_type="mixtral",
+        mlp_names=PrunedExpertsMixin.mlp_names,
         mlp_reading=_EXPERTS,
         stored=(
             Stored("mlp.gate.weight", ("block_sparse_moe.gate.weight",)),
@@ -280,7 +321,9 @@ FAMILIES = (
         ),
     ),
     Family(
-        pruned=models.PrunedQwen3MoeForCausalLM,
+        name="Qwen3Moe",
+        model_type="qwen3_moe",
+        mlp_names=PrunedExpertsMixin.mlp_names,
         mlp_reading=_EXPERTS,
         intermediate_size="moe_intermediate_size",
         requires=(("decoder_sparse_step", 1, _ALL_ALIKE), ("mlp_only_layers", [], _ALL_ALIKE)),

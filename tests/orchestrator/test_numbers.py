@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.pipeline import PruneResult
-from slimllm_ops.checkpoint.reading import SINGLE
+from slimllm_ops.checkpoint.tensor_index import SINGLE
 from slimllm_ops.errors import InputError
 
 Change = Callable[[str, torch.Tensor], None]

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from slimllm_ops.checkpoint.reading import INDEX, SINGLE, Checkpoint
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.tensor_index import INDEX, SINGLE
 from slimllm_ops.errors import CheckpointError, NonFiniteError
 from slimllm_ops.stream.layer_stream import LayerStream
 

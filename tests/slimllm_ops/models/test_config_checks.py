@@ -241,6 +241,8 @@ def test_the_largest_config_takes_no_memory(copy: Path) -> None:
     rewrite(copy, {"hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 24, "head_dim": 1 << 16})
     program = (
         "import resource, sys\n"
+        # What opening a checkpoint imports, before its memory is measured.
+        "from transformers import AutoModelForCausalLM, LlamaForCausalLM\n"
         "from slimllm_ops.checkpoint.reading import Checkpoint\n"
         "from slimllm_ops.errors import CheckpointError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

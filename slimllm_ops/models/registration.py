@@ -1,0 +1,57 @@
+"""Makes pruned models known to transformers' auto classes, so that their checkpoints load without remote code.
+
+Importing the pruned classes of all families takes seconds, and most processes need one or none. So each family has a
+stand-in in transformers' table of configs, which imports the family's file when a config of that type is read. A
+process that never imports transformers' auto classes registers nothing.
+"""
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from slimllm_ops.models.families import Family
+
+# Where transformers keeps the table of configs.
+CONFIG_TABLE = "transformers.models.auto.configuration_auto"
+
+
+class _ImportedOnUse(type):
+    """The type of a class that stands for another one, which is imported when the stand-in is called or asked."""
+
+    family: Family
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.family.pruned.config_class(*args, **kwargs)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.family.pruned.config_class, name)
+
+
+def register_families(families: Iterable[Family]) -> None:
+    """Let transformers' auto classes find the pruned models of these families, now or when they are imported."""
+    for family in families:
+        _register_when_imported(family)
+
+
+def _register_when_imported(family: Family) -> None:
+    """Register a family's stand-in with the table of configs, and its classes with the file that defines them."""
+
+    def register_stand_in(module: ModuleType) -> None:
+        stand_in = _ImportedOnUse(f"Pruned{family.name}Config", (), {"family": family, "__module__": family.module})
+        module.AutoConfig.register(f"pruned_{family.model_type}", stand_in, exist_ok=True)
+
+    def register_classes(module: ModuleType) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        pruned = getattr(module, family.class_name)
+        config = pruned.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, pruned, exist_ok=True)
+        # `save_pretrained` of a loaded model then copies the files again.
+        config.register_for_auto_class()
+        pruned.register_for_auto_class("AutoModelForCausalLM")
+
+    wrapt.register_post_import_hook(register_stand_in, CONFIG_TABLE)
+    wrapt.register_post_import_hook(register_classes, family.module)
