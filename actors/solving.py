@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from slimllm_ops.checkpoint.reading import StoredWeight
 
+from slimllm_ops.checkpoint.reading import StoredWeight
 from slimllm_ops.errors import SolveError
 from slimllm_ops.stream.memory import return_large_blocks
 
