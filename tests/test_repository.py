@@ -12,8 +12,8 @@ from orchestrator.version import DISTRIBUTION, VERSION
 ROOT = Path(__file__).parents[1]
 CHECKS = ROOT / ".ci" / "run"
 # Where people are told what to install.
-FOLDERS = ("actors", "benchmarks", "cluster", "orchestrator", "slimllm_ops")
-PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")
+FOLDERS = ("actors", "benchmarks", "cluster", "docs", "orchestrator", "slimllm_ops")
+PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "README.md", "pyproject.toml")
 
 
 def texts() -> Iterator[tuple[Path, str]]:
