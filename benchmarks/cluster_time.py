@@ -23,15 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 
-from actors.batching import into_batches
 from benchmarks.machine import describe_machine, write_table
-from benchmarks.one_process import Run, prune_gram, prune_slimllm, rates_of
+from benchmarks.one_process import prune_timed, rates_of, write_tokens
 from benchmarks.random_model import Shape, write_model
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.stream.memory import return_large_blocks
 from slimllm_ops.stream.operations import (
     OBSERVING_SHARE,
     SOLVING_SHARE,
@@ -130,8 +127,7 @@ def main(output: Path, products: float, solves: float, merges: float, reading: f
 
 
 def _check() -> list[list[str]]:
-    """Return the model's lines for this machine, beside what the shard's class takes here."""
-    return_large_blocks()
+    """Return the model's lines for this machine, beside what runs in one process take here."""
     device, blocks = torch.device("cpu"), 4
     plain = rates_of(device)
     rates = Rates(
@@ -146,10 +142,9 @@ def _check() -> list[list[str]]:
     parts = parts_of(SMALL, blocks * BLOCK, 1, rates)
     with tempfile.TemporaryDirectory() as folder:
         source = Checkpoint.open(write_model(Path(folder) / "model", SMALL))
-        ids = np.random.default_rng(0).integers(0, 32000, size=(blocks, BLOCK)).astype(np.int32)
-        run = Run(source, into_batches(ids), device, Path(folder) / "gram")
-        gram = prune_gram(run).seconds
-        slimllm = prune_slimllm(replace(run, output=Path(folder) / "slimllm")).seconds
+        tokens = write_tokens(Path(folder) / "tokens.parquet", source.config.vocab_size, blocks)
+        gram = prune_timed(source, tokens, "gram", (0.2,), Path(folder) / "gram", device)
+        slimllm = prune_timed(source, tokens, "slimllm", (0.2,), Path(folder) / "slimllm", device)
     # In one process solves wait for observing: the sum, not the longer of them.
     alone = SMALL.layers * (parts.observing + parts.solving)
     name = f"here: hidden {SMALL.hidden}, {SMALL.layers} layers, {blocks} x {BLOCK} tokens, 1 worker"

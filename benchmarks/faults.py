@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -77,14 +77,18 @@ class Outcome:
 @click.option("--cases", type=int, default=50)
 @click.option("--seed", type=int, default=0)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="Only such; repeatable. [all]")
+@click.option(
+    "--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Only such; repeatable. [all]"
+)
+@click.option("--layers", default=SHAPE.layers, help="Of the model, whose hidden size is 64.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/faults.md"))
-def main(cases: int, seed: int, kinds: tuple[str, ...], output: Path) -> None:
+def main(cases: int, seed: int, kinds: tuple[str, ...], methods: tuple[str, ...], layers: int, output: Path) -> None:
     """Run the campaign and write its table; the exit code is 1 if anything differs."""
     os.environ.update(ENVIRONMENT)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
-        for case in draw_cases(cases, seed, kinds or tuple(KINDS)):
+        bench = Bench(Path(folder), replace(SHAPE, layers=layers))
+        for case in draw_cases(cases, seed, kinds or tuple(KINDS), methods or tuple(METHODS)):
             outcomes.append(bench.run(case, len(outcomes) + 1))
             print(*_cells(len(outcomes), outcomes[-1]), sep=" | ", flush=True)
             header = ["case", "method", "killed", "when", "resumed", "seconds", "differing files", "other problems"]
@@ -95,15 +99,14 @@ def main(cases: int, seed: int, kinds: tuple[str, ...], output: Path) -> None:
     sys.exit(equal < len(outcomes))
 
 
-def draw_cases(count: int, seed: int, kinds: Sequence[str]) -> list[Case]:
+def draw_cases(count: int, seed: int, kinds: Sequence[str], methods: Sequence[str]) -> list[Case]:
     """Draw kinds in their proportions, methods in turn, and moments at random."""
     generator = random.Random(seed)
     shares = {kind: KINDS[kind] / sum(KINDS[one] for one in kinds) for kind in kinds}
     drawn = [kind for kind, share in shares.items() for _ in range(round(share * count))]
-    methods = [list(METHODS)[number % len(METHODS)] for number in range(len(drawn))]
     return [
-        Case(kind, method, generator.random(), generator.uniform(0, 0.5))
-        for kind, method in zip(drawn, methods, strict=True)
+        Case(kind, methods[number % len(methods)], generator.random(), generator.uniform(0, 0.5))
+        for number, kind in enumerate(drawn)
     ]
 
 
@@ -146,11 +149,11 @@ class Attempt:
 class Bench:
     """A model, data, a tracking store, and what undisturbed runs give, in a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        write_model(folder / "model", SHAPE)
+    def __init__(self, folder: Path, shape: Shape) -> None:
+        self._folder, self._shape = folder, shape
+        write_model(folder / "model", shape)
         for name, blocks in (("calibration", 64), ("held-out", 16)):
-            write_tokens(folder / f"{name}.parquet", blocks, 64, SHAPE.vocabulary)
+            write_tokens(folder / f"{name}.parquet", blocks, 64, shape.vocabulary)
         self._store = f"sqlite:///{folder}/mlflow.db"
         # By method and place: a cluster has more workers, and so other sums.
         self._undisturbed: dict[tuple[str, bool], tuple[dict[str, bytes], int]] = {}
@@ -222,7 +225,7 @@ class Bench:
             children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
             for one in children or [run]:
                 steps = [metric.step for metric in client.get_metric_history(one.info.run_id, "channels_kept")]
-                if sorted(steps) != list(range(SHAPE.layers)) or one.info.status != "FINISHED":
+                if sorted(steps) != list(range(self._shape.layers)) or one.info.status != "FINISHED":
                     problems.append(f"layers {steps} in MLflow, {one.info.status}")
         return problems
 

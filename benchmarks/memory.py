@@ -38,32 +38,42 @@ CASES: list[tuple[Any, ...]] = [
 
 
 @click.command()
+@click.option(
+    "--shape",
+    nargs=6,
+    type=int,
+    help="One model in the place of the table's: hidden size, intermediate size, layers, heads, KV heads, vocabulary.",
+)
+@click.option("--method", default="gram", help="For --shape.")
+@click.option("--blocks", default=2, help="Blocks of 2048 tokens, for --shape.")
+@click.option("--offload", is_flag=True, help="For --shape.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/memory.md"))
-def main(output: Path) -> None:
-    """Run every case once and write the table."""
+def main(shape: tuple[int, ...] | None, method: str, blocks: int, offload: bool, output: Path) -> None:
+    """Run every case once, or the one that is asked for, and write the table."""
+    names = ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocabulary")
+    asked = Shape(**dict(zip(names, shape, strict=True))) if shape else None
+    cases = [(asked, method, blocks, *(["--offload"] if offload else []))] if asked else CASES
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         rows = [
             ["model, method, tokens", "worker, MB", "above the libraries", "which may be", "solve, MB", "driver, MB"]
         ]
-        for case in CASES:
+        for case in cases:
             rows.append(bench.row(*case))
             # After each, so that what was measured is kept whatever ends the others.
             write_table(output, "Peak memory (USS) by depth, width and tokens", describe_machine(), rows)
 
 
 class Bench:
-    """Checkpoints, tokens and baselines in a folder, each made when it is first asked for."""
+    """Checkpoints, tokens and measured runs in a folder, each made when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._baselines: dict[str, Measured] = {}
+        self._measured: dict[tuple[Any, ...], Measured] = {}
 
     def row(self, shape: Shape, method: str, num_blocks: int, *options: str) -> list[str]:
         """Run a case and return its line of the table."""
-        if method not in self._baselines:
-            self._baselines[method] = self._run(NOTHING, method, 4)
-        base, measured = self._baselines[method], self._run(shape, method, num_blocks, *options)
+        base, measured = self._measure(NOTHING, method, 4), self._measure(shape, method, num_blocks, *options)
         above = measured.peak("worker") - base.peak("worker")
         allowed = self._allowed(shape, method, num_blocks * BLOCK if not options else 0)
         sizes = (measured.peak("worker"), above, allowed, measured.peak("solve"), measured.peak("driver"))
@@ -83,6 +93,12 @@ class Bench:
     def _checkpoint(self, shape: Shape) -> Checkpoint:
         directory = self._folder / f"{shape.hidden}-{shape.layers}"
         return Checkpoint.open(directory if directory.exists() else write_model(directory, shape))
+
+    def _measure(self, *case: Any) -> Measured:
+        """Return what a case takes; it runs once."""
+        if case not in self._measured:
+            self._measured[case] = self._run(*case)
+        return self._measured[case]
 
     def _run(self, shape: Shape, method: str, num_blocks: int, *options: str) -> Measured:
         tokens = self._folder / f"{num_blocks}-{shape.vocabulary}.parquet"

@@ -111,32 +111,34 @@ def main(
             ("slimllm, 20 %", "slimllm", (0.2,)),
             ("gram, 20, 30 and 50 %", "gram", (0.2, 0.3, 0.5)),
         ):
-            config = PruneConfig(
-                model=str(source.directory),
-                calibration=str(tokens),
-                output=str(Path(folder) / method),
-                method=method,
-                sparsity=sparsities,
-                gpus_per_worker=float(place.type == "cuda"),
-                local=True,
-                tracking_uri="none",
-            )
-            rows += run(name, config, source, blocks * BLOCK, rates, place)
+            seconds = prune_timed(source, tokens, method, sparsities, Path(folder) / method, place)
+            rows += rows_of(name, seconds, operations_of(source, blocks * BLOCK, place), rates)
+            rows.append([f"{name}: peak memory, GB", _peak(place), ""])
     plain = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.2f}" for dtype, rate in rates.items())
     size = f"hidden {hidden}, {layers} layers, intermediate {intermediate}, {heads} heads, {kv_heads} KV heads"
     title = f"One process on {device}: {model or size}, {blocks} x {BLOCK} tokens"
     write_table(output, title, f"{describe_machine()}; plain products at {plain} TFLOP/s", rows)
 
 
-def run(
-    name: str,
-    config: PruneConfig,
+def prune_timed(
     source: Checkpoint,
-    tokens: int,
-    rates: dict[torch.dtype, float],
+    tokens: Path,
+    method: str,
+    sparsities: tuple[float, ...],
+    output: Path,
     device: torch.device,
-) -> list[list[str]]:
-    """Prune with timed workers; return a row for each step, for the whole run and for its memory."""
+) -> dict[str, float]:
+    """Prune in this process; return the seconds of each step, and of the whole run."""
+    config = PruneConfig(
+        model=str(source.directory),
+        calibration=str(tokens),
+        output=str(output),
+        method=method,
+        sparsity=sparsities,
+        gpus_per_worker=float(device.type == "cuda"),
+        local=True,
+        tracking_uri="none",
+    )
     clock = TimedWorkers.clock = Clock()
     workers, local.LocalWorkers = local.LocalWorkers, TimedWorkers
     try:
@@ -145,13 +147,22 @@ def run(
         total = time.perf_counter() - start
     finally:
         local.LocalWorkers = workers
-    operations = operations_of(source, tokens, device)
+    steps = {step: seconds for step, seconds in clock.seconds.items() if step in STEPS.values()}
+    return steps | {"whole run": total}
+
+
+def rows_of(
+    name: str,
+    seconds: dict[str, float],
+    operations: dict[str, tuple[torch.dtype, float]],
+    rates: dict[torch.dtype, float],
+) -> list[list[str]]:
+    """Return a row of the table for each step of a run."""
     rows = []
-    for step, seconds in clock.seconds.items():
-        if step in STEPS.values():
-            dtype, count = operations.get(step, (torch.float32, 0.0))
-            rows.append([f"{name}: {step}", f"{seconds:.1f}", f"{count / rates[dtype] / seconds:.0%}" if count else ""])
-    return [*rows, [f"{name}: whole run", f"{total:.1f}", ""], [f"{name}: peak memory, GB", _peak(device), ""]]
+    for step, taken in seconds.items():
+        dtype, count = operations.get(step, (torch.float32, 0.0))
+        rows.append([f"{name}: {step}", f"{taken:.1f}", f"{count / rates[dtype] / taken:.0%}" if count else ""])
+    return rows
 
 
 def operations_of(source: Checkpoint, tokens: int, device: torch.device) -> dict[str, tuple[torch.dtype, float]]:

@@ -5,7 +5,6 @@ runs use it, stands beside a sum of the same bytes by torch.distributed's gloo. 
 and all are on this machine: with more workers than cores, merges of one level share the cores.
 """
 
-import os
 import statistics
 import time
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 import click
 import ray
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from benchmarks.machine import describe_machine, write_table
+from benchmarks.gloo import reduction_seconds
+from benchmarks.local_ray import local_ray
+from benchmarks.machine import describe_machine, figure, write_table
 from slimllm_ops.moments.moments import merge_tree
 from slimllm_ops.moments.observation import ObservationSum, PackedObservation
 
@@ -46,16 +45,19 @@ class Holder:
 
 
 @click.command()
+@click.option(
+    "--shape", "shapes", nargs=2, type=int, multiple=True, default=SHAPES, help="Hidden size and channels; repeatable."
+)
+@click.option("--workers", "counts", type=int, multiple=True, default=WORKERS, help="How many; repeatable.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/reduction.md"))
-def main(output: Path) -> None:
+def main(shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...], output: Path) -> None:
     """Measure every number of workers and write the table."""
     rows = [["moments of", "each sends, MB", "all send, MB", "merges in a row", "tree, s", "gloo, s", "tree, of gloo"]]
-    ray.init("local", num_cpus=max(WORKERS), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    for hidden, width in SHAPES:
-        for workers in WORKERS:
-            rows.append(_row(hidden, width, workers))
-            print(rows[-1], flush=True)
-    ray.shutdown()
+    with local_ray(num_cpus=max(counts)):
+        for hidden, width in shapes:
+            for workers in counts:
+                rows.append(_row(hidden, width, workers))
+                print(rows[-1], flush=True)
     write_table(output, "Reduction of one MLP's moments by workers", describe_machine(), rows)
 
 
@@ -69,11 +71,11 @@ def _row(hidden: int, width: int, workers: int) -> list[str]:
     tree = statistics.median(times)
     name = f"{width} channels, {workers} worker(s)"
     steps = (workers - 1).bit_length()
-    cells = [f"{size / 1e6:.1f}" if workers > 1 else "0", f"{(workers - 1) * size / 1e6:.1f}", str(steps)]
+    cells = [f"{size / 1e6:.3g}" if workers > 1 else "0", f"{(workers - 1) * size / 1e6:.3g}", str(steps)]
     if workers == 1:
         return [name, *cells, "", "", ""]
-    gloo = _gloo_seconds(workers, size // 8)
-    return [name, *cells, f"{tree:.2f}", f"{gloo:.2f}", f"{tree / gloo:.1f}"]
+    gloo = reduction_seconds(workers, size // 8, REPEATS)
+    return [name, *cells, figure(tree), figure(gloo), figure(tree / gloo)]
 
 
 def _bytes(actor: Any) -> int:
@@ -103,30 +105,6 @@ def _merge(actors: list[Any], references: list[Any]) -> Any:
         return left[0], left[0].merge.remote(left[1], right[1])
 
     return merge_tree(list(zip(actors, references, strict=True)), merge)[1]
-
-
-def _gloo_seconds(workers: int, numbers: int) -> float:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "GLOO_SOCKET_IFNAME": "lo"}
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    mp.spawn(_reduce, (workers, numbers, queue), nprocs=workers)
-    return queue.get()
-
-
-def _reduce(rank: int, workers: int, numbers: int, queue: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=workers)
-    times = []
-    for _ in range(REPEATS + 1):
-        held = torch.ones(numbers, dtype=torch.float64)
-        dist.barrier()
-        start = time.perf_counter()
-        dist.reduce(held, 0)
-        dist.barrier()
-        times.append(time.perf_counter() - start)
-    if rank == 0:
-        queue.put(statistics.median(times[1:]))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

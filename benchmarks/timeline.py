@@ -5,6 +5,7 @@ while the next is observed: the table says when, and how much of the solves lay 
 """
 
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ from typing import Any
 import click
 import ray
 
-from benchmarks.machine import describe_machine, write_table
+from benchmarks.local_ray import local_ray
+from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.random_model import Shape, write_model
 from benchmarks.random_tokens import write_tokens
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import prune
 
-SHAPE = Shape(hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=4)
-BLOCK = 2048
 COLUMNS = 72
+# What Ray's trace calls observing a branch, of which a layer has two.
+# What Ray's trace calls the steps of a module.
+OBSERVING, SOLVING = "{}, observe_dense", "eliminate_observed {}"
+# Ray's workers report what they ran every second.
+TRACE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -36,41 +41,78 @@ class Span:
 
 
 @click.command()
-@click.option("--blocks", default=12, help="Blocks of 2048 tokens.")
+@click.option("--hidden", default=1024)
+@click.option("--intermediate", default=2816)
+@click.option("--layers", default=8)
+@click.option("--heads", default=16)
+@click.option("--kv-heads", default=4)
+@click.option("--blocks", default=12, help="Blocks of tokens.")
+@click.option("--block-length", default=2048, help="Tokens of a block.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/timeline.md"))
-def main(blocks: int, output: Path) -> None:
+def main(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    blocks: int,
+    block_length: int,
+    output: Path,
+) -> None:
     """Run once and write the table."""
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    with tempfile.TemporaryDirectory() as folder:
-        config = PruneConfig(
-            model=str(write_model(Path(folder) / "model", SHAPE)),
-            calibration=str(write_tokens(Path(folder) / "tokens.parquet", blocks, BLOCK)),
-            output=str(Path(folder) / "pruned"),
+    shape = Shape(hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, kv_heads=kv_heads)
+    modules = [f"layer {layer}, {module}" for layer in range(layers) for module in ("self_attn", "mlp")]
+    observing, solving = ([form.format(one) for one in modules] for form in (OBSERVING, SOLVING))
+    with local_ray(num_cpus=2), tempfile.TemporaryDirectory() as folder:
+        start = time.time()
+        _prune(Path(folder), shape, blocks, block_length)
+        trace = _trace(start, dict.fromkeys([*observing, *solving], 1))
+    observed, solved = ([trace[name][0] for name in names] for names in (observing, solving))
+    begin = min(span.start for span in observed)
+    rows = [["layer", "observed, s", "attention solved, s", "MLP solved, s"]]
+    for layer in range(layers):
+        whole = Span(observed[2 * layer].start, observed[2 * layer + 1].stop)
+        spans = (whole, solved[2 * layer], solved[2 * layer + 1])
+        rows.append([str(layer), *(f"{span.start - begin:.2f} to {span.stop - begin:.2f}" for span in spans)])
+    title = f"Timeline of gram: hidden {hidden}, {layers} layers, {blocks} x {block_length} tokens"
+    write_table(output, title, describe_machine(), rows, _summary(observed, solved, begin))
+
+
+def _prune(folder: Path, shape: Shape, blocks: int, block_length: int) -> None:
+    prune(
+        PruneConfig(
+            model=str(write_model(folder / "model", shape)),
+            calibration=str(write_tokens(folder / "tokens.parquet", blocks, block_length, shape.vocabulary)),
+            output=str(folder / "pruned"),
             tracking_uri=f"sqlite:///{folder}/mlflow.db",
             method="gram",
             workers=1,
         )
-        prune(config)
-    events = ray.timeline()
-    ray.shutdown()
-    modules = [f"layer {layer}, {module}" for layer in range(SHAPE.layers) for module in ("self_attn", "mlp")]
-    observed = [_spans(events, f"{module}, observe_dense")[0] for module in modules]
-    solved = [_spans(events, f"eliminate_observed {module}")[0] for module in modules]
-    begin = min(span.start for span in observed)
-    rows = [["layer", "observed, s", "attention solved, s", "MLP solved, s"]]
-    for layer in range(SHAPE.layers):
-        whole = Span(observed[2 * layer].start, observed[2 * layer + 1].stop)
-        spans = (whole, solved[2 * layer], solved[2 * layer + 1])
-        rows.append([str(layer), *(f"{span.start - begin:.1f} to {span.stop - begin:.1f}" for span in spans)])
-    title = f"Timeline of gram: hidden 1024, {SHAPE.layers} layers, {blocks} x {BLOCK} tokens"
-    write_table(output, title, describe_machine(), rows, _summary(observed, solved, begin))
+    )
+
+
+def _trace(start: float, expected: dict[str, int]) -> dict[str, list[Span]]:
+    """Return when each function ran since `start`, in the order of its calls; wait until all calls are reported.
+
+    Args:
+        start: Seconds since the epoch.
+        expected: How often each function ran.
+    """
+    deadline = time.monotonic() + TRACE_SECONDS
+    while True:
+        events = [event for event in ray.timeline() if event["ts"] / 1e6 >= start]
+        found = {name: _spans(events, name) for name in expected}
+        missing = [name for name, count in expected.items() if len(found[name]) < count]
+        if not missing:
+            return found
+        if time.monotonic() > deadline:
+            raise SystemExit(f"Ray's trace lacks {missing}; it has {sorted({event['cat'] for event in events})}")
+        time.sleep(0.2)
 
 
 def _spans(events: list[dict[str, Any]], name: str) -> list[Span]:
     """Return when a function ran, each time, in the order in which its calls were made."""
     found = [event for event in events if event["cat"] == f"task::{name}"]
-    if not found:
-        raise SystemExit(f"Ray's trace has no {name}; it has {sorted({event['cat'] for event in events})}")
     return sorted((Span(e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in found), key=lambda span: span.start)
 
 
@@ -78,8 +120,9 @@ def _summary(observed: list[Span], solved: list[Span], begin: float) -> str:
     both = sum(one.overlap(other) for one in observed for other in solved)
     seconds = [sum(span.stop - span.start for span in spans) for spans in (observed, solved)]
     end = max(span.stop for span in (*observed, *solved))
+    observing, solving, together = map(figure, (*seconds, end - begin))
     lines = [
-        f"Observing took {seconds[0]:.1f} s, solving {seconds[1]:.1f} s, both together {end - begin:.1f} s: "
+        f"Observing took {observing} s, solving {solving} s, both together {together} s: "
         f"{both / seconds[1]:.0%} of the solves lay beside observing.",
         "",
         "```",

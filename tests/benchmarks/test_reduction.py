@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+
+from benchmarks.reduction import main
+from tests.benchmarks.tables import require_positive, run
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_tree_is_timed_beside_gloo(tmp_path: Path) -> None:
+    rows = run(main, tmp_path, "--shape", "64", "176", "--workers=1", "--workers=2")
+    assert list(rows) == ["176 channels, 1 worker(s)", "176 channels, 2 worker(s)"]
+    alone, two = rows.values()
+    assert (alone["each sends, MB"], alone["merges in a row"], alone["tree, s"]) == ("0", "0", "")
+    assert two["merges in a row"] == "1"
+    require_positive(two, ["each sends, MB", "all send, MB", "tree, s", "gloo, s", "tree, of gloo"])
