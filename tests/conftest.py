@@ -13,6 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.session import LOCAL_RAY
+from orchestrator import pipeline
+from tests.elsewhere import Elsewhere
+from tests.orchestrator.standing import Standing
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -49,6 +52,25 @@ def local_ray() -> Iterator[None]:
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def standing_workers() -> Iterator[None]:
+    """Let the runs of a file's tests take over each other's workers."""
+    standing = Standing()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "Placement", standing.placement)
+        patch.setattr(pipeline, "ShardGroup", standing.shards)
+        yield
+    standing.release()
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """A Python without this project, for all tests that load a checkpoint there."""
+    python = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")

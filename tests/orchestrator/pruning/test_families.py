@@ -1,9 +1,6 @@
 """The contract of a family: what each does once it is pruned, by both methods and any number of workers."""
 
 import io
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,20 +27,8 @@ from orchestrator.tracking import tracked_run
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.models.families import FAMILIES, Family
+from tests.elsewhere import Elsewhere
 from tests.tiny import save_tiny
-
-# Loads every model that it is given where the package is not, and keeps its logits.
-ELSEWHERE = """
-import sys, torch
-sys.modules["slimllm_ops"] = None
-from transformers import AutoModelForCausalLM
-
-ids = torch.load(sys.argv[1])
-for directory in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-    with torch.inference_mode():
-        torch.save(model(ids).logits, directory + ".pt")
-"""
 
 
 @dataclass(frozen=True)
@@ -185,15 +170,12 @@ def test_tied_embeddings_stay_tied(family: Family, runs: Runs, dense: dict[str, 
         assert tied == before.config.tie_word_embeddings
 
 
-def test_every_family_loads_where_the_package_is_not(runs: Runs, ids: torch.Tensor, tmp_path: Path) -> None:
-    torch.save(ids, tmp_path / "ids.pt")
-    directories = [str(run.output) for run in runs.values()]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "ids.pt"), *directories]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for run in runs.values():
-        torch.testing.assert_close(torch.load(f"{run.output}.pt"), logits(load(run), ids), rtol=1e-4, atol=1e-5)
+@each_family
+def test_every_family_loads_where_the_package_is_not(
+    family: Family, runs: Runs, ids: torch.Tensor, elsewhere: Elsewhere
+) -> None:
+    run = runs[family.name]
+    torch.testing.assert_close(elsewhere.logits(run.output, ids), logits(load(run), ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "Granite", "Olmo2", "OPT", "Phi3", "GPTNeoX"])
