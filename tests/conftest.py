@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.session import LOCAL_RAY
+from tests.elsewhere import Elsewhere
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -49,6 +50,14 @@ def local_ray() -> Iterator[None]:
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """A Python without this project, for all tests that load a checkpoint there."""
+    python = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")

@@ -56,14 +56,15 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
             seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             inputs = load_inputs(PruneConfig(**common))
             seen |= use_parts(inputs)
-        common |= {"tracking_uri": f"sqlite:///{scratch}/mlflow.db", "sparsity": (0.3,)}
-        prune(PruneConfig(**common, output=f"{scratch}/gram", method="gram"))
-        lost = cluster.list_all_nodes()[-1]
-        losing = Losing(lambda: cluster.remove_node(lost, allow_graceful=False))
-        # A node that is gone for good need not be waited for as long as one that may come back.
-        ray_workers.REPLACE_SECONDS = 10.0
-        prune(PruneConfig(**common, output=f"{scratch}/slimllm", method="slimllm"), losing)
-        seen["told"] = losing.told.getvalue()
+            # Connected already: the processes of solves stay from one run to the next.
+            common |= {"tracking_uri": "none", "sparsity": (0.3,)}
+            prune(PruneConfig(**common, output=f"{scratch}/gram", method="gram"))
+            lost = cluster.list_all_nodes()[-1]
+            losing = Losing(lambda: cluster.remove_node(lost, allow_graceful=False))
+            # A node that is gone for good need not be waited for as long as one that may come back.
+            ray_workers.REPLACE_SECONDS = 10.0
+            prune(PruneConfig(**common, output=f"{scratch}/slimllm", method="slimllm"), losing)
+            seen["told"] = losing.told.getvalue()
     finally:
         cluster.shutdown()
     return seen

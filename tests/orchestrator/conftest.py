@@ -20,8 +20,10 @@ from rich.console import Console
 from orchestrator import PruneConfig
 from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
-from tests.orchestrator.tracked import FIRST_RUN, TrackingServer, serving
+from tests.forks import Forks
+from tests.orchestrator.tracked import FIRST_RUN, MLFLOW, TrackingServer, serving
 
+ROOT = Path(__file__).parents[2]
 PruneModel = Callable[..., PruneResult]
 
 
@@ -102,12 +104,21 @@ def other_store(first_run: tuple[Path, str], tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def mlflow_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Forks of a process that has imported MLflow and its server."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    forks = Forks(MLFLOW, environment | {"PYTHONPATH": str(ROOT)}, tmp_path_factory.mktemp("mlflow"))
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
-def server(other_store: Path, free_port: tuple[int, socket.socket]) -> Iterator[TrackingServer]:
+def server(mlflow_forks: Forks, other_store: Path, free_port: tuple[int, socket.socket]) -> Iterator[TrackingServer]:
     """An MLflow server on a copy of the store."""
     port, sock = free_port
     sock.close()
-    with serving(other_store, port) as started:
+    with serving(mlflow_forks, other_store, port) as started:
         yield started
 
 

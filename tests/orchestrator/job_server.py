@@ -22,11 +22,18 @@ from typing import Any
 import psutil
 
 from orchestrator.version import DISTRIBUTION
+from tests.forks import Forks
 
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 # For what takes seconds on an idle machine.
 SECONDS = 300
 RAY_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
+# What a command that speaks to a job server imports: seconds, once for all commands.
+CLIENT = """
+import aiohttp, requests, ray.job_submission
+import cluster.jobs, orchestrator.cli
+"""
 # The cluster's Python has what slimllm needs and not slimllm, as a cluster's image has.
 WITHOUT_SLIMLLM = """
 import importlib.metadata, sys
@@ -54,6 +61,7 @@ class Head:
     folder: Path
     port: int
     environment: dict[str, str]
+    client: Forks
 
     @property
     def address(self) -> str:
@@ -66,11 +74,11 @@ class Head:
         return subprocess.Popen(command, env=self.environment, text=True, start_new_session=True, **streams)
 
     def run(self, *words: object, code: int = 0) -> tuple[str, str]:
-        """Run a command to its end; return what it said on stdout and on stderr."""
-        process = self.start(*words)
-        stdout, stderr = process.communicate(timeout=SECONDS)
-        assert process.returncode == code, stdout + stderr
-        return stdout, stderr
+        """Run a command to its end, in a fork; return what it said on stdout and on stderr."""
+        program = f"from orchestrator.cli import main; main({list(map(str, words))!r}, prog_name='slimllm')"
+        ended = self.client.run(program, seconds=SECONDS)
+        assert ended.code == code, ended.stdout + ended.stderr
+        return ended.stdout, ended.stderr
 
     def state(self, job_id: str) -> dict[str, Any]:
         listed, _ = self.run("jobs", "list", "--json")
@@ -152,7 +160,11 @@ def started_head(folder: Path) -> Iterator[Head]:
             assert time.monotonic() < deadline, (folder / "ray.log").read_text()
             time.sleep(0.2)
         here = plain_environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-        yield Head(process, with_short_path, ports[1], here)
+        client = Forks(CLIENT, here | {"PYTHONPATH": str(ROOT)}, folder)
+        try:
+            yield Head(process, with_short_path, ports[1], here, client)
+        finally:
+            client.close()
     finally:
         process.terminate()
         process.wait(timeout=60)

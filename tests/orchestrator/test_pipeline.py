@@ -1,8 +1,6 @@
 """Whole runs on a real local Ray and a real MLflow store: what they leave, and that it is right."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,32 +22,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.surgery import prune_layer
 from slimllm_ops.decide.plan import Plan
 from slimllm_ops.errors import ReadBackError
-
-# Loads a checkpoint where none of the project can be imported, however the project was installed.
-ELSEWHERE = """
-import importlib.util, sys
-
-class WithoutThisProject:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"slimllm_ops", "orchestrator", "actors", "cluster"}:
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, WithoutThisProject())
-try:
-    import slimllm_ops
-except ModuleNotFoundError:
-    pass
-else:
-    sys.exit("this project can be imported, so loading proves nothing")
-
-import numpy, torch
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = torch.from_numpy(numpy.load(sys.argv[2]))
-with torch.inference_mode():
-    numpy.save(sys.argv[3], model(ids).logits.numpy())
-"""
+from tests.elsewhere import Elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +71,9 @@ def test_a_run_leaves_every_file_it_promises(gqa_run: PruneResult) -> None:
 
 
 def test_it_loads_where_this_project_is_not(
-    gqa_run: PruneResult, pruned: PreTrainedModel, ids: Tensor, tmp_path: Path
+    gqa_run: PruneResult, pruned: PreTrainedModel, ids: Tensor, elsewhere: Elsewhere
 ) -> None:
-    np.save(tmp_path / "ids.npy", ids.numpy())
-    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    files = [str(tmp_path / name) for name in ("elsewhere.py", "ids.npy", "logits.npy")]
-    command = [sys.executable, "-I", files[0], str(gqa_run.output), *files[1:]]
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert np.allclose(np.load(files[2]), logits(pruned, ids).numpy(), atol=1e-6)
+    torch.testing.assert_close(elsewhere.logits(gqa_run.output, ids), logits(pruned, ids), rtol=1e-5, atol=1e-6)
 
 
 def test_generation_with_a_cache_is_the_one_without(pruned: PreTrainedModel, ids: Tensor) -> None:

@@ -2,29 +2,34 @@
 
 import json
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from mlflow import MlflowClient
 
 from orchestrator.tracking import Run
+from tests.forks import Forks
 
 # The app of `mlflow server` in one process: the command itself starts nine and takes half a minute.
 SERVER = """
-import os, sys
+import os
 import mlflow.server as server
-os.environ[server.BACKEND_STORE_URI_ENV_VAR] = os.environ[server.REGISTRY_STORE_URI_ENV_VAR] = sys.argv[1]
+os.environ[server.BACKEND_STORE_URI_ENV_VAR] = os.environ[server.REGISTRY_STORE_URI_ENV_VAR] = {store!r}
 os.environ[server.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
 os.environ[server.SERVE_ARTIFACTS_ENV_VAR] = "true"
-os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = sys.argv[2]
-server.app.run(host="127.0.0.1", port=int(sys.argv[3]))
+os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = {artifacts!r}
+server.app.run(host="127.0.0.1", port={port})
+"""
+# What these programs import, which takes seconds.
+MLFLOW = """
+import mlflow, mlflow.server, mlflow.server.handlers, mlflow.store.tracking.sqlalchemy_store
+import orchestrator.tracking
 """
 
 FIRST_RUN = """
@@ -41,28 +46,28 @@ with tracked_run(TrackingOptions(tracking_uri=sys.argv[1]), Path(sys.argv[2])) a
 class TrackingServer:
     """A server that runs; `store` is the database behind it."""
 
-    process: "subprocess.Popen[bytes]"
+    process: psutil.Process
     address: str
     store: str
 
 
 @contextmanager
-def serving(folder: Path, port: int) -> Iterator[TrackingServer]:
-    """Serve the mlflow.db of a folder until the context ends."""
+def serving(forks: Forks, folder: Path, port: int) -> Iterator[TrackingServer]:
+    """Serve the mlflow.db of a folder until the context ends, from a fork of a process that has imported MLflow."""
     store, artifacts = f"sqlite:///{folder / 'mlflow.db'}", str(folder / "artifacts")
-    command = [sys.executable, "-c", SERVER, store, artifacts, str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forks.start(SERVER.format(store=store, artifacts=artifacts, port=port))
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            assert process.poll() is None
+            assert process.is_running()
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
         yield TrackingServer(process, f"http://127.0.0.1:{port}", store)
     finally:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
         process.wait(timeout=10)
 
 

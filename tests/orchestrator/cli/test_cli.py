@@ -173,20 +173,21 @@ def test_a_run_that_a_signal_ends_leaves_no_process_and_is_resumed(
     assert content(output) == content(undisturbed)
 
 
-@pytest.fixture
-def other_cluster(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def other_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray that somebody else started on this machine, in processes of its own."""
+    folder = tmp_path_factory.mktemp("other")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--num-cpus=11", "--include-dashboard=false", "--disable-usage-stats"]
-    with (tmp_path / "ray.log").open("w") as log:
-        head = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, cwd=tmp_path)
+    with (folder / "ray.log").open("w") as log:
+        head = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, cwd=folder)
     try:
         deadline = time.monotonic() + 60
-        while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
-            assert head.poll() is None, (tmp_path / "ray.log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
+        while "Ray runtime started" not in (folder / "ray.log").read_text():
+            assert head.poll() is None, (folder / "ray.log").read_text()
+            assert time.monotonic() < deadline, (folder / "ray.log").read_text()
             time.sleep(0.2)
         yield f"127.0.0.1:{port}"
     finally:

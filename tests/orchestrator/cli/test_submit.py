@@ -300,8 +300,10 @@ def test_who_follows_a_job_may_go_and_come_back_and_stop_it(
     ],
 )
 def test_without_the_clusters_token_nobody_is_let_in(head: Head, changed: dict[str, str], said: str) -> None:
-    other = replace(head, environment=head.environment | changed)
-    _, stderr = other.run("submit", "prune", code=2)
+    # Ray reads these variables when it is imported.
+    process = replace(head, environment=head.environment | changed).start("submit", "prune")
+    _, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2
     assert stderr.startswith(f"slimllm: the job server at {head.address} does not let us in ({said}")
     assert stderr.endswith(
         ": set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has\n"

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from orchestrator.pipeline import PruneResult
+from orchestrator.pruning import backends
 from tests.conftest import content
 
 # `slimllm` where neither can be imported.
@@ -31,10 +33,13 @@ def test_the_same_bytes_as_on_ray_with_as_many_shards(
     held_out_file: Path,
     settings: dict[str, object],
     workers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Both are told of as many CPUs, and compute with as many threads.
+    cpus = int(ray.cluster_resources()["CPU"])
+    monkeypatch.setattr(backends.os, "sched_getaffinity", lambda process: set(range(cpus)))
     asked = settings | {"workers": workers, "evaluate": (str(held_out_file),)}
     local, on_ray = (content(run(gqa_model, **asked).output) for run in (prune_model, prune_on_ray))
-    # The file of the run's settings and the record of what was asked say where it ran.
     assert local.keys() == on_ray.keys()
     assert [name for name in local if local[name] != on_ray[name]] == []
 

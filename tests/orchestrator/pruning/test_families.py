@@ -13,6 +13,7 @@ from orchestrator.pipeline import PruneResult
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import LayerPlan, Plan
 from slimllm_ops.models.families import FAMILIES, Family
+from tests.elsewhere import Elsewhere
 from tests.tiny import save_tiny
 
 Runs = dict[str, PruneResult]
@@ -119,9 +120,12 @@ def test_tied_embeddings_stay_tied(family: Family, runs: Runs, dense: dict[str, 
         assert tied == before.config.tie_word_embeddings
 
 
-def test_every_family_loads_where_the_package_is_not(runs: Runs, ids: torch.Tensor, elsewhere: Elsewhere) -> None:
-    for run in runs.values():
-        torch.testing.assert_close(elsewhere.logits(run.output, ids), logits(load(run), ids), rtol=1e-4, atol=1e-5)
+@each_family
+def test_every_family_loads_where_the_package_is_not(
+    family: Family, runs: Runs, ids: torch.Tensor, elsewhere: Elsewhere
+) -> None:
+    run = runs[family.name]
+    torch.testing.assert_close(elsewhere.logits(run.output, ids), logits(load(run), ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "Granite", "Olmo2", "OPT", "Phi3", "GPTNeoX"])

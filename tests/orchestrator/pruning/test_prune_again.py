@@ -1,8 +1,5 @@
 """A pruned model is a model like any other: it is pruned again, by either method, and what both runs keep composes."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,8 +17,8 @@ from slimllm_ops.allocate.layer_ratios import measure_layer
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import Decision, LayerPlan, Plan
 from slimllm_ops.models.families import Branch, Family, family_named, layer_shape
+from tests.elsewhere import Elsewhere
 from tests.orchestrator.conftest import PruneModel
-from tests.orchestrator.pruning.test_families import ELSEWHERE
 from tests.tiny import save_tiny
 
 # By so much each time: then the first leaves layers with one KV group, and the second has to spare them.
@@ -230,12 +227,7 @@ def test_refining_brings_it_nearer_to_what_the_first_left(runs_of: RunsOf, ids: 
     assert after < 0.9 * before
 
 
-def test_all_load_where_the_package_is_not(runs_of: RunsOf, ids: Tensor, tmp_path: Path) -> None:
-    torch.save(ids, tmp_path / "ids.pt")
-    directories = [str(runs_of(case).twice.output) for case in CASES]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "ids.pt"), *directories]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for directory in directories:
-        torch.testing.assert_close(torch.load(f"{directory}.pt"), logits(load(Path(directory)), ids))
+def test_all_load_where_the_package_is_not(runs_of: RunsOf, ids: Tensor, elsewhere: Elsewhere) -> None:
+    for case in CASES:
+        directory = Path(runs_of(case).twice.output)
+        torch.testing.assert_close(elsewhere.logits(directory, ids), logits(load(directory), ids))

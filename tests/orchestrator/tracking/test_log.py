@@ -15,6 +15,7 @@ from orchestrator import progress
 from orchestrator.cli import main
 from orchestrator.progress import Reporter
 from orchestrator.tracking import TrackingError, TrackingOptions, how_to_log, log_output, tracked_run
+from tests.forks import Forks
 from tests.orchestrator.tracked import (
     TrackingServer,
     assert_everything_logged,
@@ -240,6 +241,7 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
     gqa_model: Path,
     token_file: Path,
     server: TrackingServer,
+    mlflow_forks: Forks,
     other_store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -268,7 +270,7 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
     names = {"sweep", "sparsity-0.20", "sparsity-0.40"}
     assert {name: run.info.status for name, run in before.items()} == dict.fromkeys(names, "RUNNING")
 
-    with serving(other_store, int(server.address.rpartition(":")[2])) as again:
+    with serving(mlflow_forks, other_store, int(server.address.rpartition(":")[2])) as again:
         said = [slimllm_log(output, "--tracking-uri", again.address) for _ in range(2)]
         served = MlflowClient(again.address)
         models = served.search_logged_models([served.get_experiment_by_name("died").experiment_id])

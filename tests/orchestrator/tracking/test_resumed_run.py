@@ -1,7 +1,5 @@
 """A run whose process was killed goes on in MLflow, from its journal, and has nothing twice."""
 
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,24 +8,25 @@ from mlflow import MlflowClient
 
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
 from orchestrator.tracking.journal import Journal
+from tests.forks import Forks
 from tests.orchestrator.tracked import events_of, steps_of
 
 # Killed between two lines: the last layer is in the journal and half of another event, MLflow has neither.
 KILLED = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
 from orchestrator.tracking import TrackingOptions, tracked_run
-uri, folder = sys.argv[1], Path(sys.argv[2])
+uri, folder = {uri!r}, Path({folder!r})
 journals = folder / "pruning" / "metrics.jsonl", folder / "child" / "pruning" / "metrics.jsonl"
 with tracked_run(TrackingOptions(experiment="killed", tracking_uri=uri), journals[0]) as run:
-    run.log_params({"seed": 7})
+    run.log_params(dict(seed=7))
     run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16)
     with run.child("child", journals[1]) as child:
         for layer in range(2):
-            child.log_metrics({"heads_kept": 8 - layer}, step=layer)
-        child._journal.append({"event": "metrics", "step": 2, "metrics": {"heads_kept": 6.0}})
+            child.log_metrics(dict(heads_kept=8 - layer), step=layer)
+        child._journal.append(dict(event="metrics", step=2, metrics=dict(heads_kept=6.0)))
         with journals[1].open("a") as file:
-            file.write('{"event": "metrics", "step": 3, "met')
+            file.write('{{"event": "metrics", "step": 3, "met')
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -48,9 +47,8 @@ def runs_of(client: MlflowClient, experiment: str) -> list[str]:
     return [run.info.run_id for run in found]
 
 
-def test_a_killed_run_goes_on(uri: str, client: MlflowClient, tmp_path: Path) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, uri, str(tmp_path)], timeout=120, check=False)
-    assert killed.returncode == -9
+def test_a_killed_run_goes_on(uri: str, client: MlflowClient, tmp_path: Path, mlflow_forks: Forks) -> None:
+    assert mlflow_forks.run(KILLED.format(uri=uri, folder=str(tmp_path))).code == -9
     before = runs_of(client, "killed")
     assert [client.get_run(run_id).info.status for run_id in before] == ["RUNNING"] * 2
 

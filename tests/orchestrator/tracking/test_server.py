@@ -10,9 +10,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import mlflow
 import psutil
 import pytest
@@ -23,6 +25,7 @@ from mlflow.entities import Run as StoredRun
 
 from orchestrator.cli import main
 from slimllm_ops.decide.plan import Plan
+from tests.elsewhere import Elsewhere
 from tests.orchestrator.tracked import files_of, steps_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "mlflow.md"
@@ -50,13 +53,20 @@ def server(first_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
     shutil.copyfile(first_run[0] / "copy.db", folder / "mlflow.db")
     store = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     store += ["--artifacts-destination", str(folder / "artifacts")]
+    with served(folder, "server", "--host", "127.0.0.1", *store) as address:
+        yield address
+
+
+@contextmanager
+def served(folder: Path, *words: str) -> Iterator[str]:
+    """Run an mlflow command that serves, in a folder and by one worker; the address."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "mlflow", *words, "--workers", "1", "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     # Two more processes, for evaluations of chats and agents.
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*command, *store], cwd=folder, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
         yield f"http://127.0.0.1:{port}"
@@ -208,6 +218,31 @@ def test_what_the_server_has_is_not_logged_again(sweep: Sweep, server: str) -> N
     assert len(sweep.client.search_model_versions("name = 'tiny'")) == len(SPARSITIES)
 
 
+def readme_words() -> list[str]:
+    """The words of the README's command that opens MLflow's page."""
+    readme = (PAGE.parents[1] / "README.md").read_text()
+    (line,) = re.findall(r"^\.venv/bin/mlflow (.*?)(?:  #.*)?$", readme, flags=re.MULTILINE)
+    return shlex.split(line)
+
+
+def assert_page(address: str) -> None:
+    with urllib.request.urlopen(f"{address}/", timeout=60) as page:
+        assert b"MLflow" in page.read()
+
+
+def test_the_page_that_the_readme_opens_is_there(server: str) -> None:
+    words, serve = readme_words(), cli.commands["server"]
+    assert cli.get_command(click.Context(cli), words[0]) is serve, "the same to MLflow"
+    assert serve.make_context(words[0], words[1:]).params["backend_store_uri"] == "sqlite:///mlflow.db"
+    assert_page(server)
+
+
+@pytest.mark.slow
+def test_the_readmes_own_command_opens_the_page(tmp_path: Path) -> None:
+    with served(tmp_path, *readme_words()) as address:
+        assert_page(address)
+
+
 def test_the_page_names_no_option_that_is_not_there() -> None:
     serve = cli.commands["server"]
     for words in page_lines("mlflow"):
@@ -226,21 +261,13 @@ def same(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
     return bool(found) and differ <= LATER
 
 
-def test_the_pages_example_loads_a_version_in_plain_transformers(sweep: Sweep, server: str, tmp_path: Path) -> None:
+def test_the_pages_example_loads_a_version_in_plain_transformers(
+    sweep: Sweep, server: str, tmp_path: Path, elsewhere: Elsewhere
+) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     assert "models:/NAME@sparsity-0-40" in example
-    without = "import sys; sys.modules['slimllm_ops'] = None\n"
     shown = "\nprint(sum(parameter.numel() for parameter in model.parameters()))"
-    program = without + example.replace("models:/NAME", "models:/tiny") + shown
-    environment = os.environ | {"MLFLOW_TRACKING_URI": server, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) == sweep.children["sparsity-0.40"].data.metrics["parameters_after"]
+    program = example.replace("models:/NAME", "models:/tiny") + shown
+    ended = elsewhere.run(program, tmp_path, MLFLOW_TRACKING_URI=server)
+    assert ended.code == 0, ended.stderr
+    assert int(ended.stdout.split()[-1]) == sweep.children["sparsity-0.40"].data.metrics["parameters_after"]

@@ -1,0 +1,133 @@
+"""A Python process that imports what programs need once, and runs each program in a fork of itself.
+
+To import torch, transformers and Ray takes seconds on an idle machine. In a fork it takes none, and nothing that one
+program does is left for the next.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+# Reads one program a line, as JSON, and answers each with a line.
+SERVER = """
+import json, os, signal, sys, tempfile, threading, traceback
+
+def run(asked):
+    os.chdir(asked["folder"])
+    os.environ.update(asked["environment"])
+    signal.alarm(asked["seconds"])
+    try:
+        exec(compile(asked["program"], "<forked>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+def fork(asked, *streams):
+    if (child := os.fork()) == 0:
+        for number, stream in enumerate(streams):
+            os.dup2(stream.fileno(), number)
+        code = run(asked)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return child
+
+def start(asked):
+    with open(os.devnull, "r+") as nobody:
+        child = fork(asked, nobody, nobody, nobody)
+    # Whoever waits for it is not its parent, and would wait for a zombie.
+    threading.Thread(target=os.waitpid, args=(child, 0), daemon=True).start()
+    return child
+
+def finish(asked):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull) as nobody:
+        child = fork(asked, nobody, out, err)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read().decode(errors="replace"))
+        return [code, *texts]
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    print(json.dumps(finish(asked) if asked["seconds"] else start(asked)), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended, and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Forks:
+    """Programs in forks of one process, which starts with the first of them.
+
+    Args:
+        imports: Python source that runs before the first fork.
+        environment: All variables of the process.
+        folder: Its working directory.
+        isolated: Whether neither PYTHONPATH nor the working directory is searched for modules.
+    """
+
+    def __init__(self, imports: str, environment: dict[str, str], folder: Path, *, isolated: bool = False) -> None:
+        self._command = [sys.executable, *["-I"] * isolated, "-c", imports + SERVER]
+        self._environment, self._folder = environment, folder
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, program: str, folder: Path | None = None, seconds: int = 180, **environment: str) -> Ended:
+        """Run a program to its end, with nobody to ask.
+
+        Args:
+            program: Python source.
+            folder: Its working directory, by default that of the process.
+            seconds: It is killed after that.
+            environment: More variables.
+        """
+        return Ended(*self._ask(program, folder, seconds, environment))
+
+    def start(self, program: str, folder: Path | None = None) -> psutil.Process:
+        """Start a program that whoever asks for it ends; what it prints is lost."""
+        return psutil.Process(self._ask(program, folder, 0, {}))
+
+    def _ask(self, program: str, folder: Path | None, seconds: int, environment: dict[str, str]) -> Any:
+        process = self._process = self._process or self._begin()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        where = str(folder or self._folder)
+        asked = {"program": program, "folder": where, "seconds": seconds, "environment": environment}
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, f"the process that runs programs has ended: {process.wait(timeout=60)}"
+        return json.loads(answer)
+
+    def _begin(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self._command,
+            cwd=self._folder,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate(timeout=60)
