@@ -24,8 +24,6 @@ from orchestrator.preflight.estimate import Estimate, Stage
 from orchestrator.preflight.stages import LIBRARIES
 from slimllm_ops.stream.operations import Rates
 
-pytestmark = pytest.mark.own_workers
-
 Usage = namedtuple("Usage", "total used free")
 WORKERS = WorkerPlan(4, 2, 0.0, weights_travel=False)
 ESTIMATE = Estimate(

@@ -28,8 +28,6 @@ from slimllm_ops.moments.moments import MomentSum
 from slimllm_ops.stream.footprint import moment_bytes
 from slimllm_ops.stream.operations import Rates
 
-pytestmark = pytest.mark.own_workers
-
 SHAPE = Shape(hidden=512, intermediate=2048, layers=3, heads=8, kv_heads=4, vocabulary=500)
 BLOCKS, LENGTH = 64, 256
 WITHIN = 0.3

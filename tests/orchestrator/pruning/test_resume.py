@@ -18,8 +18,6 @@ from orchestrator.pipeline import PruneResult, calibrate, prune
 from orchestrator.progress import Reporter
 from tests.conftest import content, files_of_at_most
 
-pytestmark = pytest.mark.own_workers
-
 Run = Callable[..., PruneResult]
 # What happens when a stage has reached a layer.
 Event = tuple[str, int, Callable[[], None]]
