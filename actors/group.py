@@ -21,8 +21,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from slimllm_ops.stream.passes import Mean
-from slimllm_ops.stream.weights import compute_dtype
 
 from actors.batching import BATCH_TOKENS, into_batches
 from actors.shard import Arguments, Shard
@@ -31,8 +29,10 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.moments import merge_tree
+from slimllm_ops.moments.sums import Mean
 from slimllm_ops.stream.footprint import Footprint
 from slimllm_ops.stream.opening import open_refinement, open_stream
+from slimllm_ops.stream.weights import compute_dtype
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from slimllm_ops.stream.weights import compute_dtype
 
 from actors import local
 from actors.local import Held, LocalWorkers
@@ -32,6 +31,7 @@ from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import accumulation_dtype
 from slimllm_ops.stream.operations import LayerOperations, elimination_operations, rate_of_products
+from slimllm_ops.stream.weights import compute_dtype
 
 R = TypeVar("R")
 

@@ -11,8 +11,6 @@ apply                    LayerStream.apply on every shard
 
 from dataclasses import replace
 
-from slimllm_ops.stream.passes import LayerStream
-
 from orchestrator.pruning.run_context import RunContext
 from orchestrator.pruning.targets import Target
 from slimllm_ops.allocate.layer_ratios import (
@@ -25,6 +23,7 @@ from slimllm_ops.allocate.layer_ratios import (
 )
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.stream.passes import LayerStream
 
 DENSE, PRUNED = "dense", "pruned"
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from slimllm_ops.decide.paths import LayerPaths, ModulePath
-from slimllm_ops.stream.passes import PROBED_TOKENS, LayerStream
 
 from actors.pool import SolverPool, in_flight
 from actors.workers import Reference
@@ -31,13 +29,15 @@ from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_
 from slimllm_ops.allocate.layer_ratios import measure_layer, parameters_to_remove
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.paths import LayerPaths, ModulePath
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.models.pair import MODULES, Pair
 from slimllm_ops.module_solves import decide_module, eliminate_observed, rank_module
-from slimllm_ops.moments.observation import DensePass
 from slimllm_ops.moments.ranking import Ranking
+from slimllm_ops.moments.sums import DensePass
+from slimllm_ops.stream.passes import PROBED_TOKENS, LayerStream
 
 DENSE = "dense"
 

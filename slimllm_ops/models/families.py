@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from slimllm_ops.errors import CheckpointError, shown
+from slimllm_ops.models.pair import Pair
 from slimllm_ops.models.pruned.pruned_layers import LinearNames, PrunedExpertsMixin, PrunedModelMixin
 from slimllm_ops.models.tensor_layout import Stored
 
@@ -224,6 +225,11 @@ class Family:
     def mlp(self) -> Branch:
         """The MLP."""
         return Branch(self.mlp_names, self.mlp_reading)
+
+    @property
+    def branches(self) -> Pair[Branch]:
+        """The attention and the MLP."""
+        return Pair(self.attention, self.mlp)
 
     def multiplier(self, config: PretrainedConfig) -> float:
         """Return what everything that a branch adds to the residual stream is multiplied by."""

@@ -10,9 +10,9 @@ Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -24,53 +24,20 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.surgery import recovered_experts, recovered_projection
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.errors import NonFiniteError
-from slimllm_ops.models.families import Branch
-from slimllm_ops.moments.observation import ObservationSum
-from slimllm_ops.moments.routing import Observed, Routed, RoutedStates, RoutedSum, project, route
+from slimllm_ops.models.families import Branch, Family, LayerShape, layer_shape
+from slimllm_ops.moments.observation import ObservationSum, Observed
+from slimllm_ops.moments.routing import Routed, RoutedStates, RoutedSum, project, route
 from slimllm_ops.moments.states import States, StateStore
+from slimllm_ops.moments.sums import DensePass, Mean
 
 # Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
 LOGIT_TOKENS = 1024
 # A norm's gain below this fraction of its largest passes nothing on.
 SMALLEST_GAIN = 1e-3
+# The read-back of a checkpoint compares the states of so many first tokens: causal, so they need no others.
+PROBED_TOKENS = 64
 
 Seen = TypeVar("Seen", bound=Observed)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A sum over tokens, and how many they are."""
-
-    total: float
-    count: int
-
-    def merge(self, other: "Mean") -> "Mean":
-        """Return the sum over both sets of tokens."""
-        return Mean(self.total + other.total, self.count + other.count)
-
-    @property
-    def value(self) -> float:
-        """The mean."""
-        return self.total / self.count
-
-
-@dataclass(frozen=True)
-class Passage:
-    """What a pass of a branch leaves: squared norms, summed over tokens.
-
-    Attributes:
-        power: of the states.
-        change: of what the layer has added to them so far; None where that is not measured.
-    """
-
-    power: Mean
-    change: Mean | None = None
-
-    def merge(self, other: "Passage") -> "Passage":
-        """Return the sums over both sets of tokens."""
-        if self.change is None or other.change is None:
-            return Passage(self.power.merge(other.power))
-        return Passage(self.power.merge(other.power), self.change.merge(other.change))
 
 
 class LayerStream:
@@ -82,6 +49,7 @@ class LayerStream:
         device: where the layers run; on the CPU in float32, on a GPU in bfloat16.
         store: makes what holds the batches' states; in the device's memory if it is not given.
         measures_change: whether the states that enter a layer are held, to see what it changes.
+        intercept: whether recoveries from what `observe` returns may fit an intercept.
     """
 
     def __init__(
@@ -92,6 +60,7 @@ class LayerStream:
         store: StateStore = list,
         *,
         measures_change: bool = False,
+        intercept: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
@@ -99,6 +68,7 @@ class LayerStream:
         self.batches = batches
         self.store = store
         self._measures_change = measures_change
+        self._intercept = intercept
         self._multiplier = checkpoint.family.multiplier(checkpoint.config)
         self._parallel = checkpoint.family.is_parallel(checkpoint.config)
         self._model = _build_skeleton(checkpoint)
@@ -108,6 +78,15 @@ class LayerStream:
         self._branch_outputs: States | RoutedStates = store()
         self._entered: tuple[int, States] | None = None
         self.hidden = self._embed()
+
+    @property
+    def family(self) -> Family:
+        """The checkpoint's family."""
+        return self.checkpoint.family
+
+    def shape(self, layer: int) -> LayerShape:
+        """Return what a layer's branches are made of."""
+        return layer_shape(self.checkpoint.config, layer)
 
     @torch.inference_mode()
     def forward(self, layer: int) -> Mean:
@@ -130,10 +109,10 @@ class LayerStream:
         for normalised, x_bTP in self._run(layer, branch):
             seen.add(x_bTP, normalised)
             self._branch_outputs.append(x_bTP)
-        return self.require_finite(seen.packed(), layer, branch)
+        return self.require_finite(seen.packed(), layer, branch).with_intercept(self._intercept)
 
     @torch.inference_mode()
-    def observe_dense(self, layer: int, branch: Branch) -> tuple[Observed, Passage]:
+    def observe_dense(self, layer: int, branch: Branch) -> DensePass:
         """Pass a branch as it is and return its moments, and what is known of the states that result.
 
         Nothing is held but the residual stream, and what entered the layer where its change is measured.
@@ -150,7 +129,8 @@ class LayerStream:
             power = power.merge(self._add(index, added))
             if before is not None:
                 change = change.merge(_summed_power(self.hidden[index] - before[index]))
-        return self.require_finite(seen.packed(), layer, branch), Passage(power, None if before is None else change)
+        observed = self.require_finite(seen.packed(), layer, branch)
+        return DensePass(observed, power, None if before is None else change)
 
     @torch.inference_mode()
     def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
@@ -275,6 +255,14 @@ class LayerStream:
         with _answered(self._layers(), states_bTD):
             ids = torch.zeros(states_bTD.shape[:2], dtype=torch.int64, device=self.device)
             return self._model(input_ids=ids, use_cache=False).logits
+
+    def probe(self) -> np.ndarray:
+        """Return the hidden states (T', D) of the first tokens of the first block."""
+        return self.hidden[0][0, :PROBED_TOKENS].float().cpu().numpy()
+
+    def probed_ids(self) -> np.ndarray:
+        """Return the ids (T',) of the tokens whose states `probe` returns."""
+        return self.batches[0][0, :PROBED_TOKENS].numpy()
 
     def close(self) -> None:
         """Give everything back now: modules refer to each other in circles, which Python frees when it likes."""

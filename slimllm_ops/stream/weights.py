@@ -1,0 +1,3 @@
+"""Weights."""
+
+from slimllm_ops.stream.layer_stream import compute_dtype  # noqa: F401
