@@ -46,5 +46,5 @@ def open_refinement(
         pruned: The pruned model.
         origins: The dense layer that each pruned layer comes from.
     """
-    streams = (LayerStream(model, ids, place.device, place.store) for model in (dense, pruned))
-    return RefinementStream(*streams, origins)
+    of_dense, of_pruned = (LayerStream(model, ids, place.device, place.store) for model in (dense, pruned))
+    return RefinementStream(of_dense, of_pruned, origins)
