@@ -41,11 +41,9 @@ from slimllm_ops.stream.read_back import read_back
 # What whoever runs this can mend; everything else is a bug, or a machine that failed.
 USER_ERRORS = (ConfigError, DataError, InputError, ClusterError, TrackingError)
 
-# How each method prunes, by its name.
-PRUNERS: dict[str, Callable[[Job, list[Target]], None]] = {
-    "slimllm": prune_layerwise,
-    **{name: partial(prune_one_pass, method) for name, method in METHODS.items()},
-}
+Prune = Callable[[Job, list[Target]], None]
+# Methods that are no row of `METHODS`.
+PRUNERS: dict[str, Prune] = {"slimllm": prune_layerwise}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +140,7 @@ def _prune_into(
             _tell_resumed(job)
             _log_children(job, targets, run, params)
             _log_committed(job, targets)
-            PRUNERS[config.method](job, targets)
+            pruner_of(config.method)(job, targets)
             models = [
                 _finish(job, target, params, output.place_of(target.directory.relative_to(staging.directory)))
                 for target in targets
@@ -157,6 +155,11 @@ def _prune_into(
             experiment_id=run.experiment_id,
             run_id=run.run_id,
         )
+
+
+def pruner_of(method: str) -> Prune:
+    """Return how a method prunes: layer by layer, or as its row of `METHODS` says, a user's own among them."""
+    return PRUNERS[method] if method in PRUNERS else partial(prune_one_pass, METHODS[method])
 
 
 def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | str:

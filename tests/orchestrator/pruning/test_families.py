@@ -23,7 +23,7 @@ from actors.serving import shared_files
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import load_inputs
 from orchestrator.output.staging import staged
-from orchestrator.pipeline import PRUNERS, complete, tracking_options
+from orchestrator.pipeline import complete, pruner_of, tracking_options
 from orchestrator.progress import Reporter
 from orchestrator.pruning.run_context import Job, open_targets
 from orchestrator.tracking import tracked_run
@@ -79,7 +79,7 @@ class Workers:
         ):
             pool, reporter = SolverPool(inputs.source, self.placement), Reporter(Console(file=io.StringIO()))
             job = Job(config, inputs, self.shards, pool, staging, reporter)
-            PRUNERS[config.method](job, [target])
+            pruner_of(config.method)(job, [target])
             totals = complete(job, target)
         return Pruned(output, target.final.log.plans, totals.sparsity)
 
