@@ -5,15 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.settings import Check, ConfigError, Effect, Methods, declared, read_settings, setting
+from orchestrator.methods import GRAM, ONE_PASS, PAPER, known_methods
+from orchestrator.settings import Check, Effect, declared, read_settings, require, setting
+from orchestrator.settings import ConfigError as ConfigError
 from orchestrator.sources.storage import is_uri
-
-# `slimllm` goes layer by layer. The others need one pass over the calibration data, and are rows of
-# slimllm_ops/methods.py; that takes seconds to import, so the names stand here too, and a test compares them.
-PAPER = Methods("slimllm", ("slimllm",))
-ONE_PASS = Methods("one-pass methods", ("gram", "flap", "fasp", "slimgpt", "wanda-sp", "magnitude", "random"))
-GRAM = Methods("gram", ("gram",))
-METHODS = PAPER.names + ONE_PASS.names
 
 DEFAULT_SPARSITY = 0.2
 FRACTION = Check(lambda value: 0 < value < 1, "it must lie between 0 and 1, both excluded")
@@ -63,7 +58,6 @@ class PruneConfig:
         f"How to choose units: slimllm layer by layer, or a one-pass method: {', '.join(ONE_PASS.names)}.",
         "What to remove",
         ("prune", "doctor"),
-        choices=METHODS,
         tags_models=True,
     )
     sparsity: tuple[float, ...] = setting(
@@ -129,7 +123,7 @@ class PruneConfig:
         False, "Keep the same number of heads and channels in every layer.", "Form", ("prune",), tags_models=True
     )
     multiple_of: int = setting(
-        1, "Keep a multiple of N channels in every layer.", "Form", ("prune",), check=AT_LEAST_ONE
+        1, "Keep a multiple of N channels in every layer.", "Form", ("prune", "compare"), check=AT_LEAST_ONE
     )
     no_bias: bool = setting(False, "Recover without new biases.", "Form", ("prune",), tags_models=True)
     drop_layers: bool = setting(
@@ -229,23 +223,25 @@ class PruneConfig:
                 value = (value,) if isinstance(value, str | int | float) else tuple(value)
                 object.__setattr__(self, name, value)
             one.require(value)
+        known = known_methods(self.method)
+        require(self.method in known, f"method {self.method!r} is unknown: choose one of {', '.join(known)}")
         self._check_targets()
-        _require(
+        require(
             not (self.local and self.address),
             "local computes in this process, and address names a Ray cluster: give one of them",
         )
         self._check_command()
 
     def _check_targets(self) -> None:
-        _require(
+        require(
             not self.sparsity or self.ratio is None,
             "sparsity and ratio were both given: sparsity solves for the ratio, so give one of them",
         )
-        _require(len(set(self.sparsity)) == len(self.sparsity), "a sparsity was given twice: give each once")
+        require(len(set(self.sparsity)) == len(self.sparsity), "a sparsity was given twice: give each once")
 
     def _check_command(self) -> None:
         for name in ("pruned_layers", "alpha"):
-            _require(
+            require(
                 not self.uniform or getattr(self, name) is None,
                 f"{name} says how layers differ, and uniform that they do not: give one of them",
             )
@@ -256,7 +252,7 @@ class PruneConfig:
     @property
     def in_one_pass(self) -> bool:
         """Whether the method needs one pass over the dense model, and not one for every sparsity."""
-        return self.method in ONE_PASS.names
+        return self.method in ONE_PASS
 
     @property
     def targets(self) -> tuple[float | None, ...]:
@@ -277,14 +273,14 @@ class CompareConfig(PruneConfig):
     keep_checkpoints: bool = setting(False, "Keep every model that was measured.", "Result", ("compare",))
 
     def _check_command(self) -> None:
-        _require(
+        require(
             not is_uri(self.output or ""),
             f"output {self.output} is a URI, and a comparison is written to a directory: pass one, and copy it there",
         )
-        _require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
-        _require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
+        require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
+        require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
         for name, one in declared(PruneConfig).items():
-            _require(
+            require(
                 "compare" in one.commands or not one.is_set(self),
                 f"{name} is a setting of prune: leave it out of a comparison",
             )
@@ -297,8 +293,3 @@ def read_config_file(path: Path, kind: type[PruneConfig] = PruneConfig) -> dict[
         ConfigError: The file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
     """
     return read_settings(path, declared(kind))
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)

@@ -43,11 +43,9 @@ from slimllm_ops.methods import METHODS
 # What whoever runs this can mend; everything else is a bug, or a machine that failed.
 USER_ERRORS = (ConfigError, DataError, InputError, ClusterError, TrackingError)
 
-# How each method prunes, by its name.
-PRUNERS: dict[str, Callable[[RunContext, list[Target]], None]] = {
-    "slimllm": prune_layerwise,
-    **{name: partial(prune_one_pass, method) for name, method in METHODS.items()},
-}
+Prune = Callable[[RunContext, list[Target]], None]
+# Methods that are no row of `METHODS`.
+PRUNERS: dict[str, Prune] = {"slimllm": prune_layerwise}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ def _prune_into(
             _tell_resumed(context)
             _log_children(context, targets, run, params)
             _log_committed(context, targets)
-            PRUNERS[config.method](context, targets)
+            pruner_of(config.method)(context, targets)
             models = [
                 _finish(context, target, params, output.place_of(target.directory.relative_to(staging.directory)))
                 for target in targets
@@ -160,6 +158,11 @@ def _prune_into(
             experiment_id=run.experiment_id,
             run_id=run.run_id,
         )
+
+
+def pruner_of(method: str) -> Prune:
+    """Return how a method prunes: layer by layer, or as its row of `METHODS` says, a user's own among them."""
+    return PRUNERS[method] if method in PRUNERS else partial(prune_one_pass, METHODS[method])
 
 
 def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | str:

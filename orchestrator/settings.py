@@ -12,6 +12,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
+from orchestrator.methods import Methods
+
 
 class ConfigError(ValueError):
     """A setting is out of range, unknown, or contradicts another; the message says what to change."""
@@ -32,19 +34,6 @@ class Check:
 
     holds: Callable[[Any], bool]
     must: str
-
-
-@dataclass(frozen=True)
-class Methods:
-    """Methods that take a setting, and what help texts call them."""
-
-    label: str
-    names: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """List the names: "gram, flap or fasp"."""
-        *first, last = self.names
-        return f"{', '.join(first)} or {last}" if first else last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +126,14 @@ class Setting:
             ConfigError: It is not one of the choices, or out of range.
         """
         for item in value if self.repeated else () if value is None else (value,):
-            if self.choices and item not in self.choices:
-                raise ConfigError(f"{self.name} {item!r} is unknown: choose one of {', '.join(self.choices)}")
-            if self.check and not self.check.holds(item):
-                raise ConfigError(f"{self.name} is {item}: {self.check.must}")
+            known = ", ".join(self.choices)
+            require(not known or item in self.choices, f"{self.name} {item!r} is unknown: choose one of {known}")
+            if self.check:
+                require(self.check.holds(item), f"{self.name} is {item}: {self.check.must}")
 
     def taken_by(self, method: str) -> bool:
         """Return whether a method takes the setting."""
-        return self.methods is None or method in self.methods.names
+        return self.methods is None or method in self.methods
 
     def require_method(self, method: str) -> None:
         """Check that a method takes the setting.
@@ -157,6 +146,16 @@ class Setting:
             raise ConfigError(
                 f"{self.name} belongs to --method {self.methods}: choose {ones}, or leave {self.name} out"
             )
+
+
+def require(holds: bool, message: str) -> None:
+    """Refuse settings that do not hold.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if not holds:
+        raise ConfigError(message)
 
 
 def setting(default: Any, help: str, group: str | None, commands: tuple[str, ...], **declared: Any) -> Any:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from orchestrator.config import PruneConfig
+
 
 class DataError(ValueError):
     """The text or tokens asked for cannot be used: what was asked, what was found, what to do."""
@@ -22,9 +24,9 @@ class TextOptions:
         seed: Chooses the kept blocks.
     """
 
-    samples: int = 128
-    sequence_length: int = 2048
-    seed: int = 0
+    samples: int = PruneConfig.samples
+    sequence_length: int = PruneConfig.sequence_length
+    seed: int = PruneConfig.seed
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0)):

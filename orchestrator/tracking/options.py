@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.config import PruneConfig
 from orchestrator.secrets import masked
 
 # The tracking URI of a run that only its journal records.
@@ -26,7 +27,7 @@ class TrackingOptions:
         register: Name under which the checkpoint becomes a model version; None registers nothing.
     """
 
-    experiment: str = "slimllm"
+    experiment: str = PruneConfig.experiment
     tracking_uri: str | None = None
     run_name: str | None = None
     register: str | None = None

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 
 from orchestrator.cli import main
 from orchestrator.cli.options import option_of
-from orchestrator.config import ONE_PASS, CompareConfig, PruneConfig
-from orchestrator.settings import Check, ConfigError, Methods, Setting, declared, read_settings, setting
+from orchestrator.config import CompareConfig, PruneConfig
+from orchestrator.methods import ONE_PASS, Methods
+from orchestrator.settings import Check, ConfigError, Setting, declared, read_settings, setting
 from slimllm_ops import methods
 
 
@@ -112,6 +113,15 @@ def test_every_declaration_says_a_sentence_and_names_commands_that_there_are(set
 
 def test_the_methods_are_those_of_the_registry() -> None:
     assert ONE_PASS.names == tuple(methods.METHODS)
+
+
+def test_a_row_of_a_users_own_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"method 'mine' is unknown: choose one of slimllm, gram, flap, .*, random$"):
+        PruneConfig(method="mine")
+    monkeypatch.setitem(methods.METHODS, "mine", methods.METHODS["flap"])
+    assert PruneConfig(method="mine", refine=True).in_one_pass
+    with pytest.raises(ConfigError, match=r"choose one of slimllm, gram, .*, random, mine$"):
+        PruneConfig(method="yours")
 
 
 @pytest.mark.parametrize("name", [name for name, one in declared(PruneConfig).items() if one.methods == ONE_PASS])
