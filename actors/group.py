@@ -186,6 +186,7 @@ class ShardGroup:
         *,
         deciding: bool = False,
         measures_change: bool = False,
+        intercept: bool = True,
     ) -> None:
         """Spread token blocks (B, T), int32, over the shards, in order and evenly.
 
@@ -195,13 +196,14 @@ class ShardGroup:
             blocks_BT: the blocks.
             deciding: whether branches will wait for decisions, so that their outputs are held.
             measures_change: whether it is seen what layers change, so that what enters them is held.
+            intercept: whether recoveries from what is observed may fit an intercept.
 
         Raises:
             InputError: a worker has not the memory for it.
         """
         device = torch.device(self._placement.device)
         footprint = Footprint.of(checkpoint, device, deciding=deciding, measures_change=measures_change)
-        self._open(name, blocks_BT, footprint, "open_stream", (checkpoint,), measures_change)
+        self._open(name, blocks_BT, footprint, "open_stream", (checkpoint,), measures_change, intercept)
 
     def _open(
         self,

@@ -5,6 +5,7 @@ A bounded number is under way, so that the moments in flight bound the memory, w
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 from actors.placement import Placement
 from actors.waiting import get_in_order
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.paths import ModulePath
 from slimllm_ops.decide.plan import Decision
+from slimllm_ops.errors import SolveError
 from slimllm_ops.methods import Method
 from slimllm_ops.models.families import Branch
 from slimllm_ops.module_solves import decide_module, eliminate_module, rank_module
+from slimllm_ops.moments.observation import Observed
 from slimllm_ops.moments.ranking import Ranking
-from slimllm_ops.moments.routing import Observed
 from slimllm_ops.stream.memory import return_large_blocks
 
 IN_FLIGHT = 3
@@ -57,10 +60,9 @@ class SolverPool:
         observed: ray.ObjectRef,
         num_units: int,
         method: Method,
-        with_bias: bool,
     ) -> ray.ObjectRef:
         """Rank a module's units by a method; refers to a `Ranking`."""
-        return self._submit(_rank, layer, branch, observed, num_units, method, with_bias)
+        return self._submit(_rank, layer, branch, observed, num_units, method)
 
     def decide(
         self,
@@ -70,10 +72,9 @@ class SolverPool:
         method: Method,
         ranking: Ranking,
         removals: list[int],
-        with_bias: bool,
     ) -> ray.ObjectRef:
         """Decide a module at several numbers of units removed; refers to a list of decisions."""
-        return self._submit(_decide, layer, branch, observed, method, ranking, removals, with_bias)
+        return self._submit(_decide, layer, branch, observed, method, ranking, removals)
 
     def _submit(self, solve: Callable[..., Any], layer: int, branch: Branch, *arguments: Any) -> ray.ObjectRef:
         # A solve is a pure function: one that is lost with its node is run again.
@@ -95,23 +96,14 @@ def results(submissions: Iterable[tuple[ray.ObjectRef, ...]]) -> Iterator[list[A
         yield get_in_order(list(waiting.popleft()))
 
 
-def _eliminate(
-    bench: Workbench, layer: int, branch: Branch, observed: Observed, num_units: int
-) -> tuple[Ranking, float]:
-    return eliminate_module(_weight(bench, layer, branch), observed, num_units, _described(layer, branch))
+def _eliminate(bench: Workbench, layer: int, branch: Branch, observed: Observed, num_units: int) -> ModulePath:
+    with _named_in_errors(layer, branch):
+        return eliminate_module(_weight(bench, layer, branch), observed, num_units)
 
 
-def _rank(
-    bench: Workbench,
-    layer: int,
-    branch: Branch,
-    observed: Observed,
-    num_units: int,
-    method: Method,
-    with_bias: bool,
-) -> Ranking:
-    weight_DP, described = _weight(bench, layer, branch), _described(layer, branch)
-    return rank_module(weight_DP, observed, num_units, method, with_bias, described)
+def _rank(bench: Workbench, layer: int, branch: Branch, observed: Observed, num_units: int, method: Method) -> Ranking:
+    with _named_in_errors(layer, branch):
+        return rank_module(_weight(bench, layer, branch), observed, num_units, method)
 
 
 def _decide(
@@ -122,10 +114,17 @@ def _decide(
     method: Method,
     ranking: Ranking,
     removals: list[int],
-    with_bias: bool,
 ) -> list[Decision | None]:
-    weight_DP = _weight(bench, layer, branch)
-    return decide_module(weight_DP, observed, method, ranking, removals, _described(layer, branch), with_bias)
+    with _named_in_errors(layer, branch):
+        return decide_module(_weight(bench, layer, branch), observed, method, ranking, removals)
+
+
+@contextmanager
+def _named_in_errors(layer: int, branch: Branch) -> Iterator[None]:
+    try:
+        yield
+    except SolveError as error:
+        raise SolveError(f"{_described(layer, branch)}: {error}") from None
 
 
 def _weight(bench: Workbench, layer: int, branch: Branch) -> torch.Tensor:

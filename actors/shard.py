@@ -18,9 +18,9 @@ import torch
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import Decision, LayerPlan
-from slimllm_ops.models.families import Branch, layer_shape
-from slimllm_ops.moments.observation import PackedObservation
-from slimllm_ops.moments.routing import Observed
+from slimllm_ops.errors import MiscountError
+from slimllm_ops.models.families import Branch
+from slimllm_ops.moments.observation import Observed, PackedObservation
 from slimllm_ops.moments.states import SpilledStates, StateStore
 from slimllm_ops.stream.layer_stream import LayerStream, Mean, Passage
 from slimllm_ops.stream.memory import free_memory, return_large_blocks
@@ -53,10 +53,15 @@ class Shard:
         self._refinements: dict[str, RefinementStream] = {}
 
     def open_stream(
-        self, name: str, checkpoint: Checkpoint, batches: list[np.ndarray], measures_change: bool = False
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        batches: list[np.ndarray],
+        measures_change: bool = False,
+        intercept: bool = True,
     ) -> None:
         """Embed batches of token blocks, each (b, T) int32, as the input of a model's first layer."""
-        self._streams[name] = self._stream(checkpoint, batches, measures_change)
+        self._streams[name] = self._stream(checkpoint, batches, measures_change, intercept)
 
     def close_stream(self, name: str) -> None:
         """Give a stream's memory back."""
@@ -93,42 +98,21 @@ class Shard:
 
     def require_tokens(self, observed: Observed, num_tokens: int, described: str) -> None:
         """Refuse merged moments that are not of all tokens."""
-        observed.require_tokens(num_tokens, described)
+        try:
+            observed.require_tokens(num_tokens)
+        except MiscountError as error:
+            raise MiscountError(f"{described}: {error}") from None
 
-    def decide_heads(
-        self, name: str, layer: int, observed: PackedObservation, *, num_removed: int, with_bias: bool = True
-    ) -> Decision:
+    def decide_heads(self, name: str, layer: int, observed: Observed, *, num_removed: int) -> Decision:
         """Decide a layer's attention (`slimllm_ops.decide.paper`)."""
-        stream = self._streams[name]
-        return decide_heads(
-            stream.weights(layer),
-            stream.checkpoint.family.attention,
-            observed,
-            num_units=layer_shape(stream.checkpoint.config, layer).num_attention_units,
-            num_removed=num_removed,
-            with_bias=with_bias,
-        )
+        return decide_heads(self._streams[name], observed, layer, num_removed=num_removed)
 
     def decide_channels(
-        self,
-        name: str,
-        layer: int,
-        observed: Observed,
-        *,
-        num_removed: int,
-        keep_lowest: float,
-        with_bias: bool = True,
+        self, name: str, layer: int, observed: Observed, *, num_removed: int, keep_lowest: float
     ) -> Decision:
         """Decide a layer's MLP (`slimllm_ops.decide.paper`)."""
         stream = self._streams[name]
-        return decide_channels(
-            stream.weights(layer),
-            stream.checkpoint.family.mlp,
-            observed,
-            num_removed=num_removed,
-            keep_lowest=keep_lowest,
-            with_bias=with_bias,
-        )
+        return decide_channels(stream, observed, layer, num_removed=num_removed, keep_lowest=keep_lowest)
 
     def apply(self, name: str, layer: int, branch: Branch, decision: Decision | None) -> Mean:
         """Add the observed branch's output, pruned or dense, to the hidden states; return their summed squares."""
@@ -207,9 +191,16 @@ class Shard:
         # Received arrays are read-only views of shared memory.
         return {name: torch.from_numpy(array.copy()).to(self._device) for name, array in refined.items()}
 
-    def _stream(self, checkpoint: Checkpoint, batches: list[np.ndarray], measures_change: bool = False) -> LayerStream:
+    def _stream(
+        self,
+        checkpoint: Checkpoint,
+        batches: list[np.ndarray],
+        measures_change: bool = False,
+        intercept: bool = True,
+    ) -> LayerStream:
         tensors = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
-        return LayerStream(checkpoint, tensors, self._device, self._store, measures_change=measures_change)
+        choices = {"measures_change": measures_change, "intercept": intercept}
+        return LayerStream(checkpoint, tensors, self._device, self._store, **choices)
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -27,9 +27,10 @@ from slimllm_ops.allocate.layer_ratios import (
     parameters_to_remove,
     published_settings,
 )
-from slimllm_ops.checkpoint.moment_store import LayerPaths, ModulePath, MomentStore
+from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.writing import CheckpointWriter
+from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.methods import METHODS
 from slimllm_ops.models.families import Branch, layer_shape
@@ -203,7 +204,7 @@ def prune_gram(run: Run) -> Stages:
             with stages.timed("observing"):
                 observed, passage = shard.observe_dense("a", layer, branch)
             with stages.timed("eliminating"):
-                paths.append(ModulePath(*eliminate_module(run.weight(layer, branch), observed, num_units, "")))
+                paths.append(eliminate_module(run.weight(layer, branch), observed, num_units))
             seen.append(observed)
         with stages.timed("storing moments"):
             store.save(layer, LayerPaths(*paths, passage.power.value), *seen)
@@ -248,7 +249,7 @@ def _write_models(run: Run, store: MomentStore, stages: Stages, sparsities: tupl
 def _decide(
     run: Run, layer: int, branch: Branch, observed: PackedObservation, candidate: Candidate, removals: list[int]
 ) -> list[Decision | None]:
-    return decide_module(run.weight(layer, branch), observed, GRAM, candidate.ranking, removals, "")
+    return decide_module(run.weight(layer, branch), observed, GRAM, candidate.ranking, removals)
 
 
 def _branches(source: Checkpoint) -> tuple[Branch, Branch]:

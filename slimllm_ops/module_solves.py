@@ -4,105 +4,95 @@ The functions are pure and read nothing but their arguments, so they run whereve
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.layer_ratios import LayerSize
-from slimllm_ops.checkpoint.moment_store import LayerPaths
 from slimllm_ops.decide.elimination import eliminate
-from slimllm_ops.decide.experts import rank_experts, refit_experts
+from slimllm_ops.decide.experts import join_refits
+from slimllm_ops.decide.parts import Fit, fit_part, rank_part
+from slimllm_ops.decide.paths import LayerPaths, ModulePath
 from slimllm_ops.decide.plan import Decision
-from slimllm_ops.errors import SolveError
 from slimllm_ops.methods import Method
-from slimllm_ops.models.families import unit_rows
-from slimllm_ops.moments.projection import Projection
+from slimllm_ops.moments.observation import Observed
 from slimllm_ops.moments.ranking import Ranking
-from slimllm_ops.moments.routing import Observed, PackedExperts
 
 
 @torch.inference_mode()
-def eliminate_module(weight_DP: Tensor, observed: Observed, num_units: int, described: str) -> tuple[Ranking, float]:
+def eliminate_module(weight: Tensor, observed: Observed, num_units: int) -> ModulePath:
     """Return gram's elimination path of a module, and the variance of its output, both as the stream sees them.
 
     Args:
-        weight_DP: the output projection's weight, on the device to compute on; that of experts is (E, D, P).
-        observed: its moments.
-        num_units: how many units its inputs make.
-        described: the layer and module, for errors.
+        weight: The output projection's weight (D, P), on the device to compute on; that of experts is (E, D, P).
+        observed: The module's merged observation.
+        num_units: How many units each part's inputs make.
 
     Raises:
-        SolveError: the moments cannot be inverted.
+        SolveError: The moments cannot be inverted.
     """
-    if isinstance(observed, PackedExperts):
-        return rank_experts(weight_DP, observed, eliminate, described)
-    projection = Projection.of(observed.unpack(weight_DP.device).moments, weight_DP)
-    try:
-        ranking = eliminate(projection, num_units)
-    except SolveError as error:
-        raise SolveError(f"{described}: {error}") from None
-    return ranking.scaled(observed.gain), observed.gain * float(projection.variance_D.sum())
+    rankings, variance = [], 0.0
+    for part in observed.parts(weight):
+        counts = observed.gain * part.share
+        rankings.append(rank_part(part, num_units, eliminate).scaled(counts))
+        variance += counts * part.output_variance
+    return ModulePath(Ranking.in_turn(rankings), variance)
 
 
 @torch.inference_mode()
-def rank_module(
-    weight_DP: Tensor,
-    observed: Observed,
-    num_units: int,
-    method: Method,
-    with_bias: bool = True,
-    described: str = "",
-) -> Ranking:
-    """Return the order in which a method removes a module's units, at costs as the stream sees them."""
-    if isinstance(observed, PackedExperts):
-        return rank_experts(weight_DP, observed, method.rank, described)[0]
-    projection = Projection.of(observed.unpack(weight_DP.device, with_bias).moments, weight_DP)
-    return method.rank(projection, num_units).scaled(observed.gain)
+def rank_module(weight: Tensor, observed: Observed, num_units: int, method: Method) -> Ranking:
+    """Return the order in which a method removes a module's units, at costs as the stream sees them.
+
+    Args:
+        weight: The output projection's weight (D, P), on the device to compute on; that of experts is (E, D, P).
+        observed: The module's merged observation.
+        num_units: How many units each part's inputs make.
+        method: Ranks the units.
+
+    Raises:
+        SolveError: The moments cannot be inverted.
+    """
+    return Ranking.in_turn(
+        [rank_part(part, num_units, method.rank).scaled(observed.gain * part.share) for part in observed.parts(weight)]
+    )
 
 
 @torch.inference_mode()
 def decide_module(
-    weight_DP: Tensor,
-    observed: Observed,
-    method: Method,
-    ranking: Ranking,
-    removals: list[int],
-    described: str,
-    with_bias: bool = True,
+    weight: Tensor, observed: Observed, method: Method, ranking: Ranking, removals: Sequence[int]
 ) -> list[Decision | None]:
     """Return the decision at each number of units removed; None where none is.
 
     Args:
-        weight_DP: the output projection's weight, on the device to compute on; that of experts is (E, D, P).
-        observed: its moments.
-        method: how the rest is recovered.
-        ranking: the order in which units go.
-        removals: numbers of units to remove.
-        described: the layer and module, for errors.
-        with_bias: whether recovery has an intercept.
+        weight: The output projection's weight (D, P), on the device to compute on; that of experts is (E, D, P).
+        observed: The module's merged observation.
+        method: Recovers the rest.
+        ranking: The order in which units go.
+        removals: Numbers of units to remove from the whole module.
 
     Raises:
-        SolveError: the kept inputs' moments cannot be factorised.
+        SolveError: The kept inputs' moments cannot be factorised.
     """
     if not any(removals):
         return [None] * len(removals)
-    if isinstance(observed, PackedExperts):
-        return refit_experts(weight_DP, observed, method.recover, ranking, removals, described)
-    projection = Projection.of(observed.unpack(weight_DP.device, with_bias).moments, weight_DP)
-    decisions: list[Decision | None] = []
-    for num_removed in removals:
-        if not num_removed:
-            decisions.append(None)
-            continue
-        kept = ranking.kept_after(num_removed)
-        kept_S = unit_rows(kept, len(ranking.order), weight_DP.shape[1]).to(weight_DP.device)
-        try:
-            recovery = method.recover(projection, kept_S)
-        except SolveError as error:
-            raise SolveError(f"{described}: {error}") from None
-        decisions.append(Decision(kept, ranking.scores(), recovery.cpu(), recovery.relative_error, with_bias))
-    return decisions
+    weights_DP, scores = observed.split(weight), ranking.scores()
+    size = len(scores) // len(weights_DP)
+    kept = {number: _by_part(ranking.kept_after(number), size, len(weights_DP)) for number in removals if number}
+    fits: dict[int, list[Fit]] = {number: [] for number in kept}
+    # One part's moments at a time, and all its fits from them.
+    for index, part in enumerate(observed.parts(weight)):
+        part_scores = scores[index * size : (index + 1) * size]
+        for number, parts in kept.items():
+            fits[number].append(fit_part(part, parts[index], part_scores, method.recover))
+    join = partial(join_refits, weights_DP)
+    return [observed.joined(fits[number], join).decision(observed) if number else None for number in removals]
+
+
+def _by_part(kept: Sequence[int], size: int, num_parts: int) -> list[tuple[int, ...]]:
+    """Return which of its own units each part keeps, from the kept units of all parts, ascending."""
+    return [tuple(unit % size for unit in kept if unit // size == part) for part in range(num_parts)]
 
 
 def candidates_of(

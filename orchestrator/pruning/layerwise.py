@@ -60,7 +60,8 @@ def allocate(job: Job, similarities: list[float], sparsity: float | None) -> Bud
 
 def _prune_model(job: Job, target: Target, similarities: list[float], budget: Budget) -> None:
     shards, tokens, committed = job.shards, job.inputs.calibration.num_tokens, target.pruned.log.plans
-    shards.open_stream(PRUNED, job.source, job.inputs.calibration_blocks(), deciding=True)
+    intercept = job.inputs.form.with_bias
+    shards.open_stream(PRUNED, job.source, job.inputs.calibration_blocks(), deciding=True, intercept=intercept)
     target.pruned.log.begin(shards.probed_ids(PRUNED), shards.probe(PRUNED))
     for layer in job.reporter.layers("replaying", len(committed), tokens):
         shards.forward_pruned(PRUNED, layer, committed[layer])
@@ -85,8 +86,7 @@ def _prune_attention(job: Job, branch: Branch, layer: int, num_removed: int) -> 
     observed = job.shards.observe(PRUNED, layer, branch)
     heads = None
     if num_removed:
-        with_bias = job.inputs.form.with_bias
-        heads = job.shards.decide_heads(PRUNED, layer, observed, num_removed=num_removed, with_bias=with_bias)
+        heads = job.shards.decide_heads(PRUNED, layer, observed, num_removed=num_removed)
     job.shards.apply(PRUNED, layer, branch, heads)
     return heads
 
@@ -95,7 +95,7 @@ def _prune_mlp(job: Job, branch: Branch, layer: int, num_removed: int) -> Decisi
     observed = job.shards.observe(PRUNED, layer, branch)
     channels = None
     if num_removed:
-        settings = {"keep_lowest": job.config.keep_lowest, "with_bias": job.inputs.form.with_bias}
+        settings = {"keep_lowest": job.config.keep_lowest}
         channels = job.shards.decide_channels(PRUNED, layer, observed, num_removed=num_removed, **settings)
     job.shards.apply(PRUNED, layer, branch, channels)
     return channels

@@ -20,8 +20,9 @@ from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
 from slimllm_ops.allocate.layer_ratios import measure_layer, parameters_to_remove
-from slimllm_ops.checkpoint.moment_store import LayerPaths, ModulePath, MomentStore
+from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.models.families import Branch, layer_shape
@@ -81,8 +82,8 @@ def prune_from_moments(job: Job, store: MomentStore, method: Method, targets: li
 def observed_moments(job: Job) -> MomentStore:
     """Return the moments that the config names, or those of a pass that is made now."""
     if job.inputs.moments is not None:
-        return MomentStore(job.inputs.moments)
-    store = MomentStore(job.staging.solved / "moments")
+        return MomentStore(job.inputs.moments, job.inputs.form.with_bias)
+    store = MomentStore(job.staging.solved / "moments", job.inputs.form.with_bias)
     calibrate(job, store)
     return store
 
@@ -105,8 +106,8 @@ def _observe(job: Job, store: MomentStore) -> None:
     for layer in job.reporter.layers("calibrating", num_layers, tokens, first):
         attention, mlp, attention_path, mlp_path, powers = next(solved)
         for observed in (attention, mlp):
-            observed.require_tokens(tokens, f"layer {layer}")
-        store.save(layer, LayerPaths(ModulePath(*attention_path), ModulePath(*mlp_path), *powers), attention, mlp)
+            observed.require_tokens(tokens)
+        store.save(layer, LayerPaths(attention_path, mlp_path, *powers), attention, mlp)
     shards.close_stream(DENSE)
 
 
@@ -227,7 +228,7 @@ def _submit_rankings(
         shape = layer_shape(source.config, layer)
         units = (shape.num_attention_units, shape.intermediate_size)
         yield tuple(
-            pool.rank(layer, branch, ray.put(store.load_moments(layer, module)), num_units, method, form.with_bias)
+            pool.rank(layer, branch, ray.put(store.load_moments(layer, module)), num_units, method)
             for (module, branch), num_units in zip(_branches(source), units, strict=True)
         )
 
@@ -249,7 +250,6 @@ def _submit_decisions(
                 ranked.method,
                 ranked.candidates[2 * layer + number].ranking,
                 [one.units[2 * layer + number] for one in spent],
-                ranked.form.with_bias,
             )
             for number, (module, branch) in enumerate(_branches(source))
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.layer_ratios import LayerSize
-from slimllm_ops.checkpoint.moment_store import LayerPaths
+from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.errors import InputError
 from slimllm_ops.moments.ranking import Ranking
 

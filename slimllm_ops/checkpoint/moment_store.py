@@ -10,7 +10,6 @@ that tokens were sent to, as mlp.0.count and so on
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from slimllm_ops.decide.paths import LayerPaths, ModulePath
 from slimllm_ops.errors import InputError
 from slimllm_ops.files import write_json, written_whole
 from slimllm_ops.models.config_checks import read_json_object
-from slimllm_ops.moments.moments import PackedMoments
-from slimllm_ops.moments.observation import PackedObservation
+from slimllm_ops.moments.observation import Observed
 from slimllm_ops.moments.ranking import Ranking
-from slimllm_ops.moments.routing import Observed, PackedExperts
+from slimllm_ops.moments.routing import observed_from_arrays
 
 FORMAT = 2
 MANIFEST = "moments.json"
@@ -33,36 +32,17 @@ MANIFEST_FIELDS = {"model": str, "model_digest": str, "calibration": dict}
 MODULES = ("attention", "mlp")
 
 
-@dataclass(frozen=True)
-class ModulePath:
-    """A module's elimination path, and the variance of its output, tr(W^T C W)."""
+class MomentStore:
+    """A directory of moments, written layer by layer and read the same way.
 
-    ranking: Ranking
-    output_variance: float
-
-
-@dataclass(frozen=True)
-class LayerPaths:
-    """The paths of a decoder layer's modules, and what the layer does as a whole.
-
-    Attributes:
-        attention: of its heads.
-        mlp: of its channels.
-        stream_power: E|h|^2 of the layer's output.
-        change: E|h_out - h_in|^2, the error of a model without the layer; None where it was not measured.
+    Args:
+        directory: Where the files lie.
+        intercept: Whether recoveries from what `load_moments` returns may fit an intercept.
     """
 
-    attention: ModulePath
-    mlp: ModulePath
-    stream_power: float
-    change: float | None = None
-
-
-class MomentStore:
-    """A directory of moments, written layer by layer and read the same way."""
-
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, intercept: bool = True) -> None:
         self.directory = directory
+        self.intercept = intercept
 
     def save(self, layer: int, paths: LayerPaths, attention: Observed, mlp: Observed) -> None:
         """Write a layer's file."""
@@ -70,7 +50,7 @@ class MomentStore:
         if paths.change is not None:
             arrays["change"] = np.array([paths.change])
         for module, path, observed in (("attention", paths.attention, attention), ("mlp", paths.mlp, mlp)):
-            packed = _pack_path(path) | _pack(observed)
+            packed = _pack_path(path) | observed.to_arrays()
             arrays |= {f"{module}.{name}": np.ascontiguousarray(array) for name, array in packed.items()}
         self.directory.mkdir(parents=True, exist_ok=True)
         with written_whole(self._path(layer)) as partial:
@@ -104,14 +84,9 @@ class MomentStore:
             InputError: the file is missing or broken.
         """
         with self._opened(layer) as file:
-            names = set(file.keys())
-            if f"{module}.experts" not in names:
-                return _load(file, names, module)
-            num_experts, count = _list(file, f"{module}.experts")
-            experts = (f"{module}.{expert}" for expert in range(num_experts))
-            seen = tuple(_load(file, names, expert) if f"{expert}.count" in names else None for expert in experts)
-            output, added = _list(file, f"{module}.powers")
-            return PackedExperts(count, seen, (output, added))
+            names = [name for name in file.keys() if name.startswith(f"{module}.")]  # noqa: SIM118 - no mapping
+            arrays = {name.removeprefix(f"{module}."): file.get_tensor(name) for name in names}
+        return observed_from_arrays(arrays).with_intercept(self.intercept)
 
     @contextmanager
     def _opened(self, layer: int) -> Iterator[safe_open]:
@@ -155,31 +130,6 @@ def _pack_path(path: ModulePath) -> dict[str, np.ndarray]:
         "costs": np.array(path.ranking.costs),
         "output_variance": np.array([path.output_variance]),
     }
-
-
-def _pack(observed: Observed) -> dict[str, np.ndarray]:
-    if isinstance(observed, PackedExperts):
-        arrays = {"experts": np.array([len(observed.experts), observed.count]), "powers": np.array(observed.powers)}
-        for expert, seen in enumerate(observed.experts):
-            arrays |= {f"{expert}.{name}": array for name, array in (_pack(seen) if seen else {}).items()}
-        return arrays
-    moments = observed.moments
-    arrays = {
-        "count": np.array([moments.count]),
-        "mean": moments.mean_P,
-        "input_squares": observed.input_squares_D,
-        "powers": np.array(observed.powers),
-    }
-    return arrays | {f"scatter.{number}": row for number, row in enumerate(moments.rows)}
-
-
-def _load(file: safe_open, names: set[str], prefix: str) -> PackedObservation:
-    """Return the observation whose arrays have names of such a beginning."""
-    num_rows = sum(name.startswith(f"{prefix}.scatter.") for name in names)
-    rows = tuple(file.get_tensor(f"{prefix}.scatter.{number}") for number in range(num_rows))
-    moments = PackedMoments(int(_list(file, f"{prefix}.count")[0]), file.get_tensor(f"{prefix}.mean"), rows)
-    output, added = _list(file, f"{prefix}.powers")
-    return PackedObservation(moments, file.get_tensor(f"{prefix}.input_squares"), (output, added))
 
 
 def _list(file: safe_open, name: str) -> list[Any]:

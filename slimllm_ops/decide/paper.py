@@ -1,86 +1,93 @@
 """The `slimllm` method as published: what each module of a layer becomes, from one observation of it.
 
 Both decisions run where the moments were merged and the layer's weights are at hand.
+
+Shapes: D hidden size, P inputs of an output projection.
 """
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from slimllm_ops.decide.channels import choose_channels
-from slimllm_ops.decide.experts import choose_expert_channels
+from slimllm_ops.decide.channels import ChannelChoice, choose_channels, drop_lowest
+from slimllm_ops.decide.experts import join_lines
 from slimllm_ops.decide.heads import choose_heads
+from slimllm_ops.decide.parts import fit_part
 from slimllm_ops.decide.plan import Decision
 from slimllm_ops.decide.recovery import fit_line
-from slimllm_ops.models.families import Branch, unit_rows
-from slimllm_ops.moments.observation import PackedObservation
-from slimllm_ops.moments.projection import Projection
-from slimllm_ops.moments.routing import Observed, PackedExperts
+from slimllm_ops.models.families import Family, LayerShape
+from slimllm_ops.moments.observation import Observed, Part
+
+
+class LayerSource(Protocol):
+    """A model whose layers a decision can read."""
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+
+    def shape(self, layer: int) -> LayerShape:
+        """Return what the layer's branches are made of."""
+
+    def weights(self, layer: int) -> dict[str, Tensor]:
+        """Return the layer's tensors by their names in it, on the device to compute on."""
 
 
 @torch.inference_mode()
-def decide_heads(
-    weights: dict[str, Tensor],
-    branch: Branch,
-    observed: PackedObservation,
-    *,
-    num_units: int,
-    num_removed: int,
-    with_bias: bool = True,
-) -> Decision:
+def decide_heads(source: LayerSource, observed: Observed, layer: int, *, num_removed: int) -> Decision:
     """Choose the KV groups of an attention that stay, and the line that recovers its output.
 
     Args:
-        weights: the layer's tensors by their names in it, on the device to compute on.
-        branch: the attention.
-        observed: its merged moments.
-        num_units: number of KV groups.
-        num_removed: how many of them to remove.
-        with_bias: whether the lines have an intercept.
+        source: The model.
+        observed: The merged observation of its attention.
+        layer: The number of the layer.
+        num_removed: How many KV groups to remove.
     """
-    weight_DP = weights[branch.output_weight]
-    projection = Projection.of(observed.unpack(weight_DP.device, with_bias).moments, weight_DP)
-    choice = choose_heads(projection, num_units=num_units, num_removed=num_removed)
-    return _recover(projection, choice.kept, choice.scores_H, with_bias)
+    (part,) = observed.parts(source.weights(layer)[source.family.attention.output_weight])
+    assert part.projection is not None, "every token passes an attention"
+    num_units = source.shape(layer).num_attention_units
+    choice = choose_heads(part.projection, num_units=num_units, num_removed=num_removed)
+    return fit_part(part, choice.kept, tuple(choice.scores_H.tolist()), fit_line).decision(observed)
 
 
 @torch.inference_mode()
 def decide_channels(
-    weights: dict[str, Tensor],
-    branch: Branch,
-    observed: Observed,
-    *,
-    num_removed: int,
-    keep_lowest: float,
-    with_bias: bool = True,
+    source: LayerSource, observed: Observed, layer: int, *, num_removed: int, keep_lowest: float
 ) -> Decision:
-    """Choose the channels of an MLP that stay, and the line that recovers its output; of its experts, each one's.
+    """Choose the channels of an MLP that stay, or of each of its experts, and the line that recovers its output.
 
     Args:
-        weights: the layer's tensors by their names in it, on the device to compute on.
-        branch: the MLP.
-        observed: its merged moments.
-        num_removed: how many channels to remove, of each expert where there are some.
-        keep_lowest: the fraction of channels of lowest score that stay.
-        with_bias: whether the lines have an intercept, which those of experts never have.
+        source: The model.
+        observed: The merged observation of its MLP.
+        layer: The number of the layer.
+        num_removed: How many channels to remove, from each expert where there are several.
+        keep_lowest: The fraction of channels of lowest score that stay.
     """
-    if isinstance(observed, PackedExperts):
-        return choose_expert_channels(weights, branch, observed, num_removed=num_removed, keep_lowest=keep_lowest)
-    weight_DP = weights[branch.output_weight]
-    unpacked = observed.unpack(weight_DP.device, with_bias)
-    projection = Projection.of(unpacked.moments, weight_DP)
-    choice = choose_channels(
-        projection,
-        input_norm_D=unpacked.input_squares_D.sqrt(),
-        input_weights_PD=[
-            part for name in branch.input_weights for part in branch.unstack(weights[name], len(projection.weight_PD))
-        ],
+    weights, branch = source.weights(layer), source.family.mlp
+    # The weights into each part, from the tensors that hold those of all parts.
+    inputs = zip(*(observed.split(weights[name]) for name in branch.input_weights), strict=True)
+    fits = []
+    for part, stored in zip(observed.parts(weights[branch.output_weight]), inputs, strict=True):
+        inputs_PD = [one for rows in stored for one in branch.unstack(rows, part.weight_DP.shape[1])]
+        choice = _choose_channels(part, inputs_PD, num_removed, keep_lowest)
+        fits.append(fit_part(part, choice.kept, tuple(choice.scores_P.tolist()), fit_line))
+    return observed.joined(fits, join_lines).decision(observed)
+
+
+def _choose_channels(
+    part: Part, input_weights_PD: Sequence[Tensor], num_removed: int, keep_lowest: float
+) -> ChannelChoice:
+    """Choose a part's channels; without tokens, by the norms of its weights."""
+    if part.projection is None or part.observation is None:
+        norms_P = [weight_PD.float().norm(dim=1) for weight_PD in input_weights_PD]
+        scores_P = sum(norms_P, start=part.weight_DP.float().norm(dim=0))
+        return ChannelChoice(drop_lowest(scores_P, num_removed, keep_lowest), scores_P)
+    return choose_channels(
+        part.projection,
+        input_norm_D=part.observation.input_squares_D.sqrt(),
+        input_weights_PD=input_weights_PD,
         num_removed=num_removed,
         keep_lowest=keep_lowest,
     )
-    return _recover(projection, choice.kept, choice.scores_P, with_bias)
-
-
-def _recover(projection: Projection, kept: tuple[int, ...], scores: Tensor, with_bias: bool = True) -> Decision:
-    kept_S = unit_rows(kept, len(scores), len(projection.weight_PD))
-    line = fit_line(projection, kept_S.to(scores.device))
-    return Decision(kept, tuple(scores.tolist()), line.cpu(), line.relative_error, with_bias)

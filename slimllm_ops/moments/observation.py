@@ -1,13 +1,27 @@
-"""What a branch's activations leave behind, in memory and as it travels between processes."""
+"""What a branch's activations leave behind, in memory and as it travels between processes.
 
-from dataclasses import dataclass
+`Observed` is what the rest of the package knows of it. A plain branch has one output projection, and a
+`PackedObservation`. An MLP of experts has one output projection per expert, and a `PackedExperts`
+(`slimllm_ops.moments.routing`). Solves see both as parts: a plain branch is the case of one part.
+
+Shapes: N tokens, D hidden size, P inputs of an output projection.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slimllm_ops.errors import MiscountError
+from slimllm_ops.errors import MiscountError, SolveError
 from slimllm_ops.moments.moments import Moments, MomentSum, PackedMoments
+from slimllm_ops.moments.projection import Projection
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,57 +36,191 @@ class Observation:
         return Observation(self.moments.about_zero(), self.input_squares_D)
 
 
-@dataclass(frozen=True)
-class PackedObservation:
-    """An observation as it travels and merges, in NumPy."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One output projection of a module: its only one, or that of one of its experts.
 
-    moments: PackedMoments
-    input_squares_D: np.ndarray
-    # Squares of what the output projection put out and of what of it was added to the stream, summed; none where
-    # the two are one.
-    powers: tuple[float, float] = (0.0, 0.0)
+    Attributes:
+        weight_DP: The weight, as PyTorch keeps it.
+        observation: What was observed of its input; None for an expert that no token was sent to.
+        share: The fraction of the tokens that pass it.
+        name: What errors call it; empty for the only part of a module.
+    """
+
+    weight_DP: Tensor
+    observation: Observation | None
+    share: float = 1.0
+    name: str = ""
+
+    @cached_property
+    def projection(self) -> Projection | None:
+        """The weight with the moments of its input; None without tokens."""
+        return None if self.observation is None else Projection.of(self.observation.moments, self.weight_DP)
+
+    @property
+    def output_variance(self) -> float:
+        """Variance of the output, summed over its dims; 0 without tokens."""
+        return 0.0 if self.projection is None else float(self.projection.variance_D.sum())
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Put the part's name in front of a solve's error.
+
+        Raises:
+            SolveError: The solve inside failed.
+        """
+        try:
+            yield
+        except SolveError as error:
+            raise SolveError(f"{self.name}: {error}" if self.name else str(error)) from None
+
+
+class Observed(Protocol):
+    """The observation of a branch, as it travels, merges and is kept."""
+
+    @property
+    def intercept(self) -> bool:
+        """Whether recovery may fit an intercept. Without one, moments are unpacked about zero."""
 
     @property
     def num_bytes(self) -> int:
-        """What travels, in bytes."""
-        return self.moments.num_bytes + self.input_squares_D.nbytes
+        """Bytes that travel."""
 
-    def require_tokens(self, num_tokens: int, described: str) -> "PackedObservation":
-        """Return the observation, which must be of so many tokens: no shard left out, none counted twice.
+    @property
+    def gain(self) -> float:
+        """What an error of the branch's output is worth in the residual stream, in squares."""
+
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """The parts that no token was sent to."""
+
+    def merge(self, other: Self) -> Self:
+        """Return the observation of both sets of tokens."""
+
+    def with_intercept(self, intercept: bool) -> Self:
+        """Return the same observation, for recovery with or without an intercept."""
+
+    def require_tokens(self, num_tokens: int) -> None:
+        """Check that the observation covers `num_tokens` tokens: no shard is missing, none counts twice.
 
         Raises:
-            MiscountError: it is of fewer, or of more.
+            MiscountError: It covers fewer, or more.
         """
-        if self.moments.count != num_tokens:
-            raise MiscountError(
-                f"{described}: the moments are of {self.moments.count} tokens where {num_tokens} were sent: "
-                f"a share of the data was lost or counted twice, which is a bug worth reporting"
-            )
-        return self
 
     def is_finite(self) -> bool:
-        """Return whether no feature's mean or power, of what was seen, is NaN or infinite."""
-        return self.moments.is_finite() and bool(np.isfinite(self.input_squares_D).all())
+        """Return whether the observation is free of NaN and infinity."""
 
-    def merge(self, other: "PackedObservation") -> "PackedObservation":
-        """Return the observation of both sets of tokens."""
-        return PackedObservation(
-            self.moments.merge(other.moments),
-            self.input_squares_D + other.input_squares_D,
-            (self.powers[0] + other.powers[0], self.powers[1] + other.powers[1]),
-        )
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut a stored tensor of the module into those of its parts."""
+
+    def parts(self, weight: Tensor) -> Iterator[Part]:
+        """Yield the module's parts, unpacked on the weight's device one at a time.
+
+        Args:
+            weight: The output projection's weight (D, P); that of experts (E, D, P).
+        """
+
+    def joined(self, fits: Sequence[T], join: Callable[[Sequence[T]], T]) -> T:
+        """Return what the fits of all parts make together: the only one as it is, or several joined by `join`."""
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the observation as named arrays; whether recovery has an intercept is not among them."""
+
+
+@dataclass(frozen=True)
+class PackedObservation:
+    """The observation of a plain branch in NumPy, as it travels and merges.
+
+    Attributes:
+        moments: Moments of X.
+        input_squares_D: Sums of squares of the branch's input.
+        powers: Sums of squares of what the output projection puts out, and of what of it is added to the stream;
+            zero where the two are one.
+        intercept: Whether recovery may fit an intercept.
+    """
+
+    moments: PackedMoments
+    input_squares_D: np.ndarray
+    powers: tuple[float, float] = (0.0, 0.0)
+    intercept: bool = True
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PackedObservation":
+        """Return the observation that `to_arrays` wrote; other arrays are ignored."""
+        num_rows = sum(name.startswith("scatter.") for name in arrays)
+        rows = tuple(arrays[f"scatter.{number}"] for number in range(num_rows))
+        moments = PackedMoments(int(arrays["count"][0]), arrays["mean"], rows)
+        output, added = arrays["powers"].tolist()
+        return cls(moments, arrays["input_squares"], (output, added))
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the observation as named arrays."""
+        arrays = {
+            "count": np.array([self.moments.count]),
+            "mean": self.moments.mean_P,
+            "input_squares": self.input_squares_D,
+            "powers": np.array(self.powers),
+        }
+        return arrays | {f"scatter.{number}": row for number, row in enumerate(self.moments.rows)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that travel."""
+        return self.moments.num_bytes + self.input_squares_D.nbytes
 
     @property
     def gain(self) -> float:
         """What an error of the output projection's output is worth in the residual stream, in squares."""
-        output, added = self.powers
-        return added / output if output > 0 else 1.0
+        return gain_of(self.powers)
 
-    def unpack(self, device: torch.device, with_bias: bool = True) -> Observation:
-        """Return the observation for a decision, on a device; its moments are about zero if no bias is fitted."""
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """No part: every token passes the only one."""
+        return ()
+
+    def require_tokens(self, num_tokens: int) -> None:
+        """Check that the moments are of `num_tokens` tokens.
+
+        Raises:
+            MiscountError: They are of fewer, or of more.
+        """
+        require_count(self.moments.count, num_tokens)
+
+    def is_finite(self) -> bool:
+        """Return whether no feature's mean or power is NaN or infinite."""
+        return self.moments.is_finite() and bool(np.isfinite(self.input_squares_D).all())
+
+    def merge(self, other: "PackedObservation") -> "PackedObservation":
+        """Return the observation of both sets of tokens."""
+        return replace(
+            self,
+            moments=self.moments.merge(other.moments),
+            input_squares_D=self.input_squares_D + other.input_squares_D,
+            powers=add_powers(self.powers, other.powers),
+        )
+
+    def with_intercept(self, intercept: bool) -> "PackedObservation":
+        """Return the same observation, for recovery with or without an intercept."""
+        return replace(self, intercept=intercept)
+
+    def unpack(self, device: torch.device) -> Observation:
+        """Return the observation for a decision, on a device; without an intercept its moments are about zero."""
         squares_D = torch.from_numpy(self.input_squares_D.copy()).to(device)
         observed = Observation(self.moments.unpack(device), squares_D)
-        return observed if with_bias else observed.about_zero()
+        return observed if self.intercept else observed.about_zero()
+
+    def split(self, tensor: Tensor) -> tuple[Tensor]:
+        """Return a stored tensor, which belongs to the only part."""
+        return (tensor,)
+
+    def parts(self, weight: Tensor) -> Iterator[Part]:
+        """Yield the only part, with its weight (D, P)."""
+        yield Part(weight, self.unpack(weight.device))
+
+    def joined(self, fits: Sequence[T], join: Callable[[Sequence[T]], T]) -> T:
+        """Return the only part's fit."""
+        (fit,) = fits
+        return fit
 
 
 class ObservationSum:
@@ -86,15 +234,39 @@ class ObservationSum:
     def add(self, x_NP: Tensor, input_ND: Tensor) -> None:
         """Add what enters a branch's output projection (N, P), and what entered the branch (N, D); N may be (b, T)."""
         self._moments.add(x_NP.flatten(0, -2))
-        # The square of what float32 holds need not be held by it.
+        # float32 holds the values, but not every square of them.
         squares_D = input_ND.flatten(0, -2).double().square_().sum(dim=0)
         self._squares_D = squares_D if self._squares_D is None else self._squares_D + squares_D
 
     def add_powers(self, output: float, added: float) -> None:
         """Add the summed squares of what the output projection put out, and of what of it was added to the stream."""
-        self._powers = (self._powers[0] + output, self._powers[1] + added)
+        self._powers = add_powers(self._powers, (output, added))
 
     def packed(self) -> PackedObservation:
         """Return the observation of all tokens so far."""
         assert self._squares_D is not None, "a stream without blocks has nothing to observe"
         return PackedObservation(self._moments.packed(), self._squares_D.cpu().numpy(), self._powers)
+
+
+def add_powers(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """Return the sums of both pairs of summed squares."""
+    return one[0] + other[0], one[1] + other[1]
+
+
+def gain_of(powers: tuple[float, float]) -> float:
+    """Return the power that is added to the stream per power of the output; 1 where nothing lies between them."""
+    output, added = powers
+    return added / output if output > 0 else 1.0
+
+
+def require_count(found: int, num_tokens: int) -> None:
+    """Check that moments are of as many tokens as were sent.
+
+    Raises:
+        MiscountError: They are of fewer, or of more.
+    """
+    if found != num_tokens:
+        raise MiscountError(
+            f"the moments are of {found} tokens where {num_tokens} were sent: "
+            f"a share of the data was lost or counted twice, which is a bug worth reporting"
+        )

@@ -1,5 +1,6 @@
 """In which order the units of a module go, and what each removal costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,17 @@ class Ranking:
         """Rank units by a score of each, the lowest first, at a cost of that score."""
         values, order = torch.sort(scores, stable=True)
         return cls(tuple(order.tolist()), tuple(values.tolist()))
+
+    @classmethod
+    def in_turn(cls, rankings: Sequence["Ranking"]) -> "Ranking":
+        """Return the ranking of all parts of a module that takes one unit of each at a time, each in its own order.
+
+        The parts have the same number of units, and those of a part follow those of the part before it.
+        """
+        steps = list(zip(*(ranking.order for ranking in rankings), strict=True))
+        costs = zip(*(ranking.costs for ranking in rankings), strict=True)
+        order = (part * len(steps) + unit for step in steps for part, unit in enumerate(step))
+        return cls(tuple(order), tuple(cost for step in costs for cost in step))
 
     def scaled(self, factor: float) -> "Ranking":
         """Return the same order at costs so many times as high."""

@@ -12,18 +12,28 @@ Shapes: b blocks of a batch, T tokens of a block, N of all, D hidden size, E exp
 of an expert, S of them kept, n tokens of one expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimllm_ops.errors import MiscountError
-from slimllm_ops.moments.observation import ObservationSum, PackedObservation
+from slimllm_ops.moments.observation import (
+    ObservationSum,
+    Observed,
+    PackedObservation,
+    Part,
+    add_powers,
+    gain_of,
+    require_count,
+)
 from slimllm_ops.moments.states import States, StateStore
+
+T = TypeVar("T")
 
 
 class Routed(NamedTuple):
@@ -98,15 +108,46 @@ class RoutedStates:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The observations of a layer's experts as they travel and merge; None of one that no token was sent to."""
+    """The observations of a layer's experts in NumPy, as they travel and merge.
+
+    Experts have no bias and get none, so their moments are unpacked about zero.
+
+    Attributes:
+        count: Tokens of the stream.
+        experts: Each expert's observation, of the tokens that were sent to it; None without tokens.
+        powers: Sums of squares of what the experts put out together, and of what of it is added to the stream.
+    """
 
     count: int
     experts: tuple[PackedObservation | None, ...]
     powers: tuple[float, float] = (0.0, 0.0)
 
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PackedExperts":
+        """Return the observations that `to_arrays` wrote; other arrays are ignored."""
+        num_experts, count = arrays["experts"].tolist()
+        output, added = arrays["powers"].tolist()
+        experts = (_beginning_with(f"{expert}.", arrays) for expert in range(num_experts))
+        return cls(
+            count, tuple(PackedObservation.from_arrays(one) if one else None for one in experts), (output, added)
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the observations as named arrays: "0.count" is the count of expert 0."""
+        arrays = {"experts": np.array([len(self.experts), self.count]), "powers": np.array(self.powers)}
+        for expert, seen in enumerate(self.experts):
+            if seen is not None:
+                arrays |= {f"{expert}.{name}": array for name, array in seen.to_arrays().items()}
+        return arrays
+
+    @property
+    def intercept(self) -> bool:
+        """An expert's recovery never has an intercept."""
+        return False
+
     @property
     def num_bytes(self) -> int:
-        """What travels, in bytes."""
+        """Bytes that travel."""
         return sum(seen.num_bytes for seen in self.experts if seen is not None)
 
     @property
@@ -122,35 +163,48 @@ class PackedExperts:
     @property
     def gain(self) -> float:
         """What an error of the experts' output is worth in the residual stream, in squares."""
-        output, added = self.powers
-        return added / output if output > 0 else 1.0
+        return gain_of(self.powers)
 
-    def require_tokens(self, num_tokens: int, described: str) -> "PackedExperts":
-        """Return the observations, which must be of so many tokens: no shard left out, none counted twice.
+    def require_tokens(self, num_tokens: int) -> None:
+        """Check that the observations are of `num_tokens` tokens.
 
         Raises:
-            MiscountError: they are of fewer, or of more.
+            MiscountError: They are of fewer, or of more.
         """
-        if self.count != num_tokens:
-            raise MiscountError(
-                f"{described}: the experts' moments are of {self.count} tokens where {num_tokens} were sent: "
-                f"a share of the data was lost or counted twice, which is a bug worth reporting"
-            )
-        return self
+        require_count(self.count, num_tokens)
 
     def is_finite(self) -> bool:
-        """Return whether no expert has seen what is NaN or infinite."""
+        """Return whether no expert has seen NaN or infinity."""
         return all(seen.is_finite() for seen in self.experts if seen is not None)
 
     def merge(self, other: "PackedExperts") -> "PackedExperts":
         """Return the observations of both sets of tokens."""
-        powers = (self.powers[0] + other.powers[0], self.powers[1] + other.powers[1])
         merged = tuple(map(_merge, self.experts, other.experts))
-        return PackedExperts(self.count + other.count, merged, powers)
+        return PackedExperts(self.count + other.count, merged, add_powers(self.powers, other.powers))
+
+    def with_intercept(self, intercept: bool) -> "PackedExperts":
+        """Return the same observations: experts have no intercept either way."""
+        return self
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a stored tensor of all experts (E, ...) into each one's."""
+        return tensor.unbind(0)
+
+    def parts(self, weight: Tensor) -> Iterator[Part]:
+        """Yield every expert as a part, with its weight from those of all (E, D, I)."""
+        for expert, (weight_DI, seen) in enumerate(zip(self.split(weight), self.experts, strict=True)):
+            observation = None if seen is None else seen.unpack(weight.device).about_zero()
+            yield Part(weight_DI, observation, self.share(expert), f"expert {expert}")
+
+    def joined(self, fits: Sequence[T], join: Callable[[Sequence[T]], T]) -> T:
+        """Return the experts' fits, joined by `join`."""
+        return join(fits)
 
 
-# What a branch leaves behind: of an MLP of experts, an observation of each.
-Observed = PackedObservation | PackedExperts
+def observed_from_arrays(arrays: Mapping[str, np.ndarray]) -> Observed:
+    """Return the observation that `Observed.to_arrays` wrote, of the kind that it was; other arrays are ignored."""
+    kind = PackedExperts if "experts" in arrays else PackedObservation
+    return kind.from_arrays(arrays)
 
 
 class RoutedSum:
@@ -171,7 +225,7 @@ class RoutedSum:
 
     def add_powers(self, output: float, added: float) -> None:
         """Add the summed squares of what the experts put out together, and of what of it was added to the stream."""
-        self._powers = (self._powers[0] + output, self._powers[1] + added)
+        self._powers = add_powers(self._powers, (output, added))
 
     def packed(self) -> PackedExperts:
         """Return the observations of all tokens so far."""
@@ -182,3 +236,8 @@ class RoutedSum:
 def _merge(one: PackedObservation | None, other: PackedObservation | None) -> PackedObservation | None:
     seen = [observed for observed in (one, other) if observed is not None]
     return reduce(PackedObservation.merge, seen) if seen else None
+
+
+def _beginning_with(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

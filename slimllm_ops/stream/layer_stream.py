@@ -24,9 +24,9 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.surgery import recovered_experts, recovered_projection
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.errors import NonFiniteError
-from slimllm_ops.models.families import Branch
-from slimllm_ops.moments.observation import ObservationSum
-from slimllm_ops.moments.routing import Observed, Routed, RoutedStates, RoutedSum, project, route
+from slimllm_ops.models.families import Branch, Family, LayerShape, layer_shape
+from slimllm_ops.moments.observation import ObservationSum, Observed
+from slimllm_ops.moments.routing import Routed, RoutedStates, RoutedSum, project, route
 from slimllm_ops.moments.states import States, StateStore
 
 # Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
@@ -82,6 +82,7 @@ class LayerStream:
         device: where the layers run; on the CPU in float32, on a GPU in bfloat16.
         store: makes what holds the batches' states; in the device's memory if it is not given.
         measures_change: whether the states that enter a layer are held, to see what it changes.
+        intercept: whether recoveries from what `observe` returns may fit an intercept.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class LayerStream:
         store: StateStore = list,
         *,
         measures_change: bool = False,
+        intercept: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
@@ -99,6 +101,7 @@ class LayerStream:
         self.batches = batches
         self.store = store
         self._measures_change = measures_change
+        self._intercept = intercept
         self._multiplier = checkpoint.family.multiplier(checkpoint.config)
         self._parallel = checkpoint.family.is_parallel(checkpoint.config)
         self._model = _build_skeleton(checkpoint)
@@ -108,6 +111,15 @@ class LayerStream:
         self._branch_outputs: States | RoutedStates = store()
         self._entered: tuple[int, States] | None = None
         self.hidden = self._embed()
+
+    @property
+    def family(self) -> Family:
+        """The checkpoint's family."""
+        return self.checkpoint.family
+
+    def shape(self, layer: int) -> LayerShape:
+        """Return what a layer's branches are made of."""
+        return layer_shape(self.checkpoint.config, layer)
 
     @torch.inference_mode()
     def forward(self, layer: int) -> Mean:
@@ -130,7 +142,7 @@ class LayerStream:
         for normalised, x_bTP in self._run(layer, branch):
             seen.add(x_bTP, normalised)
             self._branch_outputs.append(x_bTP)
-        return self.require_finite(seen.packed(), layer, branch)
+        return self.require_finite(seen.packed(), layer, branch).with_intercept(self._intercept)
 
     @torch.inference_mode()
     def observe_dense(self, layer: int, branch: Branch) -> tuple[Observed, Passage]:

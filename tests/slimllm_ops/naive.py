@@ -16,9 +16,9 @@ from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.decide.recovery import Line
 from slimllm_ops.models.families import LayerShape, family_of
 from slimllm_ops.moments.moments import Moments
-from slimllm_ops.moments.observation import ObservationSum, PackedObservation
+from slimllm_ops.moments.observation import ObservationSum, Observed, PackedObservation
 from slimllm_ops.moments.projection import Projection
-from slimllm_ops.moments.routing import Observed
+from slimllm_ops.moments.routing import PackedExperts
 
 
 def random_activations(
@@ -214,9 +214,10 @@ def random_channels(seed: int, kept: Sequence[int], shape: LayerShape) -> Decisi
 
 def observations(observed: Observed) -> list[PackedObservation]:
     """Return what was observed of a branch's output projection, or of each of its experts' that tokens reached."""
-    if isinstance(observed, PackedObservation):
-        return [observed]
-    return [seen for seen in observed.experts if seen is not None]
+    if isinstance(observed, PackedExperts):
+        return [seen for seen in observed.experts if seen is not None]
+    assert isinstance(observed, PackedObservation)
+    return [observed]
 
 
 def flat(weight: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,7 @@ def test_a_user_s_method_is_three_functions_and_a_row() -> None:
     observed = observe(torch.from_numpy(x_NP))
     ranking = rank_module(weight_DP, observed, 6, mine)
     assert ranking.order == (5, 4, 3, 2, 1, 0)
-    none, decision = decide_module(weight_DP, observed, mine, ranking, [0, 2], "a module")
+    none, decision = decide_module(weight_DP, observed, mine, ranking, [0, 2])
     assert none is None
     assert decision is not None
     assert decision.kept == (0, 1, 2, 3)

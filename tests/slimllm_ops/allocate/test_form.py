@@ -127,9 +127,8 @@ def test_the_refit_without_a_bias_is_ridge_regression_of_what_is_not_centred() -
     x_NP, weight_PD = random_activations(0)
     weight_DP = torch.from_numpy(weight_PD.T)
     ranking = Ranking(tuple(range(24)), tuple(float(cost) for cost in range(24)))
-    (decision,) = decide_module(
-        weight_DP, observe(torch.from_numpy(x_NP)), METHODS["gram"], ranking, [9], "", with_bias=False
-    )
+    observed = observe(torch.from_numpy(x_NP)).with_intercept(False)
+    (decision,) = decide_module(weight_DP, observed, METHODS["gram"], ranking, [9])
     assert isinstance(decision.recovery, Refit)
     assert not decision.with_bias
     assert not decision.recovery.bias_D.any()
@@ -157,7 +156,7 @@ def test_a_decision_without_a_bias_writes_none(make_model: Callable[..., Path], 
 
 def test_moments_about_zero_have_fits_without_an_intercept() -> None:
     x_NP, weight_PD = random_activations(1)
-    observed = observe(torch.from_numpy(x_NP)).unpack(torch.device("cpu"), with_bias=False)
+    observed = observe(torch.from_numpy(x_NP)).with_intercept(False).unpack(torch.device("cpu"))
     projection = Projection.of(observed.moments, torch.from_numpy(weight_PD.T))
     assert not refit(projection, torch.arange(5)).bias_D.any()
     np.testing.assert_allclose(projection.covariance_PP, x_NP.T @ x_NP / len(x_NP), rtol=1e-9)

@@ -10,7 +10,7 @@ from slimllm_ops.allocate.budget import Candidate, spend_by_error
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
 from slimllm_ops.allocate.layer_ratios import LayerSize
-from slimllm_ops.checkpoint.moment_store import LayerPaths, ModulePath
+from slimllm_ops.decide.paths import LayerPaths, ModulePath
 from slimllm_ops.errors import InputError
 from tests.slimllm_ops.allocate.test_budget import BIAS, CHANNEL, UNIT, model, spent
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from slimllm_ops.checkpoint.moment_store import LayerPaths, ModulePath, MomentStore
+from slimllm_ops.checkpoint.moment_store import MomentStore
+from slimllm_ops.decide.paths import LayerPaths, ModulePath
 from slimllm_ops.errors import InputError
 from slimllm_ops.moments.observation import PackedObservation
 from slimllm_ops.moments.ranking import Ranking
@@ -65,13 +66,25 @@ def test_experts_are_read_as_they_were_written_and_one_without_tokens_stays_so(t
     assert isinstance(store.load_moments(0, "attention"), PackedObservation)
     read = store.load_moments(0, "mlp")
     assert isinstance(read, PackedExperts)
-    assert (read.count, read.idle, read.powers) == (150, (1,), (2.0, 3.0))
+    assert (read.count, read.idle, read.powers, read.intercept) == (150, (1,), (2.0, 3.0), False)
     for one, other in ((read.experts[0], experts.experts[0]), (read.experts[2], experts.experts[2])):
         assert one is not None
         assert other is not None
         assert one.moments.count == other.moments.count
         np.testing.assert_array_equal(one.input_squares_D, other.input_squares_D)
         assert all(map(np.array_equal, one.moments.rows, other.moments.rows))
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_the_intercept_is_chosen_when_moments_are_read(store: MomentStore, intercept: bool) -> None:
+    read = MomentStore(store.directory, intercept).load_moments(1, "mlp")
+    assert read.intercept == intercept
+    (part,) = read.parts(torch.ones(5, 30, dtype=torch.float64))
+    written = observed(11, 30).unpack(torch.device("cpu"))
+    expected = written if intercept else written.about_zero()
+    assert part.observation is not None
+    assert torch.equal(part.observation.moments.mean_P, expected.moments.mean_P)
+    assert torch.equal(part.observation.moments.covariance_PP, expected.moments.covariance_PP)
 
 
 def test_the_scatter_takes_half_the_room_of_the_square(store: MomentStore, tmp_path: Path) -> None:

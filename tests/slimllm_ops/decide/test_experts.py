@@ -30,14 +30,14 @@ CHANNELS, REMOVED = 48, 17
 IDLE = 2
 GRAM = METHODS["gram"]
 
-Seen = tuple[PackedExperts, dict[str, torch.Tensor], Branch]
+Seen = tuple[PackedExperts, LayerStream, Branch]
 
 
 @pytest.fixture
 def seen(mixture: Path, ids: torch.Tensor) -> Seen:
-    """What was observed of a layer's experts, the layer's tensors, and the branch."""
+    """What was observed of a layer's experts, the stream that passes the layer, and the branch."""
     observed, stream = observe(mixture, list(ids.split(7)))
-    return observed, stream.checkpoint.read_layer(LAYER), stream.checkpoint.family.mlp
+    return observed, stream, stream.family.mlp
 
 
 @pytest.fixture
@@ -61,8 +61,9 @@ def kept_by(decision: Decision, num_experts: int) -> list[list[int]]:
 def test_scores_and_lines_are_those_of_each_experts_raw_activations(
     seen: Seen, activations: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    observed, weights, branch = seen
-    decision = decide_channels(weights, branch, observed, num_removed=REMOVED, keep_lowest=0.05)
+    observed, stream, branch = seen
+    weights = stream.checkpoint.read_layer(LAYER)
+    decision = decide_channels(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
     (gate_up,) = (weights[name].double().numpy() for name in branch.input_weights)
     output = weights[branch.output_weight].double().numpy()
     assert isinstance(decision.recovery, Line)
@@ -86,11 +87,12 @@ def test_scores_and_lines_are_those_of_each_experts_raw_activations(
 
 
 def eliminated(seen: Seen, *removals: int) -> tuple[list[Decision | None], tuple[float, ...]]:
-    observed, weights, branch = seen
+    observed, stream, branch = seen
+    weights = stream.checkpoint.read_layer(LAYER)
     weight_EDI = weights[branch.output_weight]
-    ranking, _ = eliminate_module(weight_EDI, observed, CHANNELS, "")
+    ranking = eliminate_module(weight_EDI, observed, CHANNELS).ranking
     numbers = [number * len(weight_EDI) for number in removals]
-    return decide_module(weight_EDI, observed, GRAM, ranking, numbers, ""), ranking.costs
+    return decide_module(weight_EDI, observed, GRAM, ranking, numbers), ranking.costs
 
 
 def test_gram_eliminates_and_refits_each_expert_over_its_own_tokens(
@@ -100,7 +102,7 @@ def test_gram_eliminates_and_refits_each_expert_over_its_own_tokens(
     assert none is None
     assert decision is not None
     assert isinstance(decision.recovery, Refit)
-    weight_EDI = seen[1][seen[2].output_weight].double().numpy()
+    weight_EDI = seen[1].checkpoint.read_layer(LAYER)[seen[2].output_weight].double().numpy()
     fitted = decision.recovery.weight_SD.double().numpy().reshape(len(activations), CHANNELS - REMOVED, -1)
     lost = total = 0.0
     for expert, (x_NI, _) in enumerate(activations):
@@ -116,9 +118,11 @@ def test_gram_eliminates_and_refits_each_expert_over_its_own_tokens(
 def test_costs_add_up_to_the_squared_error_per_token_of_the_stream(
     seen: Seen, activations: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    observed, weights, branch = seen
+    observed, stream, branch = seen
+    weights = stream.checkpoint.read_layer(LAYER)
     weight_EDI = weights[branch.output_weight]
-    ranking, power = eliminate_module(weight_EDI, observed, CHANNELS, "")
+    path = eliminate_module(weight_EDI, observed, CHANNELS)
+    ranking, power = path.ranking, path.output_variance
     expected = sum(((x_NI @ one.T) ** 2).sum() for (x_NI, _), one in zip(activations, weight_EDI.numpy(), strict=True))
     assert power == pytest.approx(expected / observed.count, rel=1e-5)
     # The first channel that an expert loses, with the ridge's share of what its fit is held to.
@@ -132,7 +136,8 @@ def test_costs_add_up_to_the_squared_error_per_token_of_the_stream(
 
 
 def test_one_channel_of_each_expert_goes_at_a_time(seen: Seen) -> None:
-    observed, weights, branch = seen
+    observed, stream, branch = seen
+    weights = stream.checkpoint.read_layer(LAYER)
     for method in METHODS.values():
         ranking = rank_module(weights[branch.output_weight], observed, CHANNELS, method)
         experts = np.array(ranking.order).reshape(CHANNELS, -1) // CHANNELS
@@ -142,15 +147,16 @@ def test_one_channel_of_each_expert_goes_at_a_time(seen: Seen) -> None:
 
 @pytest.mark.parametrize("way", ["paper", "gram"])
 def test_an_expert_without_tokens_loses_its_smallest_weights_and_nothing_else_changes(seen: Seen, way: str) -> None:
-    observed, weights, branch = seen
+    observed, stream, branch = seen
+    weights = stream.checkpoint.read_layer(LAYER)
     num_experts = len(observed.experts)
 
     def decide(observed: PackedExperts) -> Decision:
         if way == "gram":
-            decision = eliminated((observed, weights, branch), REMOVED)[0][0]
+            decision = eliminated((observed, stream, branch), REMOVED)[0][0]
             assert decision is not None
             return decision
-        return decide_channels(weights, branch, observed, num_removed=REMOVED, keep_lowest=0.0)
+        return decide_channels(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.0)
 
     whole, decision = decide(observed), decide(without(observed, IDLE))
     assert (whole.idle_experts, decision.idle_experts) == ((), (IDLE,))
@@ -180,11 +186,11 @@ def test_an_expert_of_one_token_is_decided_too(mixture: Path, ids: torch.Tensor,
     """Of four tokens, some experts get one, and some none."""
     observed, stream = observe(mixture, [ids[:1, :4]])
     assert min(observed.share(expert) for expert in range(len(observed.experts))) <= 1 / 4
-    weights, branch = stream.weights(LAYER), stream.checkpoint.family.mlp
+    weights, branch = stream.checkpoint.read_layer(LAYER), stream.checkpoint.family.mlp
     if way == "gram":
-        (decision,) = eliminated((observed, weights, branch), REMOVED)[0]
+        (decision,) = eliminated((observed, stream, branch), REMOVED)[0]
     else:
-        decision = decide_channels(weights, branch, observed, num_removed=REMOVED, keep_lowest=0.05)
+        decision = decide_channels(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
     assert decision is not None
     assert recovered(decision, weights[branch.output_weight]).isfinite().all()
     stream.apply(LAYER, branch, decision)
@@ -192,19 +198,20 @@ def test_an_expert_of_one_token_is_decided_too(mixture: Path, ids: torch.Tensor,
 
 
 def test_a_solve_that_fails_names_the_expert(seen: Seen) -> None:
-    observed, weights, branch = seen
+    observed, stream, branch = seen
+    weights = stream.checkpoint.read_layer(LAYER)
     one = observed.experts[1]
     assert one is not None
     rows = tuple(-row for row in one.moments.rows)
     broken = replace(one, moments=replace(one.moments, rows=rows, mean_P=0 * one.moments.mean_P))
     observed = replace(observed, experts=(observed.experts[0], broken, *observed.experts[2:]))
-    with pytest.raises(SolveError, match="layer 1, mlp, expert 1: the covariance of 48 inputs cannot be factorised"):
-        eliminate_module(weights[branch.output_weight], observed, CHANNELS, "layer 1, mlp")
+    with pytest.raises(SolveError, match=r"^expert 1: the covariance of 48 inputs cannot be factorised"):
+        eliminate_module(weights[branch.output_weight], observed, CHANNELS)
 
 
 def test_a_decision_about_experts_is_read_as_it_was_written(seen: Seen) -> None:
-    observed, weights, branch = seen
-    decision = decide_channels(weights, branch, without(observed, 0, 3), num_removed=REMOVED, keep_lowest=0.05)
+    observed, stream, _ = seen
+    decision = decide_channels(stream, without(observed, 0, 3), LAYER, num_removed=REMOVED, keep_lowest=0.05)
     found = LayerPlan.parse(LayerPlan(mlp=decision).describe()).mlp
     assert found is not None
     assert (found.kept, found.scores, found.idle_experts) == (decision.kept, decision.scores, (0, 3))
@@ -216,7 +223,7 @@ def test_a_layer_is_passed_again_by_what_was_read(mixture: Path, ids: torch.Tens
     """A run of the paper's method that is resumed passes the layers that are solved by their plans."""
     observed, stream = observe(mixture, [ids])
     branch = stream.checkpoint.family.mlp
-    decision = decide_channels(stream.weights(LAYER), branch, observed, num_removed=REMOVED, keep_lowest=0.05)
+    decision = decide_channels(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
     stream.apply(LAYER, branch, decision)
     again = LayerStream(stream.checkpoint, [ids], torch.device("cpu"))
     for layer in range(LAYER):

@@ -48,12 +48,17 @@ def assert_recovers(decision: Decision, x_NP: np.ndarray, weight_PD: np.ndarray)
     assert decision.relative_error == pytest.approx(measured, rel=1e-4)
 
 
-@pytest.fixture
-def stream(model_dir: Path, ids: torch.Tensor) -> LayerStream:
-    stream = LayerStream(Checkpoint.open(model_dir), list(ids.split(7)), torch.device("cpu"))
+def open_stream(directory: Path, ids: torch.Tensor, *, intercept: bool = True) -> LayerStream:
+    """Return a stream that is about to pass the layer."""
+    stream = LayerStream(Checkpoint.open(directory), list(ids.split(7)), torch.device("cpu"), intercept=intercept)
     for layer in range(LAYER):
         stream.forward(layer)
     return stream
+
+
+@pytest.fixture
+def stream(model_dir: Path, ids: torch.Tensor) -> LayerStream:
+    return open_stream(model_dir, ids)
 
 
 def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_dir: Path, ids: torch.Tensor) -> None:
@@ -63,7 +68,7 @@ def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_
     x_NP = activations(model_dir, ids)[branch.output]
     weight_PD = stream.checkpoint.read_layer(LAYER)[branch.output_weight].T.double().numpy()
     for num_removed in range(1, num_units):
-        decision = decide_heads(stream.weights(LAYER), branch, observed, num_units=num_units, num_removed=num_removed)
+        decision = decide_heads(stream, observed, LAYER, num_removed=num_removed)
         expected, _, _ = naive.choose_heads(x_NP, weight_PD, num_units, num_removed)
         assert list(decision.kept) == expected
         assert (decision.num_units, decision.num_removed) == (num_units, num_removed)
@@ -79,7 +84,7 @@ def test_the_kept_channels_are_those_of_raw_activations(
     stream.observe(LAYER, family.attention)
     stream.apply(LAYER, family.attention, None)
     observed = stream.observe(LAYER, family.mlp)
-    decision = decide_channels(stream.weights(LAYER), family.mlp, observed, num_removed=17, keep_lowest=0.05)
+    decision = decide_channels(stream, observed, LAYER, num_removed=17, keep_lowest=0.05)
 
     entered, weights = activations(model_dir, ids), stream.checkpoint.read_layer(LAYER)
     weight_PD = weights[family.mlp.output_weight].T.double().numpy()
@@ -94,9 +99,8 @@ def test_the_kept_channels_are_those_of_raw_activations(
 
 
 @pytest.mark.parametrize("decide", ["heads", "channels"])
-def test_without_a_bias_lines_go_through_zero(
-    stream: LayerStream, model_dir: Path, ids: torch.Tensor, decide: str
-) -> None:
+def test_without_an_intercept_lines_go_through_zero(model_dir: Path, ids: torch.Tensor, decide: str) -> None:
+    stream = open_stream(model_dir, ids, intercept=False)
     family, num_units = stream.checkpoint.family, layer_shape(stream.checkpoint.config, LAYER).num_attention_units
     branch = family.attention
     observed = stream.observe(LAYER, branch)
@@ -106,15 +110,11 @@ def test_without_a_bias_lines_go_through_zero(
         stream.apply(LAYER, branch, None)
         branch = family.mlp
         observed = stream.observe(LAYER, branch)
-        decision = decide_channels(
-            stream.weights(LAYER), branch, observed, num_removed=17, keep_lowest=0.05, with_bias=False
-        )
+        decision = decide_channels(stream, observed, LAYER, num_removed=17, keep_lowest=0.05)
     elif num_units == 1:
         pytest.skip("no head of this family can go")
     else:
-        decision = decide_heads(
-            stream.weights(LAYER), branch, observed, num_units=num_units, num_removed=1, with_bias=False
-        )
+        decision = decide_heads(stream, observed, LAYER, num_removed=1)
     x_NP = activations(model_dir, ids)[branch.output]
     weight_PD = stream.checkpoint.read_layer(LAYER)[branch.output_weight].T.double().numpy()
     kept = naive.kept_columns(decision, x_NP.shape[1])
