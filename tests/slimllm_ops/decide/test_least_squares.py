@@ -98,37 +98,34 @@ def indefinite() -> tuple[torch.Tensor, PackedObservation]:
     return torch.rand(4, 8), PackedObservation(PackedMoments(1, np.zeros(8), tuple(rows)), np.zeros(4))
 
 
-def test_an_elimination_that_fails_names_layer_module_condition_and_remedy(
+def test_an_elimination_that_fails_names_condition_and_remedy(
     indefinite: tuple[torch.Tensor, PackedObservation],
 ) -> None:
-    message = (
-        r"^layer 3, mlp: the covariance of 8 inputs cannot be factorised \(eigenvalues from -0.49 to 1\): calibrate on"
-    )
+    message = r"^the covariance of 8 inputs cannot be factorised \(eigenvalues from -0.49 to 1\): calibrate on"
     with pytest.raises(SolveError, match=message):
-        eliminate_module(*indefinite, 8, "layer 3, mlp")
+        eliminate_module(*indefinite, 8)
 
 
-def test_a_refit_that_fails_names_layer_module_condition_and_remedy(
+def test_a_refit_that_fails_names_condition_and_remedy(
     indefinite: tuple[torch.Tensor, PackedObservation],
 ) -> None:
     ranking = Ranking(tuple(range(7, -1, -1)), (0.0,) * 8)
-    message = (
-        r"^layer 3, mlp: the covariance of 5 inputs cannot be factorised \(eigenvalues from -0.49 to 1\): calibrate on"
-    )
+    message = r"^the covariance of 5 inputs cannot be factorised \(eigenvalues from -0.49 to 1\): calibrate on"
     with pytest.raises(SolveError, match=message):
-        decide_module(*indefinite, METHODS["gram"], ranking, [3], "layer 3, mlp")
+        decide_module(*indefinite, METHODS["gram"], ranking, [3])
 
 
 def test_decisions_at_several_counts_are_those_at_each() -> None:
     x_NP, weight_PD = random_activations(5)
     weight_DP = torch.from_numpy(weight_PD).T.float()
     observed = observe(torch.from_numpy(x_NP))
-    ranking, variance = eliminate_module(weight_DP, observed, 6, "")
+    path = eliminate_module(weight_DP, observed, 6)
+    ranking, variance = path.ranking, path.output_variance
     assert variance == pytest.approx((x_NP @ weight_PD).var(axis=0).sum(), rel=1e-5)
-    together = decide_module(weight_DP, observed, METHODS["gram"], ranking, [0, 2, 5], "")
+    together = decide_module(weight_DP, observed, METHODS["gram"], ranking, [0, 2, 5])
     assert together[0] is None
     for count, decision in zip((2, 5), together[1:], strict=True):
-        (alone,) = decide_module(weight_DP, observed, METHODS["gram"], ranking, [count], "")
+        (alone,) = decide_module(weight_DP, observed, METHODS["gram"], ranking, [count])
         assert decision is not None
         assert alone is not None
         assert decision.kept == alone.kept == ranking.kept_after(count)
