@@ -1,20 +1,63 @@
 """Token blocks in batches: what is computed at once, and the unit in which a shard's share is counted."""
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import numpy as np
 
-# Tokens that a processor is kept busy with; more would take memory and gain nothing.
+from slimllm_ops.errors import InputError
+from slimllm_ops.stream.footprint import Footprint
+
+# Tokens that keep a processor busy; more take memory and gain nothing.
 BATCH_TOKENS = 4096
-# Small data in so many parts at least, so that they spread over workers.
+# Small data give at least this many batches, so that they spread over workers.
 MIN_BATCHES = 16
 
 
 def into_batches(blocks_BT: np.ndarray, tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
-    """Cut blocks (B, T) into batches (b, T) of so many tokens at most; the rule does not depend on the workers."""
+    """Cut blocks (B, T) into batches (b, T) of at most `tokens` tokens; the rule does not depend on the workers."""
     num_blocks, length = blocks_BT.shape
     size = blocks_at_once(num_blocks, length, tokens)
     return [blocks_BT[start : start + size] for start in range(0, num_blocks, size)]
 
 
 def blocks_at_once(num_blocks: int, length: int, tokens: int = BATCH_TOKENS) -> int:
-    """Return how many blocks of such a length a batch has, of so many in all."""
+    """Return how many blocks of a length a batch has, when there are `num_blocks` in all."""
     return max(1, min(tokens // length, num_blocks // MIN_BATCHES))
+
+
+def split_evenly(batches: list[np.ndarray], num_shares: int) -> list[list[np.ndarray]]:
+    """Cut a list into contiguous shares whose lengths differ by one at most, the longer ones first."""
+    size, longer = divmod(len(batches), num_shares)
+    starts = [share * size + min(share, longer) for share in range(num_shares + 1)]
+    return [batches[start:stop] for start, stop in pairwise(starts)]
+
+
+def micro_batch_tokens(
+    footprint: Footprint, blocks_BT: np.ndarray, held_blocks: int, free: int, note: Callable[[str], None]
+) -> int:
+    """Return the tokens of a micro-batch: enough to keep a processor busy, fewer when memory is short.
+
+    Args:
+        footprint: The memory that a stream takes.
+        blocks_BT: All blocks.
+        held_blocks: The blocks whose hidden states one worker holds in memory.
+        free: The bytes that are free for a worker.
+        note: Receives a line when memory is short.
+
+    Raises:
+        InputError: The memory does not hold the states and one block's activations.
+    """
+    length = blocks_BT.shape[1]
+    tokens = footprint.tokens_at_once(free, held_blocks * length)
+    if tokens < length:
+        held = footprint.states_per_token * held_blocks * length
+        needed = footprint.fixed + held + footprint.activations_per_token * length
+        raise InputError(
+            f"each worker needs {needed / 1e9:.1f} GB, {held / 1e9:.1f} of them for the hidden states of its tokens, "
+            f"and {free / 1e9:.1f} GB are free for it: add --offload, or workers on other nodes, or calibrate on fewer "
+            f"or shorter blocks"
+        )
+    if tokens < min(BATCH_TOKENS, blocks_BT.size):
+        note(f"micro-batches of {tokens // length * length} tokens: {free / 1e9:.1f} GB are free per worker")
+    return min(tokens, BATCH_TOKENS)

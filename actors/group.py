@@ -16,17 +16,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-from actors.batching import BATCH_TOKENS, into_batches
+from actors.batching import into_batches, micro_batch_tokens, split_evenly
 from actors.shard import Arguments, Shard
 from actors.workers import Reference, Workers
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.errors import InputError
 from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.moments import merge_tree
 from slimllm_ops.moments.sums import Mean
@@ -250,9 +248,12 @@ class ShardGroup:
         self, name: str, blocks_BT: np.ndarray, footprint: Footprint, build: Callable[..., Any], *models: Any
     ) -> None:
         num_workers = self._workers.start()
-        tokens = self._settle(name, lambda: self._micro_batch_tokens(footprint, blocks_BT, num_workers))
+        held_blocks = 0 if self._offload else -(-len(blocks_BT) // num_workers)
+        tokens = self._settle(
+            name, lambda: micro_batch_tokens(footprint, blocks_BT, held_blocks, self._free_memory(), self._note)
+        )
         sent = [self._workers.put(model) for model in models]
-        parts = [part for part in _split_evenly(into_batches(blocks_BT, tokens), self._num_shards) if part]
+        parts = [part for part in split_evenly(into_batches(blocks_BT, tokens), self._num_shards) if part]
         shares = [Share(number % num_workers, f"{name}, shard {number}") for number in range(len(parts))]
         self._streams[name] = SharedStream(shares, blocks_BT.size)
         self._workers.get(
@@ -261,24 +262,6 @@ class ShardGroup:
                 for share, part in zip(shares, parts, strict=True)
             ]
         )
-
-    def _micro_batch_tokens(self, footprint: Footprint, blocks_BT: np.ndarray, num_workers: int) -> int:
-        """Return the tokens of a micro-batch: enough to keep a processor busy, fewer when memory is short."""
-        length = blocks_BT.shape[1]
-        held_tokens = 0 if self._offload else -(-len(blocks_BT) // num_workers) * length
-        free = self._free_memory()
-        tokens = footprint.tokens_at_once(free, held_tokens)
-        if tokens < length:
-            held = footprint.states_per_token * held_tokens
-            needed = footprint.fixed + held + footprint.activations_per_token * length
-            raise InputError(
-                f"each of {num_workers} worker(s) needs {needed / 1e9:.1f} GB, {held / 1e9:.1f} of them for the hidden "
-                f"states of its tokens, and {free / 1e9:.1f} GB are free for it: add --offload, or workers on other "
-                f"nodes, or calibrate on fewer or shorter blocks"
-            )
-        if tokens < min(BATCH_TOKENS, blocks_BT.size):
-            self._note(f"micro-batches of {tokens // length * length} tokens: {free / 1e9:.1f} GB are free per worker")
-        return min(tokens, BATCH_TOKENS)
 
     def _free_memory(self) -> int:
         """Return the fewest bytes that are free for one worker; workers of one machine or GPU share them."""
@@ -295,13 +278,6 @@ def merge_on_workers(workers: Workers, holders: list[int], references: list[Refe
         return worker, workers.call(worker, "merge", Shard.merge, reference, right[1])
 
     return merge_tree(list(zip(holders, references, strict=True)), merge)[1]
-
-
-def _split_evenly(batches: list[np.ndarray], num_shares: int) -> list[list[np.ndarray]]:
-    """Cut a list into contiguous shares whose lengths differ by one at most, the longer ones first."""
-    size, longer = divmod(len(batches), num_shares)
-    starts = [share * size + min(share, longer) for share in range(num_shares + 1)]
-    return [batches[start:stop] for start, stop in pairwise(starts)]
 
 
 def _label(step: Callable[..., Any], arguments: tuple[Any, ...]) -> str:

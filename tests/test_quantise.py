@@ -21,12 +21,12 @@ ROUNDING = 0.02
 
 
 @pytest.fixture(scope="module")
-def workplace(local_ray: None, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder where the page's commands were run on a pruned model, and what they printed."""
     pytest.importorskip("torchao", reason="pip install '.[quantise]'")
     folder = tmp_path_factory.mktemp("quantise")
-    pruned, small = folder / "pruned" / "model-0.2", {"samples": 4, "sequence_length": 64, "workers": 1}
-    prune(PruneConfig(model=str(MODEL_DIR), output=str(pruned), method="gram", tracking_uri=tracking_uri, **small))
+    pruned, small = folder / "pruned" / "model-0.2", {"samples": 4, "sequence_length": 64, "local": True}
+    prune(PruneConfig(model=str(MODEL_DIR), output=str(pruned), method="gram", tracking_uri="none", **small))
     (folder / "heldout.txt").write_text("\n\n".join(heldout_text()[:3]))
     (folder / "example.py").write_text("".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)))
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}

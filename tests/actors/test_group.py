@@ -10,16 +10,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from slimllm_ops.stream.passes import LayerStream
 
-from actors.batching import into_batches
+from actors.batching import into_batches, split_evenly
 from actors.errors import ShardError
-from actors.group import ShardGroup, _split_evenly
+from actors.group import ShardGroup
 from actors.local import LocalWorkers
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.errors import CheckpointError, InputError, MiscountError, NonFiniteError
 from slimllm_ops.stream.footprint import Footprint
+from slimllm_ops.stream.passes import LayerStream
 
 NUM_WORKERS = 3
 
@@ -50,7 +50,7 @@ def blocks_BT(token_blocks: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("count", "shares"), [(7, 3), (3, 3), (2, 3), (6, 3), (1, 1)])
 def test_shares_are_contiguous_and_even(count: int, shares: int) -> None:
     batches = [np.full((1, 1), number) for number in range(count)]
-    split = _split_evenly(batches, shares)
+    split = split_evenly(batches, shares)
     assert [int(batch[0, 0]) for share in split for batch in share] == list(range(count))
     lengths = [len(share) for share in split]
     assert len(lengths) == shares
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
     checkpoint, group = Checkpoint.open(gqa_model), group_of(1)
     fixed = Footprint.of(checkpoint, torch.device("cpu"), deciding=True).fixed
     monkeypatch.setattr(group, "_free_memory", lambda: fixed)
-    message = r"each of 1 worker\(s\) needs .* GB, .* for the hidden states .* are free for it: add --offload, or"
+    message = r"each worker needs .* GB, .* for the hidden states .* are free for it: add --offload, or"
     with pytest.raises(InputError, match=message):
         group.open_stream("a", checkpoint, blocks_BT, deciding=True)
 

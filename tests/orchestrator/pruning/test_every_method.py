@@ -44,25 +44,23 @@ def weights(checkpoint: Path) -> tuple[bytes, ...]:
 
 
 @pytest.fixture(scope="module")
-def moments(local_ray: None, gqa_model: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def moments(gqa_model: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = str(tmp_path_factory.mktemp("moments") / "kept")
     data = {"model": str(gqa_model), "calibration": str(token_file)}
-    return Path(calibrate(PruneConfig(method="gram", workers=1, output=output, **data), quiet()))
+    return Path(calibrate(PruneConfig(method="gram", local=True, output=output, **data), quiet()))
 
 
 @pytest.fixture(scope="module")
 def compared(
-    local_ray: None,
     gqa_model: Path,
     token_file: Path,
     held_out_file: Path,
-    tracking_uri: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The checkpoints that a comparison of flap and slimllm kept."""
     config = CompareConfig(
         **{"model": str(gqa_model), "calibration": str(token_file), "evaluate": (str(held_out_file),)},
-        **{"sparsity": SPARSITY, "workers": 1, "tracking_uri": tracking_uri, "keep_checkpoints": True},
+        **{"sparsity": SPARSITY, "local": True, "tracking_uri": "none", "keep_checkpoints": True},
         multiple_of=STEP,
         methods=("flap",),
         output=str(tmp_path_factory.mktemp("comparison") / "out"),
@@ -74,7 +72,6 @@ def compared(
 def pruned(prune_model: PruneModel, gqa_model: Path, moments: Path) -> dict[str, Path]:
     """A checkpoint by every one-pass method and by one of a user's own, from the same moments."""
 
-    # Defined in here, it travels to the workers by value, as from a user's own script.
     def keep_the_first(projection: Projection, num_units: int) -> Ranking:
         return Ranking(tuple(reversed(range(num_units))), (1.0,) * num_units)
 
@@ -103,10 +100,10 @@ def test_every_method_writes_another_model(pruned: dict[str, Path]) -> None:
 
 
 def test_the_command_takes_a_method_and_refines_by_it(
-    local_ray: None, gqa_model: Path, token_file: Path, tracking_uri: str, moments: Path, tmp_path: Path
+    gqa_model: Path, token_file: Path, moments: Path, tmp_path: Path
 ) -> None:
     words = ["prune", str(gqa_model), "--method", "flap", "--sparsity", str(SPARSITY), "--calibration", str(token_file)]
-    words += ["--workers", "1", "--tracking-uri", tracking_uri]
+    words += ["--local", "--tracking-uri", "none"]
     plain, refined = tmp_path / "plain", tmp_path / "refined"
     for flags in (["--output", str(plain)], ["--output", str(refined), "--refine", "--moments", str(moments)]):
         result = CliRunner().invoke(main, [*words, *flags], catch_exceptions=False)
