@@ -5,13 +5,14 @@ method leaves at that setting, and is made from the same calibration tokens. The
 what is no method of its own is composed here, from the package's own steps.
 """
 
-import argparse
 import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import click
 
 import actors
 import slimllm_ops
@@ -139,11 +140,11 @@ def _spending_by(scale: Callable[[Candidate], float]) -> Callable[[Sequence[Cand
     return lambda candidates, target: spend_by_price(candidates, target, price)
 
 
-def measure(setting: Setting, contestants: Sequence[Contestant], work: Path) -> Comparison:
+def measure(setting: Setting, contestants: Sequence[Contestant], shared: Path, work: Path) -> Comparison:
     """Run a column."""
-    tokens = SHARED / "golden" / "tokens"
+    tokens = shared / "golden" / "tokens"
     config = CompareConfig(
-        model=str(SHARED / "models" / setting.model),
+        model=str(shared / "models" / setting.model),
         ratio=setting.ratio,
         pruned_layers=setting.pruned_layers,
         alpha=setting.alpha,
@@ -168,21 +169,28 @@ def tabulate(names: Sequence[str], columns: dict[Setting, Comparison]) -> list[l
     return [heading, *table]
 
 
-def main() -> None:
-    """Measure all columns, or those of some models; the file is written anew after each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", help="only these models")
-    parser.add_argument("--output", type=Path, default=RESULT)
-    arguments = parser.parse_args()
-    settings = [one for one in SETTINGS if not arguments.models or one.model in arguments.models]
+@click.command()
+@click.argument("models", nargs=-1)
+@click.option("--ratio", "ratios", type=float, multiple=True, help="Only columns of this ratio; repeatable.")
+@click.option("--shared", type=Path, default=SHARED, help="Folder with models/ and golden/tokens/.")
+@click.option("--output", type=Path, default=RESULT)
+def main(models: tuple[str, ...], ratios: tuple[float, ...], shared: Path, output: Path) -> None:
+    """Measure all columns, or those of MODELS; the file is written anew after each."""
+    settings = [
+        one for one in SETTINGS if one.model in (models or [one.model]) and one.ratio in (ratios or [one.ratio])
+    ]
+    if not settings:
+        raise click.UsageError(
+            f"no column is of {', '.join(models)}: choose of {', '.join({s.model: 0 for s in SETTINGS})}"
+        )
     start = time.perf_counter()
     columns: dict[Setting, Comparison] = {}
     with tempfile.TemporaryDirectory() as work, session(None, (actors, slimllm_ops)):
         for setting in settings:
             named = rows()
-            columns[setting] = measure(setting, [contestant for _, contestant in named], Path(work))
+            columns[setting] = measure(setting, [contestant for _, contestant in named], shared, Path(work))
             spent = f"{(time.perf_counter() - start) / 60:.0f} minutes, one worker, on {describe_machine()}"
-            write_table(arguments.output, TITLE, f"{EXPLANATION}\n\n{spent}", tabulate([n for n, _ in named], columns))
+            write_table(output, TITLE, f"{EXPLANATION}\n\n{spent}", tabulate([n for n, _ in named], columns))
 
 
 if __name__ == "__main__":

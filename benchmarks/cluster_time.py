@@ -25,7 +25,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.machine import describe_machine, write_table
+from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.one_process import prune_timed, rates_of, write_tokens
 from benchmarks.random_model import Shape, write_model
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -39,7 +39,6 @@ from slimllm_ops.stream.operations import (
 )
 
 BLOCK, BLOCKS = 2048, 128
-SMALL = Shape(hidden=1024, intermediate=2816, layers=3, heads=16, kv_heads=4)
 SEVEN = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32)
 SEVENTY = Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8)
 
@@ -108,16 +107,35 @@ def slimllm_seconds(shape: Shape, parts: Parts) -> float:
 
 
 @click.command()
+@click.option("--hidden", default=1024, help="Of the model that is measured here, as are the next five.")
+@click.option("--intermediate", default=2816)
+@click.option("--layers", default=3)
+@click.option("--heads", default=16)
+@click.option("--kv-heads", default=4)
+@click.option("--blocks", default=4, help="Blocks of 2048 tokens.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/cluster_time.md"))
 @click.option("--products", default=H100.products / 1e12, help="bfloat16 TFLOP/s of a GPU.")
 @click.option("--solves", default=H100.solves / 1e12, help="float32 TFLOP/s of a GPU.")
 @click.option("--merges", default=H100.merges / 1e9, help="GB/s through a merge.")
 @click.option("--reading", default=H100.reading / 1e9, help="GB/s of weights to a worker.")
-def main(output: Path, products: float, solves: float, merges: float, reading: float) -> None:
+def main(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    blocks: int,
+    output: Path,
+    products: float,
+    solves: float,
+    merges: float,
+    reading: float,
+) -> None:
     """Check the model here, and write what it says of a cluster."""
     rates = replace(H100, products=products * 1e12, solves=solves * 1e12, merges=merges * 1e9, reading=reading * 1e9)
     rows = [["run", "observing", "reducing", "solving", "deciding", "gram, s", "slimllm, s", "measured, s"]]
-    rows += _check()
+    small = Shape(hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, kv_heads=kv_heads)
+    rows.append(_check(small, blocks))
     for name, shape in (("7B", SEVEN), ("70B", SEVENTY)):
         for workers in (1, 8, 32):
             parts = parts_of(shape, BLOCKS * BLOCK, workers, rates)
@@ -126,9 +144,9 @@ def main(output: Path, products: float, solves: float, merges: float, reading: f
     write_table(output, title, describe_machine(), rows)
 
 
-def _check() -> list[list[str]]:
-    """Return the model's lines for this machine, beside what runs in one process take here."""
-    device, blocks = torch.device("cpu"), 4
+def _check(small: Shape, blocks: int) -> list[str]:
+    """Return the model's line for this machine, beside the time in one process here."""
+    device = torch.device("cpu")
     plain = rates_of(device)
     rates = Rates(
         products=plain[torch.float32],
@@ -139,20 +157,25 @@ def _check() -> list[list[str]]:
         sum_bytes=8,
         step_seconds=0.0,
     )
-    parts = parts_of(SMALL, blocks * BLOCK, 1, rates)
+    parts = parts_of(small, blocks * BLOCK, 1, rates)
+    gram, slimllm = _measure(small, blocks, device)
+    # In one process solves wait for observing: the sum, not the longer of them.
+    alone = small.layers * (parts.observing + parts.solving)
+    name = f"here: hidden {small.hidden}, {small.layers} layers, {blocks} x {BLOCK} tokens, 1 worker"
+    row = _row(name, small, 1, parts, f"gram {figure(gram)}, slimllm {figure(slimllm)}")
+    row[5] = figure(alone)
+    return row
+
+
+def _measure(small: Shape, blocks: int, device: torch.device) -> tuple[float, float]:
+    """Return the seconds of both methods' passes and decisions in one process, without reading and writing."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Checkpoint.open(write_model(Path(folder) / "model", SMALL))
+        source = Checkpoint.open(write_model(Path(folder) / "model", small))
         tokens = write_tokens(Path(folder) / "tokens.parquet", source.config.vocab_size, blocks)
         gram = prune_timed(source, tokens, "gram", (0.2,), Path(folder) / "gram", device)
         slimllm = prune_timed(source, tokens, "slimllm", (0.2,), Path(folder) / "slimllm", device)
-    # In one process solves wait for observing: the sum, not the longer of them.
-    alone = SMALL.layers * (parts.observing + parts.solving)
-    name = f"here: hidden {SMALL.hidden}, {SMALL.layers} layers, {blocks} x {BLOCK} tokens, 1 worker"
     stages = ("similarities", "observing", "applying", "deciding heads", "deciding channels")
-    measured = f"gram {gram['observing'] + gram['eliminating']:.1f}, slimllm {sum(slimllm[s] for s in stages):.1f}"
-    row = _row(name, SMALL, 1, parts, measured)
-    row[5] = f"{alone:.1f}"
-    return [row]
+    return gram["observing"] + gram["eliminating"], sum(slimllm[stage] for stage in stages)
 
 
 def _row(name: str, shape: Shape, workers: int, parts: Parts, measured: str) -> list[str]:

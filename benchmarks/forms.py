@@ -6,6 +6,7 @@ uniform checkpoint is exported to a stock class, which checks that it computes t
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from slimllm_ops.stock import stock_form
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-SPARSITIES = (0.2, 0.4)
+TOKENS = SHARED / "golden" / "tokens"
 FORMS: dict[str, dict[str, Any]] = {
     "free": {},
     "uniform": {"uniform": True},
@@ -42,37 +43,56 @@ LAYERS_GO: dict[str, dict[str, Any]] = {
 
 
 @click.command()
+@click.option("--model", type=Path, default=SHARED / "models" / "lab-llama-11m")
+@click.option("--calibration", type=Path, default=TOKENS / "lab.calibration.parquet")
+@click.option("--evaluate", type=Path, default=TOKENS / "lab.heldout.parquet")
+@click.option("--sparsity", "sparsities", type=float, multiple=True, default=(0.2, 0.4), help="Repeatable.")
+@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=list(METHODS))
+@click.option("--form", "forms", type=click.Choice([*FORMS, *LAYERS_GO]), multiple=True, default=[*FORMS, *LAYERS_GO])
 @click.option("--output", type=Path, default=ROOT / "benchmarks" / "results" / "forms.md")
-def main(output: Path) -> None:
+def main(
+    model: Path,
+    calibration: Path,
+    evaluate: Path,
+    sparsities: tuple[float, ...],
+    methods: Sequence[str],
+    forms: Sequence[str],
+    output: Path,
+) -> None:
     """Prune in every form by every method, and write the table."""
-    rows = [["method, form", *(f"{sparsity:.0%}" for sparsity in SPARSITIES), "layers left", "stock class"]]
+    rows = [["method, form", *(f"{sparsity:.0%}" for sparsity in sparsities), "layers left", "stock class"]]
+    common = {
+        "model": str(model),
+        "calibration": str(calibration),
+        "evaluate": (str(evaluate),),
+        "sparsity": sparsities,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        for method, settings in METHODS.items():
-            forms = FORMS if settings["method"] == "slimllm" else FORMS | LAYERS_GO
-            for form, shapes in forms.items():
-                result = _prune(Path(folder) / f"{method}, {form}", **settings, **shapes)
-                if len(rows) == 1:
-                    rows.append(["dense", *[f"{_perplexities(result)[0][0]:.2f}"] * 2, "", "LlamaForCausalLM"])
-                pruned = [f"{after:.2f}" for _, after in _perplexities(result)]
-                layers = ", ".join(str(model.totals.layers_after) for model in result.models)
-                rows.append([f"{method}, {form}", *pruned, layers, _stock_class(result)])
-                print(*rows[-1], sep=" | ", flush=True)
-                write_table(output, "Perplexity of lab-llama-11m by form", describe_machine(), rows)
+        for method, form in _cases(methods, forms):
+            settings = common | METHODS[method] | (FORMS | LAYERS_GO)[form]
+            result = _prune(Path(folder), f"{method}, {form}", settings)
+            if len(rows) == 1:
+                dense = [f"{before:.2f}" for before, _ in _perplexities(result)]
+                rows.append(["dense", *dense, "", Checkpoint.open(model).config.architectures[0]])
+            pruned = [f"{after:.2f}" for _, after in _perplexities(result)]
+            layers = ", ".join(str(one.totals.layers_after) for one in result.models)
+            rows.append([f"{method}, {form}", *pruned, layers, _stock_class(result)])
+            print(*rows[-1], sep=" | ", flush=True)
+            write_table(output, f"Perplexity of {model.name} by form", describe_machine(), rows)
 
 
-def _prune(output: Path, **settings: Any) -> PruneResult:
-    tokens = SHARED / "golden" / "tokens"
-    return prune(
-        PruneConfig(
-            model=str(SHARED / "models" / "lab-llama-11m"),
-            calibration=str(tokens / "lab.calibration.parquet"),
-            evaluate=(str(tokens / "lab.heldout.parquet"),),
-            output=str(output),
-            sparsity=SPARSITIES,
-            tracking_uri=f"sqlite:///{output.parent}/mlflow.db",
-            **settings,
-        )
-    )
+def _cases(methods: Sequence[str], forms: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the methods and forms of the rows; only gram removes whole layers."""
+    return [
+        (method, form)
+        for method in methods
+        for form in forms
+        if form not in LAYERS_GO or METHODS[method]["method"] == "gram"
+    ]
+
+
+def _prune(folder: Path, name: str, settings: dict[str, Any]) -> PruneResult:
+    return prune(PruneConfig(output=str(folder / name), tracking_uri=f"sqlite:///{folder}/mlflow.db", **settings))
 
 
 def _perplexities(result: PruneResult) -> list[tuple[float, float]]:

@@ -6,6 +6,7 @@ the USS of the run's processes, sampled: the largest one's peak, and the peak of
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from benchmarks.machine import describe_machine, write_table
 from benchmarks.sampling import Measured, run_slimllm
 
 FIVE = [f"--sparsity={sparsity}" for sparsity in (0.1, 0.2, 0.3, 0.4, 0.5)]
+ROWS = (
+    "slimllm, 20 %, with perplexity",
+    "gram, 20 %, with perplexity",
+    "gram, 20 %",
+    "gram, 10 to 50 %, five models",
+    "gram --refine, 20 %",
+    "calibrate",
+    "prune --moments, 40 %",
+)
 
 
 @dataclass(frozen=True)
@@ -29,26 +39,38 @@ class Row:
 @click.argument("model", type=Path)
 @click.option("--calibration", required=True)
 @click.option("--evaluate", required=True)
+@click.option("--row", "chosen", type=click.Choice(ROWS), multiple=True, default=ROWS, help="Only this; repeatable.")
+@click.option("--warm-up/--no-warm-up", default=True, help="Whether a run comes first that no row is of.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/stages.md"))
-def main(model: Path, calibration: str, evaluate: str, output: Path) -> None:
+def main(model: Path, calibration: str, evaluate: str, chosen: Sequence[str], warm_up: bool, output: Path) -> None:
     """Run every command once, in order, and write the table."""
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        prune = ["prune", str(model), "--calibration", calibration, f"--tracking-uri=sqlite:///{scratch}/mlflow.db"]
-        keep = ["calibrate", str(model), "--calibration", calibration, f"--output={scratch}/moments"]
-        moments = ["prune", str(model), "--method=gram", f"--moments={scratch}/moments", *prune[-1:]]
+        commands = _commands(model, calibration, evaluate, Path(folder))
         # The first run of a new MLflow store spends seconds on making it; none of the rows should.
-        _run([*prune, "--method=gram"], scratch / "warm-up")
-        rows = {
-            "slimllm, 20 %, with perplexity": _run([*prune, "--evaluate", evaluate], scratch / "a"),
-            "gram, 20 %, with perplexity": _run([*prune, "--method=gram", "--evaluate", evaluate], scratch / "b"),
-            "gram, 20 %": _run([*prune, "--method=gram"], scratch / "c"),
-            "gram, 10 to 50 %, five models": _run([*prune, "--method=gram", *FIVE], scratch / "d"),
-            "gram --refine, 20 %": _run([*prune, "--method=gram", "--refine"], scratch / "e"),
-            "calibrate": _run(keep, None),
-            "prune --moments, 40 %": _run([*moments, "--sparsity=.4"], scratch / "f"),
-        }
+        if warm_up:
+            _run(commands[ROWS[2]][0], Path(folder) / "warm-up")
+        rows = {name: _run(*commands[name]) for name in ROWS if name in chosen}
     write_table(output, f"Stages of whole runs on {model.name}", describe_machine(), _table(rows))
+
+
+def _commands(model: Path, calibration: str, evaluate: str, scratch: Path) -> dict[str, tuple[list[str], Path | None]]:
+    """Return the arguments and the output of every row; the last reads what the one before it wrote."""
+    store = f"--tracking-uri=sqlite:///{scratch}/mlflow.db"
+    prune = ["prune", str(model), "--calibration", calibration, store]
+    gram = [*prune, "--method=gram"]
+    moments = f"{scratch}/moments"
+    return {
+        ROWS[0]: ([*prune, "--evaluate", evaluate], scratch / "a"),
+        ROWS[1]: ([*gram, "--evaluate", evaluate], scratch / "b"),
+        ROWS[2]: (gram, scratch / "c"),
+        ROWS[3]: ([*gram, *FIVE], scratch / "d"),
+        ROWS[4]: ([*gram, "--refine"], scratch / "e"),
+        ROWS[5]: (["calibrate", str(model), "--calibration", calibration, f"--output={moments}"], None),
+        ROWS[6]: (
+            ["prune", str(model), "--method=gram", f"--moments={moments}", "--sparsity=.4", store],
+            scratch / "f",
+        ),
+    }
 
 
 def _run(arguments: list[str], output: Path | None) -> Row:

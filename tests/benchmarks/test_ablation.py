@@ -1,0 +1,25 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ablation import main, rows
+from tests.benchmarks.tables import require_positive, run
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_every_step_has_a_row(tmp_path: Path, make_llama: Callable[..., Path], token_file: Path) -> None:
+    # A model and tokens under the names of the smallest column's.
+    shared = tmp_path / "shared"
+    shutil.copytree(make_llama(num_hidden_layers=4), shared / "models" / "stories260k-mha")
+    (shared / "golden" / "tokens").mkdir(parents=True)
+    for part in ("calibration", "heldout"):
+        shutil.copy(token_file, shared / "golden" / "tokens" / f"stories260k.{part}.parquet")
+    table = run(main, tmp_path, "stories260k-mha", "--ratio=0.55", f"--shared={shared}")
+    assert list(table) == ["dense (loss)", "SlimLLM, published (loss)", *(name for name, _ in rows())]
+    for row in table.values():
+        (column,) = list(row)[1:]
+        assert column.startswith("stories260k-mha, ratio 0.55 (")
+        require_positive(row, [column])
+    assert table["SlimLLM, published"][column] == "1.00"
