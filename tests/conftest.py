@@ -18,6 +18,8 @@ from tests.elsewhere import Elsewhere
 from tests.orchestrator.standing import Standing
 
 SHARED = Path(__file__).parents[2] / "shared"
+# Ray gives its processes half a minute to start. A busy machine needs more; every process that tests start inherits it.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 
 
 @contextmanager

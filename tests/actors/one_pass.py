@@ -1,10 +1,6 @@
-"""What `test_memory.py` runs in processes of their own: one pass of a shard, and the peak of its memory.
-
-python -m tests.actors.one_pass MODEL deciding|dense BLOCKS LENGTH [offload]
-"""
+"""What `test_memory.py` runs in processes of their own: one pass of a shard, and the peak of its memory."""
 
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -34,7 +30,7 @@ class Peak:
 
 
 def main(model: str, way: str, blocks: str, length: str, *options: str) -> None:
-    """Pass every layer; print the peak above what was taken before, in bytes."""
+    """Pass every layer of a model, `deciding` or `dense`; print the peak above what was taken before, in bytes."""
     shard = Shard("cpu", 2, offload="offload" in options)
     checkpoint = Checkpoint.open(Path(model))
     ids = np.random.default_rng(0).integers(0, 500, size=(int(blocks), int(length))).astype(np.int32)
@@ -66,7 +62,3 @@ def pass_layer(shard: Shard, checkpoint: Checkpoint, way: str, ids: np.ndarray, 
         decision = shard.decide_channels("a", layer, observed, num_removed=300, keep_lowest=0.01)
         shard.apply("a", layer, mlp, decision)
     shard.close_stream("a")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -47,6 +47,25 @@ def shards(local_ray: None) -> Iterator[ShardGroup]:
 
 
 @pytest.fixture(scope="module")
+def one(local_ray: None) -> Iterator[tuple[ShardGroup, list[str]]]:
+    """A group of one worker, and what it notes."""
+    notes: list[str] = []
+    with group_of(1, notes=notes) as group:
+        yield group, notes
+
+
+@pytest.fixture(scope="module")
+def spilling(local_ray: None) -> Iterator[ShardGroup]:
+    """One worker that holds what three hold, in files."""
+    with (
+        Placement(1, 1, 0.0) as placement,
+        shared_files() as deliver,
+        ShardGroup(placement, deliver, print, num_shards=NUM_WORKERS, offload=True) as group,
+    ):
+        yield group
+
+
+@pytest.fixture(scope="module")
 def alone(gqa_model: Path, blocks_BT: np.ndarray) -> Shard:
     """The same data in one shard, in this process."""
     threads = torch.get_num_threads()
@@ -148,21 +167,18 @@ def test_free_memory_is_shared_by_the_workers_of_a_machine(shards: ShardGroup) -
 
 
 def test_micro_batches_shrink_where_memory_is_short_and_it_is_said(
-    local_ray: None, gqa_model: Path, token_blocks: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    one: tuple[ShardGroup, list[str]], gqa_model: Path, token_blocks: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, blocks_BT = Checkpoint.open(gqa_model), np.tile(token_blocks, (8, 1))
     footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=False)
-    notes: list[str] = []
-    with group_of(1, notes=notes) as group:
-        group.open_stream("enough", checkpoint, blocks_BT)
-        held = footprint.states_per_token * blocks_BT.size
-        free = footprint.fixed + held + 40 * footprint.activations_per_token
-        monkeypatch.setattr(group, "_free_memory", lambda: free)
-        group.open_stream("little", checkpoint, blocks_BT)
-        sizes = {
-            name: ray.get(group._actors[0].__ray_call__.remote(batch_sizes, name)) for name in ("enough", "little")
-        }
-        assert group.forward("little", 0) == pytest.approx(group.forward("enough", 0), rel=1e-6)
+    group, notes = one
+    group.open_stream("enough", checkpoint, blocks_BT)
+    held = footprint.states_per_token * blocks_BT.size
+    free = footprint.fixed + held + 40 * footprint.activations_per_token
+    monkeypatch.setattr(group, "_free_memory", lambda: free)
+    group.open_stream("little", checkpoint, blocks_BT)
+    sizes = {name: ray.get(group._actors[0].__ray_call__.remote(batch_sizes, name)) for name in ("enough", "little")}
+    assert group.forward("little", 0) == pytest.approx(group.forward("enough", 0), rel=1e-6)
     # 16 batches at least: 192 blocks of 16 tokens are 12 blocks a batch, and two blocks are within 40 tokens.
     assert sizes == {"enough": [12] * 16, "little": [2] * 96}
     assert notes == ["micro-batches of 32 tokens: 0.0 GB are free per worker"]
@@ -173,36 +189,31 @@ def batch_sizes(shard: Shard, name: str) -> list[int]:
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(
-    local_ray: None, gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    one: tuple[ShardGroup, list[str]], gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint.open(gqa_model)
+    (group, _), checkpoint = one, Checkpoint.open(gqa_model)
     fixed = Footprint.of(checkpoint, torch.device("cpu"), deciding=True).fixed
     message = r"each of 1 worker\(s\) needs .* GB, .* for the hidden states .* are free for it: add --offload, or"
-    with group_of(1) as group:
-        monkeypatch.setattr(group, "_free_memory", lambda: fixed)
-        with pytest.raises(InputError, match=message):
-            group.open_stream("a", checkpoint, blocks_BT, deciding=True)
+    monkeypatch.setattr(group, "_free_memory", lambda: fixed)
+    with pytest.raises(InputError, match=message):
+        group.open_stream("a", checkpoint, blocks_BT, deciding=True)
 
 
 def test_states_that_are_offloaded_need_no_memory(
-    local_ray: None, gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    spilling: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(gqa_model)
     footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=False)
-    with (
-        Placement(1, 1, 0.0) as placement,
-        shared_files() as deliver,
-        ShardGroup(placement, deliver, print, offload=True) as group,
-    ):
-        monkeypatch.setattr(group, "_free_memory", lambda: footprint.fixed + 16 * footprint.activations_per_token)
-        group.open_stream("a", checkpoint, blocks_BT)
-        states = ray.get(group._actors[0].__ray_call__.remote(type_of_states))
-        assert -1 <= group.forward("a", 0) <= 1
+    free = footprint.fixed + 16 * footprint.activations_per_token
+    monkeypatch.setattr(spilling, "_free_memory", lambda: free)
+    spilling.open_stream("spilled", checkpoint, blocks_BT)
+    states = ray.get(spilling._actors[0].__ray_call__.remote(type_of_states))
+    assert -1 <= spilling.forward("spilled", 0) <= 1
     assert states == "SpilledStates"
 
 
 def type_of_states(shard: Shard) -> str:
-    return type(shard._streams["a, shard 0"].hidden).__name__
+    return type(shard._streams["spilled, shard 0"].hidden).__name__
 
 
 def prune_first_layer(group: ShardGroup, model: Path, blocks_BT: np.ndarray) -> tuple[LayerPlan, np.ndarray]:
@@ -214,20 +225,19 @@ def prune_first_layer(group: ShardGroup, model: Path, blocks_BT: np.ndarray) -> 
     group.apply("a", 0, attention, heads)
     channels = group.decide_channels("a", 0, group.observe("a", 0, mlp), num_removed=9, keep_lowest=0.01)
     group.apply("a", 0, mlp, channels)
-    return LayerPlan(heads, channels), group.probe("a")
+    states_TD = group.probe("a")
+    group.close_stream("a")
+    return LayerPlan(heads, channels), states_TD
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_what_lost_workers_held_is_held_by_others_to_the_last_bit(gqa_model: Path, blocks_BT: np.ndarray) -> None:
-    with group_of(2) as group:
-        plan, state_TD = prune_first_layer(group, gqa_model, blocks_BT)
-    with Placement(1, 1, 0.0) as placement, shared_files() as deliver:
-        group = ShardGroup(placement, deliver, print, num_shards=2)
-        group.open_stream("b", Checkpoint.open(gqa_model), blocks_BT)
-        group.forward_pruned("b", 0, plan)
-        assert np.array_equal(group.probe("b"), state_TD)
-        again, again_TD = prune_first_layer(group, gqa_model, blocks_BT)
-        group.close()
+def test_what_lost_workers_held_is_held_by_others_to_the_last_bit(
+    shards: ShardGroup, spilling: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray
+) -> None:
+    plan, state_TD = prune_first_layer(shards, gqa_model, blocks_BT)
+    spilling.open_stream("b", Checkpoint.open(gqa_model), blocks_BT)
+    spilling.forward_pruned("b", 0, plan)
+    assert np.array_equal(spilling.probe("b"), state_TD)
+    again, again_TD = prune_first_layer(spilling, gqa_model, blocks_BT)
     assert again.describe() == plan.describe()
     assert np.array_equal(again_TD, state_TD)
 
