@@ -4,8 +4,6 @@ import io
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from orchestrator import PruneConfig
 from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
 from tests.forks import Forks
-from tests.orchestrator.tracked import FIRST_RUN, MLFLOW, TrackingServer, serving
+from tests.orchestrator.tracked import MLFLOW, TrackingServer, serving
 
 ROOT = Path(__file__).parents[2]
 PruneModel = Callable[..., PruneResult]
@@ -35,13 +33,11 @@ def workers_of_a_file(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def prune_model(
-    local_ray: None, tracking_uri: str, token_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> PruneModel:
-    """Prune a model on one worker, quietly, by a third, unless told otherwise."""
+def prune_model(local_ray: None, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PruneModel:
+    """Prune a model on one worker, quietly, by a third, and without MLflow, unless told otherwise."""
 
     def run(model: Path, **settings: Any) -> PruneResult:
-        defaults = {"calibration": str(token_file), "tracking_uri": tracking_uri, "workers": 1}
+        defaults = {"calibration": str(token_file), "tracking_uri": "none", "workers": 1}
         if "ratio" not in settings:
             defaults["sparsity"] = 0.33
         output = tmp_path_factory.mktemp("run") / "pruned"
@@ -65,22 +61,10 @@ def held_out_file(tmp_path_factory: pytest.TempPathFactory, held_out_blocks: np.
 
 
 @pytest.fixture(scope="session")
-def gqa_run(prune_model: PruneModel, gqa_model: Path, held_out_file: Path) -> PruneResult:
+def gqa_run(prune_model: PruneModel, gqa_model: Path, held_out_file: Path, tracking_uri: str) -> PruneResult:
     """The random model with grouped queries, pruned, evaluated and registered."""
-    return prune_model(gqa_model, evaluate=(str(held_out_file),), register="tiny", run_name="the run")
-
-
-@pytest.fixture(scope="session")
-def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A new store, migrated by a run in a process of its own; its folder and what that process printed."""
-    folder = tmp_path_factory.mktemp("store")
-    arguments = [f"sqlite:///{folder / 'mlflow.db'}", str(folder / "metrics.jsonl")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    command = [sys.executable, "-c", FIRST_RUN, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    shutil.copyfile(folder / "mlflow.db", folder / "copy.db")
-    return folder, done.stdout + done.stderr
+    places = {"tracking_uri": tracking_uri, "register": "tiny", "run_name": "the run"}
+    return prune_model(gqa_model, evaluate=(str(held_out_file),), **places)
 
 
 @pytest.fixture(scope="session")

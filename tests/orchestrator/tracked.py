@@ -32,15 +32,6 @@ import mlflow, mlflow.server, mlflow.server.handlers, mlflow.store.tracking.sqla
 import orchestrator.tracking
 """
 
-FIRST_RUN = """
-import sys
-from pathlib import Path
-from orchestrator.tracking import TrackingOptions, tracked_run
-assert "mlflow" not in sys.modules, "importing the module imports mlflow: every --help waits for it"
-with tracked_run(TrackingOptions(tracking_uri=sys.argv[1]), Path(sys.argv[2])) as run:
-    run.log_params({"first": True})
-"""
-
 
 @dataclass(frozen=True)
 class TrackingServer:

@@ -42,8 +42,8 @@ def idle_model(make_llama: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dropped(prune_model: PruneModel, idle_model: Path, held_out_file: Path) -> PruneResult:
-    return prune_model(idle_model, evaluate=(str(held_out_file),), **SETTINGS)
+def dropped(prune_model: PruneModel, idle_model: Path, held_out_file: Path, tracking_uri: str) -> PruneResult:
+    return prune_model(idle_model, evaluate=(str(held_out_file),), tracking_uri=tracking_uri, **SETTINGS)
 
 
 def plan_of(output: Path) -> list[bool]:

@@ -45,9 +45,10 @@ def assert_same_model(found: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sweep(prune_model: PruneModel, gqa_model: Path, held_out_file: Path) -> PruneResult:
+def sweep(prune_model: PruneModel, gqa_model: Path, held_out_file: Path, tracking_uri: str) -> PruneResult:
     """Two sparsities from one pass."""
-    return prune_model(gqa_model, method="gram", sparsity=(0.2, 0.45), evaluate=(str(held_out_file),))
+    data = {"evaluate": (str(held_out_file),), "tracking_uri": tracking_uri}
+    return prune_model(gqa_model, method="gram", sparsity=(0.2, 0.45), **data)
 
 
 @pytest.fixture(scope="module")
