@@ -19,7 +19,7 @@ from orchestrator import PruneConfig
 from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
 from tests.forks import Forks
-from tests.orchestrator.tracked import MLFLOW, TrackingServer, serving
+from tests.orchestrator.tracked import IMPORTS, TrackingServer, serving
 
 ROOT = Path(__file__).parents[2]
 PruneModel = Callable[..., PruneResult]
@@ -87,20 +87,21 @@ def other_store(first_run: tuple[Path, str], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mlflow_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Forks of a process that has imported MLflow and its server."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    forks = Forks(MLFLOW, environment | {"PYTHONPATH": str(ROOT)}, tmp_path_factory.mktemp("mlflow"))
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Forks of a process that has imported all of this project, MLflow and its server."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_ADDRESS"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    forks = Forks(IMPORTS, environment, tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
 
 
 @pytest.fixture
-def server(mlflow_forks: Forks, other_store: Path, free_port: tuple[int, socket.socket]) -> Iterator[TrackingServer]:
+def server(forks: Forks, other_store: Path, free_port: tuple[int, socket.socket]) -> Iterator[TrackingServer]:
     """An MLflow server on a copy of the store."""
     port, sock = free_port
     sock.close()
-    with serving(mlflow_forks, other_store, port) as started:
+    with serving(forks, other_store, port) as started:
         yield started
 
 

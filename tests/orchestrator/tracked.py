@@ -27,9 +27,9 @@ os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = {artifacts!r}
 server.app.run(host="127.0.0.1", port={port})
 """
 # What these programs import, which takes seconds.
-MLFLOW = """
+IMPORTS = """
 import mlflow, mlflow.server, mlflow.server.handlers, mlflow.store.tracking.sqlalchemy_store
-import orchestrator.tracking
+import orchestrator.cli, orchestrator.cli.summary, orchestrator.pipeline
 """
 
 
