@@ -2,6 +2,9 @@
 
 import os
 import resource
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,18 @@ from cluster.session import LOCAL_RAY
 from tests.elsewhere import Elsewhere
 
 SHARED = Path(__file__).parents[2] / "shared"
+# Ray gives its processes half a minute to start. A busy machine needs more; every process that tests start inherits it.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+
+
+FIRST_RUN = """
+import sys
+from pathlib import Path
+from orchestrator.tracking import TrackingOptions, tracked_run
+assert "mlflow" not in sys.modules, "importing the module imports mlflow: every --help waits for it"
+with tracked_run(TrackingOptions(tracking_uri=sys.argv[1], experiment="first"), Path(sys.argv[2])) as run:
+    run.log_params({"first": True})
+"""
 
 
 @contextmanager
@@ -61,9 +76,24 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
 
 
 @pytest.fixture(scope="session")
-def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow store for all tests: making a new one takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A new store, migrated by a run in a process of its own; its folder and what that process printed."""
+    folder = tmp_path_factory.mktemp("store")
+    arguments = [f"sqlite:///{folder / 'mlflow.db'}", str(folder / "metrics.jsonl")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    command = [sys.executable, "-c", FIRST_RUN, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    shutil.copyfile(folder / "mlflow.db", folder / "copy.db")
+    return folder, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(first_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow store for the runs of all tests, migrated already: that takes seconds."""
+    store = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    shutil.copyfile(first_run[0] / "copy.db", store)
+    return f"sqlite:///{store}"
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,12 @@ for line in sys.stdin:
 """
 
 
+def slimllm(*words: object) -> str:
+    """Return the program that the command line runs for these words."""
+    given = ["slimllm", *map(str, words)]
+    return f"import sys; sys.argv[:] = {given!r}; from orchestrator.cli import main; main()"
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a program ended, and what it printed."""

@@ -1,22 +1,18 @@
-"""What `test_memory.py` runs in processes of their own: one pass of one shard, and the peak of its memory.
-
-python -m tests.actors.one_pass MODEL deciding|dense BLOCKS LENGTH [offload]
-"""
+"""What `test_memory.py` runs in processes of their own: one pass of one shard, and the peak of its memory."""
 
 import json
-import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
-from slimllm_ops.stream.passes import LayerStream
 
 from actors.group import ShardGroup
 from actors.local import LocalWorkers
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
+from slimllm_ops.stream.passes import LayerStream
 
 # Of so many tokens is every micro-batch, however many there are.
 AT_ONCE = 512
@@ -36,7 +32,7 @@ class Peak:
 
 
 def main(model: str, way: str, blocks: str, length: str, *options: str) -> None:
-    """Pass every layer; print the peak above what was taken before, in bytes."""
+    """Pass every layer of a model, `deciding` or `dense`; print the peak above what was taken before, in bytes."""
     offload = "offload" in options
     workers = LocalWorkers(1, 2, offload=offload)
     shard = ShardGroup(workers, 1, offload=offload, settle=lambda name, compute: AT_ONCE)
@@ -71,7 +67,3 @@ def pass_layer(shard: ShardGroup, checkpoint: Checkpoint, way: str, ids: np.ndar
         channels = shard.get(shard.decide("a", decide_channels, observed, layer, num_removed=300, keep_lowest=0.01))
         shard.each("a", LayerStream.apply, layer, mlp, channels)
     shard.close_stream("a")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -32,7 +32,7 @@ def seen(scratch: Path, gqa_model: Path, token_file: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.actors.three_nodes", str(gqa_model), str(token_file), str(scratch)]
     # Loopback only: the token that authentication wants would be written to the home folder.
     environment = os.environ | LOCAL_RAY | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,9 +1,8 @@
 """A worker's memory grows neither with the depth of a model nor, but for the hidden states, with its tokens."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.models.families import family_named
 from slimllm_ops.stream.footprint import Footprint
 from tests.actors.one_pass import AT_ONCE
+from tests.forks import Forks
 from tests.tiny import save_tiny
 
 Peaks = Callable[..., int]
@@ -26,7 +26,16 @@ WAYS = ["deciding", pytest.param("dense", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
-def peaks(tmp_path_factory: pytest.TempPathFactory) -> Peaks:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """A process that has imported what a pass needs, and has computed nothing yet."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    forks = Forks("import tests.actors.one_pass\n", environment, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def peaks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Peaks:
     """Measures the peak of a pass in a process of its own, each once."""
     folder = tmp_path_factory.mktemp("memory")
 
@@ -35,16 +44,17 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> Peaks:
         model = folder / f"{layers}"
         if not model.exists():
             write_model(model, shape_of(layers))
-        return measured(model, way, blocks, *options)
+        return measured(forks, model, way, blocks, *options)
 
     return measure
 
 
-def measured(model: Path, way: str, blocks: int, *options: str) -> int:
+def measured(forks: Forks, model: Path, way: str, blocks: int, *options: str) -> int:
     """Return the peak of a pass in a process of its own, in bytes."""
-    command = [sys.executable, "-m", "tests.actors.one_pass", str(model), way, str(blocks), str(BLOCK), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True)
-    return json.loads(done.stdout)["peak"]
+    words = (str(model), way, str(blocks), str(BLOCK), *options)
+    ended = forks.run(f"from tests.actors.one_pass import main; main(*{words!r})", seconds=300)
+    assert ended.code == 0, ended.stderr
+    return json.loads(ended.stdout)["peak"]
 
 
 def shape_of(layers: int) -> Shape:
@@ -86,10 +96,14 @@ def test_the_footprint_bounds_the_peak(peaks: Peaks, checkpoint: Checkpoint, way
     assert 0.6 * allowed < peaks(way, SHALLOW, MANY) < 1.15 * allowed
 
 
-def test_the_footprint_of_a_mixture_of_experts_bounds_the_peak(tmp_path: Path) -> None:
+def test_the_footprint_of_a_mixture_of_experts_bounds_the_peak(forks: Forks, tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "vocab_size": 500}
     more = {"num_local_experts": 8, "max_position_embeddings": BLOCK, "sliding_window": None}
     model = save_tiny(family_named("mixtral"), tmp_path / "model", **sizes, **more)
     footprint = Footprint.of(Checkpoint.open(model), torch.device("cpu"), deciding=True)
     held = footprint.fixed + footprint.states_per_token * MANY * BLOCK
-    assert 0.6 * held < measured(model, "deciding", MANY) < 1.15 * (held + footprint.activations_per_token * AT_ONCE)
+    assert (
+        0.6 * held
+        < measured(forks, model, "deciding", MANY)
+        < 1.15 * (held + footprint.activations_per_token * AT_ONCE)
+    )

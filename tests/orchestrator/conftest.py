@@ -4,8 +4,6 @@ import io
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from orchestrator import PruneConfig
 from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
 from tests.forks import Forks
-from tests.orchestrator.tracked import FIRST_RUN, MLFLOW, TrackingServer, serving
+from tests.orchestrator.tracked import IMPORTS, TrackingServer, serving
 
 ROOT = Path(__file__).parents[2]
 PruneModel = Callable[..., PruneResult]
@@ -73,19 +71,6 @@ def gqa_run(prune_on_ray: PruneModel, tracking_uri: str, gqa_model: Path, held_o
 
 
 @pytest.fixture(scope="session")
-def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A new store, migrated by a run in a process of its own; its folder and what that process printed."""
-    folder = tmp_path_factory.mktemp("store")
-    arguments = [f"sqlite:///{folder / 'mlflow.db'}", str(folder / "metrics.jsonl")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    command = [sys.executable, "-c", FIRST_RUN, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    shutil.copyfile(folder / "mlflow.db", folder / "copy.db")
-    return folder, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="session")
 def uri(first_run: tuple[Path, str]) -> str:
     return f"sqlite:///{first_run[0] / 'mlflow.db'}"
 
@@ -105,20 +90,21 @@ def other_store(first_run: tuple[Path, str], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mlflow_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Forks of a process that has imported MLflow and its server."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    forks = Forks(MLFLOW, environment | {"PYTHONPATH": str(ROOT)}, tmp_path_factory.mktemp("mlflow"))
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Forks of a process that has imported all of this project, MLflow and its server."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_ADDRESS"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    forks = Forks(IMPORTS, environment, tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
 
 
 @pytest.fixture
-def server(mlflow_forks: Forks, other_store: Path, free_port: tuple[int, socket.socket]) -> Iterator[TrackingServer]:
+def server(forks: Forks, other_store: Path, free_port: tuple[int, socket.socket]) -> Iterator[TrackingServer]:
     """An MLflow server on a copy of the store."""
     port, sock = free_port
     sock.close()
-    with serving(mlflow_forks, other_store, port) as started:
+    with serving(forks, other_store, port) as started:
         yield started
 
 

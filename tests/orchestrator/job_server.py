@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from orchestrator.version import DISTRIBUTION
-from tests.forks import Forks
+from tests.forks import Forks, slimllm
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -75,8 +75,7 @@ class Head:
 
     def run(self, *words: object, code: int = 0) -> tuple[str, str]:
         """Run a command to its end, in a fork; return what it said on stdout and on stderr."""
-        program = f"from orchestrator.cli import main; main({list(map(str, words))!r}, prog_name='slimllm')"
-        ended = self.client.run(program, seconds=SECONDS)
+        ended = self.client.run(slimllm(*words), seconds=SECONDS)
         assert ended.code == code, ended.stdout + ended.stderr
         return ended.stdout, ended.stderr
 

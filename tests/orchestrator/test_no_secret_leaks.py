@@ -1,7 +1,5 @@
 """Secrets that a command is given, in a URI or in the environment, are in nothing that it leaves."""
 
-import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,18 +11,15 @@ from mlflow import MlflowClient
 from orchestrator.cli.summary import print_summary
 from orchestrator.pipeline import PruneResult
 from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
+from tests.forks import Ended, Forks, slimllm
 from tests.orchestrator.tracked import TrackingServer
 
-SLIMLLM = str(Path(sys.executable).with_name("slimllm"))
 SECRETS = {"HF_TOKEN": "hf_Wq71", "MLFLOW_TRACKING_PASSWORD": "p-Xk93"}
 IN_URI = "u-Zt58"
 
 
-def run_slimllm(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | SECRETS | {"MLFLOW_TRACKING_USERNAME": "user", "OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    command = [SLIMLLM, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+def run_slimllm(forks: Forks, *arguments: object) -> Ended:
+    return forks.run(slimllm(*arguments), seconds=300, **SECRETS, MLFLOW_TRACKING_USERNAME="user")
 
 
 def assert_no_secret(text: bytes, where: object) -> None:
@@ -33,22 +28,23 @@ def assert_no_secret(text: bytes, where: object) -> None:
 
 
 def test_a_command_leaves_no_secret(
-    gqa_model: Path, token_file: Path, server: TrackingServer, other_store: Path, tmp_path: Path
+    gqa_model: Path, token_file: Path, server: TrackingServer, other_store: Path, tmp_path: Path, forks: Forks
 ) -> None:
     served = server.address.replace("//", f"//user:{IN_URI}@")
     database = f"{server.store}?password={IN_URI}"
     output = tmp_path / "out"
     places = ["--output", output, "--tracking-uri", served, "--register", "tiny"]
-    pruned = run_slimllm("prune", gqa_model, "--calibration", token_file, *places, "--run-name", f"at {served}")
-    assert pruned.returncode == 0, pruned.stderr
-    logged = run_slimllm("log", output, "--tracking-uri", database, "--experiment", "database")
-    assert logged.returncode == 0, logged.stderr
-    down = run_slimllm("log", output, "--tracking-uri", f"http://user:{IN_URI}@127.0.0.1:9")
-    assert down.returncode == 2
-    away = run_slimllm("prune", gqa_model, "--address", f"ray://user:{IN_URI}@127.0.0.1:9", "--tracking-uri", database)
-    assert away.returncode == 2
-    for done in (pruned, logged, down, away):
-        assert_no_secret((done.stdout + done.stderr).encode(), done.args[1])
+    pruned = run_slimllm(forks, "prune", gqa_model, "--calibration", token_file, *places, "--run-name", f"at {served}")
+    assert pruned.code == 0, pruned.stderr
+    logged = run_slimllm(forks, "log", output, "--tracking-uri", database, "--experiment", "database")
+    assert logged.code == 0, logged.stderr
+    down = run_slimllm(forks, "log", output, "--tracking-uri", f"http://user:{IN_URI}@127.0.0.1:9")
+    assert down.code == 2
+    nowhere = ["--address", f"ray://user:{IN_URI}@127.0.0.1:9", "--tracking-uri", database]
+    away = run_slimllm(forks, "prune", gqa_model, *nowhere)
+    assert away.code == 2
+    for name, ended in {"prune": pruned, "log": logged, "log, down": down, "prune, away": away}.items():
+        assert_no_secret((ended.stdout + ended.stderr).encode(), name)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"mlflow.db", "metrics.jsonl", "plan.json", "README.md", "config.json"} <= {path.name for path in files}
     for path in files:

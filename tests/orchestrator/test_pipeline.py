@@ -247,7 +247,7 @@ def test_what_the_papers_ratio_gave_is_registered_by_it(
     prune_model: Callable[..., PruneResult], gqa_model: Path, tracking_uri: str
 ) -> None:
     settings = {"ratio": 0.25, "pruned_layers": 2, "alpha": 1.0}
-    result = prune_model(gqa_model, register="by ratio", **settings)
+    result = prune_model(gqa_model, register="by ratio", tracking_uri=tracking_uri, **settings)
     client = MlflowClient(tracking_uri)
     version = client.get_model_version_by_alias("by ratio", "ratio-0-25")
     told = {"method": "slimllm", "ratio": "0.25", "sparsity": str(round(result.totals.sparsity, 4))}
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_was_written_wrong_is_an_error(
 
     monkeypatch.setattr(pipeline, "read_back", spoil)
     with pytest.raises(ReadBackError, match="layer 1 as written differs"):
-        prune_model(gqa_model, output=str(tmp_path / "out"), run_name="spoilt")
+        prune_model(gqa_model, output=str(tmp_path / "out"), run_name="spoilt", tracking_uri=tracking_uri)
     assert not list(tmp_path.iterdir())
     (run,) = mlflow_runs(tracking_uri, "spoilt")
     assert run.info.status == "FAILED"

@@ -27,18 +27,9 @@ os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = {artifacts!r}
 server.app.run(host="127.0.0.1", port={port})
 """
 # What these programs import, which takes seconds.
-MLFLOW = """
+IMPORTS = """
 import mlflow, mlflow.server, mlflow.server.handlers, mlflow.store.tracking.sqlalchemy_store
-import orchestrator.tracking
-"""
-
-FIRST_RUN = """
-import sys
-from pathlib import Path
-from orchestrator.tracking import TrackingOptions, tracked_run
-assert "mlflow" not in sys.modules, "importing the module imports mlflow: every --help waits for it"
-with tracked_run(TrackingOptions(tracking_uri=sys.argv[1]), Path(sys.argv[2])) as run:
-    run.log_params({"first": True})
+import orchestrator.cli, orchestrator.cli.summary, orchestrator.pipeline
 """
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,75 +103,109 @@ def deep_model(make_llama: Callable[..., Path]) -> Path:
     return make_llama(num_hidden_layers=14, hidden_size=16, intermediate_size=32)
 
 
+def told(stderr: str) -> list[str]:
+    """What was said but for progress."""
+    progress = ("estimate: ", "layer similarities: ", "pruning: ")
+    return [line for line in stderr.splitlines() if not line.startswith(progress)]
+
+
+@dataclass(frozen=True)
+class Story:
+    """One run, ended by signals one after the other and resumed after each.
+
+    Attributes:
+        arguments: What every attempt is asked.
+        output: Where it writes.
+        uri: Where it is logged, as `name`.
+    """
+
+    arguments: tuple[object, ...]
+    output: Path
+    uri: str
+    name: str
+
+    def attempt(self, *more: object) -> "subprocess.Popen[str]":
+        places = ["--tracking-uri", self.uri, "--run-name", self.name, "--output", self.output]
+        return start(*self.arguments, *places, *more)
+
+    @property
+    def partial(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.partial")
+
+    def end_by(self, sent: signal.Signals, layer: int, *more: object) -> tuple[int, str]:
+        """Make an attempt that a signal ends once a layer is solved; return its code, and what it said.
+
+        No process of it is left, and its output is unfinished.
+        """
+        process = self.attempt(*more)
+        while not (self.partial / ".work" / "solved" / "pruned.log" / f"layer-{layer:05d}.json").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any("ray::Shard" in " ".join(child.cmdline()) for child in started)
+        # Ray's agents, which do nothing but tell of a node, notice only after a minute that a driver was killed.
+        agents = [child for child in started if "Agent" in child.name() and sent == signal.SIGKILL]
+        # The kill program's manners: to the process. A terminal's: to all of its group.
+        if sent == signal.SIGINT:
+            os.killpg(process.pid, sent)
+        else:
+            process.send_signal(sent)
+        _, stderr = process.communicate(timeout=60)
+        _, alive = psutil.wait_procs([one for one in started if one not in agents], timeout=20)
+        assert not alive
+        assert list(self.output.parent.iterdir()) == [self.partial]
+        return process.returncode, stderr
+
+    def finish(self) -> None:
+        """Resume it, to its end."""
+        process = self.attempt("--resume")
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 0, stderr
+        assert "\ngoing on from what is solved" in stderr
+        assert list(self.output.parent.iterdir()) == [self.output]
+
+
+@pytest.fixture
+def story(deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path) -> Story:
+    return Story((deep_model, "--calibration", token_file), tmp_path / "a" / "out", tracking_uri, tmp_path.name)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(
-    deep_model: Path, token_file: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def undisturbed(deep_model: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    process = start(deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri, "--output", output)
-    _, stderr = process.communicate(timeout=120)
+    process = start(deep_model, "--calibration", token_file, "--tracking-uri", "none", "--output", output)
+    _, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
     return output
 
 
-@pytest.mark.parametrize(
-    ("sent", "code", "said", "status"),
-    [
-        (signal.SIGINT, 130, ["slimllm: interrupted; no checkpoint was written; what was solved is in "], "KILLED"),
-        pytest.param(
-            *(signal.SIGTERM, 143),
-            *(["slimllm: terminated; no checkpoint was written; what was solved is in "], "KILLED"),
-            # A job that is stopped is ended by it (test_submit.py).
-            marks=pytest.mark.slow,
-        ),
-        (signal.SIGKILL, -9, [], "RUNNING"),
-    ],
-)
-def test_a_run_that_a_signal_ends_leaves_no_process_and_is_resumed(
-    deep_model: Path,
-    undisturbed: Path,
-    token_file: Path,
-    tracking_uri: str,
-    tmp_path: Path,
-    sent: signal.Signals,
-    code: int,
-    said: list[str],
-    status: str,
+def test_a_run_that_signals_end_leaves_no_process_and_is_resumed(
+    story: Story, undisturbed: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "a" / "out"
-    data = ["--calibration", token_file, "--tracking-uri", tracking_uri, "--run-name", sent.name, "--output", output]
-    process = start(deep_model, *data)
-    partial = output.with_name(".out.partial")
-    while not (partial / ".work" / "solved" / "pruned.log" / "layer-00003.json").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    started = psutil.Process(process.pid).children(recursive=True)
-    assert any("ray::Shard" in " ".join(child.cmdline()) for child in started)
-    agents = [child for child in started if "Agent" in child.name()]
-    # The kill program's manners: to the process. A terminal's: to all of its group.
-    if sent == signal.SIGINT:
-        os.killpg(process.pid, sent)
-    else:
-        process.send_signal(sent)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
-    progress = ("estimate: ", "layer similarities: ", "pruning: ")
-    told = [line for line in stderr.splitlines() if not line.startswith(progress)]
-    assert [line.partition(str(tmp_path))[0] for line in told] == said
-    # Ray's agents, which do nothing but tell of a node, notice only after a minute that a driver was killed.
-    _, alive = psutil.wait_procs([one for one in started if one not in agents or sent != signal.SIGKILL], timeout=20)
-    assert not alive
-    assert list(output.parent.iterdir()) == [partial]
-    assert not list(partial.rglob("*.partial")) or sent == signal.SIGKILL
-    assert run_status(tracking_uri, sent.name) == status
+    code, stderr = story.end_by(signal.SIGINT, layer=3)
+    said = [line.partition(str(tmp_path))[0] for line in told(stderr)]
+    assert (code, said) == (130, ["slimllm: interrupted; no checkpoint was written; what was solved is in "])
+    assert not list(story.partial.rglob("*.partial"))
+    assert run_status(story.uri, story.name) == "KILLED"
+    code, stderr = story.end_by(signal.SIGKILL, 8, "--resume")
+    assert (code, [line.partition(" (")[0] for line in told(stderr)]) == (-9, ["going on from what is solved"])
+    assert run_status(story.uri, story.name) == "RUNNING"
+    story.finish()
+    assert run_status(story.uri, story.name) == "FINISHED"
+    assert content(story.output) == content(undisturbed)
 
-    process = start(deep_model, *data, "--resume")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert "\ngoing on from what is solved" in stderr
-    assert run_status(tracking_uri, sent.name) == "FINISHED"
-    assert list(output.parent.iterdir()) == [output]
-    assert content(output) == content(undisturbed)
+
+# A job that is stopped is ended by it (test_submit.py).
+@pytest.mark.slow
+def test_a_run_that_sigterm_ends_leaves_no_process_and_is_resumed(
+    story: Story, undisturbed: Path, tmp_path: Path
+) -> None:
+    code, stderr = story.end_by(signal.SIGTERM, layer=3)
+    said = [line.partition(str(tmp_path))[0] for line in told(stderr)]
+    assert (code, said) == (143, ["slimllm: terminated; no checkpoint was written; what was solved is in "])
+    assert run_status(story.uri, story.name) == "KILLED"
+    story.finish()
+    assert content(story.output) == content(undisturbed)
 
 
 @pytest.fixture(scope="module")
@@ -195,24 +230,12 @@ def other_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         head.wait(timeout=30)
 
 
-def test_two_runs_on_one_cluster_both_give_what_each_would_alone(
+def test_two_runs_on_another_cluster_from_a_file_and_from_flags_both_give_what_each_would_alone(
     gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, other_cluster: str
 ) -> None:
-    data = ["--calibration", token_file, "--tracking-uri", tracking_uri, "--address", other_cluster, "--workers", "1"]
-    runs = [start(gqa_model, *data, "--output", tmp_path / name) for name in ("one", "other")]
-    for process in runs:
-        _, stderr = process.communicate(timeout=200)
-        assert process.returncode == 0, stderr
-    assert content(tmp_path / "one") == content(tmp_path / "other")
-
-
-def test_a_whole_run_from_a_file_on_another_cluster(
-    gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, other_cluster: str
-) -> None:
-    output = tmp_path / "out"
     settings: dict[str, Any] = {
         "model": str(gqa_model),
-        "output": str(output),
+        "output": str(tmp_path / "file"),
         "calibration": str(token_file),
         "tracking-uri": tracking_uri,
         "address": other_cluster,
@@ -220,15 +243,21 @@ def test_a_whole_run_from_a_file_on_another_cluster(
     }
     file = tmp_path / "run.toml"
     file.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()) + "sparsity = 0.9\n")
-    process = start("--config", file, "--sparsity", "0.4", "--workers", "2")
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    lines = stderr.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["estimate"] * 2 + ["layer similarities", "pruning"], stderr
-    assert f"checkpoint: {output}" in stdout
+    alike = ["--sparsity", "0.4", "--workers", "1"]
+    given = [gqa_model, "--calibration", token_file, "--address", other_cluster, "--tracking-uri", "none"]
+    runs = [start("--config", file, *alike), start(*given, *alike, "--output", tmp_path / "flags")]
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in runs]
+    assert [code for _, _, code in ended] == [0, 0], ended
+    assert content(tmp_path / "file") == content(tmp_path / "flags")
+
+    stdout, stderr, _ = ended[0]
+    # Each takes the whole cluster, and so one of them waits for the other.
+    lines = [line.split(":")[0] for line in stderr.splitlines() if not line.startswith("waiting for up to ")]
+    assert lines == ["estimate"] * 2 + ["layer similarities", "pruning"], stderr
+    assert f"checkpoint: {tmp_path / 'file'}" in stdout
     assert f"mlflow ui --backend-store-uri {tracking_uri}" in stdout
     assert "parameters" in stdout
-    header = Plan.read(output / "pruning" / "plan.json").header
+    header = Plan.read(tmp_path / "file" / "pruning" / "plan.json").header
     asked = {name: header["params"][name] for name in ("sparsity", "num_workers", "cpus_per_worker")}
-    assert asked == {"sparsity": 0.4, "num_workers": 2, "cpus_per_worker": 5}
+    assert asked == {"sparsity": 0.4, "num_workers": 1, "cpus_per_worker": 11}
     assert run_status(tracking_uri, "from a file") == "FINISHED"

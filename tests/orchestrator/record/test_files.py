@@ -31,17 +31,23 @@ def assert_same_but_for_the_journals(first: Path, second: Path) -> None:
 
 
 def test_a_second_run_of_the_papers_method_gives_the_same_bytes(
-    gqa_run: PruneResult, prune_model: Callable[..., PruneResult], gqa_model: Path, held_out_file: Path
+    gqa_run: PruneResult,
+    prune_model: Callable[..., PruneResult],
+    gqa_model: Path,
+    held_out_file: Path,
+    tracking_uri: str,
 ) -> None:
-    again = prune_model(gqa_model, evaluate=(str(held_out_file),), **ELSEWHERE)
+    again = prune_model(gqa_model, evaluate=(str(held_out_file),), tracking_uri=tracking_uri, **ELSEWHERE)
     assert_same_but_for_the_journals(gqa_run.output, again.output)
 
 
 def test_a_second_run_of_gram_gives_the_same_bytes(
-    prune_model: Callable[..., PruneResult], gqa_model: Path, held_out_file: Path
+    prune_model: Callable[..., PruneResult], gqa_model: Path, held_out_file: Path, tracking_uri: str
 ) -> None:
     asked: dict[str, Any] = {"method": "gram", "refine": True, "evaluate": (str(held_out_file),)}
-    first, second = (prune_model(gqa_model, **asked, **places) for places in ({}, ELSEWHERE))
+    # Where MLflow is told and where it is not.
+    logged = ELSEWHERE | {"tracking_uri": tracking_uri}
+    first, second = (prune_model(gqa_model, **asked, **places) for places in ({}, logged))
     assert_same_but_for_the_journals(first.output, second.output)
 
 

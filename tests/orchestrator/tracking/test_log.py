@@ -241,7 +241,7 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
     gqa_model: Path,
     token_file: Path,
     server: TrackingServer,
-    mlflow_forks: Forks,
+    forks: Forks,
     other_store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -270,7 +270,7 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
     names = {"sweep", "sparsity-0.20", "sparsity-0.40"}
     assert {name: run.info.status for name, run in before.items()} == dict.fromkeys(names, "RUNNING")
 
-    with serving(mlflow_forks, other_store, int(server.address.rpartition(":")[2])) as again:
+    with serving(forks, other_store, int(server.address.rpartition(":")[2])) as again:
         said = [slimllm_log(output, "--tracking-uri", again.address) for _ in range(2)]
         served = MlflowClient(again.address)
         models = served.search_logged_models([served.get_experiment_by_name("died").experiment_id])

@@ -47,8 +47,8 @@ def runs_of(client: MlflowClient, experiment: str) -> list[str]:
     return [run.info.run_id for run in found]
 
 
-def test_a_killed_run_goes_on(uri: str, client: MlflowClient, tmp_path: Path, mlflow_forks: Forks) -> None:
-    assert mlflow_forks.run(KILLED.format(uri=uri, folder=str(tmp_path))).code == -9
+def test_a_killed_run_goes_on(uri: str, client: MlflowClient, tmp_path: Path, forks: Forks) -> None:
+    assert forks.run(KILLED.format(uri=uri, folder=str(tmp_path))).code == -9
     before = runs_of(client, "killed")
     assert [client.get_run(run_id).info.status for run_id in before] == ["RUNNING"] * 2
 
