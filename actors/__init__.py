@@ -1,4 +1,4 @@
 """Workers that hold shards of the calibration data, and the group that drives them.
 
-`actors.shard` needs no Ray; everything else does.
+Only `ray_workers`, `placement`, `serving`, `waiting` and `node_tasks` need Ray.
 """

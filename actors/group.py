@@ -62,7 +62,7 @@ class SharedStream:
 class ShardGroup:
     """Shards that are called together; a context manager that ends their workers.
 
-    The workers start when the first data are sent to them, so a run that needs none starts none.
+    The workers start with the first stream, so a run that opens no stream starts none.
 
     Args:
         workers: Where the shards live.
@@ -126,14 +126,14 @@ class ShardGroup:
         measures_change: bool = False,
         intercept: bool = True,
     ) -> None:
-        """Spread token blocks (B, T), int32, over the shards, in order and evenly.
+        """Spread token blocks (B, T), int32, evenly over the shards, in order.
 
         Args:
-            name: What later calls name the stream by.
-            checkpoint: The model the blocks pass.
+            name: The stream's name in later calls.
+            checkpoint: The model that the blocks pass through.
             blocks_BT: The blocks.
-            deciding: Whether branches wait for decisions, so that shards hold their outputs.
-            measures_change: Whether to measure what layers change, so that shards hold what enters them.
+            deciding: Whether branches wait for decisions, so that shards must hold their outputs.
+            measures_change: Whether to measure how much a layer changes its input, so that shards must hold the input.
             intercept: Whether fits to the moments have an intercept.
 
         Raises:
@@ -146,10 +146,10 @@ class ShardGroup:
     def open_refinement(
         self, name: str, dense: Checkpoint, pruned: Checkpoint, blocks_BT: np.ndarray, origins: tuple[int, ...]
     ) -> None:
-        """Spread blocks over the shards, each to pass the dense and the pruned model side by side.
+        """Spread blocks over the shards; they pass through the dense and the pruned model side by side.
 
         Args:
-            name: What later calls name the stream by.
+            name: The stream's name in later calls.
             dense: The dense model.
             pruned: The pruned model, whose layers later calls number.
             blocks_BT: The blocks, int32.
@@ -219,7 +219,7 @@ class ShardGroup:
         *arguments: P.args,
         **named: P.kwargs,
     ) -> list[R]:
-        """Run a step on every shard that takes a value which lies on the cluster first."""
+        """Run a step on every shard; its first argument is a value that is on the cluster."""
         packed, label = self._workers.put((arguments, named)), _label(step, arguments)
         return self._workers.get(
             [

@@ -1,6 +1,6 @@
-"""What a node has free, what is installed there and how fast it computes: asked before work is sent there.
+"""A node's free memory and disk, its packages and its speed, inspected before work is sent there.
 
-This program's own node is looked at here; every other by a task of its own, which is waited for no longer than told.
+This process inspects its own node. A Ray task inspects each other node, within a time limit.
 """
 
 import os
@@ -17,13 +17,13 @@ import torch
 from slimllm_ops.stream.memory import free_memory
 from slimllm_ops.stream.operations import Rates
 
-# What workers compute with; Ray itself refuses a cluster of another Ray or Python.
+# Packages that workers compute with; Ray itself refuses a cluster with another version of Ray or Python.
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "numpy")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A node's GPU: what it is called, and the bytes that are free on it."""
+    """A node's GPU: its name, and its free bytes."""
 
     name: str
     free: int
@@ -31,16 +31,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NodeState:
-    """What was found on a node.
+    """The state of a node.
 
     Attributes:
-        host: its name.
-        packages: versions of the packages that workers compute with; "" where one is missing.
-        free_memory: bytes.
-        temporary: the folder for temporary files.
-        free_disk: bytes, there.
-        rates: of what workers will compute on; None where that is a GPU that was not to be touched.
-        gpu: a GPU as torch sees it; None where it sees none, or none was asked for.
+        host: The node's name.
+        packages: The version of each package that workers compute with; "" if it is missing.
+        free_memory: In bytes.
+        temporary: The folder for temporary files.
+        free_disk: Bytes free in that folder.
+        rates: Rates of the device that workers will use; None if that is a GPU and the inspection left GPUs alone.
+        gpu: The GPU that torch sees; None if it sees none, or if the inspection left GPUs alone.
     """
 
     host: str
@@ -53,10 +53,10 @@ class NodeState:
 
 
 def inspect_node(device: str, threads: int) -> NodeState:
-    """Look at the node that this process runs on.
+    """Inspect the node that this process runs on.
 
     Args:
-        device: what to measure rates of: "cpu", "cuda" if torch sees one, or "" for none.
+        device: The device whose rates to measure: "cpu", "cuda" if torch sees one, or "" for none.
         threads: CPU threads that a worker computes with.
     """
     gpu = _gpu() if device == "cuda" else None
@@ -74,16 +74,16 @@ def inspect_node(device: str, threads: int) -> NodeState:
 def inspect_nodes(
     nodes: Sequence[tuple[str, bool]], device: str, threads: int, gpus: float, seconds: float
 ) -> list[NodeState | str]:
-    """Look at nodes, all at once; return what was found on each, or why nothing was.
+    """Inspect all nodes at once; return the state of each, or the reason why there is none.
 
     Args:
         nodes: Ray's name of each (empty without Ray), and whether this process runs on it.
         device: As in `inspect_node`.
         threads: As in `inspect_node`.
-        gpus: The share of a GPU that a worker will have, which a look at a GPU takes.
+        gpus: The share of a GPU that a worker will have; inspecting a GPU takes the same share.
         seconds: How long to wait for the other nodes.
     """
-    # On Ray, a GPU is looked at by a task that holds its share of it.
+    # On Ray, only a task that holds a share of a GPU may use it.
     others = [node for node, here in nodes if node and (not here or device == "cuda")]
     answers = _ask_nodes(others, device, threads, gpus if device == "cuda" else 0, seconds) if others else {}
     return [answers[node] if node in answers else inspect_node(device, threads) for node, _ in nodes]
@@ -92,7 +92,7 @@ def inspect_nodes(
 def _ask_nodes(
     nodes: Sequence[str], device: str, threads: int, gpus: float, seconds: float
 ) -> dict[str, NodeState | str]:
-    # A run in this process does without Ray.
+    # A local run does not import Ray.
     from actors.node_tasks import ask_nodes
 
     return ask_nodes(nodes, inspect_node, device, threads, gpus=gpus, seconds=seconds)
@@ -115,7 +115,7 @@ def _rates(device: str, threads: int) -> Rates:
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages that workers compute with; "" where one is missing."""
+    """Return the versions of the packages that workers compute with; "" for a missing one."""
     return {name: _version(name) for name in PACKAGES}
 
 

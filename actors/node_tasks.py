@@ -1,4 +1,4 @@
-"""Questions to nodes of a Ray cluster: a task on each, which is waited for no longer than the caller says."""
+"""Questions to nodes of a Ray cluster: one task on each node, with a time limit."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ T = TypeVar("T")
 def ask_nodes(
     nodes: Sequence[str], question: Callable[..., T], *arguments: Any, gpus: float, seconds: float
 ) -> dict[str, T | str]:
-    """Run a function on nodes, all at once; return what each answers, or why it does not.
+    """Run a function on all nodes at once; return each answer, or the reason why there is none.
 
     Args:
         nodes: Ray's names of the nodes.

@@ -18,14 +18,14 @@ NOTE_SECONDS = 5.0
 class Placement:
     """A run's share of the cluster, held from the first use until the context ends.
 
-    Solves run beside the workers. So a worker holds one half of its bundle in Ray's books, though it computes with all
-    of it, and solves hold the other half: a bundle runs one worker and one solve at a time.
+    Solves run beside the workers. So Ray's books give a worker half of its bundle, although it computes with the whole,
+    and give solves the other half: a bundle runs one worker and one solve at a time.
 
     Args:
-        num_workers: how many bundles.
-        cpus_per_worker: CPUs of each.
-        gpus_per_worker: GPUs of each, 0 or a fraction of one up to the whole.
-        note: told when others have to be waited for.
+        num_workers: The number of bundles.
+        cpus_per_worker: CPUs of each bundle.
+        gpus_per_worker: GPUs of each bundle, from 0 to 1.
+        note: Receives a line when the run has to wait for other runs.
     """
 
     def __init__(
@@ -48,19 +48,19 @@ class Placement:
         return held_cpus(self.cpus_per_worker)
 
     def worker_options(self, number: int) -> dict[str, Any]:
-        """Return what Ray is told of a worker: its resources, and the bundle that they come from."""
+        """Return a worker's options for Ray: its resources, and the bundle that they come from."""
         return self._options(self.worker_cpus, number)
 
     def solve_options(self) -> dict[str, Any]:
-        """Return what Ray is told of a solve: its resources, from whichever bundle has them free."""
+        """Return a solve's options for Ray: its resources, from any bundle that has them free."""
         return self._options(self.cpus_per_worker - self.worker_cpus, -1)
 
     def __enter__(self) -> "Placement":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Give the bundles back; what runs in them ends."""
-        # Of a head that is gone Ray would ask that for a minute, and then end this process.
+        """Give the bundles back and end everything that runs in them."""
+        # If the head is gone, Ray would ask it for a minute and then end this process.
         if self._group is not None and head_answers():
             remove_placement_group(self._group)
         self._group = None
@@ -70,10 +70,10 @@ class Placement:
         return {"num_cpus": cpus, "num_gpus": self._gpus / 2, "scheduling_strategy": strategy}
 
     def _reserved(self) -> Any:
-        """Return the bundles, reserved now if they were not.
+        """Return the bundles; reserve them on the first call.
 
         Raises:
-            ShardError: the cluster did not give them in time.
+            ShardError: The cluster did not give them in time.
         """
         if self._group is None:
             bundle = {"CPU": float(self.cpus_per_worker)} | ({"GPU": self._gpus} if self._gpus else {})
@@ -86,8 +86,8 @@ class Placement:
             if not placed:
                 remove_placement_group(group)
                 raise ShardError(
-                    f"the cluster gave no room for {asked} within {START_SECONDS:.0f} s, of "
-                    f"{ray.available_resources()} that are free: wait for what else runs there, or lower --workers or "
+                    f"the cluster gave no room for {asked} within {START_SECONDS:.0f} s; "
+                    f"{ray.available_resources()} are free: wait for other runs to end, or lower --workers or "
                     f"--gpus-per-worker"
                 )
             self._group = group

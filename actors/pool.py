@@ -72,7 +72,7 @@ class SolverPool:
 
 
 def in_flight(submissions: Iterable[T]) -> Iterator[T]:
-    """Yield what is submitted, in order, while a few further submissions are under way."""
+    """Yield submissions in order, a few behind the newest one, so that a few are always under way."""
     waiting: deque[T] = deque()
     for submitted in submissions:
         waiting.append(submitted)

@@ -16,7 +16,7 @@ from actors.workers import Reference
 T = TypeVar("T")
 R = TypeVar("R")
 
-# How long to wait for lost workers while others live, which can take over their data.
+# How long to wait for lost workers while there are others, which can take over their data.
 REPLACE_SECONDS = 30.0
 
 
@@ -102,7 +102,7 @@ class RayWorkers:
         deadline = time.monotonic() + START_SECONDS
         placed = self._placed(self._submit_actors(), deadline)
         while not placed and time.monotonic() < deadline:
-            # All died as they started, perhaps of what killed the others, which may be over by now.
+            # All died as they started. Perhaps the cause is the same as before, and is over by now.
             placed = self._placed(self._submit_actors(), deadline)
         if not placed:
             raise ShardError(
@@ -111,7 +111,7 @@ class RayWorkers:
             )
         if len(placed) < self._placement.num_workers:
             self._note(
-                f"{len(placed)} of {self._placement.num_workers} workers have a place; "
+                f"{len(placed)} of {self._placement.num_workers} workers were placed; "
                 f"they take over the data of the others"
             )
         self._actors = placed
@@ -128,7 +128,7 @@ class RayWorkers:
         return [actor for actor, answered in zip(actors, answers, strict=True) if answered]
 
     def _submit_actors(self) -> list[Any]:
-        # Ray must not restart one: it would return a worker without its states under the same name.
+        # Ray must not restart an actor: it would come back without its states.
         remote = ray.remote(max_restarts=0, max_task_retries=0)(Shard)
         place = self._placement
         return [

@@ -1,7 +1,7 @@
 """Weights for nodes that do not see the driver's files: read beside the driver, and sent once to each node.
 
-A checkpoint that is served is one like any other to whoever reads it, a few tensors at a time. What was read lately
-stays in Ray's object store, so that the workers of a node share one copy.
+A served checkpoint reads like any other, a few tensors at a time. The latest reads stay in Ray's object store, so the
+workers of a node share one copy.
 """
 
 from collections import OrderedDict
@@ -21,12 +21,12 @@ from actors.group import Delivery
 from actors.waiting import CALL_SECONDS
 from slimllm_ops.checkpoint.reading import Checkpoint, StoredWeight, read_tensors
 
-# The layer in use and the next, of two models at most: whoever comes later reads them again.
+# The layer in use and the next one, of at most two models. A worker that comes later reads them again.
 KEPT_READS = 4
 # Requests come from all workers at once, and each waits for the disk.
 THREADS = 4
 
-# A tensor's bytes, and what they are: NumPy has no bfloat16.
+# A tensor's bytes, dtype and shape: NumPy has no bfloat16.
 Packed = tuple[np.ndarray, torch.dtype, tuple[int, ...]]
 
 
@@ -40,13 +40,13 @@ class WeightServer:
         """Return a reference to packed tensors by name, in a list: Ray would fetch a bare one.
 
         Args:
-            directory: the checkpoint's, on this node.
-            files: the tensors' names, and the files that hold them.
+            directory: The checkpoint's directory on this node.
+            files: For each tensor's name, the file that holds it.
 
         Raises:
-            CheckpointError: a file is missing or broken.
+            CheckpointError: A file is missing or broken.
         """
-        # A refined layer replaces its file: what was read before is then another's.
+        # Refining replaces a layer's file, so the time of change is part of the key.
         times = tuple(_modified(directory / file) for file in sorted(set(files.values())))
         key = (directory, tuple(files), times)
         reference = self._kept.get(key)
@@ -85,7 +85,7 @@ class ServedCheckpoint(Checkpoint):
         return _fetch(self.server, self.directory, {name: self.files[name] for name in names})
 
     def stored_weight(self, layer: int, name: str) -> ServedWeight:
-        """Return where one of a layer's tensors lies, by what the model's class calls it, relative to the layer."""
+        """Return where a tensor of a layer is stored; its name is that of the model's class, relative to the layer."""
         weight = super().stored_weight(layer, name)
         return ServedWeight(
             weight.directory, weight.files, weight.prefix, weight.split, weight.num_experts, self.server
@@ -94,9 +94,9 @@ class ServedCheckpoint(Checkpoint):
 
 @contextmanager
 def weight_server() -> Iterator[Delivery]:
-    """Run a server on the driver's node; give what makes a checkpoint one that it serves."""
+    """Run a server on the driver's node; yield a function that makes it serve a checkpoint."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # It holds nothing that cannot be read again, so Ray may restart it, and repeat what it was asked.
+    # It can read everything again, so Ray may restart it and repeat calls.
     remote = ray.remote(WeightServer).options(
         num_cpus=0, max_concurrency=THREADS, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1
     )
@@ -109,7 +109,7 @@ def weight_server() -> Iterator[Delivery]:
 
 @contextmanager
 def shared_files() -> Iterator[Delivery]:
-    """Give what leaves a checkpoint as it is: every node finds its files by their paths."""
+    """Yield a function that returns a checkpoint unchanged: every node finds its files by their paths."""
     yield lambda checkpoint: checkpoint
 
 
@@ -118,7 +118,7 @@ def _modified(path: Path) -> int:
 
 
 def _fetch(server: Any, directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
-    """Return tensors as stored, by their names, from a server; `files` has the file of each."""
+    """Return tensors as stored, by name, from a server; `files` says which file holds each."""
     (located,) = ray.get(server.locate.remote(directory, files), timeout=CALL_SECONDS)
     return {name: _unpack(packed) for name, packed in ray.get(located, timeout=CALL_SECONDS).items()}
 
@@ -129,5 +129,5 @@ def _pack(tensor: Tensor) -> Packed:
 
 def _unpack(packed: Packed) -> Tensor:
     content, dtype, shape = packed
-    # Received arrays are read-only views of shared memory, and weights may be changed in place.
+    # Received arrays are read-only views of shared memory, and callers change weights in place.
     return torch.from_numpy(content.copy()).view(dtype).view(shape)

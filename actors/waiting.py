@@ -1,4 +1,4 @@
-"""Waiting for Ray: in pieces, so that Ctrl-C is heard, with an end, and with errors as they were raised."""
+"""Waiting for Ray: in short steps, so that Ctrl-C works; with a time limit; with the errors that workers raised."""
 
 import socket
 import time
@@ -20,10 +20,10 @@ from slimllm_ops.errors import InputError, MiscountError
 
 CALL_SECONDS = 3600.0
 POLL_SECONDS = 1.0
-# Ray ends a process that has not heard of the head for a minute, with no chance to say what is kept.
+# Ray ends a process that has not heard from the head for a minute. The process cannot say then how to resume.
 HEAD_SECONDS = 15.0
 
-# What a process, a node or what they held is gone by. A worker sees it too, of the server that it reads from.
+# Errors that say that a process, a node or an object is lost. A worker gets them too when its weight server is lost.
 LOSSES = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, GetTimeoutError)
 
 
@@ -36,10 +36,10 @@ def get_in_order(refs: list[ray.ObjectRef], seconds: float = CALL_SECONDS) -> li
     """Return all results in order; the first error is raised at once, without waiting for the others.
 
     Raises:
-        InputError, MiscountError: as a worker raised it.
-        WorkerLostError: a worker died.
+        InputError, MiscountError: A worker raised it.
+        WorkerLostError: A worker died.
         HeadLostError: Ray's head is gone.
-        ShardError: a worker did not answer in time.
+        ShardError: A worker did not answer in time.
     """
     deadline = time.monotonic() + seconds
     pending = list(refs)
@@ -52,13 +52,13 @@ def get_in_order(refs: list[ray.ObjectRef], seconds: float = CALL_SECONDS) -> li
         if pending and time.monotonic() > deadline:
             raise ShardError(
                 f"{len(pending)} of {len(refs)} workers did not answer within {seconds:.0f} s: "
-                f"the cluster is overloaded, or has no room for so many workers"
+                f"the cluster is overloaded, or has no room for all workers"
             )
     return [_get(ref) for ref in refs]
 
 
 def which_answer(refs: list[ray.ObjectRef], seconds: float) -> list[bool | None]:
-    """Return of each call whether it gives a result; None where it gives nothing in time."""
+    """Return for each call whether it succeeded, or None if it did not answer in time."""
     deadline = time.monotonic() + seconds
     pending = list(refs)
     while pending and time.monotonic() < deadline:
@@ -71,7 +71,7 @@ def require_head() -> None:
     """Require that Ray's head answers.
 
     Raises:
-        HeadLostError: it has not for some seconds.
+        HeadLostError: It has not answered for `HEAD_SECONDS`.
     """
     deadline = time.monotonic() + HEAD_SECONDS
     while not head_answers():
@@ -81,7 +81,7 @@ def require_head() -> None:
 
 
 def head_answers() -> bool:
-    """Return whether Ray's head takes connections; a client of Ray, which cannot reach it, believes so."""
+    """Return whether Ray's head takes connections; a Ray client cannot reach the head and assumes that it does."""
     if ray.util.client.ray.is_connected():
         return True
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
@@ -104,7 +104,7 @@ def _get(ref: ray.ObjectRef) -> Any:
     try:
         return ray.get(ref)
     except (RayTaskError, *LOSSES) as error:
-        # What a worker raised for the user is raised here as it was; anything else keeps its remote traceback.
+        # Errors that users can act on are raised as the worker raised them; others keep their remote traceback.
         cause: BaseException = error
         while isinstance(cause, RayTaskError):
             cause = cause.cause

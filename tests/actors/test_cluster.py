@@ -90,4 +90,4 @@ def test_a_run_on_three_nodes_writes_what_one_node_writes(
 def test_a_run_that_loses_a_node_says_so_and_goes_on_with_the_others(seen: dict[str, Any]) -> None:
     assert "a worker died: " in seen["told"]
     # Two fit; on a busy machine one of them may not answer within the time that lost workers are waited for.
-    assert re.search(r"[12] of 3 workers have a place; they take over the data of the others", seen["told"])
+    assert re.search(r"[12] of 3 workers were placed; they take over the data of the others", seen["told"])
