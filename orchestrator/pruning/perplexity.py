@@ -2,13 +2,12 @@
 
 import math
 
-from slimllm_ops.stream.passes import LayerStream
-
 from actors.group import ShardGroup
 from orchestrator.data import TokenBlocks
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.stream.passes import LayerStream
 
 # exp() of a larger loss is beyond what a float holds; a heavily pruned model can reach it.
 LARGEST_LOSS = 700

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from slimllm_ops.stream.passes import LayerStream
 
 from actors import placement as placement_module
 from actors.errors import ShardError
@@ -22,6 +21,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import CheckpointError
+from slimllm_ops.stream.passes import LayerStream
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
-from slimllm_ops.stream.passes import LayerStream
 
 import actors
 import slimllm_ops
@@ -35,6 +34,7 @@ from orchestrator.preflight.checks import inspect_cluster
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.module_solves import eliminate_observed
+from slimllm_ops.stream.passes import LayerStream
 
 NODES = 3
 
