@@ -22,13 +22,9 @@ from slimllm_ops.errors import MiscountError
 from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.observation import Observed, PackedObservation
 from slimllm_ops.moments.states import SpilledStates, StateStore
-from slimllm_ops.stream.layer_stream import LayerStream, Mean, Passage
+from slimllm_ops.stream.layer_stream import LayerStream, Mean
 from slimllm_ops.stream.memory import free_memory, return_large_blocks
 from slimllm_ops.stream.refinement import RefinementStream, solve_alignment, solve_refit
-
-# The read-back of a checkpoint compares the states of so many first tokens: causal, so they need no others.
-PROBED_TOKENS = 64
-
 
 # A branch's refined tensors by their names in the layer: float32, but rounded as the checkpoint stores them.
 Refined = dict[str, np.ndarray]
@@ -82,14 +78,16 @@ class Shard:
         """Run a branch up to its output projection; return the moments of what came out, and hold it until `apply`."""
         return self._streams[name].observe(layer, branch)
 
-    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[Observed, Passage]:
+    def observe_dense(self, name: str, layer: int, branch: Branch) -> tuple[Observed, tuple[Mean, Mean | None]]:
         """Pass a branch as it is; return its moments, and the summed squares of what it leaves."""
-        return self._streams[name].observe_dense(layer, branch)
+        found = self._streams[name].observe_dense(layer, branch)
+        return found.observed, (found.power, found.change)
 
-    def mean_powers(self, *parts: Passage) -> tuple[float, float | None]:
+    def mean_powers(self, *parts: tuple[Mean, Mean | None]) -> tuple[float, float | None]:
         """Return the means over all shards' tokens of what a branch left: the states' power, the layer's change."""
-        whole = reduce(Passage.merge, parts)
-        return whole.power.value, None if whole.change is None else whole.change.value
+        powers, changes = zip(*parts, strict=True)
+        change = None if None in changes else reduce(Mean.merge, changes).value
+        return reduce(Mean.merge, powers).value, change
 
     def merge(self, left: Observed, right: Observed) -> Observed:
         """Return the observation of both sets of tokens; both are of one branch, and so of one kind."""
@@ -167,11 +165,11 @@ class Shard:
 
     def probe(self, name: str) -> np.ndarray:
         """Return the hidden states (T', D) of the first tokens of the first block."""
-        return self._streams[name].hidden[0][0, :PROBED_TOKENS].float().cpu().numpy()
+        return self._streams[name].probe()
 
     def probed_ids(self, name: str) -> np.ndarray:
         """Return the ids (T',) of the tokens that `probe` shows."""
-        return self._streams[name].batches[0][0, :PROBED_TOKENS].numpy()
+        return self._streams[name].probed_ids()
 
     def negative_log_likelihood(self, name: str) -> Mean:
         """Return the summed negative log-likelihood of a stream that has passed every layer."""

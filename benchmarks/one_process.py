@@ -197,17 +197,17 @@ def prune_gram(run: Run) -> Stages:
         shard = run.shard()
     for layer in range(source.num_layers):
         shape = layer_shape(source.config, layer)
-        seen, paths, passage = [], [], None
+        seen, paths, powers = [], [], ()
         for branch, num_units in zip(
             _branches(source), (shape.num_attention_units, shape.intermediate_size), strict=True
         ):
             with stages.timed("observing"):
-                observed, passage = shard.observe_dense("a", layer, branch)
+                observed, powers = shard.observe_dense("a", layer, branch)
             with stages.timed("eliminating"):
                 paths.append(eliminate_module(run.weight(layer, branch), observed, num_units))
             seen.append(observed)
         with stages.timed("storing moments"):
-            store.save(layer, LayerPaths(*paths, passage.power.value), *seen)
+            store.save(layer, LayerPaths(*paths, shard.mean_powers(powers)[0]), *seen)
     shard.close_stream("a")
     _write_models(run, store, stages, (0.2, 0.3, 0.5))
     one = LayerOperations.of(source, 0, BLOCK)

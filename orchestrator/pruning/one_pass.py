@@ -13,7 +13,6 @@ import ray
 import torch
 
 from actors.pool import SolverPool, results
-from actors.shard import PROBED_TOKENS
 from orchestrator.inputs import Inputs
 from orchestrator.pruning.run_context import Job, Target
 from slimllm_ops.allocate.budget import Candidate
@@ -27,7 +26,7 @@ from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.models.families import Branch, layer_shape
 from slimllm_ops.module_solves import candidates_of
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.layer_stream import PROBED_TOKENS, LayerStream
 
 DENSE = "dense"
 

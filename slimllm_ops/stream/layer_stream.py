@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from slimllm_ops.moments.states import States, StateStore
 
 # Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
 LOGIT_TOKENS = 1024
+# The read-back of a checkpoint compares the states of this many first tokens: causal, so they need no others.
+PROBED_TOKENS = 64
 # A norm's gain below this fraction of its largest passes nothing on.
 SMALLEST_GAIN = 1e-3
 
@@ -55,22 +58,23 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Passage:
-    """What a pass of a branch leaves: squared norms, summed over tokens.
+class DensePass:
+    """What a pass of a dense branch leaves: its observation, and squared norms summed over tokens.
 
     Attributes:
-        power: of the states.
-        change: of what the layer has added to them so far; None where that is not measured.
+        observed: The branch's observation.
+        power: Squared norms of the states after it.
+        change: Squared norms of what the layer has added to the states so far; None where that is not measured.
     """
 
+    observed: Observed
     power: Mean
     change: Mean | None = None
 
-    def merge(self, other: "Passage") -> "Passage":
-        """Return the sums over both sets of tokens."""
-        if self.change is None or other.change is None:
-            return Passage(self.power.merge(other.power))
-        return Passage(self.power.merge(other.power), self.change.merge(other.change))
+    def merge(self, other: "DensePass") -> "DensePass":
+        """Return the pass of both sets of tokens."""
+        measured = None if self.change is None or other.change is None else self.change.merge(other.change)
+        return DensePass(self.observed.merge(other.observed), self.power.merge(other.power), measured)
 
 
 class LayerStream:
@@ -145,10 +149,11 @@ class LayerStream:
         return self.require_finite(seen.packed(), layer, branch).with_intercept(self._intercept)
 
     @torch.inference_mode()
-    def observe_dense(self, layer: int, branch: Branch) -> tuple[Observed, Passage]:
-        """Pass a branch as it is and return its moments, and what is known of the states that result.
+    def observe_dense(self, layer: int, branch: Branch) -> DensePass:
+        """Pass a dense branch; return its moments, and the norms of the states that result.
 
-        Nothing is held but the residual stream, and what entered the layer where its change is measured.
+        The moments are kept for any use, so they have an intercept until they are read. Nothing is held but the
+        residual stream, and what entered the layer where its change is measured.
         """
         seen, power, change = self._begin(branch)[0], Mean(0.0, 0), Mean(0.0, 0)
         before = self._entered_by(layer) if self._measures_change else None
@@ -162,7 +167,8 @@ class LayerStream:
             power = power.merge(self._add(index, added))
             if before is not None:
                 change = change.merge(_summed_power(self.hidden[index] - before[index]))
-        return self.require_finite(seen.packed(), layer, branch), Passage(power, None if before is None else change)
+        observed = self.require_finite(seen.packed(), layer, branch)
+        return DensePass(observed, power, None if before is None else change)
 
     @torch.inference_mode()
     def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
@@ -287,6 +293,14 @@ class LayerStream:
         with _answered(self._layers(), states_bTD):
             ids = torch.zeros(states_bTD.shape[:2], dtype=torch.int64, device=self.device)
             return self._model(input_ids=ids, use_cache=False).logits
+
+    def probe(self) -> np.ndarray:
+        """Return the states (T', D) of the first tokens of the first block, in float32."""
+        return self.hidden[0][0, :PROBED_TOKENS].float().cpu().numpy()
+
+    def probed_ids(self) -> np.ndarray:
+        """Return the ids (T',) of the tokens that `probe` shows."""
+        return self.batches[0][0, :PROBED_TOKENS].numpy()
 
     def close(self) -> None:
         """Give everything back now: modules refer to each other in circles, which Python frees when it likes."""
