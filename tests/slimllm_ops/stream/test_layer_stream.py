@@ -17,8 +17,9 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.models.families import Branch, family_of, layer_shape
+from slimllm_ops.moments.sums import DensePass
 from slimllm_ops.stream import layer_stream as stream_module
-from slimllm_ops.stream.layer_stream import LayerStream, Passage
+from slimllm_ops.stream.layer_stream import LayerStream
 from tests.slimllm_ops.naive import masked_model, observations, random_channels, random_decision
 
 CPU = torch.device("cpu")
@@ -252,13 +253,15 @@ def test_observing_a_dense_branch_is_observing_and_applying_it(stream: LayerStre
     holding = LayerStream(stream.checkpoint, stream.batches, CPU)
     for layer in range(NUM_LAYERS):
         for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
-            observed, passage = stream.observe_dense(layer, branch)
+            found = stream.observe_dense(layer, branch)
+            observed = found.observed
             expected = holding.observe(layer, branch)
             for one, other in zip(*map(observations, (observed, expected)), strict=True):
                 assert all(map(np.array_equal, one.moments.rows, other.moments.rows))
                 assert np.array_equal(one.input_squares_D, other.input_squares_D)
             assert (observed.gain == 1) == (branch.reading.output_norm is None and stream._multiplier == 1)
-            assert passage == Passage(holding.apply(layer, branch, None))
+            assert found.power == holding.apply(layer, branch, None)
+            assert found.change is None
         assert all(torch.equal(one, other) for one, other in zip(stream.hidden, holding.hidden, strict=True))
 
 
@@ -267,13 +270,41 @@ def test_what_a_layer_changes_is_the_distance_of_what_leaves_it_from_what_enters
     for layer in range(NUM_LAYERS):
         before = list(stream.hidden)
         for branch in (stream.checkpoint.family.attention, stream.checkpoint.family.mlp):
-            passage = measuring.observe_dense(layer, branch)[1]
-            assert passage.power == stream.observe_dense(layer, branch)[1].power
+            found = measuring.observe_dense(layer, branch)
+            assert found.power == stream.observe_dense(layer, branch).power
         changes = [after - entered for after, entered in zip(stream.hidden, before, strict=True)]
         expected = sum(float(change.double().square().sum()) for change in changes)
-        assert passage.change is not None
-        assert passage.change.total == pytest.approx(expected, rel=1e-5)
-        assert passage.change.count == sum(ids.numel() for ids in stream.batches)
+        assert found.change is not None
+        assert found.change.total == pytest.approx(expected, rel=1e-5)
+        assert found.change.count == sum(ids.numel() for ids in stream.batches)
+
+
+def test_dense_passes_of_shards_merge_to_that_of_all_tokens(model_dir: Path, batches: list[torch.Tensor]) -> None:
+    checkpoint = Checkpoint.open(model_dir)
+    branch = checkpoint.family.attention
+
+    def passed(batches: list[torch.Tensor], measures_change: bool = True) -> DensePass:
+        return LayerStream(checkpoint, batches, CPU, measures_change=measures_change).observe_dense(0, branch)
+
+    merged, together = passed(batches[:1]).merge(passed(batches[1:])), passed(batches)
+    assert merged.change is not None
+    assert together.change is not None
+    for one, other in ((merged.power, together.power), (merged.change, together.change)):
+        assert one.count == other.count
+        assert one.total == pytest.approx(other.total, rel=1e-6)
+    merged.observed.require_tokens(sum(ids.numel() for ids in batches))
+    assert merged.observed.gain == pytest.approx(together.observed.gain, rel=1e-6)
+    assert passed(batches[:1]).merge(passed(batches[1:], measures_change=False)).change is None
+
+
+def test_the_probe_is_the_states_of_the_first_tokens(stream: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream.forward(0)
+    # A block of fewer tokens is shown whole.
+    assert stream.probe().shape == (stream.batches[0].shape[1], 32)
+    monkeypatch.setattr(stream_module, "PROBED_TOKENS", 5)
+    assert np.array_equal(stream.probe(), stream.hidden[0][0, :5].numpy())
+    assert stream.probe().dtype == np.float32
+    assert np.array_equal(stream.probed_ids(), stream.batches[0][0, :5].numpy())
 
 
 def test_a_layer_that_is_dropped_changes_nothing_and_is_not_read(
