@@ -1,1 +1,1 @@
-"""The passes of a run: layer by layer, in one pass, refined, and the perplexity of what they wrote."""
+"""The passes of a run: layerwise pruning, one-pass pruning, refinement and perplexity."""

@@ -1,4 +1,4 @@
-"""Where a run computes: on Ray, or in this process (`--local`). Each is imported only when a run asks for it."""
+"""Where a run computes: on Ray, or in this process (`--local`). A run imports only its own backend."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,29 +17,31 @@ Note = Callable[[str], None]
 
 
 class Backend(Protocol):
-    """What a run computes on."""
+    """The machines that a run computes on."""
 
     def session(self, *, verbose: bool = False) -> AbstractContextManager[Resources]:
-        """Connect, or start what is needed, for as long as the context lasts; give what there is.
+        """Connect, or start a cluster, for the duration of the context; yield the resources.
 
         Raises:
-            ClusterError: It cannot be reached.
+            ClusterError: The cluster cannot be reached.
         """
 
     def plan_workers(self, resources: Resources) -> WorkerPlan:
-        """Return how many workers run, and what each computes with.
+        """Return the number of workers, and the CPUs and GPUs of each.
 
         Raises:
-            ClusterError: There is less than the config asks for.
+            ClusterError: The cluster has less than the config asks for.
         """
 
     def workers(self, plan: WorkerPlan, room: int, *, note: Note) -> AbstractContextManager[tuple[Workers, Delivery]]:
-        """Hold workers, and what makes a checkpoint that they can read; they start when data are sent to them.
+        """Hold workers for the duration of the context; yield them, and a function that lets them read a checkpoint.
+
+        The workers start with their first stream.
 
         Args:
             plan: The workers of the run.
-            room: How many of them there is room for.
-            note: Receives a line when others have to be waited for.
+            room: How many of them the cluster has room for now.
+            note: Receives a line when the run waits for other runs.
         """
 
 
@@ -69,20 +71,20 @@ class RayBackend:
 
     @contextmanager
     def workers(self, plan: WorkerPlan, room: int, *, note: Note) -> Iterator[tuple[Workers, Delivery]]:
-        """Hold a place on the cluster, and actors there."""
+        """Hold a placement on the cluster, and actors in it."""
         from actors.placement import Placement
         from actors.ray_workers import RayWorkers
         from actors.serving import weight_server
 
         with (
             Placement(room, plan.cpus_per_worker, plan.gpus_per_worker, note) as placement,
-            weight_server() if plan.weights_travel else nullcontext(_as_it_is) as deliver,
+            weight_server() if plan.weights_travel else nullcontext(_unchanged) as deliver,
         ):
             yield RayWorkers(placement, offload=self._config.offload, note=note), deliver
 
 
 class LocalBackend:
-    """This process: no Ray."""
+    """This process, without Ray."""
 
     def __init__(self, config: PruneConfig) -> None:
         self._config = config
@@ -90,15 +92,15 @@ class LocalBackend:
 
     @contextmanager
     def session(self, *, verbose: bool = False) -> Iterator[Resources]:
-        """Give this machine's CPUs, and its first GPU."""
+        """Yield this machine's CPUs, and its first GPU."""
         import torch
 
         cpus = len(os.sched_getaffinity(0))
-        # Shards compute one after the other: there may be more of them than CPUs.
+        # Shards compute one after the other, so there can be more shards than CPUs.
         yield Resources((Node(max(cpus, self._num_workers), int(torch.cuda.is_available()), here=True),))
 
     def plan_workers(self, resources: Resources) -> WorkerPlan:
-        """Return one shard, or as many as were asked for; they share the GPU."""
+        """Return one worker, or as many as the config asks for; they share the GPU."""
         gpus = self._config.gpus_per_worker
         shared = resources.gpus / self._num_workers if gpus is None else gpus
         return plan_workers(resources, self._num_workers, shared)
@@ -109,8 +111,8 @@ class LocalBackend:
         from actors.local import LocalWorkers
 
         device = "cuda" if plan.gpus_per_worker else "cpu"
-        yield LocalWorkers(plan.num_workers, plan.cpus_per_worker, device, offload=self._config.offload), _as_it_is
+        yield LocalWorkers(plan.num_workers, plan.cpus_per_worker, device, offload=self._config.offload), _unchanged
 
 
-def _as_it_is(checkpoint: Checkpoint) -> Checkpoint:
+def _unchanged(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint

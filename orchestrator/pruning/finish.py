@@ -1,4 +1,4 @@
-"""What follows when a target's layers are written: refine, read back, measure, count."""
+"""The last steps for a target whose layers are written: refine, read back, measure, count."""
 
 from orchestrator.pruning.refine import refine_model
 from orchestrator.pruning.run_context import RunContext

@@ -52,12 +52,12 @@ def measure_similarities(context: RunContext) -> list[float]:
 
 
 def allocate(context: RunContext, similarities: list[float], sparsity: float | None) -> Budget:
-    """Return what every layer gives to meet a sparsity, or by the paper's own ratio where that is None."""
+    """Return what each layer removes to reach a sparsity, or by the paper's ratio if the sparsity is None."""
     config, form, num_layers = context.config, context.inputs.form, context.source.num_layers
     sizes = form.sizes([measure_layer(context.source, layer, form.with_bias) for layer in range(num_layers)])
     if form.uniform:
         similarities = similarities[:1]
-    # Beside the paper's own ratio, its published settings stand in for missing ones.
+    # The paper's published settings fill in the settings that the config leaves out.
     num_pruned, alpha = published_settings(sparsity or config.ratio or 0.0, num_layers)
     num_pruned = min(config.pruned_layers or num_pruned, len(sizes))
     alpha = alpha if config.alpha is None else config.alpha
@@ -70,7 +70,7 @@ def allocate(context: RunContext, similarities: list[float], sparsity: float | N
 
 
 def _prune_model(context: RunContext, target: Target, similarities: list[float], budget: Budget) -> None:
-    """Pass the layers once; decide, apply and commit each."""
+    """Pass through the layers once; decide, apply and commit each."""
     shards, tokens, log = context.shards, context.inputs.calibration.num_tokens, target.pruned.log
     for attempt in context.attempts(log.__len__):
         with attempt:
@@ -93,7 +93,7 @@ def _prune_model(context: RunContext, target: Target, similarities: list[float],
 
 
 def _prune_layer(context: RunContext, layer: int, share: LayerBudget) -> tuple[Decision | None, Decision | None]:
-    """Observe, decide and apply a layer's attention, then its MLP; None where a module stays whole."""
+    """Observe, decide and apply a layer's attention, then its MLP; a module that stays whole has no decision."""
     if not share.units and not share.channels:
         context.shards.each(PRUNED, LayerStream.forward_pruned, layer, LayerPlan())
         return None, None

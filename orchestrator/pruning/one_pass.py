@@ -1,4 +1,4 @@
-"""One forward pass of the dense model, and from its moments models of any method at any number of sparsities.
+"""One forward pass of the dense model; from its moments, models by any method at any number of sparsities.
 
 prune_one_pass
 calibrate                one pass; for each layer and module:
@@ -44,13 +44,13 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Ranked:
-    """A method's rankings of all modules, and the form that the model must have.
+    """A method's rankings of all modules, and the form of the model.
 
     Attributes:
         method: The method.
-        candidates: What the modules of each layer can give.
+        candidates: The units that each module can remove.
         form: The form.
-        layers: Every layer as a whole, where layers may be dropped.
+        layers: All layers as candidates, if layers may be dropped; else empty.
     """
 
     method: Method
@@ -59,7 +59,7 @@ class Ranked:
     layers: Sequence[Candidate] = ()
 
     def relative_change(self, layer: int) -> float | None:
-        """Return E|h_out - h_in|^2 / E|h_out|^2 of a layer, where it was measured."""
+        """Return E|h_out - h_in|^2 / E|h_out|^2 of a layer; None if it was not measured."""
         if not self.layers:
             return None
         return self.layers[layer].output_variance / max(self.layers[layer].stream_power, 1e-300)
@@ -78,7 +78,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class _ObservedModule:
-    """A module under way: its pass over all shards, and its elimination."""
+    """References to the pass of a module over all shards, and to its elimination."""
 
     seen: Reference[DensePass]
     path: Reference[ModulePath]
@@ -97,7 +97,7 @@ def prune_from_moments(context: RunContext, store: MomentStore, method: Method, 
 
 
 def observed_moments(context: RunContext) -> MomentStore:
-    """Return the moments that the config names, or those of a pass made now."""
+    """Return the moments that the config names, or make a pass now."""
     intercept = context.inputs.form.with_bias
     if context.inputs.moments is not None:
         return MomentStore(context.inputs.moments, intercept)
@@ -107,7 +107,7 @@ def observed_moments(context: RunContext) -> MomentStore:
 
 
 def calibrate(context: RunContext, store: MomentStore) -> None:
-    """Pass the calibration data through the dense model once; keep every layer's moments and elimination paths."""
+    """Pass the calibration data through the dense model once; save each layer's moments and elimination paths."""
     shards, num_layers, tokens = context.shards, context.source.num_layers, context.inputs.calibration.num_tokens
     num_saved = partial(store.num_saved, num_layers)
     for attempt in context.attempts(num_saved):
@@ -142,8 +142,8 @@ def _observe_layers(context: RunContext, layers: range) -> Iterator[Pair[_Observ
 
 
 def _save_layer(context: RunContext, store: MomentStore, layer: int, modules: Pair[_ObservedModule]) -> None:
-    """Wait for a layer's observations and eliminations, and keep them."""
-    # Moments pass through the driver to its disk: a run that is killed goes on from there.
+    """Wait for a layer's observations and eliminations, and save them."""
+    # Moments go through the driver to its disk, so that a killed run can resume from there.
     seen = modules.map(lambda module: context.pool.get(module.seen))
     paths = modules.map(lambda module: context.pool.get(module.path))
     for one in seen:
@@ -158,7 +158,7 @@ def _save_layer(context: RunContext, store: MomentStore, layer: int, modules: Pa
 
 
 def moments_of(inputs: Inputs) -> dict[str, Any]:
-    """Return what identifies moments: the digests of the weights and of the calibration tokens."""
+    """Return the values that identify moments: the digests of the weights and of the calibration tokens."""
     return {
         "model": inputs.name,
         "model_digest": inputs.source_digest,
@@ -168,7 +168,7 @@ def moments_of(inputs: Inputs) -> dict[str, Any]:
 
 
 def rank_modules(context: RunContext, store: MomentStore, method: Method) -> Ranked:
-    """Rank every module's units by a method; gram's ranking with an intercept was kept with the moments."""
+    """Rank each module's units by a method; the moments' store has gram's ranking with an intercept already."""
     source, form = context.source, context.inputs.form
     paths = [store.load_paths(layer) for layer in range(source.num_layers)]
     if method.rank is METHODS["gram"].rank and form.with_bias:
@@ -210,7 +210,7 @@ def write_models(context: RunContext, store: MomentStore, ranked: Ranked, target
             tokens = context.inputs.calibration.num_tokens
             for layer in context.reporter.layers("deciding", source.num_layers, tokens, first):
                 for target, plan in zip(targets, next(plans), strict=True):
-                    # An earlier attempt may have ended between two targets.
+                    # An earlier attempt can end between two targets.
                     if len(target.pruned.log) == layer:
                         target.pruned.commit(plan, witness.forward(target.pruned.log.last_state(), layer, plan))
                         context.log_layer(target.run, layer, plan)
@@ -242,7 +242,7 @@ def _submit_decisions(
                     decide_module,
                     layer,
                     branch,
-                    # From the disk, one layer at a time: memory does not grow with depth.
+                    # Read one layer at a time, so that memory does not grow with depth.
                     pool.put(store.load_moments(layer, module)),
                     ranked.method,
                     candidate.ranking,
@@ -262,9 +262,9 @@ def target_parameters(source: Checkpoint, sparsity: float | None) -> int:
 
 
 class _Witness:
-    """A few tokens that pass the pruned layers as decided, for the read-back of the written checkpoint.
+    """A few tokens that pass through the pruned layers, so that the read-back of the checkpoint can compare.
 
-    The shards hold moments of the dense model and pass no pruned layer. One layer's weights serve all targets.
+    The shards pass through the dense model only. All targets use one copy of a layer's weights.
     """
 
     def __init__(self, source: Checkpoint) -> None:
@@ -278,7 +278,7 @@ class _Witness:
         return self._ids_1T[0].numpy(), self._stream.hidden[0][0].numpy()
 
     def forward(self, state_TD: np.ndarray, layer: int, plan: LayerPlan) -> np.ndarray:
-        """Return the states (T, D) after a layer that a plan pruned."""
+        """Return the states (T, D) after a layer pruned by a plan."""
         self._stream.hidden = [torch.from_numpy(state_TD)[None]]
         self._stream.forward_pruned(layer, plan)
         return self._stream.hidden[0][0].numpy()

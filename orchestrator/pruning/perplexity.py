@@ -9,7 +9,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.stream.passes import LayerStream
 
-# exp() of a larger loss is beyond what a float holds; a heavily pruned model can reach it.
+# exp() of a larger loss overflows a float; a heavily pruned model can reach it.
 LARGEST_LOSS = 700
 
 

@@ -24,13 +24,13 @@ def refine_model(context: RunContext, target: Target, pruned: Checkpoint) -> Non
     Args:
         context: The run.
         target: The target to refine.
-        pruned: Its whole checkpoint before refinement.
+        pruned: The target's checkpoint before refinement.
     """
-    assert target.refined is not None, "a target that is refined has a place for the result"
+    assert target.refined is not None, "a target to refine has a draft for the result"
     shards, tokens = context.shards, context.inputs.calibration.num_tokens
     draft, plans = target.refined, target.pruned.log.plans
     origins = tuple(layer for layer, plan in enumerate(plans) if not plan.dropped)
-    # It has the same names and shapes; only the directory differs.
+    # The refined checkpoint has the same names and shapes; only the directory differs.
     written = shards.deliver(replace(pruned, directory=draft.writer.directory))
     for attempt in context.attempts(draft.log.__len__):
         with attempt:
@@ -83,5 +83,5 @@ def _refit(context: RunContext, layer: int, branch: Branch) -> Refined:
 
 
 def _stored(refined: Refined, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return tensors in the dtype of the checkpoint, to which their values are already rounded."""
+    """Return tensors in the dtype of the checkpoint; their values are already rounded to it."""
     return {name: torch.from_numpy(array.copy()).to(dtype) for name, array in refined.items()}

@@ -23,13 +23,13 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.stream.memory import return_large_blocks
 
-# A stage that loses workers this often and commits nothing in between would go on losing them.
+# A stage that loses workers more often than this, and commits nothing in between, ends the run.
 MAX_LOSSES = 3
 
 
 @dataclass
 class Attempt:
-    """One attempt at a stage. As a context manager it ends at the loss of a worker, and keeps that loss."""
+    """One attempt at a stage: a context manager that catches the loss of a worker, and keeps it."""
 
     loss: WorkerLostError | None = field(default=None, init=False)
 
@@ -66,13 +66,13 @@ class RunContext:
 
             for attempt in context.attempts(log.__len__):
                 with attempt:
-                    ...  # opens its streams, and goes on from what is committed
+                    ...  # open the streams and continue after the last commit
 
         Args:
             committed: Returns how much of the stage is committed.
 
         Raises:
-            ShardError: Workers were lost again and again with nothing committed in between, or none is left.
+            ShardError: Workers were lost more than `MAX_LOSSES` times with no commit in between, or none is left.
         """
         losses, before = 0, committed()
         while True:
@@ -102,8 +102,8 @@ class RunContext:
         Args:
             model: The model.
             blocks: Held-out blocks.
-            stage: What progress calls the pass.
-            name: What the staging's notes call the model.
+            stage: The name of the pass in progress lines.
+            name: The model's name in the staging's results.
         """
 
         def measure() -> float:
@@ -116,10 +116,10 @@ class RunContext:
 
 
 def settle_workers(backend: Backend, resources: Resources, staging: Staging) -> WorkerPlan:
-    """Return the workers of a run; a resumed run has those that it began with, whatever the cluster is now.
+    """Return the workers of a run; a resumed run keeps the plan that it began with, on any cluster.
 
     Raises:
-        ClusterError: There is less than the config asks for.
+        ClusterError: The cluster has less than the config asks for.
     """
     planned = backend.plan_workers(resources)
     settled = WorkerPlan(**staging.settled.once("workers", lambda: asdict(planned)))
@@ -136,7 +136,7 @@ def open_context(
     staging: Staging,
     reporter: Reporter,
 ) -> Iterator[RunContext]:
-    """Hold a run's workers, as many as there is room for; they start when the first data are sent to them."""
+    """Hold a run's workers, as many as the cluster has room for; they start with their first stream."""
     return_large_blocks()
     with (
         backend.workers(plan, find_room(resources, plan), note=reporter.note) as (workers, deliver),

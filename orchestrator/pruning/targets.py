@@ -1,4 +1,4 @@
-"""The checkpoints that a run writes: one for each sparsity, layer by layer, with a log of what is committed."""
+"""The checkpoints that a run writes: one for each sparsity, layer by layer, with a log of committed layers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,24 +19,24 @@ from slimllm_ops.decide.plan import LayerPlan
 
 @dataclass(frozen=True)
 class Draft:
-    """A checkpoint as it is written, layer by layer, and the log of what is."""
+    """A checkpoint that a run writes layer by layer, and the log of its committed layers."""
 
     writer: CheckpointWriter
     log: CommitLog
 
     @classmethod
     def open(cls, source: Checkpoint, directory: Path, log: Path) -> "Draft":
-        """Begin a checkpoint, or go on with it."""
+        """Begin a checkpoint, or continue one."""
         return cls(CheckpointWriter(source, directory), CommitLog(log))
 
     def commit(self, plan: LayerPlan, state_TD: np.ndarray) -> None:
-        """Write the next layer by its plan; `state_TD` is what it leaves of the tokens that are followed."""
+        """Write the next layer by its plan; `state_TD` holds the states of the probed tokens after it."""
         if not plan.dropped:
             self.writer.write_layer(len(self.log), plan, self.log.num_kept)
         self.log.commit(plan, state_TD)
 
     def commit_tensors(self, plan: LayerPlan, tensors: dict[str, Tensor], state_TD: np.ndarray) -> None:
-        """Write the next layer's tensors, by their names in it; none where the layer is dropped."""
+        """Write the next layer's tensors, by their names in the layer; a dropped layer has none."""
         if not plan.dropped:
             self.writer.write_tensors(self.log.num_kept, tensors)
         self.log.commit(plan, state_TD)
@@ -49,9 +49,9 @@ class Draft:
 
 @dataclass(frozen=True)
 class Target:
-    """One checkpoint to write: its sparsity (None where the paper's ratio was given), its place and its run.
+    """One checkpoint to write: its sparsity (None if the config has the paper's ratio), its drafts and its run.
 
-    Where the model is refined, that which is refined is written elsewhere, and goes when the run is done.
+    With refinement, the draft before it is temporary: it disappears when the run is done.
     """
 
     sparsity: float | None
@@ -66,13 +66,13 @@ class Target:
 
     @property
     def directory(self) -> Path:
-        """Where it is written."""
+        """The directory of the checkpoint."""
         return self.final.writer.directory
 
 
 @contextmanager
 def open_targets(config: PruneConfig, staging: Staging, source: Checkpoint, run: Run) -> Iterator[list[Target]]:
-    """Give every sparsity a directory and a run: the run itself for one, a child of it for each of several."""
+    """Yield a target for each sparsity; a single one uses the run itself, each of several has a child run."""
     sparsities: Sequence[float | None] = config.targets
     if len(sparsities) == 1:
         yield [open_target(sparsities[0], staging.directory, run, source, staging, config.refine)]
@@ -89,7 +89,7 @@ def open_targets(config: PruneConfig, staging: Staging, source: Checkpoint, run:
 def open_target(
     sparsity: float | None, directory: Path, run: Run, source: Checkpoint, staging: Staging, refine: bool
 ) -> Target:
-    """Begin a target's checkpoint in a directory of the staging, or go on with it."""
+    """Begin a target's checkpoint in a directory of the staging, or continue it."""
     work = staging.solved / directory.relative_to(staging.directory)
     if not refine:
         return Target(sparsity, run, Draft.open(source, directory, work / "pruned.log"))
@@ -102,7 +102,7 @@ def open_target(
 
 
 def target_name(sparsity: float | None, config: PruneConfig) -> str:
-    """Return what a target is called in paths, runs and the registry: by its sparsity, or else the ratio."""
+    """Return a target's name in paths, runs and the registry: its sparsity, or else the ratio."""
     if sparsity is None:
         return f"ratio-{config.ratio:g}"
     return f"sparsity-{sparsity:.2f}" if sparsity == round(sparsity, 2) else f"sparsity-{sparsity:g}"
