@@ -45,6 +45,7 @@ benchmarks: install
 	$(BIN)/python -m benchmarks.one_process --device cpu --hidden 1024 --intermediate 2816 --layers 4 \
 		--heads 16 --kv-heads 4 --blocks 8
 	$(BIN)/python -m benchmarks.cluster_time
+	$(BIN)/python -m benchmarks.startup
 
 # Peak memory of every process by depth, width and tokens, in half an hour; other work beside it does not matter.
 memory: install
