@@ -57,12 +57,10 @@ def test_a_run_is_told_as_json(gqa_model: Path, data: list[object], tracking_uri
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_moments_and_comparisons_are_told_as_json(
-    gqa_model: Path, data: list[object], tracking_uri: str, tmp_path: Path
-) -> None:
+def test_moments_and_comparisons_are_told_as_json(gqa_model: Path, data: list[object], tmp_path: Path) -> None:
     calibrated = run("calibrate", gqa_model, *data[:2], *data[4:], "--output", tmp_path / "moments", "--json")
     assert told(calibrated) == {"moments": str(tmp_path / "moments")}
-    where = ["--tracking-uri", tracking_uri, "--output", tmp_path / "compared"]
+    where = ["--tracking-uri", "none", "--output", tmp_path / "compared"]
     compared = told(run("compare", gqa_model, *data, *where, "--method", "gram", "--json"))
     assert {row["method"] for row in compared["rows"]} == {"dense", "slimllm", "gram"}
 
@@ -130,10 +128,8 @@ def test_sigterm_is_told_wherever_it_comes(wait: Callable[[Any], object], capsys
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_who_wants_to_know_more_is_told_of_every_layer(
-    gqa_model: Path, data: list[object], tracking_uri: str, tmp_path: Path
-) -> None:
-    where = ["--tracking-uri", tracking_uri, "--output", tmp_path / "out"]
+def test_who_wants_to_know_more_is_told_of_every_layer(gqa_model: Path, data: list[object], tmp_path: Path) -> None:
+    where = ["--tracking-uri", "none", "--output", tmp_path / "out"]
     result = run("prune", gqa_model, *data, *where, "--verbose")
     layers = [line for line in result.stderr.splitlines() if line.startswith("layer ") and "heads_kept" in line]
     assert [line.split(":")[0] for line in layers] == ["layer 0", "layer 1", "layer 2"]

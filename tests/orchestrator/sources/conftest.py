@@ -54,13 +54,13 @@ def asked(uris: dict[str, str], tracking_uri: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def asked_here(gqa_model: Path, token_file: Path, tracking_uri: str) -> list[str]:
+def asked_here(gqa_model: Path, token_file: Path) -> list[str]:
     """A command whose output alone goes to the store."""
     inputs = [str(gqa_model), "--calibration", str(token_file)]
-    return ["prune", *inputs, *SMALL, "--tracking-uri", tracking_uri, "--output"]
+    return ["prune", *inputs, *SMALL, "--tracking-uri", "none", "--output"]
 
 
 @pytest.fixture(scope="module")
-def remote_run(served: Store, asked: list[str], local_ray: None) -> dict[str, object]:
+def remote_run(served: Store, asked: list[str]) -> dict[str, object]:
     """What a whole run to the store says of itself."""
     return json.loads(run([*asked, "--json"]).stdout)

@@ -11,7 +11,7 @@ from tests.orchestrator.stores import BUCKET
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "k-Wq71", "AWS_SESSION_TOKEN": "t-Xk93"}
 IN_URI = "u-Zt58"
 OUTPUT = f"s3://{BUCKET}/pruned/tiny"
-SMALL = ["--sparsity", ".33", "--workers", "1"]
+SMALL = ["--sparsity", ".33", "--local"]
 
 
 def run(command: list[str], code: int = 0) -> Result:

@@ -183,8 +183,6 @@ def test_the_doctor_asks_for_sizes_and_downloads_nothing(server: Hub, tmp_path: 
 def test_a_hub_that_does_not_answer_the_doctor(server: Hub, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     server.fails, server.about = fails, "files"
     monkeypatch.setattr(hub, "STALLED_SECONDS", 5.0)
-    with pytest.raises(hub.HubError):
-        hub.reach_hub()
     check = doctor.check_hub(PruneConfig(model="me/tiny"), found=False)
     assert (check.ok, check.remedy) == (False, "mend the network, or give paths in the place of me/tiny")
 

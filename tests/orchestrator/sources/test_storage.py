@@ -83,9 +83,7 @@ def test_what_is_there_is_not_overwritten_unasked(
     assert not waiting()
 
 
-def test_an_upload_that_fails_goes_on_and_nothing_is_computed_again(
-    store: Store, asked_here: list[str], local_ray: None
-) -> None:
+def test_an_upload_that_fails_goes_on_and_nothing_is_computed_again(store: Store, asked_here: list[str]) -> None:
     command = [*asked_here, f"s3://{BUCKET}/pruned/again"]
     store.fails = lambda method, path: "refuse" if method == "PUT" and path.endswith(".safetensors") else ""
     failed = run(command, code=1)
@@ -108,7 +106,7 @@ def test_an_upload_that_fails_goes_on_and_nothing_is_computed_again(
 
 
 def test_overwriting_removes_what_is_not_of_the_output_and_a_lost_server_is_told_later(
-    store: Store, asked_here: list[str], tracking_uri: str, local_ray: None
+    store: Store, asked_here: list[str], tracking_uri: str
 ) -> None:
     place = f"s3://{BUCKET}/pruned/other"
     store.put(MODEL_DIR, "pruned/other/old")
@@ -127,10 +125,10 @@ def test_overwriting_removes_what_is_not_of_the_output_and_a_lost_server_is_told
 
 
 def test_moments_are_kept_in_a_store_and_taken_from_there(
-    store: Store, gqa_model: Path, token_file: Path, prune_model: PruneModel, local_ray: None
+    store: Store, gqa_model: Path, token_file: Path, prune_model: PruneModel
 ) -> None:
     moments = f"s3://{BUCKET}/moments"
-    result = run(["calibrate", str(gqa_model), "--calibration", str(token_file), "--workers", "1", "--output", moments])
+    result = run(["calibrate", str(gqa_model), "--calibration", str(token_file), "--local", "--output", moments])
     assert f"--moments {moments}" in result.stdout
     pruned = prune_model(gqa_model, method="gram", moments=moments)
     assert pruned.totals.sparsity == pytest.approx(0.33, abs=0.01)
