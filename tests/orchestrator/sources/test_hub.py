@@ -186,7 +186,7 @@ def test_a_hub_that_does_not_answer_the_doctor(server: Hub, monkeypatch: pytest.
     with pytest.raises(hub.HubError):
         hub.reach_hub()
     check = doctor.check_hub(PruneConfig(model="me/tiny"), found=False)
-    assert (check.ok, check.remedy) == (False, "mend the network, or give paths in the place of me/tiny")
+    assert (check.ok, check.remedy) == (False, "repair the network, or give paths in place of me/tiny")
 
 
 @pytest.mark.parametrize("fails", ["500", "hang"])
