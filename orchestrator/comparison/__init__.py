@@ -1,1 +1,1 @@
-"""Methods side by side: one model, the same data, the same number of parameters."""
+"""Compares methods on one model, with the same data and the same number of parameters left."""

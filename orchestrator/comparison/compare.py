@@ -1,7 +1,7 @@
-"""Methods side by side: one model, one set of calibration blocks, the same number of parameters left by all.
+"""Compares methods on one model, with the same calibration blocks and the same number of parameters left.
 
-`slimllm` goes layer by layer, as published. All other methods share one pass over the calibration data. The paper's
-own ratio removes what it removes: then `slimllm` goes first, and the others remove exactly as much.
+`slimllm` works layer by layer, as published. All other methods share one pass over the calibration data. With the
+paper's ratio the sparsity is not known beforehand: `slimllm` goes first, and the others remove exactly as much.
 """
 
 import math
@@ -39,7 +39,7 @@ from slimllm_ops.checkpoint.moment_store import MomentStore
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a comparison gave: a row per model and held-out data, the dense model's first."""
+    """The result of a comparison: a row for each model and set of held-out blocks, the dense model's rows first."""
 
     output: Path
     rows: tuple[Row, ...]
@@ -50,7 +50,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Contest:
-    """What all methods of a comparison share."""
+    """The context, run and settings that all methods of a comparison share."""
 
     context: RunContext
     run: Run
@@ -60,16 +60,16 @@ class _Contest:
 
 @dataclass
 class _Scoreboard:
-    """The rows so far, and what those to come are measured by."""
+    """The rows so far, and the results that later rows are measured against."""
 
     inputs: Inputs
     dense: dict[str, float]
     rows: list[Row] = field(default_factory=list)
-    # The reference's totals by the number of the target.
+    # The reference method's totals, one per target.
     reference: list[Totals] = field(default_factory=list)
 
     def enter(self, contestant: Contestant, target: int, totals: Totals, seconds: float) -> list[Row]:
-        """Add a model's rows, one for each set of held-out blocks; return them."""
+        """Add a model's rows, one for each set of held-out blocks, and return them."""
         if contestant.name == REFERENCE:
             self.reference.append(totals)
         entered = [
@@ -102,16 +102,16 @@ class _Scoreboard:
 def compare(
     config: CompareConfig, reporter: Reporter | None = None, chosen: Sequence[Contestant] | None = None
 ) -> Comparison:
-    """Compare methods on a model as a config asks; the command line ends here too.
+    """Compare methods on a model; `slimllm compare` calls this too.
 
     Args:
-        config: the model, the data, the sparsities or the paper's ratio, and the names of methods.
-        reporter: where progress is told.
-        chosen: what takes part in place of the methods that the config names; `slimllm` must be the first.
+        config: The model, the data, the sparsities or the paper's ratio, and the names of methods.
+        reporter: Where to report progress.
+        chosen: Methods to compare in place of those that the config names; `slimllm` must be the first.
 
     Raises:
-        ConfigError, DataError, InputError, ClusterError, TrackingError: what was asked cannot be done as asked;
-            nothing is left behind.
+        ConfigError, DataError, InputError, ClusterError, TrackingError: The settings cannot be met; nothing is left
+            behind.
     """
     reporter = reporter or Reporter()
     chosen = choose(config.methods) if chosen is None else chosen
@@ -147,7 +147,7 @@ def compare(
 
 
 def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row], float]:
-    """Let all take part, one after the other; return their rows and the seconds of the pass that they share."""
+    """Run all methods in turn; return their rows and the seconds of the calibration pass that they share."""
     context, run = contest.context, contest.run
     held_out = context.inputs.held_out
     board = _Scoreboard(context.inputs, {blocks.spec: context.dense_perplexity(blocks) for blocks in held_out})
@@ -163,7 +163,7 @@ def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row]
 
 
 def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: _Scoreboard) -> None:
-    """Write a method's models, measure them, and remove them unless they are to be kept."""
+    """Write a method's models, measure them, and delete them unless `keep_checkpoints` is set."""
     context = _context_of(contestant, contest.context)
     with _open_targets(context, contest.run, contestant.name, _sparsities(contest.context, board.reference)) as targets:
         start = time.perf_counter()
@@ -183,7 +183,7 @@ def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, boar
 
 
 def _context_of(contestant: Contestant, context: RunContext) -> RunContext:
-    """Return the context with the settings that `prune` would be given, and a clock of the method's own."""
+    """Return a context with the settings that `prune` would get for this method, and with its own clock."""
     config = context.config
     if contestant.refine:
         shared = {name: getattr(config, name) for name, one in declared(PruneConfig).items() if one.taken_by("gram")}
@@ -192,7 +192,7 @@ def _context_of(contestant: Contestant, context: RunContext) -> RunContext:
 
 
 def _sparsities(context: RunContext, reference: Sequence[Totals]) -> Sequence[float | None]:
-    """Return what each model is to lose: with the paper's ratio, just what that made `slimllm` lose."""
+    """Return the sparsity of each model; with the paper's ratio, the one that `slimllm` reached."""
     if context.config.ratio is None or not reference:
         return context.config.targets
     return [totals.sparsity for totals in reference]
@@ -202,7 +202,7 @@ def _sparsities(context: RunContext, reference: Sequence[Totals]) -> Sequence[fl
 def _open_targets(
     context: RunContext, run: Run, method: str, sparsities: Sequence[float | None]
 ) -> Iterator[list[Target]]:
-    """Give every model of a method a directory and a child of the run, all in the run's journal."""
+    """Open a directory and a child run for every model of a method; all log to the run's journal."""
     with ExitStack() as stack:
         targets = []
         for sparsity in sparsities:
@@ -216,7 +216,7 @@ def _open_targets(
 
 
 def _log(run: Run, params: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Log what a model was made by, and its rows."""
+    """Log a model's settings and its rows."""
     first = rows[0]
     run.log_params(params)
     run.log_metrics({"sparsity": first.sparsity, "parameters_after": first.parameters, "seconds": first.seconds})
@@ -225,13 +225,13 @@ def _log(run: Run, params: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def _losses(rows: Sequence[Row], when: str) -> dict[str, float]:
-    """Return a model's losses under the names that `prune` has for them too: both are compared in one chart."""
+    """Return a model's losses and perplexities under the names that `prune` uses, so one chart can compare both."""
     perplexities = {f"perplexity_{when}{_suffix(number)}": row.perplexity for number, row in enumerate(rows)}
     return perplexities | {f"loss_{when}{_suffix(number)}": row.loss for number, row in enumerate(rows)}
 
 
 def _suffix(number: int) -> str:
-    """Return how the metrics of a set of held-out blocks end: of several sets, the first keeps the plain names."""
+    """Return the suffix of a held-out set's metrics; the first set has the plain names."""
     return f"/{number}" if number else ""
 
 

@@ -1,4 +1,4 @@
-"""The methods as they take part in a comparison, and which of them do."""
+"""Lists the methods that can take part in a comparison, and chooses among them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +14,19 @@ from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.models.families import Family
 from slimllm_ops.stream.refinement import require_refinable
 
-# Every gap is a fraction of this method's.
+# Gaps are fractions of this method's gap.
 REFERENCE = "slimllm"
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A method that takes part: it writes every target's model from a run's context and the dense model's moments.
+    """A method in a comparison, which writes each target's model from a run's context and the dense model's moments.
 
     Attributes:
-        name: what it is called.
-        source: whose method it is.
-        prune: writes the layers of every target.
-        refine: whether the models are refined after that.
+        name: The method's name.
+        source: Whose method it is.
+        prune: Writes the layers of every target.
+        refine: Whether the models are refined afterwards.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Contestant:
 def exclude_unrefinable(
     chosen: Sequence[Contestant], names: Sequence[str], family: Family, note: Callable[[str], None]
 ) -> list[Contestant]:
-    """Return what takes part on a family: where that cannot be refined, what refines stays out, and a note says so.
+    """Return the methods that work on a family: if it cannot be refined, leave out those that refine, with a note.
 
     Raises:
-        InputError: what refines was asked for by its name.
+        InputError: A method that refines was asked for by name.
     """
     try:
         require_refinable(family)
@@ -54,10 +54,10 @@ def exclude_unrefinable(
 
 
 def choose(names: Sequence[str]) -> list[Contestant]:
-    """Return what takes part, by name: `slimllm` first, and all there is where no name is given.
+    """Return the named methods, or all if none is named; `slimllm` always takes part, as the first.
 
     Raises:
-        ConfigError: a name is unknown.
+        ConfigError: A name is unknown.
     """
     known = {one.name: one for one in contestants()}
     for name in names:
@@ -67,13 +67,13 @@ def choose(names: Sequence[str]) -> list[Contestant]:
 
 
 def contestants() -> list[Contestant]:
-    """Return every method: `slimllm`, the rows of `METHODS`, a user's own among them, and gram refined."""
+    """Return every method: `slimllm`, the rows of `METHODS` with any that the user added, and refined gram."""
     rows = [one_pass(method) for method in METHODS.values()]
     return [LAYER_BY_LAYER, *rows[:1], REFINED, *rows[1:]]
 
 
 def one_pass(method: Method) -> Contestant:
-    """Return a row of `METHODS` as it takes part."""
+    """Return a row of `METHODS` as a contestant."""
 
     def prune(context: RunContext, store: MomentStore, targets: list[Target]) -> None:
         prune_from_moments(context, store, method, targets)

@@ -1,4 +1,4 @@
-"""The outcome of a comparison: a row per model and held-out data, as JSON, CSV, Markdown, figures and on a terminal."""
+"""Writes a comparison's rows, one per model and held-out set, as JSON, CSV, Markdown and figures, or to a terminal."""
 
 import csv
 import io
@@ -23,16 +23,16 @@ class Row:
     """One model on one set of held-out blocks.
 
     Attributes:
-        method: what the model was made by; "dense" for the one that was given.
-        source: whose method that is.
-        sparsity: fraction of the decoder layers' parameters that is gone.
-        parameters: those of the whole model.
-        data: the held-out blocks.
-        perplexity: exp of the loss.
-        loss: mean negative log-likelihood per token.
-        gap: the loss above the dense model's, as a fraction of what `slimllm` leaves at the same sparsity; NaN where
-            that leaves none.
-        seconds: of choosing and writing the model; one-pass methods share a calibration pass, which is not in it.
+        method: The method that made the model; "dense" for the dense model.
+        source: Whose method it is.
+        sparsity: Fraction of the decoder layers' parameters that was removed.
+        parameters: Parameters of the whole model.
+        data: The held-out blocks.
+        perplexity: The exponential of the loss.
+        loss: Mean negative log-likelihood per token.
+        gap: How far the loss is above the dense model's, as a fraction of the same for `slimllm` at the same sparsity;
+            NaN if `slimllm` has no such gap.
+        seconds: Time to choose and write the model, without the calibration pass that one-pass methods share.
     """
 
     method: str
@@ -47,14 +47,14 @@ class Row:
 
 
 def gap_fraction(loss: float, dense: float, reference: float) -> float:
-    """Return how much of the reference's gap to the dense loss is left; NaN where the reference has none."""
+    """Return a loss's gap to the dense loss as a fraction of the reference's gap; NaN if the reference has none."""
     if not (math.isfinite(loss) and math.isfinite(reference)) or reference <= dense:
         return math.nan
     return (loss - dense) / (reference - dense)
 
 
 def write_table(rows: Sequence[Row], header: dict[str, Any], directory: Path) -> None:
-    """Write comparison.json, comparison.csv, comparison.md, and perplexity.png (numbered from the second data on)."""
+    """Write comparison.json, comparison.csv, comparison.md, and perplexity.png (perplexity-1.png for a second set)."""
     document = {"format": FORMAT} | header | {"rows": [_plain(asdict(row)) for row in rows]}
     (directory / "comparison.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     (directory / "comparison.csv").write_text(as_csv(rows))
@@ -75,17 +75,17 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row], header: dict[str, Any]) -> str:
-    """Return a table for each set of held-out blocks, under what the models were made from."""
+    """Return a table for each set of held-out blocks, after a note on the model and the calibration."""
     lines = [f"# {header['model']}: methods at the same parameter count", ""]
     lines += [
-        f"Calibration: {header['calibration']}, {header['calibration_tokens']:,} tokens. One pass over them served "
-        f"all one-pass methods: {header['calibration_seconds']:.1f} s, not in the last column.",
-        "gap: the loss above the dense model's, as a fraction of what `slimllm` leaves at the same sparsity.",
+        f"Calibration: {header['calibration']}, {header['calibration_tokens']:,} tokens. All one-pass methods "
+        f"share one pass over them: {header['calibration_seconds']:.1f} s, which the last column leaves out.",
+        "gap: how far the loss is above the dense model's, as a fraction of the same for `slimllm` at that sparsity.",
     ]
     for data in _data(rows):
         lines += ["", f"## {Path(data).name}", "", "| " + " | ".join(HEADINGS) + " |"]
         lines.append("|---|---|" + "--:|" * (len(HEADINGS) - 2))
-        # A bar within a cell (as in |W| |X|) would end it.
+        # An unescaped bar (as in |W| |X|) would end the cell.
         cells = [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows if row.data == data]
         lines += ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join(lines) + "\n"
@@ -95,7 +95,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     """Print a table for each set of held-out blocks."""
     for data in _data(rows):
         table = Table(title=Path(data).name if len(_data(rows)) > 1 else None)
-        # Whose a method is stands in the files: a terminal is too narrow for it.
+        # A terminal is too narrow for the source of a method, which is in the files.
         shown = [number for number, heading in enumerate(HEADINGS) if heading != "source"]
         for number in shown:
             table.add_column(HEADINGS[number], justify="right" if number else "left", no_wrap=True)
@@ -135,7 +135,7 @@ def _curves(rows: Sequence[Row]) -> tuple[dict[str, list[tuple[float, float]]], 
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row that JSON can hold: what is not finite is null."""
+    """Return a row that JSON can hold: values that are not finite become null."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }

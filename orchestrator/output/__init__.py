@@ -1,1 +1,1 @@
-"""Where an output is written, and how it gets there whole."""
+"""Writes an output aside, and moves or uploads it only when it is complete."""

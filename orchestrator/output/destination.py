@@ -1,6 +1,6 @@
-"""Where an output goes: a directory here, or a store, to which it is uploaded from a directory here once it is whole.
+"""Delivers an output to a local directory, or uploads it to a store once it is complete.
 
-What is on its way to a URI waits in the cache (storage.outgoing_directory), unfinished or whole, until it is there.
+An output for a URI is made in the cache (`storage.outgoing_directory`), and stays there until it is uploaded.
 """
 
 import json
@@ -22,7 +22,7 @@ JOURNAL = "metrics.jsonl"
 
 
 class DeliveryError(RuntimeError):
-    """A store did not take an output, which is whole on this machine; the message says how to go on."""
+    """A failed upload of an output that is complete on this machine; the message says how to continue."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Destination:
     """Where an output goes.
 
     Attributes:
-        directory: where it is made.
-        uri: where it is uploaded; None where it stays.
+        directory: The local directory it is made in.
+        uri: Where it is uploaded; None if it stays in `directory`.
     """
 
     directory: Path
@@ -39,10 +39,10 @@ class Destination:
 
     @classmethod
     def of(cls, output: str) -> "Destination":
-        """Return what a path or a URI names.
+        """Return the destination for a path or a URI.
 
         Raises:
-            ConfigError: the URI has no name in it.
+            ConfigError: The URI contains no name.
         """
         if not storage.is_uri(output):
             return cls(Path(output))
@@ -53,22 +53,22 @@ class Destination:
 
     @property
     def place(self) -> Path | str:
-        """Where the output is in the end."""
+        """The output's final location."""
         return self.uri or self.directory
 
     def place_of(self, relative: Path) -> Path | str:
-        """Where a directory of the output is in the end."""
+        """Return the final location of a directory inside the output."""
         if self.uri is None:
             return self.directory / relative
         return "/".join([self.uri, *relative.parts])
 
 
 def finish_delivery(output: Destination, asked: dict[str, Any], overwrite: bool, note: Callable[[str], None]) -> bool:
-    """Upload an output that is whole here; return whether it is whole where it goes, and is what is asked.
+    """Upload the output if it is complete on this machine; return whether it is complete at its destination.
 
     Raises:
-        ConfigError: it is whole, but was asked to be something else; or the store does not say.
-        DeliveryError: the store did not take it.
+        ConfigError: A complete output was made with other settings, or the store cannot be read.
+        DeliveryError: The upload failed.
     """
     if output.uri is not None and is_finished(output.directory, asked):
         with _lock_upload(output.directory, output.uri):
@@ -78,10 +78,10 @@ def finish_delivery(output: Destination, asked: dict[str, Any], overwrite: bool,
 
 
 def is_whole(output: Destination, asked: dict[str, Any]) -> bool:
-    """Return whether an output is whole, here or where it goes, and is what is asked; nothing is uploaded.
+    """Return whether the output is complete, here or at its destination; upload nothing.
 
     Raises:
-        ConfigError: it is whole, but was asked to be something else; or the store does not say.
+        ConfigError: A complete output was made with other settings, or the store cannot be read.
     """
     if is_finished(output.directory, asked):
         return True
@@ -97,12 +97,12 @@ def is_whole(output: Destination, asked: dict[str, Any]) -> bool:
 
 @contextmanager
 def deliver_output(output: Destination, overwrite: bool, note: Callable[[str], None]) -> Iterator[Path]:
-    """Give the directory to make an output in; upload it at the end, if it goes to a store.
+    """Yield the directory to make an output in; upload it at the end if it goes to a store.
 
     Raises:
-        ConfigError: the store holds something there and is not to be overwritten, or cannot be written to; another
-            run on this machine writes the same; or what an earlier run finished was not uploaded.
-        DeliveryError: the store did not take the output.
+        ConfigError: The store has something there and `overwrite` is off, or the store cannot be written to; another
+            run on this machine is writing the same output; or an earlier, complete output has not been uploaded.
+        DeliveryError: The upload failed.
     """
     if output.uri is None:
         yield output.directory
@@ -110,8 +110,8 @@ def deliver_output(output: Destination, overwrite: bool, note: Callable[[str], N
     with _lock_upload(output.directory, output.uri):
         if (output.directory / ASKED).exists() and not overwrite:
             raise ConfigError(
-                f"an earlier run of {output.uri} was finished and not uploaded, and is in {output.directory}: "
-                f"pass --resume to upload it, or --overwrite to begin anew"
+                f"an earlier run of {output.uri} was finished but not uploaded, and is in {output.directory}: "
+                f"pass --resume to upload it, or --overwrite to start over"
             )
         with _as_config_errors():
             storage.require_writable(output.uri, overwrite)
@@ -121,20 +121,20 @@ def deliver_output(output: Destination, overwrite: bool, note: Callable[[str], N
 
 @contextmanager
 def fetch_output(uri: str) -> Iterator[Path]:
-    """Fetch a copy of an output from a store for a command that reads it; put journals back that grew.
+    """Fetch a copy of an output from a store for a command that reads it; upload the journals that changed.
 
     Raises:
-        ConfigError: it is not there, not whole, or the store does not take the journal.
+        ConfigError: The output is missing or incomplete, or a journal cannot be uploaded.
     """
     with _as_config_errors():
         fetched = storage.fetch_directory(uri)
     if not (fetched / ASKED).exists():
-        raise ConfigError(f"{uri} is no whole output (it has no {ASKED}): upload it again by --resume, or prune again")
+        raise ConfigError(f"{uri} is incomplete (it has no {ASKED}): upload it again with --resume, or prune again")
     with (
         TemporaryDirectory(dir=fetched.parents[1]) as folder,
         storage.naming_uri(uri, copy := Path(folder) / fetched.name, ConfigError, InputError, TrackingError),
     ):
-        # Only journals are written to, and what was fetched must stay as it is.
+        # Journals are copied, because they are written to; the fetched files must not change.
         shutil.copytree(fetched, copy, copy_function=_copy_or_link)
         journals = {path: path.read_bytes() for path in copy.rglob(JOURNAL)}
         yield copy
@@ -153,7 +153,7 @@ def _copy_or_link(source: str, copy: str) -> None:
 
 @contextmanager
 def _lock_upload(directory: Path, uri: str) -> Iterator[None]:
-    """Hold the lock of an upload to a URI; remove its folder once nothing is left in it."""
+    """Hold the lock for uploads to a URI; at the end remove the folder if only the lock is left in it."""
     holder = directory.parent / "holder"
     with hold_lock(holder, uri):
         try:
@@ -165,7 +165,7 @@ def _lock_upload(directory: Path, uri: str) -> Iterator[None]:
 
 @contextmanager
 def _as_config_errors() -> Iterator[None]:
-    """Raise a refusal of a store as a ConfigError: nothing is computed yet, and the user can mend it."""
+    """Turn a store's error into a ConfigError: nothing is computed yet, and the user can fix it."""
     try:
         yield
     except storage.StorageError as error:
@@ -173,10 +173,10 @@ def _as_config_errors() -> Iterator[None]:
 
 
 def _upload(directory: Path, uri: str, overwrite: bool, note: Callable[[str], None]) -> None:
-    """Upload what is whole, and remove it here."""
+    """Upload a complete output, then remove the local copy."""
     sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
     note(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, to {uri}")
-    waits = f"the output is whole in {directory}: the same command with --resume uploads it"
+    waits = f"the complete output is in {directory}: run the same command with --resume to upload it"
     try:
         storage.upload_directory(uri, directory, str(ASKED), overwrite)
     except storage.StorageError as error:
@@ -188,17 +188,17 @@ def _upload(directory: Path, uri: str, overwrite: bool, note: Callable[[str], No
 
 
 def checkpoints_output(config: PruneConfig, name: str) -> Destination:
-    """Return where the checkpoints of a model of this name go: by default to pruned/<model>-<sparsity>."""
+    """Return where a model's checkpoints go: by default pruned/<model>-<sparsity>."""
     return Destination.of(config.output or f"pruned/{name}-{sparsity_label(config)}")
 
 
 def moments_output(config: PruneConfig, name: str) -> Destination:
-    """Return where the moments of a model of this name go: by default to moments/<model>."""
+    """Return where a model's moments go: by default moments/<model>."""
     return Destination.of(config.output or f"moments/{name}")
 
 
 def sparsity_label(config: PruneConfig) -> str:
-    """Return how much goes, as outputs and runs are named by it."""
+    """Return the sparsity or ratio as it appears in the names of outputs and runs."""
     if config.ratio is not None:
         return f"ratio-{config.ratio:g}"
     return "-".join(f"{sparsity:g}" for sparsity in config.targets)

@@ -1,11 +1,11 @@
-"""The output directory: it appears under its name only when it is whole, and what is solved waits beside it.
+"""Builds an output in a staging directory, which is renamed to the output's name once it is complete.
 
-.NAME.partial/                  beside the output; becomes it
-.NAME.partial/pruning/asked.json    what was asked: who resumes must ask the same
-.NAME.partial/.work/            what is not part of the output, and goes when it is whole
-    holder                      who writes here, locked for as long as they live
-    settled.json                what was settled on the way, and must not change: workers, micro-batches
-    solved/                     what is solved so far; where it is empty, nothing is left behind
+.NAME.partial/                  next to the output; becomes the output
+.NAME.partial/pruning/asked.json    the settings; a resumed run must have the same
+.NAME.partial/.work/            working files, deleted when the output is complete
+    holder                      names the process that writes here, which locks the file while it runs
+    settled.json                choices made during the run that must not change: workers, micro-batches
+    solved/                     results so far; if empty, a failed run leaves nothing behind
 """
 
 import fcntl
@@ -26,18 +26,18 @@ from slimllm_ops.files import flush, write_json
 
 T = TypeVar("T")
 
-# What an output says that it was asked to be.
+# The settings that an output was made with.
 ASKED = Path("pruning/asked.json")
 
 
 @dataclass(frozen=True)
 class Notes:
-    """Values by name, in a JSON file, each computed once whatever becomes of the process."""
+    """Named values in a JSON file; each is computed once, even if the process is killed and the run resumed."""
 
     path: Path
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
-        """Return the value of that name that was noted before; else compute it, and note it."""
+        """Return the stored value; if there is none, compute and store it."""
         noted = json.loads(self.path.read_text()) if self.path.exists() else {}
         if name not in noted:
             noted[name] = compute()
@@ -47,38 +47,38 @@ class Notes:
 
 @dataclass(frozen=True)
 class Staging:
-    """A directory that becomes the output, and what its run goes on from if it ends before that."""
+    """A directory that becomes the output, with the working files from which an interrupted run resumes."""
 
     directory: Path
     resumed: bool = False
 
     @property
     def work(self) -> Path:
-        """What is not part of the output."""
+        """The folder of working files, which are not part of the output."""
         return self.directory / ".work"
 
     @property
     def lock_file(self) -> Path:
-        """Who writes here."""
+        """The file that names the process writing here."""
         return self.work / "holder"
 
     @property
     def solved(self) -> Path:
-        """What is solved; to be kept when the run ends early."""
+        """The folder of results so far, kept when the run ends early."""
         return self.work / "solved"
 
     def is_solved(self) -> bool:
-        """Return whether anything is."""
+        """Return whether there are any results yet."""
         return any(path.is_file() for path in self.solved.rglob("*"))
 
     @property
     def settled(self) -> Notes:
-        """What was settled on the way and must be the same when the run is resumed."""
+        """Choices made during the run, which must stay the same when it resumes."""
         return Notes(self.work / "settled.json")
 
     @property
     def results(self) -> Notes:
-        """Numbers that passes over the data gave."""
+        """Numbers computed by passes over the data."""
         return Notes(self.solved / "results.json")
 
 
@@ -86,20 +86,21 @@ class Staging:
 def open_staging(
     output: Path, overwrite: bool, asked: dict[str, Any] | None = None, resume: bool = False
 ) -> Iterator[Staging]:
-    """Open a directory beside `output` to write in; at the end it becomes `output`.
+    """Open a staging directory next to `output`, and rename it to `output` at the end.
 
-    After an error it stays if something is solved in it, for whoever asks the same with `resume`; else it goes.
+    After an error, keep the directory if it holds results, so that a run with the same settings and `resume` can
+    continue from them; otherwise delete it.
 
     Args:
-        output: where it is to appear.
-        overwrite: whether what is there is replaced.
-        asked: what the result depends on, as JSON has it; without it nothing can be resumed, and nothing stays.
-        resume: whether to go on from what is solved.
+        output: The final directory.
+        overwrite: Whether to replace an existing output.
+        asked: The settings that the result depends on, as JSON values; without them nothing is kept after an error.
+        resume: Whether to continue from earlier results.
 
     Raises:
-        ConfigError: the output exists and is not empty, is being written by another run, or its place cannot be
-            written to; an earlier run was not finished, and is neither to be resumed nor to be overwritten; or it is
-            to be resumed, and was asked something else.
+        ConfigError: The output exists and is not empty, is being written by another run, or cannot be written; an
+            unfinished earlier run is in the way, with neither `resume` nor `overwrite`; or the run to resume had
+            other settings.
     """
     require_free(output, overwrite)
     output = output.absolute()
@@ -115,25 +116,25 @@ def open_staging(
 
 
 def is_finished(output: Path, asked: dict[str, Any]) -> bool:
-    """Return whether an output is whole, and is what is asked.
+    """Return whether an output is complete.
 
     Raises:
-        ConfigError: it is whole, but was asked to be something else.
+        ConfigError: It is complete, but was made with other settings.
     """
-    # What is there may be the result of earlier settings, which an unfinished run is about to overwrite.
+    # With an unfinished run next to it, the output may be an older one that this run is about to overwrite.
     if not (output / ASKED).exists() or has_unfinished_run(output):
         return False
     require_same(json.loads((output / ASKED).read_text()), asked, f"output {output}")
-    # A run may end between giving the output its name and this.
+    # A run may be killed after it renamed the output and before it deleted the working files.
     shutil.rmtree(output / ".work", ignore_errors=True)
     return True
 
 
 def require_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output that holds something, unless it may be overwritten.
+    """Refuse an output that already exists, unless it may be overwritten.
 
     Raises:
-        ConfigError: the output is a file, or a directory that is not empty.
+        ConfigError: The output is a file, or a directory that is not empty.
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file: choose another --output")
@@ -142,45 +143,45 @@ def require_free(output: Path, overwrite: bool) -> None:
 
 
 def staging_directory(output: Path) -> Path:
-    """Return the directory in which a run of this output writes until it is whole, there or not."""
+    """Return the directory in which an output is staged, whether or not it exists."""
     return _staging(output).directory
 
 
 def require_can_start(output: Path, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> None:
-    """Refuse an output that `open_staging` would refuse, as far as can be told without writing anything.
+    """Refuse an output that `open_staging` would refuse, as far as this shows without writing anything.
 
     Args:
-        output: where it is to appear.
-        overwrite: whether what is there is replaced.
-        asked: what the result depends on; None where that is not known yet.
-        resume: whether to go on from what is solved.
+        output: The final directory.
+        overwrite: Whether to replace an existing output.
+        asked: The settings that the result depends on; None if they are not known yet.
+        resume: Whether to continue from earlier results.
 
     Raises:
-        ConfigError: as `open_staging` raises it.
+        ConfigError: As for `open_staging`.
     """
     require_free(output, overwrite)
     _can_resume(_staging(output), overwrite, asked, resume)
     nearest = next(parent for parent in output.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"output {output} cannot be written: {nearest} is no folder to write in; choose another --output"
+            f"output {output} cannot be written: {nearest} is not a writable folder; choose another --output"
         )
 
 
 def _staging(output: Path) -> Staging:
-    # Of a name such as "." the place beside it is known only once it is absolute.
+    # A path such as "." has a name and a parent only once it is absolute.
     output = output.absolute()
     return Staging(output.parent / f".{output.name}.partial")
 
 
 def has_unfinished_run(output: Path) -> bool:
-    """Return whether an earlier run of an output was not finished, and left what it had."""
+    """Return whether an unfinished earlier run of an output left its staging directory."""
     return _staging(output).directory.exists()
 
 
 @contextmanager
 def _lock_staging(output: Path) -> Iterator[Staging]:
-    """Make the directory beside the output, and hold its lock for as long as this process lives."""
+    """Make the staging directory, and hold its lock inside the block."""
     staging = _staging(output)
     with hold_lock(staging.lock_file, str(output)):
         yield staging
@@ -188,10 +189,10 @@ def _lock_staging(output: Path) -> Iterator[Staging]:
 
 @contextmanager
 def hold_lock(holder: Path, output: str) -> Iterator[None]:
-    """Hold the lock of an output for as long as this process lives; the file says which process holds it.
+    """Hold the lock of an output inside the block; the lock file names the process that holds it.
 
     Raises:
-        ConfigError: another run holds it, or the file cannot be written.
+        ConfigError: Another run holds the lock, or the file cannot be written.
     """
     try:
         holder.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ def hold_lock(holder: Path, output: str) -> Iterator[None]:
         raise ConfigError(f"output {output} cannot be written: {error.strerror}; choose another --output") from error
     with file:
         try:
-            # The system lets go of it when the process ends, however it ends.
+            # The system releases the lock when the process ends, even if it is killed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
@@ -218,7 +219,7 @@ def hold_lock(holder: Path, output: str) -> Iterator[None]:
 
 
 def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> Staging:
-    """Take over what an earlier run left, or begin with nothing."""
+    """Take over what an earlier run left, or start with an empty directory."""
     if asked is not None and _can_resume(staging, overwrite, asked, resume):
         return Staging(staging.directory, resumed=True)
     earlier = staging.directory / ASKED
@@ -233,60 +234,66 @@ def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resu
 
 
 def _can_resume(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> bool:
-    """Return whether there is an earlier run to go on with; refuse one that is neither the same nor to be replaced."""
+    """Return whether there is an earlier run to resume.
+
+    Raises:
+        ConfigError: It had other settings; or it has results, and neither `resume` nor `overwrite` is given.
+    """
     earlier = staging.directory / ASKED
     if not earlier.exists():
         return False
     if resume and asked is not None:
-        require_same(json.loads(earlier.read_text()), asked, f"the run in {staging.directory} that is unfinished")
+        require_same(json.loads(earlier.read_text()), asked, f"the unfinished run in {staging.directory}")
     if not resume and not overwrite and staging.is_solved():
         raise ConfigError(
             f"an earlier run of this output was not finished, and {staging.directory} holds what it solved: "
-            f"pass --resume to go on from there, or --overwrite to begin anew"
+            f"pass --resume to continue from there, or --overwrite to start over"
         )
     return resume
 
 
 def require_same(earlier: dict[str, Any], asked: dict[str, Any], described: str) -> None:
-    """Refuse to take one thing for another.
+    """Refuse settings that differ from those of an earlier run.
 
     Raises:
-        ConfigError: what was asked earlier differs from what is asked.
+        ConfigError: At least one setting differs.
     """
     asked = json.loads(json.dumps(asked))
     differing = sorted(name for name in earlier.keys() | asked.keys() if earlier.get(name) != asked.get(name))
     if differing:
         differences = ", ".join(f"{name} {earlier.get(name)} there, {asked.get(name)} here" for name in differing)
         raise ConfigError(
-            f"{described} was asked for something else ({differences}): pass the settings, the model and the data that "
-            f"it had, or --overwrite without --resume to begin anew"
+            f"{described} had other settings ({differences}): pass the same settings, model and data, "
+            f"or --overwrite without --resume to start over"
         )
 
 
 @contextmanager
 def _keep_if_solved(staging: Staging, resumable: bool) -> Iterator[None]:
-    """After an error keep what is solved, and say so; else leave nothing."""
+    """After an error, keep the results and say so; if there are none, delete the directory."""
     try:
         yield
     except BaseException as error:
-        # Weights and data that give no answer would give none the next time, nor would files that are wrong be right.
+        # Unsolvable weights or data, and wrong files, would fail the same way next time.
         hopeless = isinstance(error, UnsolvableError | ReadBackError)
         if resumable and staging.is_solved() and not hopeless:
-            error.add_note(f"what was solved is in {staging.directory}: the same command with --resume goes on from it")
+            error.add_note(
+                f"what was solved is in {staging.directory}: run the same command with --resume to continue from there"
+            )
         else:
             shutil.rmtree(staging.directory, ignore_errors=True)
         raise
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    """Remove directories in order as long as they are empty; after a success they are not."""
+    """Remove directories in order, up to the first that is not empty; after a success none is empty."""
     with suppress(OSError):
         for directory in directories:
             directory.rmdir()
 
 
 def _replace(staging: Staging, output: Path) -> None:
-    """Move what was there aside, the new directory in, and then delete the old: never nothing in its place."""
+    """Move the old output aside and the new one into its place, then delete the old one, so one always exists."""
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

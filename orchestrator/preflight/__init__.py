@@ -1,1 +1,1 @@
-"""What a run needs, and whether the machines have it."""
+"""Estimates what a run needs, and checks whether the machines have it."""

@@ -1,4 +1,4 @@
-"""Will a run fit where it is to go? Checks as values, for whoever asks (`slimllm doctor`) and for whoever begins."""
+"""Checks whether a run fits on its machines, for `slimllm doctor` and before every run."""
 
 import platform
 import shutil
@@ -16,23 +16,23 @@ from orchestrator.tracking import TrackingOptions, database_file
 from slimllm_ops.stream.operations import Rates
 
 NODE_SECONDS = 10.0
-# The estimate is within 30 % of what was measured (tests/orchestrator/preflight/test_estimate.py). A run that would not
-# fit even if the estimate were that much too high certainly does not fit.
+# The estimate is within 30 % of measurements (tests/orchestrator/preflight/test_estimate.py). A run certainly fails if
+# even 70 % of the estimate does not fit.
 MEMORY_MARGIN = 0.3
-# What is written is known but for small files.
+# The size of what is written is known, except for small files.
 DISK_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at.
-        ok: whether it is as a run needs it.
-        found: what was found.
-        remedy: what to do where it is not.
-        certain: whether a run would certainly fail by it.
+        name: What was checked.
+        ok: Whether it is as a run needs it.
+        found: What was found.
+        remedy: What to do if it is not ok.
+        certain: Whether a run would certainly fail because of it.
     """
 
     name: str
@@ -44,43 +44,43 @@ class Check:
 
 @dataclass(frozen=True)
 class Nodes:
-    """A cluster's nodes as they were found: of each its state, or why there is none."""
+    """A cluster's nodes, each with its state or the reason why it has none."""
 
     resources: Resources
     states: tuple[NodeState | str, ...]
 
     @property
     def rates(self) -> Rates | None:
-        """What a worker reaches: where it is least, since shards wait for each other."""
+        """The rates of the slowest node, because shards wait for each other."""
         rates = [state.rates for state in self.states if isinstance(state, NodeState) and state.rates is not None]
         return min(rates, key=lambda one: one.products, default=None)
 
     def pairs(self) -> Iterator[tuple[Node, NodeState | str]]:
-        """Yield every node with what was found."""
+        """Yield every node with its state."""
         yield from zip(self.resources.nodes, self.states, strict=True)
 
 
 def inspect_cluster(resources: Resources, workers: WorkerPlan, device: str) -> Nodes:
-    """Look at every node, for some seconds at most.
+    """Inspect every node, for NODE_SECONDS at most.
 
     Args:
-        resources: the cluster.
-        workers: what is to run there.
-        device: what rates are measured of, "cpu" or "cuda"; "" for none.
+        resources: The cluster.
+        workers: The workers that will run there.
+        device: The device whose rates are measured, "cpu" or "cuda"; "" for none.
     """
-    # Where there are no ids, nothing is known of any node but this one.
+    # Without ids, only this node can be inspected.
     nodes = [(node.node_id, node.here) for node in resources.nodes]
     found = inspect_nodes(nodes, device, workers.cpus_per_worker, workers.gpus_per_worker, NODE_SECONDS)
     return Nodes(resources, tuple(found))
 
 
 def check_fit(config: PruneConfig, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:
-    """Return what must hold for a run to have room: memory and temporary disk on every node, disk where it writes."""
+    """Check that a run has room: memory and temporary disk on every node, and disk where it writes."""
     return [*check_memory(estimate, nodes, workers), *check_disks(config, output, estimate, nodes, workers)]
 
 
 def check_memory(estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:
-    """Compare what the workers of every node need with what is free there."""
+    """Compare the memory that each node's workers need with what is free there."""
     counts = spread_workers(nodes.resources, workers)
     shared = estimate.shared // max(1, sum(count > 0 for count in counts))
     check = _check_gpu_memory if estimate.device == "cuda" else _check_host_memory
@@ -97,14 +97,14 @@ def _check_host_memory(estimate: Estimate, state: NodeState, count: int, beside:
 
 def _check_gpu_memory(estimate: Estimate, state: NodeState, count: int, beside: int, workers: WorkerPlan) -> Check:
     if state.gpu is None:
-        return Check(f"memory, {state.host}", True, "its GPUs were not looked at; workers do so before they begin")
+        return Check(f"memory, {state.host}", True, "its GPUs were not checked; workers check them before they begin")
     sharers = min(count, int(1 / workers.gpus_per_worker))
     return _compare_memory(estimate, f"{state.gpu.name} of {state.host}", state.gpu.free, sharers, 0, 0)
 
 
 def _compare_memory(estimate: Estimate, where: str, free: int, count: int, beside: int, libraries: int) -> Check:
-    """Compare the memory of some workers, their solves and what else lies beside them with what is free."""
-    # A bundle runs a worker and a solve.
+    """Compare the memory of some workers, their solves and `beside` with what is free."""
+    # Each bundle runs a worker and a solve.
     needed = count * (estimate.worker + estimate.solve) + beside
     least = count * (estimate.required + libraries)
     solves = f", each with a solve of {readable(estimate.solve)}" if estimate.solve else ""
@@ -122,7 +122,7 @@ def _compare_memory(estimate: Estimate, where: str, free: int, count: int, besid
 def check_disks(
     config: PruneConfig, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan
 ) -> list[Check]:
-    """Compare what a run writes with what is free where it writes it: output, MLflow's files, spilled states."""
+    """Compare what a run writes with the free disk there: output, MLflow's files, spilled states."""
     return [
         _check_output_disk(config, output, estimate),
         *_check_temporary_disks(estimate, nodes, workers),
@@ -133,10 +133,10 @@ def _check_output_disk(config: PruneConfig, output: Path, estimate: Estimate) ->
     place = nearest_directory(output)
     written, free = estimate.output + estimate.beside, shutil.disk_usage(place).free
     if config.resume:
-        # What an earlier attempt has written is not written again.
+        # The run does not write again what an earlier attempt wrote.
         free += sum(path.stat().st_size for path in staging_directory(output).rglob("*") if path.is_file())
     store = database_file(TrackingOptions(tracking_uri=config.tracking_uri).resolved_uri)
-    # MLflow's copy of the checkpoint, where it lies on the same disk.
+    # MLflow's copy of the checkpoint, if it is on the same disk.
     copied = estimate.tracked if store is not None and _disk_of(store) == _disk_of(place) else 0
     copy = f", {readable(copied)} of them MLflow's copy" if copied else ""
     return Check(
@@ -155,7 +155,7 @@ def _check_temporary_disks(estimate: Estimate, nodes: Nodes, workers: WorkerPlan
             f"temporary disk, {state.host}",
             count * estimate.spilled <= state.free_disk,
             f"{readable(count * estimate.spilled)} of {readable(state.free_disk)} free in {state.temporary}",
-            "set TMPDIR there to a folder with room, or leave --offload out",
+            "set TMPDIR there to a folder with room, or drop --offload",
             certain=(1 - DISK_MARGIN) * count * estimate.spilled > state.free_disk,
         )
         for (_, state), count in zip(nodes.pairs(), counts, strict=True)
@@ -164,7 +164,7 @@ def _check_temporary_disks(estimate: Estimate, nodes: Nodes, workers: WorkerPlan
 
 
 def check_nodes(nodes: Nodes, workers: WorkerPlan | None) -> list[Check]:
-    """Say of every node what it has, whether its packages are this program's, and whether torch sees its GPUs."""
+    """Check each node: what it has, whether its packages match this program's, and whether torch sees its GPUs."""
     here = {"python": platform.python_version()} | installed_versions()
     return [_check_node(node, state, here, workers) for node, state in nodes.pairs()]
 
@@ -172,7 +172,7 @@ def check_nodes(nodes: Nodes, workers: WorkerPlan | None) -> list[Check]:
 def _check_node(node: Node, state: NodeState | str, here: dict[str, str], workers: WorkerPlan | None) -> Check:
     has = f"{node.cpus} CPUs, {node.gpus} GPUs"
     if isinstance(state, str):
-        remedy = "look whether it lives, and that torch and transformers are installed there as here"
+        remedy = "check that it is alive, and that torch and transformers are installed there as here"
         return Check(f"node {node.address}", False, f"{has}; {state}", remedy)
     name, found = f"node {state.host}", f"{has}, {readable(state.free_memory)} of memory free"
     differing = [f"{name} {version or 'missing'}" for name, version in state.packages.items() if version != here[name]]
@@ -180,7 +180,7 @@ def _check_node(node: Node, state: NodeState | str, here: dict[str, str], worker
         ours = ", ".join(
             f"{name} {here[name]}" for name in here if any(one.startswith(f"{name} ") for one in differing)
         )
-        return Check(name, False, f"{found}; {', '.join(differing)}", f"install what is here: {ours}")
+        return Check(name, False, f"{found}; {', '.join(differing)}", f"install the same versions as here: {ours}")
     if state.gpu is not None:
         found += f", {readable(state.gpu.free)} on {state.gpu.name}"
     elif node.gpus and workers is not None and workers.gpus_per_worker:
@@ -193,7 +193,7 @@ def refuse_certain_failure(checks: Sequence[Check], warn: Callable[[str], None])
     """Warn of what may fail.
 
     Raises:
-        ConfigError: something certainly will.
+        ConfigError: Something will certainly fail.
     """
     for check in checks:
         line = f"{check.name}: {check.found}: {check.remedy}"
@@ -204,7 +204,7 @@ def refuse_certain_failure(checks: Sequence[Check], warn: Callable[[str], None])
 
 
 def nearest_directory(path: Path) -> Path:
-    """Return a path, or the nearest folder above it that is there."""
+    """Return a path, or the nearest existing folder above it."""
     path = path.absolute()
     return next(one for one in (path, *path.parents) if one.is_dir())
 

@@ -1,6 +1,6 @@
-"""What stands between a user and a run: everything that one needs, looked at thing by thing, with nothing left behind.
+"""Checks everything that a run needs, one thing after the other, and leaves nothing behind.
 
-What fails is found and told, and the next is looked at: nothing is raised.
+A failed check is reported, and the next one runs: nothing is raised.
 """
 
 import platform
@@ -40,12 +40,12 @@ from orchestrator.tracking.reach import reach_store
 from orchestrator.version import DISTRIBUTION, VERSION
 from slimllm_ops.checkpoint.reading import Checkpoint
 
-# Stands for the cluster where there is none.
+# The workers to assume if there is no cluster.
 ALONE = WorkerPlan(1, 1, 0.0, weights_travel=False)
 
 
 def diagnose(config: PruneConfig) -> Iterator[Check]:
-    """Yield what was found, for runs of a config; without a model, of what all runs need."""
+    """Yield the checks for a run of a config; without a model, the checks that all runs need."""
     yield from _run_check("versions", check_versions)
     source = None
     if config.model is not None:
@@ -60,7 +60,7 @@ def diagnose(config: PruneConfig) -> Iterator[Check]:
 
 
 def check_versions() -> Check:
-    """Return the versions that are here, and those that do not fit.
+    """Check the installed versions, and name those that do not fit.
 
     A Ray job carries the code without installing it. Then nothing says which versions fit, and the check passes.
     """
@@ -80,22 +80,22 @@ def check_versions() -> Check:
 
 
 def find_model(model: str) -> tuple[Checkpoint | None, Check]:
-    """Open a model if it is on this machine; say what there is to know of it. Nothing is downloaded."""
+    """Open a model if it is on this machine, and describe it; download nothing."""
     try:
         if is_uri(model):
             return None, Check(
-                "model", True, f"{masked(model)} is fetched by the first run; what it needs is known then"
+                "model", True, f"{masked(model)} is fetched by the first run, which then estimates what it needs"
             )
         if _is_hub_id(model):
             directory = hub.find_model(model, DOWNLOADED)
             if directory is None:
                 size = readable(hub.size_of_model(model, DOWNLOADED))
-                found = f"{model} is on the hub and not here yet: {size}, which the first run downloads"
-                return None, Check("model", True, f"{found}; what a run needs is known then")
+                found = f"{model} is on the hub and not here yet: the first run downloads {size}"
+                return None, Check("model", True, f"{found}, then estimates what it needs")
         else:
             directory = resolve_model(model)
         source = Checkpoint.open(directory)
-    # Any: a directory of someone else's may hold anything.
+    # Any exception: the directory may contain anything.
     except Exception as error:
         return None, Check(
             "model", False, _error_text(error), "" if isinstance(error, ValueError) else "check the name"
@@ -105,19 +105,19 @@ def find_model(model: str) -> tuple[Checkpoint | None, Check]:
 
 
 def check_tracking(config: PruneConfig) -> Check:
-    """Ask where runs are to be logged; a run goes on without it, and what it missed can be logged later."""
+    """Check that MLflow can be reached; a run goes on without it, and can be logged later."""
     return Check("tracking", True, reach_store(tracking_options(config)))
 
 
 def check_hub(config: PruneConfig, *, found: bool) -> Check:
-    """Ask the hub, where something is to come from there.
+    """Check that the hub answers, if something must come from it.
 
     Args:
-        config: what is asked.
-        found: whether the model is on this machine.
+        config: The run's settings.
+        found: Whether the model is on this machine.
     """
     specs = [spec for spec in (config.calibration, *config.evaluate) if spec is not None]
-    # What is in a store is not fetched to see whether it is there.
+    # Files in a store are not checked: that would mean fetching them.
     named = [spec for spec in specs if not spec.startswith("builtin:") and not is_uri(spec)]
     needed = [spec for spec in named if local_file(spec) is None]
     if config.model is not None and not found and _is_hub_id(config.model):
@@ -126,20 +126,20 @@ def check_hub(config: PruneConfig, *, found: bool) -> Check:
         return Check("hub", True, f"{hub.reach_hub()} answers")
     except hub.HubError as error:
         if not needed:
-            return Check("hub", True, f"not needed: what was named is on this machine ({error})")
-        remedy = f"mend the network, or give paths in the place of {', '.join(needed)}"
+            return Check("hub", True, f"not needed: everything named is on this machine ({error})")
+        remedy = f"repair the network, or give paths in place of {', '.join(needed)}"
         return Check("hub", False, str(error), remedy)
 
 
 def check_output(config: PruneConfig) -> Check:
-    """Say whether the output is free, or what is there can be gone on with."""
+    """Check that the output is free, or that the run can overwrite or resume it."""
     output = _output(config)
     require_can_start(output, config.overwrite, None, config.resume)
     return Check("output", True, f"{output} is free")
 
 
 def _check_cluster(config: PruneConfig, source: Checkpoint | None) -> Iterator[Check]:
-    """Yield what was found of Ray and its nodes, and whether a run of the model fits there."""
+    """Check Ray and its nodes, and whether a run of the model fits there."""
     backend = backend_of(config)
     try:
         with backend.session() as resources:
@@ -148,7 +148,7 @@ def _check_cluster(config: PruneConfig, source: Checkpoint | None) -> Iterator[C
             yield Check("Ray", True, f"{_version('ray')} {where}, {sizes}")
             yield from _check_nodes(config, backend, source, resources)
             return
-    # Any: whatever starts a Ray, or is asked for one, may fail.
+    # Any exception: starting or joining Ray can fail in many ways.
     except Exception as error:
         yield Check("Ray", False, _error_text(error), "" if isinstance(error, ClusterError) else "look at its logs")
     if source is not None:
@@ -177,7 +177,7 @@ def _check_nodes(
 
 
 def _estimate(config: PruneConfig, source: Checkpoint, workers: WorkerPlan, nodes: Nodes | None) -> Estimate:
-    """Return what a run of as much text as is asked for will take; a text may turn out to be shorter."""
+    """Estimate a run on as much text as the config asks for; the real text may be shorter."""
     length = min(config.sequence_length, source.config.max_position_embeddings)
     text = Text(config.samples, length)
     held_out = (text,) * (len(config.evaluate) or (config.calibration is None and config.moments is None))
@@ -186,16 +186,16 @@ def _estimate(config: PruneConfig, source: Checkpoint, workers: WorkerPlan, node
 
 
 def _run_check(name: str, look: Callable[[], Check]) -> Iterator[Check]:
-    """Yield what a look gives, or what it failed by."""
+    """Yield a check's result, or a failed check with its error."""
     try:
         yield look()
-    # Any: a doctor that stumbles over one thing still looks at the others.
+    # Any exception: the other checks must still run.
     except Exception as error:
         yield Check(name, False, _error_text(error))
 
 
 def _output(config: PruneConfig) -> Path:
-    """Return where a run would write on this machine."""
+    """Return the directory that a run would write on this machine."""
     return checkpoints_output(config, model_name(config.model)).directory
 
 
@@ -206,7 +206,7 @@ def _is_hub_id(model: str) -> bool:
 
 def _error_text(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    # Those of this program, whose text says what to do, are values that are wrong.
+    # This program's own errors, which say what to do, are ValueErrors or HubErrors.
     known = isinstance(error, ValueError | hub.HubError)
     return masked(lines[0] if lines and known else f"{type(error).__name__}: {lines[0] if lines else ''}")[:400]
 

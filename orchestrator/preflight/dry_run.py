@@ -1,4 +1,4 @@
-"""What a run would be, before it is one: where it writes, what it takes, and what stands against it."""
+"""Plans a run before it starts: where it writes, what it takes, and what could make it fail."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import backend_of
 from orchestrator.record.params import what_is_asked
 
-# Tells what a run takes.
+# Estimates what a run takes.
 Estimating = Callable[[Workload], Estimate]
 
 
 @dataclass(frozen=True)
 class Intent:
-    """What a run is about to do, and where."""
+    """The settings, inputs, output and workers of a run that is about to start."""
 
     config: PruneConfig
     inputs: Inputs
@@ -34,7 +34,7 @@ class Intent:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run would be: where it writes, with which workers, what it takes, and what stands against it."""
+    """A run's output, workers and estimate, with the checks of whether it can succeed."""
 
     output: Path | str
     workers: WorkerPlan
@@ -43,24 +43,24 @@ class RunPlan:
 
 
 def plan_pruning(config: PruneConfig, reporter: Reporter | None = None) -> RunPlan | None:
-    """Return what `prune` would do and take; None where it is done. Nothing is computed, written or logged.
+    """Return what `prune` would do and take; None if it is already done. Compute, write and log nothing.
 
     Raises:
-        ConfigError, DataError, InputError, ClusterError: what was asked cannot be done as asked.
+        ConfigError, DataError, InputError, ClusterError: The settings cannot be met.
     """
     return _plan_run(config, reporter or Reporter(), checkpoints_output, estimate_pruning)
 
 
 def plan_calibration(config: PruneConfig, reporter: Reporter | None = None) -> RunPlan | None:
-    """Return what `calibrate` would do and take, as `plan_pruning` does."""
+    """Return what `calibrate` would do and take, as `plan_pruning` does for `prune`."""
     return _plan_run(config, reporter or Reporter(), moments_output, estimate_calibration)
 
 
 def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> None:
-    """Tell what a run will take, and refuse one that will certainly fail for want of it.
+    """Report what a run will take, and refuse it if the machines certainly lack it.
 
     Raises:
-        ConfigError: it will.
+        ConfigError: The run would certainly fail.
     """
     plan = _estimate_and_check(intent, estimating)
     for line in plan.estimate.lines():
@@ -73,8 +73,6 @@ def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> 
 def _plan_run(
     config: PruneConfig, reporter: Reporter, place: Callable[[PruneConfig, str], Destination], estimating: Estimating
 ) -> RunPlan | None:
-    # Every run imports this file, and one without Ray has no Ray to import.
-
     inputs = load_inputs(config)
     output, asked = place(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and is_whole(output, asked):
@@ -90,13 +88,13 @@ def _plan_run(
 
 
 def _estimate_and_check(intent: Intent, estimating: Estimating, gpus: float = 0.0) -> RunPlan:
-    """Look at the nodes, and compare what they have with what the run will take.
+    """Inspect the nodes, and compare what they have with what the run will take.
 
     Args:
-        intent: what the run is about to do.
-        estimating: tells what it takes.
-        gpus: the share of a GPU that a look at a node may take; without one GPUs are not touched, which saves the
-            seconds that a process takes to begin with one.
+        intent: The run.
+        estimating: Estimates what the run takes.
+        gpus: The share of a GPU that the inspection of a node may use. With 0 it does not touch GPUs, which saves the
+            seconds that a process needs to start using one.
     """
     config, workers = intent.config, intent.workers
     device = "cuda" if gpus else "" if workers.gpus_per_worker else "cpu"

@@ -1,4 +1,4 @@
-"""What a run will need, told before anything is computed: memory and seconds by stage, disk, and travel."""
+"""Holds the estimate of a run: memory and seconds by stage, disk, and network traffic."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What a stage of a run will likely take; its name is that by which the run reports its seconds.
+    """The likely cost of a stage of a run.
 
     Attributes:
-        name: the stage.
-        worker: bytes of a worker at its peak, its libraries included; on a GPU, those of the GPU; 0 where none works.
-        required: bytes without which a worker refuses the stage, above its libraries.
-        solve: bytes of a task that solves, its libraries included; 0 where there is none.
-        driver: bytes of the driver.
-        seconds: in all; None where no rate is known.
+        name: The stage, under the name by which the run reports its seconds.
+        worker: Peak bytes of a worker, including its libraries; on a GPU, bytes of the GPU; 0 if no worker runs.
+        required: Bytes, without its libraries, that a worker needs to accept the stage.
+        solve: Bytes of a solve task, including its libraries; 0 if there is none.
+        driver: Bytes of the driver.
+        seconds: Total seconds; None if no rate is known.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Stage:
     seconds: float | None = None
 
     def describe(self) -> str:
-        """Return it in a line."""
+        """Return the stage in one line."""
         sizes = {"worker": self.worker, "solve": self.solve, "driver": self.driver}
         parts = [f"{name} {readable(size)}" for name, size in sizes.items() if size]
         return f"{self.name}: " + ", ".join(parts + ([] if self.seconds is None else [f"{self.seconds:.1f} s"]))
@@ -33,20 +33,20 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will likely take.
+    """The likely cost of a run.
 
     Attributes:
-        stages: in the order in which they come.
-        num_workers: how many workers there are.
-        device: where they compute, "cpu" or "cuda".
-        shared: bytes of moments on their way, in Ray's object store, of all nodes together.
-        output: bytes of the result on the disk.
-        beside: bytes beside it as long as the run goes on.
-        tracked: bytes that MLflow is given.
-        spilled: bytes that each worker holds in files.
-        weights: bytes of weights that are sent to each node but the driver's.
-        moments: bytes of moments that travel between workers.
-        tokens: bytes of tokens that are sent to workers.
+        stages: The stages in order.
+        num_workers: Number of workers.
+        device: Where workers compute, "cpu" or "cuda".
+        shared: Bytes of moments in transit in Ray's object store, over all nodes.
+        output: Bytes of the result on disk.
+        beside: Further bytes on disk while the run goes on.
+        tracked: Bytes uploaded to MLflow.
+        spilled: Bytes that each worker holds in files.
+        weights: Bytes of weights sent to each node except the driver's.
+        moments: Bytes of moments sent between workers.
+        tokens: Bytes of tokens sent to workers.
     """
 
     stages: tuple[Stage, ...]
@@ -63,37 +63,37 @@ class Estimate:
 
     @property
     def worker(self) -> int:
-        """Bytes of a worker at its peak."""
+        """Peak bytes of a worker."""
         return max(stage.worker for stage in self.stages)
 
     @property
     def required(self) -> int:
-        """Bytes above its libraries without which a worker refuses to begin."""
+        """Bytes, without its libraries, that a worker needs to start."""
         return max(stage.required for stage in self.stages)
 
     @property
     def solve(self) -> int:
-        """Bytes of a solve at its peak."""
+        """Peak bytes of a solve."""
         return max(stage.solve for stage in self.stages)
 
     @property
     def driver(self) -> int:
-        """Bytes of the driver at its peak."""
+        """Peak bytes of the driver."""
         return max(stage.driver for stage in self.stages)
 
     @property
     def further_driver(self) -> int:
-        """Bytes of the driver above those that it takes before it begins."""
+        """Peak bytes of the driver, minus those that it already takes."""
         return self.driver - self.stages[0].driver
 
     @property
     def seconds(self) -> float | None:
-        """Seconds in all, if they can be told."""
+        """Total seconds; None if no rate is known."""
         seconds = [stage.seconds for stage in self.stages if stage.seconds is not None]
         return sum(seconds) if seconds else None
 
     def lines(self) -> list[str]:
-        """Return it in a few lines."""
+        """Return the estimate in a few lines."""
         solves = f", solves of {readable(self.solve)}" if self.solve else ""
         where = "of its GPU" if self.device == "cuda" else "of memory"
         memory = (
@@ -107,11 +107,11 @@ class Estimate:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it, as JSON has it."""
+        """Return the whole estimate as JSON values."""
         totals = {name: getattr(self, name) for name in ("worker", "solve", "driver", "seconds")}
         return asdict(self) | totals
 
 
 def readable(num_bytes: float) -> str:
-    """Return bytes as people read them."""
+    """Return a number of bytes in MB or GB."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,8 +1,8 @@
-"""What each stage of a run takes, from the shapes of the model and the tokens: memory and seconds.
+"""Estimates the memory and seconds of each stage of a run from the shapes of the model and the tokens.
 
-A worker's memory is that of its libraries plus what it will likely hold (`slimllm_ops.stream.footprint`). A solve's is
-counted the same way. Seconds are operations divided by a measured rate (`slimllm_ops.stream.operations`). They
-leave out the network and other work on the machine.
+A worker's memory is that of its libraries plus what it will likely hold (`slimllm_ops.stream.footprint`). A solve's
+memory is counted the same way. Seconds are operations divided by a measured rate (`slimllm_ops.stream.operations`).
+They leave out the network and other work on the machine.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,20 +19,20 @@ from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
 from slimllm_ops.stream.layer_stream import LOGIT_TOKENS, compute_dtype
 from slimllm_ops.stream.operations import OBSERVING_SHARE, SOLVING_SHARE
 
-# The host's memory that a worker's libraries take: a worker on a model of next to nothing (benchmarks/memory.py).
+# Host memory of a worker's libraries, measured on a worker with a tiny model (benchmarks/memory.py).
 LIBRARIES = 344_000_000
-# What a driver loads only as it goes on: MLflow's uploads, matplotlib (benchmarks/results/memory.md).
+# Memory of the libraries that the driver loads later: MLflow's uploads, matplotlib (benchmarks/results/memory.md).
 LATER_LIBRARIES = 200_000_000
 # Workers import torch and transformers before they answer.
 STARTING_SECONDS = 5.0
-# Weights come from and go to disks at some such rate: assumed, for nobody waits for a file to be read to know it.
+# The assumed rate at which disks read and write weights; measuring it would take too long.
 BYTES_PER_SECOND = 1e9
-# Of a head's logits: as they are computed, and what their logarithms are taken from.
+# Copies of the head's logits in memory: the logits, and the log-softmax that cross-entropy makes of them.
 LOGIT_COPIES = 2
 
 
 def estimate_pruning(work: Workload) -> Estimate:
-    """Return what `prune` will take."""
+    """Estimate what `prune` will take."""
     config, targets = work.config, len(work.config.targets)
     passes = _one_pass(work) if config.in_one_pass else _layerwise(work)
     observing = passes.observing + 2 * targets * config.refine
@@ -48,7 +48,7 @@ def estimate_pruning(work: Workload) -> Estimate:
 
 
 def estimate_calibration(work: Workload) -> Estimate:
-    """Return what `calibrate` will take."""
+    """Estimate what `calibrate` will take."""
     output = _kept_moments(work)
     return _estimate(work, [_calibration_stage(work)], observing=1, passing=1, output=output, beside=0, tracked=0)
 
@@ -56,7 +56,7 @@ def estimate_calibration(work: Workload) -> Estimate:
 def _estimate(
     work: Workload, stages: Sequence[Stage], *, observing: int, passing: int, output: int, beside: int, tracked: int
 ) -> Estimate:
-    """Gather an estimate; the numbers are of passes that observe moments, and of all passes."""
+    """Gather an estimate; `observing` counts the passes that observe moments, `passing` all passes."""
     workers, moments = work.workers, moment_bytes(work.source, work.device)
     start = [Stage(name="start", driver=work.driver, seconds=STARTING_SECONDS if work.rates else None)]
     return Estimate(
@@ -79,10 +79,10 @@ class _Passes:
     """The passes of a method over the calibration data.
 
     Attributes:
-        stages: Those that pass and decide.
-        observing: How many passes observe moments.
-        forward: How many more there are.
-        kept: Bytes of moments that stay on the disk while the run goes on.
+        stages: The stages that pass the data and decide.
+        observing: Number of passes that observe moments.
+        forward: Number of other passes.
+        kept: Bytes of moments that stay on disk while the run goes on.
     """
 
     stages: Sequence[Stage]
@@ -100,7 +100,7 @@ def _layerwise(work: Workload) -> _Passes:
         work,
         tokens,
         sum(layer.forward + layer.moments for layer in work.layers),
-        # Where the moments were merged: one worker decides, and the others wait.
+        # The worker that merged the moments decides, and the others wait.
         solves=work.workers.num_workers * sum(layer.decision for layer in work.layers),
     )
     stages = (
@@ -111,7 +111,7 @@ def _layerwise(work: Workload) -> _Passes:
 
 
 def _one_pass(work: Workload) -> _Passes:
-    """Return the passes of a one-pass method: one, if no moments are given."""
+    """Return the passes of a one-pass method: one, or none if moments are given."""
     calibrating = work.config.moments is None
     return _Passes(
         stages=tuple(_one_pass_stages(work)),
@@ -122,7 +122,7 @@ def _one_pass(work: Workload) -> _Passes:
 
 
 def _one_pass_stages(work: Workload) -> Iterator[Stage]:
-    """Yield a pass if no moments are given, decisions, and another pass to refine."""
+    """Yield the calibration pass unless moments are given, the decisions, and the refining pass if asked for."""
     config, targets = work.config, len(work.config.targets)
     if config.moments is None:
         yield _calibration_stage(work)
@@ -147,7 +147,7 @@ def _calibration_stage(work: Workload) -> Stage:
 
 
 def _final_stages(work: Workload) -> Iterator[Stage]:
-    """Yield what follows when models are written: each is read back, and measured beside the dense one."""
+    """Yield the stages after the models are written: each is read back, and measured against the dense one."""
     targets = len(work.config.targets)
     seconds = _seconds(work, 0, 0)
     yield Stage(name="read back", driver=_driver_memory(work), seconds=_multiply(targets, seconds))
@@ -162,7 +162,7 @@ def _final_stages(work: Workload) -> Iterator[Stage]:
 
 
 def _perplexity_stage(work: Workload, name: str, text: Text) -> Stage:
-    """Return a pass of held-out text with its logits."""
+    """Return the stage that passes a held-out text and computes its logits."""
     vocabulary, hidden = work.source.config.vocab_size, work.source.config.hidden_size
     footprint = Footprint.of(work.source, work.device, deciding=False).passing()
     head = compute_dtype(work.device).itemsize * vocabulary * hidden
@@ -182,21 +182,21 @@ def _stage(
     outside: int = 0,
     solve: int = 0,
 ) -> Stage:
-    """Return a stage in which a text, by default the calibration's, passes the workers.
+    """Return a stage in which workers pass a text, by default the calibration text, through the layers.
 
     Args:
-        work: the run.
-        name: the stage.
-        footprint: what the stream takes.
-        seconds: what the stage takes.
-        text: what passes.
-        outside: bytes that are taken outside the layers, when those are gone.
-        solve: bytes of a solve beside it.
+        work: The run.
+        name: The stage's name.
+        footprint: The memory that the stream takes.
+        seconds: The stage's seconds.
+        text: The text.
+        outside: Bytes taken outside the layers, when no layer is loaded.
+        solve: Bytes of a solve that runs at the same time.
     """
     text = text or work.calibration
     at_once = blocks_at_once(text.num_blocks, text.length, BATCH_TOKENS) * text.length
     held = 0 if work.config.offload else _tokens_per_worker(work, text)
-    # The table of embeddings is there when a stream is opened, before its first layer.
+    # The table of embeddings is loaded when a stream is opened, before its first layer.
     outside = max(outside, work.embedding_bytes) + footprint.states_per_token * held
     likely = max(footprint.likely_peak(held, at_once), outside)
     return Stage(
@@ -214,7 +214,7 @@ def _tokens_per_worker(work: Workload, text: Text) -> int:
 
 
 def _spilled_bytes(work: Workload) -> int:
-    """Return the bytes of the states that a worker holds in files, at most."""
+    """Return the most bytes of states that a worker holds in files."""
     if not work.config.offload:
         return 0
     deciding = not work.config.in_one_pass
@@ -225,7 +225,7 @@ def _spilled_bytes(work: Workload) -> int:
 
 
 def _library_memory(work: Workload) -> int:
-    # What CUDA takes of a GPU for each process is not known beforehand, and not counted.
+    # The GPU memory that CUDA takes for each process is not known beforehand, and not counted.
     return LIBRARIES if work.device.type == "cpu" else 0
 
 
@@ -234,13 +234,13 @@ def _solve_memory(work: Workload) -> int:
 
 
 def _driver_memory(work: Workload) -> int:
-    """Return the driver's bytes while it writes layers and passes a few tokens through them: always on CPUs."""
+    """Return the driver's bytes while it writes layers and passes a few tokens through them, always on the CPU."""
     footprint = Footprint.of(work.source, torch.device("cpu"), deciding=False)
     return work.driver + LATER_LIBRARIES + max(footprint.layers + 2 * footprint.stored_layer, work.embedding_bytes)
 
 
 def _output_bytes(work: Workload) -> int:
-    """Return the bytes of all checkpoints; one of the paper's own ratio has the model's size at most."""
+    """Return the bytes of all checkpoints; with the paper's ratio, count the size of the whole model."""
     names = [name for layer in range(work.source.num_layers) for name in work.source.layer_names(layer)]
     share = work.source.num_parameters(names) / work.source.num_parameters(list(work.source.files))
     return int(sum(work.stored_bytes * (1 - share * (sparsity or 0.0)) for sparsity in work.config.targets))
@@ -251,9 +251,9 @@ def _kept_moments(work: Workload) -> int:
 
 
 def _seconds(work: Workload, tokens: int, operations: float, *, solves: float = 0.0) -> float | None:
-    """Return the seconds of a pass over the model: of tokens with so many operations each, and of solves.
+    """Return the seconds of a pass over the model, given its tokens, the operations per token and those of solves.
 
-    On one processor, solves beside a pass take from it what they gain; the weights are read while the pass computes.
+    Solves during a pass share its processors, so their seconds add to it. The weights are read while the pass computes.
     """
     if work.rates is None:
         return None

@@ -1,4 +1,4 @@
-"""What a run is made of: a model, texts and workers, as far as an estimate depends on them."""
+"""Describes a run's model, texts and workers, as far as an estimate depends on them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,29 +15,29 @@ from slimllm_ops.stream.operations import LayerOperations, Rates
 
 @dataclass(frozen=True)
 class Text:
-    """Token blocks, without the tokens."""
+    """The number and length of a text's token blocks."""
 
     num_blocks: int
     length: int
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all."""
+        """The total number of tokens."""
         return self.num_blocks * self.length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a run is made of.
+    """The parts of a run that an estimate depends on.
 
     Attributes:
-        config: what is asked.
-        source: the model.
-        calibration: the blocks that pass it, or those that kept moments are of.
-        held_out: what perplexity is measured on.
-        workers: who does it.
-        rates: what a worker was seen to reach; None where that is not known.
-        driver: bytes that the driver takes already.
+        config: The settings.
+        source: The model.
+        calibration: The calibration blocks, or those that stored moments were made from.
+        held_out: The texts that perplexity is measured on.
+        workers: The workers.
+        rates: A worker's measured rates; None if they are not known.
+        driver: Bytes that the driver already takes.
     """
 
     config: PruneConfig
@@ -50,7 +50,7 @@ class Workload:
 
     @classmethod
     def of(cls, config: PruneConfig, inputs: Inputs, workers: WorkerPlan, rates: Rates | None) -> "Workload":
-        """Describe a run whose inputs are at hand."""
+        """Describe a run whose inputs are loaded."""
         calibration = Text(inputs.calibration.num_blocks, inputs.calibration.block_length)
         held_out = tuple(Text(*blocks.input_ids_BT.shape) for blocks in inputs.held_out)
         return cls.of_texts(config, inputs.source, calibration, held_out, workers, rates)
@@ -65,7 +65,7 @@ class Workload:
         workers: WorkerPlan,
         rates: Rates | None,
     ) -> "Workload":
-        """Describe a run from this process, which will drive it."""
+        """Describe a run by its texts' sizes; call this in the process that will drive it."""
         return cls(
             config=config,
             source=source,
@@ -78,23 +78,23 @@ class Workload:
 
     @property
     def device(self) -> torch.device:
-        """Where workers compute."""
+        """The device that workers compute on."""
         return torch.device("cuda" if self.workers.gpus_per_worker else "cpu")
 
     @cached_property
     def layers(self) -> list[LayerOperations]:
-        """The operations of every layer, for blocks of the calibration's length."""
+        """The operations of every layer, for blocks as long as the calibration's."""
         return [
             LayerOperations.of(self.source, layer, self.calibration.length) for layer in range(self.source.num_layers)
         ]
 
     @cached_property
     def stored_bytes(self) -> int:
-        """The model as it is stored."""
+        """The bytes of the stored model."""
         return self.source.num_bytes()
 
     @cached_property
     def embedding_bytes(self) -> int:
-        """A table of the vocabulary as stored: of the embeddings, or of the head."""
+        """The bytes of a stored vocabulary table: the embeddings or the head."""
         parameters = self.source.num_parameters(list(self.source.files))
         return self.source.config.vocab_size * self.source.config.hidden_size * self.stored_bytes // parameters

@@ -1,1 +1,1 @@
-"""What a run leaves beside the weights, in files and in MLflow."""
+"""Records a run next to the weights, in files and in MLflow."""

@@ -1,8 +1,8 @@
-"""Figures of a run as PNG files: what was kept, how the units scored, and what it cost.
+"""Draws a run's figures as PNG files: what was kept, how the units scored, and the cost in perplexity.
 
-Drawn on `matplotlib.figure.Figure` objects of their own, with no global state, so that they can be drawn in
-any thread and beside anybody's own plots. Colours are those of Okabe and Ito, which readers with any colour
-vision tell apart. Widths follow the number of layers: 5 to 80 stay legible.
+Each figure is its own `matplotlib.figure.Figure`, with no global state, so any thread can draw one and it does not
+disturb a user's own plots. The colours are those of Okabe and Ito, which readers with any colour vision can tell
+apart. The width grows with the number of layers, so that 5 to 80 layers stay legible.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 BLUE, VERMILION, GREY, BAND = "#0072B2", "#D55E00", "#D9DCE0", "#F5F6F8"
 METHOD_COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 METHOD_MARKERS = "osD^vPX"
-# After as many methods as there are colours, the same colours come again with other dashes.
+# When the colours run out, they repeat with other dashes.
 METHOD_DASHES = ("-", ":", "--")
 SLOT_WIDTH = 0.8
-# Up to so many layers a count fits into its bar as it is, beyond it is turned.
+# With more layers than this, the counts in the bars are rotated to fit.
 MAX_WIDE_SLOTS = 12
-# More points than this in the slot of a layer cannot be told apart.
+# More points than this cannot be told apart in a layer's slot.
 MAX_POINTS = 400
-# Scores that span more than this are drawn on a logarithmic axis.
+# Scores whose highest-to-lowest ratio exceeds this are drawn on a logarithmic axis.
 MAX_LINEAR_SPAN = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKept:
-    """What a layer kept of what it had."""
+    """How many of its heads and channels a layer kept."""
 
     layer: int
     heads_kept: int
@@ -46,7 +46,7 @@ class LayerKept:
 
     @classmethod
     def of(cls, source: Checkpoint, layer: int, plan: LayerPlan) -> "LayerKept":
-        """Count what a plan keeps of a layer of the model."""
+        """Count the heads and channels that a plan keeps in a layer."""
         shape = layer_shape(source.config, layer)
         group = shape.num_attention_heads // shape.num_key_value_heads
         return cls(
@@ -64,7 +64,7 @@ def _num_kept(decision: Decision | None, whole: int) -> int:
 
 @dataclass(frozen=True)
 class ScoredUnits:
-    """The importance of each unit of a layer (of its heads, say), and the indices of those that stay."""
+    """The importance of each unit of a layer (such as its heads), and the indices of the kept ones."""
 
     layer: int
     scores: Sequence[float]
@@ -72,7 +72,7 @@ class ScoredUnits:
 
 
 def draw_kept(layers: Sequence[LayerKept], path: Path) -> None:
-    """Draw the share of heads and of channels that each layer kept, with the counts."""
+    """Draw the share of heads and channels that each layer kept, with the counts."""
     if not layers:
         raise ValueError("no layers to draw")
     figure = _figure(_width(len(layers)), 6.2)
@@ -118,12 +118,12 @@ def _draw_shares(axes: "Axes", numbers: Sequence[int], counts: Sequence[tuple[in
 
 
 def draw_scores(scores: Mapping[str, Sequence[ScoredUnits]], path: Path) -> None:
-    """Draw each layer's scores from the highest to the lowest, coloured by what became of the unit.
+    """Draw each layer's scores from highest to lowest, coloured by whether the unit was kept.
 
-    Scores are relative to the layer's highest: those of different layers are not to be compared.
+    Scores are relative to the layer's highest, so they cannot be compared between layers.
 
     Args:
-        scores: A panel for each entry, such as "heads" and "channels".
+        scores: The scored layers by kind of unit; each kind gets a panel.
         path: The PNG to write.
     """
     if not scores or not all(scores.values()):
@@ -142,9 +142,9 @@ def _draw_sorted(axes: "Axes", layers: Sequence[ScoredUnits], unit: str) -> None
     slots = np.repeat(np.arange(len(layers)), [len(_drawn_ranks(len(layer.scores))) for layer in layers])
     for slot in range(0, len(layers), 2):
         axes.axvspan(slot - 0.5, slot + 0.5, color=BAND, zorder=0, linewidth=0)
-    # In points squared: neighbours touch where there is room, and nothing is smaller than the eye sees.
+    # In points squared: neighbours touch where there is room, and no marker is too small to see.
     size = float(np.clip(72 * SLOT_WIDTH * _width(len(layers)) / len(values), 2.0, 5.5)) ** 2
-    # The removed ones are few and are what one looks for: they lie above.
+    # The removed units are drawn last, on top: they are few, and readers look for them.
     for chosen, colour, label in ((stays, BLUE, "kept"), (~stays, VERMILION, "removed")):
         xs = slots[chosen] + SLOT_WIDTH * (positions[chosen] - 0.5)
         axes.scatter(xs, values[chosen], s=size, color=colour, label=label, linewidths=0)
@@ -164,7 +164,7 @@ def _draw_sorted(axes: "Axes", layers: Sequence[ScoredUnits], unit: str) -> None
 
 
 def _curve(layer: ScoredUnits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The layer's sorted curve: rank from 0 to 1, score relative to the highest, whether the unit stays."""
+    """Return a layer's sorted curve: ranks from 0 to 1, scores relative to the highest, whether each unit is kept."""
     scores = np.asarray(layer.scores, dtype=float)
     stays = np.zeros(len(scores), dtype=bool)
     stays[np.asarray(layer.kept, dtype=int)] = True
@@ -174,17 +174,17 @@ def _curve(layer: ScoredUnits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _drawn_ranks(n_units: int) -> np.ndarray:
-    """The ranks that are drawn: all of them, or evenly many of them."""
+    """Return the ranks to draw: all of them, or at most MAX_POINTS at even distances."""
     return np.unique(np.linspace(0, n_units - 1, min(n_units, MAX_POINTS)).round().astype(int))
 
 
 def draw_perplexity_over_sparsity(
     curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, path: Path
 ) -> None:
-    """Draw perplexity over sparsity, a line for each method, with the dense model's as the base line.
+    """Draw perplexity over sparsity: a line for each method, and the dense model's perplexity as the baseline.
 
     Args:
-        curves: By method, pairs of sparsity (0 to 1) and perplexity; what is not finite is left out.
+        curves: Pairs of sparsity (0 to 1) and perplexity by method; perplexities that are not finite are left out.
         dense: The dense model's perplexity.
         path: The PNG to write.
     """
@@ -209,18 +209,18 @@ def draw_perplexity_over_sparsity(
     axes.set_title("Perplexity over sparsity", fontsize=14, fontweight="bold", loc="left")
     axes.grid(color=GREY, linewidth=0.6, which="both")
     axes.set_axisbelow(True)
-    # Beside the axes: whatever corner it took, some curve would run there.
+    # The legend is outside the axes: in any corner, some curve could run through it.
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     _save(figure, path)
 
 
 def _plain_number(value: float, _: float) -> str:
-    # A logarithmic axis of less than two decades would otherwise be labelled "6 x 10^0".
+    # The default labels of a logarithmic axis with less than two decades look like "6 x 10^0".
     return f"{value:g}" if f"{value:e}"[0] in "123468" else ""
 
 
 def _width(n_layers: int) -> float:
-    """Inches: a slot for each layer that holds a line of rotated text, within what a page can show."""
+    """Return a width in inches: room for a line of rotated text per layer, within what a page can show."""
     return float(np.clip(1.6 + 0.3 * n_layers, 7.0, 26.0))
 
 
@@ -231,7 +231,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _label_layers(axes: "Axes", numbers: Sequence[int]) -> None:
-    # Every layer is named as long as there is room for two digits.
+    # Label every layer while there is room for two digits, else every second.
     every = 1 if len(numbers) <= 48 else 2
     axes.set_xticks(range(0, len(numbers), every), [str(number) for number in numbers[::every]])
     axes.set_xlim(-0.6, len(numbers) - 0.4)
@@ -246,5 +246,5 @@ def _save(figure: "Figure", path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the version of matplotlib in it, the same run writes the same bytes.
+    # Leave out matplotlib's version, so that the same run writes the same bytes.
     figure.savefig(path, format="png", dpi=130, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""What a run leaves beside the weights: the plan, the scores, figures and a model card."""
+"""Writes the files that go with a checkpoint's weights: the plan, the scores, figures and a model card."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def write_record(
 ) -> None:
     """Write `pruning/` (plan, scores, figures) and the model card into a checkpoint's directory.
 
-    The same run writes the same bytes, wherever it writes them and however fast.
+    The same run writes the same bytes, whatever its output directory and speed.
     """
     pruning = directory / "pruning"
     header = {"format": 1, "params": settings_of(params), "totals": masked_all(totals.reproducible_figures())}
@@ -37,7 +37,7 @@ def write_record(
 
 
 def importance_table(layers: Sequence[LayerPlan]) -> pa.Table:
-    """Return a row per unit of every pruned module: layer, module, unit, score, kept."""
+    """Return a table with a row per unit of every pruned module: layer, module, unit, score, kept."""
     schema = pa.schema(
         [
             ("layer", pa.int32()),
@@ -47,7 +47,7 @@ def importance_table(layers: Sequence[LayerPlan]) -> pa.Table:
             ("kept", pa.bool_()),
         ]
     )
-    # By columns: a row for each channel of a large model would outweigh a layer.
+    # Built by columns: Python rows for each channel of a large model would take more memory than a layer.
     parts = [
         pa.table(
             {

@@ -1,4 +1,4 @@
-"""What a run logs to MLflow: its inputs, a line for each layer, and the record of each checkpoint."""
+"""Logs a run to MLflow: its inputs, the metrics of each layer, and the record of each checkpoint."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +12,12 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.models.families import layer_shape
 
-# Digits of measured figures where they are read, not computed with.
+# Digits of measurements in tags, which people read.
 TAG_DIGITS = 4
 
 
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:
-    """Log the parameters and the digests of the data, before anything is computed."""
+    """Log the parameters and the data with their digests, before anything is computed."""
     run.log_params({name: value for name, value in params.items() if value is not None})
     calibration = inputs.calibration
     _log_dataset(
@@ -39,7 +39,7 @@ def _log_dataset(
 
 
 def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
-    """Log a layer's metrics, with step = layer, and return them; none if an earlier attempt at the run logged them."""
+    """Log a layer's metrics with step = layer, and return them; skip a layer that an earlier attempt logged."""
     if layer in run.logged_steps:
         return {}
     metrics = _layer_metrics(source, layer, plan)
@@ -57,7 +57,7 @@ def _layer_metrics(source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str,
         "attention_relative_error": _relative_error(plan.attention),
         "mlp_relative_error": _relative_error(plan.mlp),
     }
-    # Only the paper's method measures similarities and follows ratios.
+    # Only the paper's method has similarities and ratios.
     if plan.similarity is not None and plan.ratio is not None:
         metrics |= {"cosine": plan.similarity, "ratio": plan.ratio}
     if plan.relative_change is not None:
@@ -73,12 +73,12 @@ def log_record(
     """Log the totals, the record's files and the checkpoint; return the logged model's URI.
 
     Args:
-        run: The target's.
+        run: The target's run.
         directory: The checkpoint.
-        inputs: What was pruned.
-        target: What the target is called, which becomes the alias of the checkpoint if that is registered.
-        params: What the checkpoint was made by.
-        totals: What came of it.
+        inputs: The model and data that the run read.
+        target: The target's name, which becomes the checkpoint's alias if it is registered.
+        params: The settings that made the checkpoint.
+        totals: The figures of the run.
     """
     description = describe_checkpoint(inputs.name, params["method"], totals)
     run.log_metrics(totals.metrics())
@@ -99,8 +99,8 @@ def log_record(
 
 
 def describe_checkpoint(name: str, method: str, totals: Totals) -> str:
-    """Return what was done to a model and what it cost, in a line."""
-    # The registry's table shows some thirty characters: those by which versions are told apart come first.
+    """Return one line that says how a model was pruned, and at what cost in perplexity."""
+    # The registry's table shows about thirty characters, so what differs between versions comes first.
     costs = [
         f"perplexity {pruned:.2f} (dense {dense:.2f}) on {Path(data).name}"
         for data, (dense, pruned) in totals.perplexity.items()

@@ -1,4 +1,4 @@
-"""The README.md of a pruned checkpoint: what it is, how it loads, and what pruning cost."""
+"""Writes the README.md of a pruned checkpoint: what it is, how to load it, and what pruning cost."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ tags: [pruned, slimllm]
 
 # {name}, pruned by {sparsity:.1%}
 
-Pruned with [slimllm](https://arxiv.org/abs/2505.22689) (method `{method}`): heads and MLP channels are gone, layer by
-layer, and what is left is refitted. It loads in plain transformers:
+Pruned with [slimllm](https://arxiv.org/abs/2505.22689) (method `{method}`), which removes attention heads and MLP
+channels layer by layer and refits the remaining weights. It loads in plain transformers:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,8 +24,8 @@ model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_co
 tokenizer = AutoTokenizer.from_pretrained("<this directory>", trust_remote_code=True)
 ```
 
-The flag lets it load the model's code, the `pruned_*.py` that lie here; where slimllm is installed and `slimllm_ops`
-is imported, it is not needed.
+`trust_remote_code=True` lets transformers load the two small model files in the checkpoint (`pruned_*.py`). You do not
+need it if slimllm is installed and your code imports `slimllm_ops`.
 
 | | before | after |
 |---|---|---|
@@ -34,7 +34,7 @@ is imported, it is not needed.
 | decoder layers | {layers_before} | {layers_after} |
 {perplexity}
 Calibrated on {tokens:,} tokens of `{calibration}` (digest `{digest}`), seed {seed}.
-`pruning/plan.json` has every decision and setting, `pruning/importance.parquet` the score of every unit.
+`pruning/plan.json` has every decision and setting; `pruning/importance.parquet` has the score of every unit.
 """
 
 

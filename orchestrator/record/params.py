@@ -1,6 +1,6 @@
-"""A run's parameters: what records say it was asked for, and what `--resume` compares.
+"""Collects a run's parameters: those that records list, and those that `--resume` compares.
 
-Which setting belongs where derives from its declaration (`Effect` in orchestrator/settings.py).
+Each setting's declaration decides which it belongs to (`Effect` in orchestrator/settings.py).
 """
 
 import platform
@@ -18,18 +18,18 @@ from orchestrator.version import VERSION
 
 PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets")
 SETTINGS = declared(CompareConfig).values()
-# No record has these: the next attempt at a run may have others.
+# No record lists these, because each attempt at a run may have its own.
 OF_AN_ATTEMPT = {one.name for one in SETTINGS if one.effect is Effect.ATTEMPT}
-# Results do not depend on these. `weights_travel` is no setting: it follows from `shared_storage` and the nodes.
+# Results do not depend on these. `weights_travel` is not a setting: it follows from `shared_storage` and the nodes.
 PLACES = {one.name for one in SETTINGS if one.effect is Effect.PLACE} | {"weights_travel"}
-# Settings that name files, whose digests tell more.
+# Settings that name files; the files' digests are compared instead.
 DIGESTED = {one.name for one in SETTINGS if one.effect is Effect.INPUT}
-# What MLflow's page of a model shows, where it is set.
+# The parameters of a logged model in MLflow, if they are set.
 TOLD_OF_A_MODEL = (*(one.name for one in SETTINGS if one.tags_models), "model_digest")
 
 
 def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:
-    """Return what the run was asked to do and what it ran on: enough to repeat it, and without secrets."""
+    """Return a run's settings and what it ran on, without secrets: enough to repeat it."""
     asked = {name: value for name, value in asdict(config).items() if value is not None and name not in OF_AN_ATTEMPT}
     found = {
         "model": config.model or inputs.name,
@@ -46,12 +46,12 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
 
 
 def settings_of(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a run that its result may depend on."""
+    """Return those of a run's parameters that its result may depend on."""
     return {name: value for name, value in params.items() if name not in PLACES}
 
 
 def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
-    """Return what the result depends on: a run that is resumed must have the same."""
+    """Return what a run's result depends on; a run that resumes it must have the same."""
     settings = {name: value for name, value in asdict(config).items() if name not in OF_AN_ATTEMPT | PLACES | DIGESTED}
     return settings | {
         "sparsity": config.targets,
@@ -63,7 +63,7 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that results depend on; a run in this process may lack Ray and MLflow."""
+    """Return the versions of the packages that results depend on; Ray and MLflow may be missing."""
     found = {"slimllm": VERSION}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):

@@ -1,7 +1,8 @@
-"""A run's settings as a TOML file in its output, by which it is repeated: `slimllm prune --config FILE --output DIR`.
+"""Writes a run's settings to a TOML file that repeats the run: `slimllm prune --config FILE --output DIR`.
 
-It has all that the result depends on, defaults and what was settled on the way included, so that other defaults of a
-later version or another number of processors change nothing. Where the result goes and where it is logged are left out.
+The file has everything that the result depends on, including defaults and choices made during the run, so that a later
+version with other defaults, or another number of processors, gives the same result. It leaves out where the result goes
+and where it is logged.
 """
 
 from dataclasses import asdict
@@ -21,14 +22,14 @@ RUN_FILE = "run.toml"
 
 
 def write_run_file(path: Path, command: str, config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> None:
-    """Write the settings of a run, whole or not at all; the same run writes the same bytes.
+    """Write a run's settings atomically; the same run writes the same bytes.
 
     Args:
-        path: where they go; its folder is made where it is missing.
-        command: which of slimllm's commands takes them.
-        config: what was asked.
-        inputs: the model and the data that were found.
-        workers: those that were settled.
+        path: The file to write; its folder is created if it is missing.
+        command: The slimllm command that takes the settings.
+        config: The settings asked for.
+        inputs: The model and data that the run read.
+        workers: The workers that the run chose.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = _header(command, inputs) + tomli_w.dumps(_settings(config, inputs, workers))
@@ -44,14 +45,14 @@ def _settings(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[
         "workers": workers.num_workers,
         "gpus_per_worker": workers.gpus_per_worker,
     }
-    # Moments that were kept stand for the calibration data, unless those pass the model again.
+    # If the moments were read from files and no data pass the model again, the run needs no calibration data.
     if inputs.calibration.blocks is not None:
         settled["calibration"] = inputs.calibration.spec
     return masked_all({name: value for name, value in (asked | settled).items() if value is not None})
 
 
 def _header(command: str, inputs: Inputs) -> str:
-    """Return what the settings do not say: how they are used, and which files and versions the names stood for."""
+    """Return comments with what the settings lack: how to use them, the digests of the data, the versions."""
     calibration = inputs.calibration
     lines = [
         f"to repeat this run: slimllm {command} --config {RUN_FILE} --output DIR",

@@ -1,4 +1,4 @@
-"""The models of a sweep side by side: a table, and perplexity over sparsity, which its run in MLflow has too."""
+"""Compares the models of a sweep in a table and a figure of perplexity over sparsity, and logs both to MLflow."""
 
 import csv
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from orchestrator.tracking import Run
 
 
 def sweep_rows(models: Mapping[str, Totals]) -> list[dict[str, Any]]:
-    """Return a row for each model, the dense one's first, with a perplexity for each set of held-out blocks."""
+    """Return a row for each model, the dense one first, with its perplexity on each set of held-out blocks."""
     dense = next(iter(models.values()))
     before = {_heading(data): perplexity for data, (perplexity, _) in dense.perplexity.items()}
     rows = [{"model": "dense", "sparsity": 0.0, "parameters": dense.parameters_before, "bytes": dense.bytes_before}]
@@ -24,7 +24,7 @@ def sweep_rows(models: Mapping[str, Totals]) -> list[dict[str, Any]]:
 
 
 def sweep_cells(row: Mapping[str, Any]) -> list[str]:
-    """Return a row as it is read."""
+    """Return a row's values formatted for reading."""
     forms = {"model": "{}", "sparsity": "{:.2%}", "parameters": "{:,}", "bytes": "{:,}"}
     return [forms.get(name, "{:,.3f}").format(value) for name, value in row.items()]
 
@@ -33,10 +33,10 @@ def log_sweep(run: Run, directory: Path, method: str, models: Mapping[str, Total
     """Write sweep.csv and figures/perplexity.png into a sweep's `pruning/`, and log them and the table.
 
     Args:
-        run: The sweep's, whose children are the models'.
+        run: The sweep's run; the models' runs are its children.
         directory: The sweep's output.
-        method: What the curve is called.
-        models: Each model's totals, by its name.
+        method: The name of the curve.
+        models: The totals of each model, by its name.
     """
     pruning, rows = directory / "pruning", sweep_rows(models)
     with (pruning / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def log_sweep(run: Run, directory: Path, method: str, models: Mapping[str, Total
         writer.writeheader()
         writer.writerows(rows)
     for number, data in enumerate(next(iter(models.values())).perplexity):
-        # Numbered from the second set of held-out blocks on.
+        # The figures are numbered from the second set of held-out blocks on.
         figure = pruning / "figures" / (f"perplexity-{number}.png" if number else "perplexity.png")
         points = [(totals.sparsity, totals.perplexity[data][1]) for totals in models.values()]
         draw_perplexity_over_sparsity({method: points}, rows[0][_heading(data)], figure)

@@ -1,4 +1,4 @@
-"""The figures of a whole run: parameters, bytes, perplexity, seconds and memory."""
+"""Gathers the figures of a whole run: parameters, bytes, perplexity, seconds and memory."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,17 +30,17 @@ class Totals:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the decoder layers' parameters that is gone."""
+        """The fraction of the decoder layers' parameters that was removed."""
         return 1 - self.layer_parameters_after / self.layer_parameters_before
 
     def reproducible_figures(self) -> dict[str, Any]:
-        """Return the figures that the same run gives again: all but those of the machine and what else it did."""
+        """Return the figures that a repeated run gives again: all but seconds and memory."""
         figures = asdict(self) | {"sparsity": self.sparsity}
         return {name: value for name, value in figures.items() if name not in ("seconds", "peak_memory")}
 
     @property
     def tokens_per_second(self) -> float:
-        """Calibration tokens per second of the passes over the layers."""
+        """The calibration tokens per second of the passes over the layers."""
         passes = [self.seconds[stage] for stage in CALIBRATION_STAGES if stage in self.seconds]
         return self.calibration_tokens / sum(passes) if passes else 0.0
 
@@ -67,14 +67,14 @@ class Totals:
         """Return the perplexities as metrics."""
         metrics: dict[str, float] = {}
         for number, (dense, pruned) in enumerate(self.perplexity.values()):
-            # One held-out set is the usual case, and keeps the plain name.
+            # The first held-out set, usually the only one, has the plain name.
             suffix = f"/{number}" if number else ""
             metrics |= {f"perplexity_before{suffix}": dense, f"perplexity_after{suffix}": pruned}
         return metrics
 
 
 def count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Return how many parameters a checkpoint has in all, and in its decoder layers."""
+    """Return how many parameters a checkpoint has in total, and how many in its decoder layers."""
     layers = [name for layer in range(checkpoint.num_layers) for name in checkpoint.layer_names(layer)]
     return checkpoint.num_parameters(list(checkpoint.files)), checkpoint.num_parameters(layers)
 
@@ -87,7 +87,7 @@ def count_totals(
     peak_memory: dict[str, int],
     read_back_error: float,
 ) -> Totals:
-    """Gather the figures of a run whose checkpoint is written."""
+    """Gather the figures of a run after its checkpoint is written."""
     before, layers_before = count_parameters(inputs.source)
     after, layers_after = count_parameters(pruned)
     return Totals(

@@ -1,4 +1,4 @@
-"""A run that has ended, told to MLflow from what it left: its server was never there, or was lost on the way."""
+"""Logs a finished run to MLflow from its output, after the run had no server or lost it."""
 
 import json
 import shlex
@@ -14,14 +14,14 @@ from orchestrator.tracking.run import Run, warn_on_stderr
 from orchestrator.tracking.server import RequiredServer, Warn
 from orchestrator.tracking.stored_run import StoredRun
 
-# The journal of a pruned model, or of several; that of a comparison.
+# The journal of `prune`, then that of `compare`.
 JOURNALS = ("pruning/metrics.jsonl", "metrics.jsonl")
 WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedOutput:
-    """Where MLflow has an output, and whether it had all of it before."""
+    """An output's run in MLflow, and whether MLflow had all of it before."""
 
     run_id: str
     experiment_id: str
@@ -38,18 +38,18 @@ def log_output(
     register: str | None = None,
     warn: Warn | None = None,
 ) -> LoggedOutput:
-    """Log a finished output: what MLflow has of its run stays, what is missing is added. Twice does nothing.
+    """Log a finished output: add what MLflow lacks of its run. Repeating the call is harmless.
 
     Args:
-        output: The directory that `prune` or `compare` wrote; the journal in it gets a line of where it is logged.
-        experiment: By default the one that the run was to be logged in; in another the run is logged anew.
+        output: The directory that `prune` or `compare` wrote; its journal gets a line that says where it is logged.
+        experiment: By default the run's own experiment; any other gets a new run.
         tracking_uri: By default that of `TrackingOptions`.
-        run_name: By default the name that the run was given.
-        register: By default the name that the run was to register its model under, if any.
+        run_name: By default the run's own name.
+        register: By default the registered model's name that the run was given, if any.
         warn: Called with one line when the server refuses something; prints to stderr by default.
 
     Raises:
-        TrackingError: There is no finished run in the output, or the server does not answer or refuses part of it.
+        TrackingError: The output has no finished run, or the server does not answer or refuses part of it.
     """
     if TrackingOptions(tracking_uri=tracking_uri).journal_only:
         raise TrackingError(
@@ -68,7 +68,7 @@ def log_output(
     run = _FinishedRun(server, _journals(output)[0], options, parent=None)
     before = run.is_logged()
     if before is None and not run.log():
-        raise TrackingError(f"{server_name(server.uri)} refused a part of {output}: mend that, and log it again")
+        raise TrackingError(f"{server_name(server.uri)} refused part of {output}: fix that, and log it again")
     run_id = before or run.run_id
     assert run_id is not None, "a run whose log is whole was created"
     return LoggedOutput(
@@ -80,13 +80,13 @@ def log_output(
 
 
 def how_to_log(output: Path, place: Path | str | None = None) -> str | None:
-    """Return the command that gives MLflow what it lacks of a finished output; None where it has everything.
+    """Return the command that logs what MLflow lacks of a finished output; None if it has everything.
 
-    The command names the store that the run was for. For a run without one it says URI.
+    The command names the run's own store, or "URI" if the run had none.
 
     Args:
         output: The directory of the output.
-        place: Where it is in the end, if not there.
+        place: The output's final location, if it is not `output`.
     """
     runs = [journal.events() for journal in _journals(output)]
     if all(events[-1]["event"] == "logged" for events in runs):
@@ -97,21 +97,21 @@ def how_to_log(output: Path, place: Path | str | None = None) -> str | None:
 
 
 def where_to_look(tracking_uri: str, experiment_id: str | None, run_id: str | None) -> str:
-    """Return the address of a run's page, or the command that serves such pages from a database."""
+    """Return the URL of a run's page, or the command that serves the pages of a database."""
     if tracking_uri.startswith("http"):
         return f"{masked(tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
     return f"mlflow ui --backend-store-uri {masked(tracking_uri)}"
 
 
 class _FinishedRun(Run):
-    """A run that a journal holds to its end."""
+    """A run whose journal is complete."""
 
     @property
     def _checkpoints(self) -> list[dict[str, Any]]:
         return [event for event in self._earlier if event["event"] == "checkpoint"]
 
     def children(self) -> list["_FinishedRun"]:
-        """The runs nested in this one, which are as finished."""
+        """Return the runs nested in this one, which are finished too."""
         found = _children(self._journal)
         return [
             _FinishedRun(self._server, journal, self._child_options(name), parent=self)
@@ -119,7 +119,7 @@ class _FinishedRun(Run):
         ]
 
     def is_logged(self) -> str | None:
-        """MLflow's id of the run if it has this one and its children, with models and files; None if not."""
+        """Return MLflow's id of the run if MLflow has it and its children, with models and files; else None."""
         key = _last(self._earlier, "start")["key"]
         stored = self._server.ask(lambda: self._server.find_run(key))
         confirmed = {event["run_id"] for event in self._earlier if event["event"] == "logged"}
@@ -138,7 +138,7 @@ class _FinishedRun(Run):
         )
 
     def log(self) -> bool:
-        """Tell MLflow all of it, its children inside it; return whether nothing of files and models was refused."""
+        """Log the whole run and its children; return whether MLflow accepted all files and models."""
         start = _last(self._earlier, "start")
         self._open(start["key"], self._earlier[0]["time"])
         self._tell_again()
@@ -149,21 +149,21 @@ class _FinishedRun(Run):
         return self._confirm() and all(children)
 
     def _uploads(self) -> list[dict[str, Any]]:
-        """Each upload once, whichever attempts made it."""
+        """Return each upload once, even if several attempts made it."""
         uploads = [event for event in self._earlier if event["event"] in ("artifacts", "checkpoint")]
         return list({json.dumps(event | {"time": None}): event for event in uploads}.values())
 
 
 def _require_finished(output: Path) -> dict[str, Any]:
-    """Return the start of an output's run, after a check that there is all that can be logged."""
+    """Check that an output is complete, and return the start event of its run."""
     if not output.is_dir():
-        raise TrackingError(f"{output} is not there: pass a directory that `slimllm prune` wrote")
+        raise TrackingError(f"{output} does not exist: pass a directory that `slimllm prune` wrote")
     journals = _journals(output)
     for journal in journals:
         events = journal.events()
         ended = [event for event in events if event["event"] in ("start", "end")]
         if len(ended) < 2 or ended[-1].get("status") != "FINISHED":
-            raise TrackingError(f"the run of {journal.path} has not finished: there is nothing to log before it has")
+            raise TrackingError(f"the run of {journal.path} has not finished: log it once it has")
         for event in events:
             if event["event"] == "checkpoint":
                 _require_weights(journal.path.parent / event["directory"])
@@ -172,7 +172,9 @@ def _require_finished(output: Path) -> dict[str, Any]:
 
 def _require_weights(checkpoint: Path) -> None:
     if not any(checkpoint.glob(WEIGHTS)):
-        raise TrackingError(f"{checkpoint.resolve()} has no weights ({WEIGHTS}): pass a whole output, or prune again")
+        raise TrackingError(
+            f"{checkpoint.resolve()} has no weights ({WEIGHTS}): pass a complete output, or prune again"
+        )
 
 
 def _journals(output: Path) -> list[Journal]:
@@ -182,12 +184,12 @@ def _journals(output: Path) -> list[Journal]:
             journal = _open_journal(output / name)
             return [journal, *_children(journal).values()]
     raise TrackingError(
-        f"{output} has no {JOURNALS[0]}, which every run leaves: pass a directory that `slimllm prune` wrote"
+        f"{output} has no {JOURNALS[0]}, which every run writes: pass a directory that `slimllm prune` wrote"
     )
 
 
 def _children(journal: Journal) -> dict[str, Journal]:
-    """Return the journals of a run's children by name: their own, or their share in the run's."""
+    """Return the journals of a run's children by name: files of their own, or their lines of the run's file."""
     if journal.child is not None:
         return {}
     found: dict[str, Journal] = {}
@@ -205,7 +207,7 @@ def _open_journal(path: Path) -> Journal:
             return Journal(path)
     except OSError as error:
         raise TrackingError(
-            f"{path} cannot be written ({error.strerror}): a run is logged into its journal too"
+            f"{path} cannot be written ({error.strerror}): slimllm log also writes to the run's journal"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The journal of a run: a file of events, written before anything is told to a server."""
+"""Reads and writes a run's journal: a file of events, each written before it is sent to a server."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from orchestrator.tracking.options import TrackingError
 
 
 class Journal:
-    """A run's events in a file, one JSON object a line; `child` says whose, where runs share a file."""
+    """A run's events in a file, one JSON object per line; where runs share a file, `child` tells whose they are."""
 
     def __init__(self, path: Path, child: str | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,25 +21,25 @@ class Journal:
         self.path, self.child = path, child
 
     def append(self, event: dict[str, object]) -> dict[str, Any]:
-        """Write an event, without secrets, and return it as a reader of the file will see it."""
+        """Write an event without secrets, and return it as it reads from the file."""
         of_child = {} if self.child is None else {"child": self.child}
         line = json.dumps(json_value({"time": time.time(), **event, **of_child}), allow_nan=False)
-        # Opened for each line: when the process is killed, all lines but the last are whole and in order.
+        # The file is opened for each line: if the process is killed, all lines but the last are complete and in order.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         return json.loads(line)
 
     def events(self) -> list[dict[str, Any]]:
-        """The run's own events so far."""
+        """Return the run's own events so far."""
         read = self.read(self.path) if self.path.exists() else []
         return [event for event in read if event.get("child") == self.child]
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """All events of a file.
+        """Return all events of a file.
 
         Raises:
-            TrackingError: a line is not an event.
+            TrackingError: A line is not an event.
         """
         events = []
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -48,13 +48,13 @@ class Journal:
             except ValueError as error:
                 raise TrackingError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(event, dict) or not {"event", "time"} <= event.keys():
-                raise TrackingError(f"{path}, line {number}: no event of a run")
+                raise TrackingError(f"{path}, line {number}: not an event of a run")
             events.append(event)
         return events
 
 
 def json_value(value: object) -> Any:
-    """What JSON can hold: NaN becomes null, infinity "inf" or "-inf", what it does not know its text."""
+    """Return a value as JSON can hold it: NaN as null, infinity as "inf" or "-inf", unknown types as their text."""
     match value:
         case None | bool() | int():
             return value
@@ -73,9 +73,9 @@ def json_value(value: object) -> Any:
 
 
 def _cut_unfinished_line(path: Path) -> None:
-    """Remove what a killed process left of its last line: the next line would be appended to it.
+    """Remove the incomplete last line of a killed process, or the next line would be appended to it.
 
-    Nothing is lost: an event counts as logged, and is told, only once its line is whole.
+    Nothing is lost: an event counts as logged, and is sent to MLflow, only once its line is complete.
     """
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1

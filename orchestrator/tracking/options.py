@@ -1,4 +1,4 @@
-"""Where a run is logged."""
+"""Defines where a run is logged."""
 
 import os
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from pathlib import Path
 from orchestrator.config import PruneConfig
 from orchestrator.secrets import masked
 
-# The tracking URI of a run that only its journal records.
+# The tracking URI of a run that writes only its journal.
 JOURNAL_ONLY = "none"
 
 
 class TrackingError(ValueError):
-    """An option that cannot be used, whatever the server does; one line that says what to give instead."""
+    """An option that cannot be used, whatever the server does; the message says what to give instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,11 @@ class TrackingOptions:
     """Where a run is logged.
 
     Attributes:
-        experiment: MLflow experiment, created where it is missing.
-        tracking_uri: By default $MLFLOW_TRACKING_URI, or else `mlflow.db` in the working directory; "none" writes the
-            journal and logs nothing to MLflow.
+        experiment: MLflow experiment, created if it is missing.
+        tracking_uri: By default $MLFLOW_TRACKING_URI, or else `mlflow.db` in the working directory; "none" writes only
+            the journal.
         run_name: By default MLflow invents one.
-        register: Name under which the checkpoint becomes a model version; None registers nothing.
+        register: Registered model that the checkpoint becomes a version of; None registers nothing.
     """
 
     experiment: str = PruneConfig.experiment
@@ -33,7 +33,7 @@ class TrackingOptions:
     register: str | None = None
 
     def __post_init__(self) -> None:
-        # These are shown wherever the run is.
+        # These are shown wherever the run is listed.
         object.__setattr__(self, "experiment", masked(self.experiment))
         object.__setattr__(self, "run_name", self.run_name and masked(self.run_name))
         if not self.experiment.strip():
@@ -43,7 +43,7 @@ class TrackingOptions:
             raise TrackingError(f"the registered model's name is {self.register!r}: give one without '/' and ':'")
         if self.register is not None and self.journal_only:
             raise TrackingError(
-                "--register needs MLflow, and --tracking-uri none does not use it: pass a store, or leave one out"
+                "--register needs MLflow, which --tracking-uri none turns off: pass a store, or drop one of the two"
             )
 
     @property
@@ -54,12 +54,12 @@ class TrackingOptions:
 
     @property
     def journal_only(self) -> bool:
-        """Whether a run is written to its journal and nowhere else."""
+        """Whether the run is logged only to its journal."""
         return self.resolved_uri == JOURNAL_ONLY
 
 
 def database_file(uri: str) -> Path | None:
-    """Return the absolute path of a tracking URI's SQLite file; None where it names none."""
+    """Return the absolute path of a tracking URI's SQLite file; None if it has none."""
     if not uri.startswith("sqlite") or ":///" not in uri or ":memory:" in uri:
         return None
     return Path(uri.partition(":///")[2].partition("?")[0]).absolute()

@@ -1,4 +1,4 @@
-"""A run that is a Ray job: where it may write, and how MLflow and Ray come to know of each other."""
+"""Checks where a Ray job writes, and links the job with its MLflow run."""
 
 from pathlib import Path
 
@@ -16,30 +16,28 @@ TRACKING_URI_KEY = "mlflow_tracking_uri"
 
 
 def require_lasting_output(output: str | None, tracking: TrackingOptions | None = None) -> None:
-    """Refuse to write where Ray deletes: a job that was submitted with a working directory runs in a copy of it.
+    """Refuse to write into the copy of the working directory that a submitted job runs in, which Ray deletes.
 
     Args:
-        output: what was asked for; None is a place in the working directory.
-        tracking: where the run is logged, if it is.
+        output: The output asked for; None stands for one in the working directory.
+        tracking: Where the run is logged, if it is.
 
     Raises:
-        ConfigError: the output, or MLflow's database, would lie in the copy.
+        ConfigError: The output or MLflow's database would be in the copy.
     """
     copy = inside_job.working_copy()
     if copy is None:
         return
-    why = "the job's copy of --working-dir, which Ray deletes when no job needs it any more"
+    why = "the job's copy of --working-dir, which Ray deletes when no job needs it"
     if not is_uri(output) and Path(output or "").absolute().is_relative_to(copy):
-        raise ConfigError(f"the output would lie in {why}: pass --output with a path from / on")
+        raise ConfigError(f"the output would be in {why}: pass --output with an absolute path")
     database = tracking and database_file(tracking.resolved_uri)
     if database and database.is_relative_to(copy):
-        raise ConfigError(
-            f"MLflow's database would lie in {why}: pass --tracking-uri with a server, or a path from / on"
-        )
+        raise ConfigError(f"MLflow's database would be in {why}: pass --tracking-uri with a server or an absolute path")
 
 
 def link_with_job(run: Run, warn: Warn) -> None:
-    """Where the run is a job: tag it with the job's id, and tell the job's metadata the run's id and its server."""
+    """Tag the run with the id of the Ray job it runs in, if any; add the run's id and server to the job's metadata."""
     job_id = inside_job.job_id()
     if job_id is None:
         return
@@ -49,4 +47,4 @@ def link_with_job(run: Run, warn: Warn) -> None:
     try:
         inside_job.add_to_metadata({RUN_ID_KEY: run.run_id, TRACKING_URI_KEY: masked(run.tracking_uri)})
     except ClusterError as error:
-        warn(f"{error}: the job does not name its MLflow run, which names the job")
+        warn(f"{error}: the job does not name its MLflow run, but the run's tags name the job")

@@ -1,4 +1,4 @@
-"""The registry: a run's checkpoint as a version of a registered model, and the alias that it is loaded by."""
+"""Registers a run's checkpoint as a version of a registered model, with an alias to load it by."""
 
 import re
 from contextlib import suppress
@@ -7,21 +7,24 @@ from urllib.parse import urlsplit
 
 
 class Registry:
-    """The registered models, as one run adds to them. Every method raises what MLflow raises.
+    """MLflow's model registry, for one run. Every method raises what MLflow raises.
 
-    Of a run that was found again, versions may be there already; none is made twice.
+    If the run was found again, its versions may exist already; none is created twice.
     """
 
     def __init__(self, client: Any, uri: str, run_id: str, found_again: bool) -> None:
         self._client, self._uri, self._run_id, self._found_again = client, uri, run_id, found_again
 
     def register(self, model_id: str, name: str, checkpoint: dict[str, Any]) -> str:
-        """Make a logged model a version of a registered model, which is made where it is missing.
+        """Make a logged model a version of a registered model, which is created if it is missing.
 
         Args:
             model_id: The logged model.
             name: The registered model.
-            checkpoint: The journal's event, which says what the version is called and what is known of it.
+            checkpoint: The journal's event, which has the version's alias, tags and description.
+
+        Returns:
+            The version.
         """
         version = self._find(model_id, name) or self._create(model_id, name, checkpoint)
         if alias := alias_of(checkpoint):
@@ -29,7 +32,7 @@ class Registry:
         return version
 
     def has(self, model_id: str, name: str, checkpoint: dict[str, Any]) -> bool:
-        """Whether an earlier attempt registered a logged model, and some version has the alias."""
+        """Return whether an earlier attempt registered a logged model, and some version has the alias."""
         if self._find(model_id, name) is None:
             return False
         alias = alias_of(checkpoint)
@@ -60,18 +63,18 @@ class Registry:
         if not self._found_again:
             return None
         versions = self._client.search_model_versions(f"run_id = '{self._run_id}'")
-        # A database keeps no id of the model with the version, but its source is of that model either way.
+        # A database does not store the model's id with the version, but the source always contains it.
         found = [version for version in versions if version.name == name and model_id in version.source]
         return str(found[0].version) if found else None
 
     def _move_forward(self, name: str, alias: str, version: str) -> None:
-        # A run that is resumed, or logged late, takes no alias from what was registered after it.
+        # A run that is resumed or logged late must not take the alias from a newer version.
         holder = self._client.get_registered_model(name).aliases.get(alias, 0)
         if int(holder) < int(version):
             self._client.set_registered_model_alias(name, alias, version)
 
 
 def alias_of(checkpoint: dict[str, Any]) -> str | None:
-    """Return the alias of a journal's checkpoint as MLflow takes it: sparsity-0.20 becomes sparsity-0-20."""
+    """Return the alias of a journal's checkpoint in the form MLflow accepts: sparsity-0.20 becomes sparsity-0-20."""
     alias = checkpoint.get("alias")
     return alias and re.sub(r"[^\w-]", "-", alias)

@@ -1,4 +1,4 @@
-"""A run: in its journal first, and in MLflow as long as there is a server."""
+"""Logs a run: first to its journal, then to MLflow while its server answers."""
 
 import os
 import sys
@@ -18,10 +18,10 @@ from orchestrator.tracking.stored_run import StoredRun
 
 
 class Run:
-    """A run in the journal and, as long as there is a server, in MLflow: see `tracked_run` and `child`.
+    """A run in the journal and, while its server answers, in MLflow: see `tracked_run` and `child`.
 
     Attributes:
-        logged_steps: The steps whose metrics the journal had already when this attempt at the run began.
+        logged_steps: The steps whose metrics were in the journal when this attempt at the run began.
     """
 
     def __init__(self, server: Server, journal: Journal, options: TrackingOptions, parent: "Run | None") -> None:
@@ -34,36 +34,36 @@ class Run:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None when there is no server."""
+        """MLflow's id of the run; None without a server."""
         return self._stored.run_id if self._stored else None
 
     @property
     def experiment_id(self) -> str | None:
-        """MLflow's id of the experiment; None when there is no server."""
+        """MLflow's id of the experiment; None without a server."""
         return self._server.experiment_id if self._stored else None
 
     @property
     def tracking_uri(self) -> str | None:
-        """Where the run is logged: "none" for its journal only, None when there is no server."""
+        """Where the run is logged: "none" for its journal only, None without a server."""
         if self._options.journal_only:
             return JOURNAL_ONLY
         return self._server.uri if self._stored else None
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Log what the run was asked to do."""
+        """Log the run's settings."""
         self._log({"event": "params", "params": params})
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Log what this attempt at the run is known by; a later attempt may have other values, which then stand."""
+        """Log tags of this attempt at the run; a later attempt may replace them."""
         self._log({"event": "tags", "tags": tags})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log measurements: of one layer or round with a step, of the whole run without."""
+        """Log measurements: with a step those of one layer or round, without one those of the whole run."""
         values = {key: float(value) for key, value in metrics.items()}
         self._log({"event": "metrics", "step": step, "metrics": values})
 
     def log_note(self, text: str) -> None:
-        """Log what the run's page says of it in words, in Markdown."""
+        """Log the description on the run's page, in Markdown."""
         self._log({"event": "note", "text": text})
 
     def log_dataset(
@@ -75,14 +75,14 @@ class Run:
         n_blocks: int,
         block_length: int,
     ) -> None:
-        """Log which data the run read, as an input of the run; the context is "calibration" or "evaluation"."""
+        """Log data that the run reads as one of its inputs; the context is "calibration" or "evaluation"."""
         fields = {"name": name, "digest": digest, "context": context, "source": source}
         self._log({"event": "dataset", **fields, "n_blocks": n_blocks, "block_length": block_length})
 
     def log_artifacts(self, *paths: Path, to: str | None = None) -> None:
-        """Upload files and the files of directories, which stay where they are, to a folder of the run's artifacts.
+        """Upload files, and the files of directories, to a folder of the run's artifacts; the originals stay.
 
-        The journal has their places as seen from its own, so that the whole of them can move and be logged later.
+        The journal stores paths relative to itself, so the output can be moved and logged later.
         """
         for path in paths:
             if not path.exists():
@@ -103,16 +103,16 @@ class Run:
 
         Args:
             directory: The checkpoint.
-            name: What the logged model is called.
-            params: What it was made by: its parameters, and tags of its version if it is registered.
+            name: The logged model's name.
+            params: The settings that made it: parameters of the logged model, and tags of its registered version.
             measured: More tags of the version.
-            alias: What the version is loaded by until another takes the alias; dots become dashes.
-            description: What the version is, in a line.
+            alias: The version's alias, until a newer version takes it; dots become dashes.
+            description: One line that describes the version.
 
         Returns:
-            models:/NAME/VERSION if it was registered, models:/ID if not, None when there is no server.
+            models:/NAME/VERSION if it was registered, models:/ID if not, None without a server.
         """
-        # MLflow would take a missing directory for an empty one, and the checkpoint for logged.
+        # MLflow would take a missing directory for an empty one, and consider the checkpoint logged.
         if not directory.is_dir():
             raise NotADirectoryError(f"{directory} is not a directory: nothing to log")
         place = self._from_journal(directory)
@@ -122,7 +122,7 @@ class Run:
 
     @contextmanager
     def child(self, run_name: str, journal: Path | None = None) -> Iterator["Run"]:
-        """A run nested in this one: in its journal, or in one of its own, which this one's journal then names."""
+        """Open a run nested in this one, in the same journal or in its own, which this run's journal then names."""
         if journal is not None:
             self._journal.append({"event": "child", "run_name": run_name, "journal": self._from_journal(journal)})
         own = Journal(journal) if journal else Journal(self._journal.path, child=run_name)
@@ -145,17 +145,17 @@ class Run:
         self._end("FINISHED")
 
     def _start(self) -> None:
-        """Begin, or go on in the run that an earlier attempt began: MLflow is told again what its journal has."""
+        """Begin the run, or continue the one that an earlier attempt began and send MLflow its journal again."""
         options = self._options
         asked = {"run_name": options.run_name, "experiment": options.experiment, "register": options.register}
-        # The first attempt chose it; by it the run is found again in MLflow.
+        # The first attempt chooses the key, by which later ones find the run in MLflow.
         key = next((event["key"] for event in self._earlier if "key" in event), uuid.uuid4().hex)
         start = self._journal.append({"event": "start", "key": key, "uri": self._server.uri, **asked})
         self._open(start["key"], (self._earlier or [start])[0]["time"])
         self._tell_again()
 
     def _open(self, key: str, begun: float) -> None:
-        """Find the run in MLflow and set it going again, or create it."""
+        """Find the run in MLflow and reopen it, or create it."""
         server, name = self._server, self._options.run_name
         parent = self._parent.run_id if self._parent else None
         if self._earlier and (found := server.ask(lambda: server.find_run(key))) is not None:
@@ -167,11 +167,11 @@ class Run:
             self._journal.append({"event": "stored", **place})
 
     def _tell_again(self) -> None:
-        """Tell what was measured before this attempt; MLflow adds nothing for what it was told already."""
+        """Send what was measured before this attempt; MLflow keeps each event once."""
         if self._stored is None or not self._earlier:
             return
         told = self._stored.params
-        # Attempts may have been asked different things; the last counts, unless MLflow has another already.
+        # If attempts had different settings, the last one counts, unless MLflow already has a value.
         given = {key: value for event in self._earlier for key, value in _params(event).items()}
         if missing := {key: value for key, value in given.items() if key not in told}:
             self._tell({"event": "params", "params": missing})
@@ -186,7 +186,7 @@ class Run:
             self._confirm()
 
     def _confirm(self) -> bool:
-        """Note that MLflow has everything, if it has; return whether."""
+        """Return whether MLflow has everything; if so, note it in the journal."""
         if self._stored is None or not (self._server.alive and self._uploaded):
             return False
         self._append_if_possible({"event": "logged", "uri": self._server.uri, "run_id": self._stored.run_id})
@@ -196,14 +196,14 @@ class Run:
         try:
             return self._journal.append(event)
         except OSError:
-            # A disk that is full or a folder that is gone ends many a run; MLflow shall know that it ended.
+            # The disk may be full or the folder gone; MLflow should still learn that the run ended.
             return {**event, "time": time.time()}
 
     def _log(self, event: dict[str, object]) -> None:
         self._tell(self._journal.append(event))
 
     def _tell(self, event: dict[str, Any]) -> str | None:
-        """Tell MLflow an event of the journal, if there is a server; return the address of a checkpoint's model."""
+        """Send MLflow an event of the journal, if there is a server; return the URI of a checkpoint's model."""
         if (stored := self._stored) is None:
             return None
         folder = self._journal.path.parent
@@ -232,15 +232,15 @@ class Run:
 
 @contextmanager
 def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = None) -> Iterator[Run]:
-    """Log what happens inside as a run that is FINISHED, FAILED on an exception or KILLED on Ctrl-C.
+    """Log the block as a run that ends FINISHED, FAILED on an exception, or KILLED on Ctrl-C or SIGTERM.
 
-    Where the journal is there already, the run that it is of goes on: in MLflow too, if the experiment has it, and
-    as a new run that is told all of the journal if not.
+    If the journal exists, its run continues. MLflow continues it too if the experiment has it; if not, MLflow gets a
+    new run with the whole journal.
 
     Args:
         options: Where to log; MLflow is not imported if that is the journal only.
-        journal: The `metrics.jsonl` to append to; its folder is made where it is missing.
-        warn: Called with one line when the server does not answer or refuses; prints to stderr by default.
+        journal: The `metrics.jsonl` to append to; its folder is created if it is missing.
+        warn: Called with one line when the server does not answer or refuses something; prints to stderr by default.
 
     Raises:
         TrackingError: The options or the journal cannot be used, whatever the server does.
@@ -259,7 +259,7 @@ def warn_on_stderr(line: str) -> None:
 
 @contextmanager
 def _system_metrics(run: Run) -> Iterator[None]:
-    # MLflow's own monitor waits for the server when told to finish, and used to need a global URI.
+    # MLflow's own monitor waits for the server when it is stopped, and used to need a global URI.
     if not (stored := run._stored):
         yield
         return

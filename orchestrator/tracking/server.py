@@ -1,4 +1,4 @@
-"""MLflow, as a run tells it: one connection, which is not used again when it has failed once."""
+"""Connects a run to MLflow; after the first failure the connection is not used again."""
 
 import logging
 import os
@@ -16,15 +16,15 @@ from orchestrator.tracking.stored_run import PARENT_TAG, StoredRun
 T = TypeVar("T")
 Warn = Callable[[str], None]
 
-# By this tag a run is found again, whatever became of the process that created it.
+# The tag by which a later process finds a run again.
 KEY_TAG = "slimllm.key"
 
 
 class Server:
-    """The connection that a run and its children share. When it has failed once it is not used again.
+    """The connection that a run and its children share. After the first failure it is not used again.
 
     Attributes:
-        alive: Whether calls reach a server. False from the start for a run that only its journal records.
+        alive: Whether calls reach a server; False from the start for a run that writes only its journal.
     """
 
     def __init__(self, options: TrackingOptions, warn: Warn) -> None:
@@ -34,7 +34,7 @@ class Server:
         self.experiment_id = ""
 
     def ask(self, call: Callable[[], T]) -> T | None:
-        """The call's result; None without a server (one warning if it is lost) or if it refuses the call (one each)."""
+        """Return a call's result; None without a server (one warning when it is lost), or if it refuses (one each)."""
         if not self.alive:
             return None
         try:
@@ -42,7 +42,7 @@ class Server:
         except TrackingError:
             raise
         except Exception as error:
-            # What fails here is the record of a run of hours, never a reason to end it.
+            # Failing to log is no reason to end a run of hours.
             if _is_refusal(error):
                 self._warn(f"{server_name(self.uri)} refused to log: {error_line(error)}")
             else:
@@ -62,13 +62,13 @@ class Server:
         from mlflow.exceptions import MlflowException
 
         if "MLFLOW_LOGGING_LEVEL" not in os.environ:
-            # The last says "Retrying" where our one warning follows.
+            # urllib3 says "Retrying", but our own warning follows.
             for logger in ("mlflow", "alembic", "urllib3.connectionpool"):
                 logging.getLogger(logger).setLevel(logging.ERROR)
         try:
             self.client = MlflowClient(tracking_uri=self.uri)
         except (MlflowException, ImportError) as error:
-            # Its own text has the whole address.
+            # The error's own text has the whole address, with its password.
             raise uri_error(self.uri, error_line(error).partition(". ")[0]) from None
         self.experiment_id = self._find_experiment(location)
 
@@ -80,21 +80,21 @@ class Server:
         try:
             return self.client.create_experiment(name, artifact_location=artifacts)
         except Exception:
-            # Another run may have created it meanwhile.
+            # Another run may have created it in the meantime.
             if found := self.client.get_experiment_by_name(name):
                 return found.experiment_id
             raise
 
     def find_run(self, key: str) -> StoredRun | None:
-        """The experiment's run of a journal with this key; None if it was never created, or was deleted."""
+        """Return the experiment's run with a journal's key; None if it was never created, or was deleted."""
         found = self.client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         return self._stored_run(found[0], found_again=True) if found else None
 
     def create_run(self, key: str, begun: float, run_name: str | None, parent_id: str | None) -> StoredRun:
-        """A run that starts when its first event was written."""
+        """Create a run whose start time is that of its first event."""
         from mlflow.tracking.context.registry import resolve_tags
 
-        # Some of them are of the command line, or of a git remote with its password.
+        # Some tags quote the command line, or a git remote with its password.
         tags = masked_all(resolve_tags({KEY_TAG: key}))
         if parent_id:
             tags[PARENT_TAG] = parent_id
@@ -107,14 +107,14 @@ class Server:
 
 
 class RequiredServer(Server):
-    """A connection without which there is nothing to do."""
+    """A connection that must work: its loss raises an error."""
 
     def _report_loss(self, why: str) -> None:
-        # What failed has the address in its text, with the password in it: it is not chained.
+        # Not chained: the original error's text has the address, with its password.
         raise TrackingError(f"{why}; start it, or pass another --tracking-uri") from None
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the server is well and only this call is wrong, such as a parameter changed."""
+    """Return whether the server works and only this call is wrong, such as a changed parameter."""
     status = getattr(error, "get_http_status_code", None)
     return status is not None and status() == 400

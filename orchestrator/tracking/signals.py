@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which may come at any moment, and what must not be left half done."""
+"""Defers Ctrl-C and SIGTERM while something must not be left half done."""
 
 import signal
 import threading
@@ -11,12 +11,12 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until what is inside is over.
+    """Defer Ctrl-C and SIGTERM until the block ends.
 
-    An exception that they raise in the middle of a transaction leaves it open, and the database locked for whatever
-    the same process tells it next: that the run was killed.
+    Their exception in the middle of a transaction would leave the database locked, and the process could not log that
+    the run was killed.
     """
-    # Elsewhere no handler runs, and none may be set.
+    # Handlers run, and can be set, only in the main thread.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -25,7 +25,7 @@ def defer_signals() -> Iterator[None]:
     def wait(number: int, frame: FrameType | None) -> None:
         waiting.append(number)
 
-    # None stands for a handler that is not Python's, which raises nothing and could not be put back.
+    # None is a handler set outside Python, which raises nothing and could not be restored.
     ours = [one for one in ENDING if signal.getsignal(one) is not None]
     before = {one: signal.signal(one, wait) for one in ours}
     try:

@@ -1,4 +1,4 @@
-"""One run in MLflow, as a journal's events are told to it."""
+"""Sends a journal's events to one run in MLflow."""
 
 import json
 import os
@@ -17,18 +17,18 @@ from orchestrator.tracking.registry import Registry
 from orchestrator.tracking.signals import defer_signals
 
 SAMPLING_SECONDS = 2.0
-# A server that forwards a large file to its object store answers only when the whole file is there.
+# A server that forwards a large file to its object store answers only after the whole file has arrived there.
 UPLOAD_SECONDS = "120"
 MAX_DIGEST = 36
 PARENT_TAG = "mlflow.parentRunId"
-# What the page of a run shows as its description.
+# The tag that a run's page shows as its description.
 NOTE_TAG = "mlflow.note.content"
 
 
 class StoredRun:
     """A run in MLflow, addressed by its id. Every method raises what MLflow raises.
 
-    A run that was found again may have anything already; nothing is added to it twice.
+    A run that was found again may already have some of the data; nothing is added to it twice.
     """
 
     def __init__(self, client: Any, uri: str, experiment_id: str, run: Any, found_again: bool) -> None:
@@ -40,7 +40,7 @@ class StoredRun:
         self._model_id: str | None = None
 
     def resume(self, run_name: str | None, parent_id: str | None) -> None:
-        """Set the run RUNNING again, in a parent that may be a new one."""
+        """Set the run to RUNNING again, under a parent that may be new."""
         self._client.update_run(self.run_id, status="RUNNING", name=run_name)
         if parent_id:
             self._client.set_tag(self.run_id, PARENT_TAG, parent_id)
@@ -68,20 +68,20 @@ class StoredRun:
         from mlflow.exceptions import MlflowException
 
         changed = [key for key, value in params.items() if self.params.get(key, value) != value]
-        # MLflow would refuse all of them for one that it has with another value.
+        # MLflow would refuse all of them if one already had another value.
         fitting = {key: value for key, value in params.items() if key not in changed}
         self._client.log_batch(self.run_id, params=[Param(key, value) for key, value in fitting.items()])
         self.params |= fitting
         if changed:
             values = ", ".join(f"{key} stays {self.params[key]}, now {params[key]}" for key in changed)
-            raise MlflowException.invalid_parameter_value(f"a parameter is never changed: {values}")
+            raise MlflowException.invalid_parameter_value(f"a parameter cannot be changed: {values}")
 
     def _tell_metrics(self, event: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
         step, total = event["step"] or 0, event["step"] is None
         # Infinity and NaN stay in the journal, as "inf" and null: MLflow stores them as 1.8e308 and 0, which
-        # no chart survives and nobody could tell from a measurement.
+        # spoil every chart and look like measurements.
         finite = {key: value for key, value in event["metrics"].items() if isinstance(value, int | float)}
         model_id = self._model_id if total else None
         metrics = [Metric(k, v, _stamp(event), step, model_id=model_id) for k, v in finite.items()]
@@ -95,7 +95,7 @@ class StoredRun:
         blocks, length = event["n_blocks"], event["block_length"]
         dataset = Dataset(
             name=event["name"],
-            # MLflow takes 36 characters; the whole digest is beside the source.
+            # MLflow accepts 36 characters; `source` has the whole digest.
             digest=event["digest"][:MAX_DIGEST],
             source_type="slimllm",
             source=json.dumps({"source": event["source"], "digest": event["digest"]}),
@@ -105,7 +105,7 @@ class StoredRun:
         self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [context])])
 
     def upload(self, paths: Sequence[Path], folder: str | None) -> bool:
-        """Copy files, and directories' files, to the run."""
+        """Copy files, and the files of directories, to the run's artifacts."""
         with self._upload_timeout():
             for path in paths:
                 copy = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
@@ -113,7 +113,7 @@ class StoredRun:
         return True
 
     def upload_model(self, directory: Path, name: str, params: dict[str, Any]) -> str:
-        """Copy a directory's files to a logged model, byte for byte, without loading the model."""
+        """Copy a directory's files to a logged model, byte for byte, without loading the model; return its id."""
         from mlflow.entities import LoggedModelOutput, Metric
 
         if (model := self.find_model(name)) is None:
@@ -128,7 +128,7 @@ class StoredRun:
             self._fill_model(model.model_id, directory)
         if model.model_id not in self._linked_models():
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
-        # The same key, time, step and value again: the store links them and adds no second point to the run.
+        # With the same key, time, step and value, the store links the metrics and adds no second point to the run.
         self._model_id = model.model_id
         linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=self._model_id) for m in self._totals]
         self._client.log_batch(self.run_id, metrics=linked)
@@ -145,7 +145,7 @@ class StoredRun:
         self._client.finalize_logged_model(model_id, "READY")
 
     def find_model(self, name: str) -> Any | None:
-        """The logged model of this name that an earlier attempt made, whole or not."""
+        """Return the logged model of this name that an earlier attempt created, complete or not."""
         if not self._found_again:
             return None
         named = f"source_run_id = '{self.run_id}' AND name = '{_model_name(name)}'"
@@ -159,7 +159,7 @@ class StoredRun:
         return {output.model_id for output in outputs.model_outputs} if outputs else set()
 
     def sample_system(self, stop: threading.Event) -> None:
-        """Log processor, memory, disk, network and GPU every two seconds, until told to stop or it fails."""
+        """Log processor, memory, disk, network and GPU use every two seconds, until `stop` is set or a call fails."""
         from mlflow.entities import Metric
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -177,18 +177,18 @@ class StoredRun:
                     values.update(monitor.aggregate_metrics())
                     monitor.clear_metrics()
             now = int(time.time() * 1000)
-            # Counted from the run's beginning, so that an attempt that resumes it goes on, after a gap.
+            # Steps count from the start of the run, so a resumed attempt continues after a gap.
             step = int((now - self._begun) / (1000 * SAMPLING_SECONDS))
             try:
                 metrics = [Metric(f"system/{key}", value, now, step) for key, value in values.items()]
                 self._client.log_batch(self.run_id, metrics=metrics)
             except Exception:
-                # The run's next own call finds out and says so.
+                # The run's next own call fails too, and warns.
                 return
 
     @contextmanager
     def _upload_timeout(self) -> Iterator[None]:
-        """Give an upload, to a server that answers, more time than other calls, unless the user set one."""
+        """Allow an upload more time than other calls, if the server answers and the user set no limit."""
         self._client.get_run(self.run_id)
         if os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] != QUICK_SECONDS:
             yield
@@ -202,9 +202,9 @@ class StoredRun:
 
 @contextmanager
 def _link_visible_files(directory: Path) -> Iterator[Path]:
-    """Give a folder of links to a directory's visible files: a run may keep what it resumes from in hidden ones.
+    """Yield a folder of links to a directory's visible files; hidden ones may belong to a run that can resume.
 
-    MLflow uploads a folder or a file, and no file to a folder of a model.
+    MLflow can upload a folder or a file to a model, but not a file into one of its folders.
     """
     with TemporaryDirectory() as folder:
         hidden = shutil.ignore_patterns(".*")
@@ -213,7 +213,7 @@ def _link_visible_files(directory: Path) -> Iterator[Path]:
 
 
 def _model_name(name: str) -> str:
-    # Names of models have dots (Llama-3.1-8B), which MLflow keeps for itself.
+    # MLflow forbids some characters, such as the dots in Llama-3.1-8B.
     return re.sub(r"[/:.%\"']", "-", name)
 
 

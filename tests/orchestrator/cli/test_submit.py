@@ -98,10 +98,10 @@ def test_a_job_in_a_copy_of_a_folder_keeps_nothing_there(tmp_path: Path, monkeyp
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://a.zip"}}')
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for output in (None, "pruned/a", str(tmp_path / "a")):
-        with pytest.raises(ConfigError, match=r"the output would lie in the job's copy of --working-dir"):
+        with pytest.raises(ConfigError, match=r"the output would be in the job's copy of --working-dir"):
             require_lasting_output(output)
     for uri in (None, "sqlite:///mlflow.db"):
-        with pytest.raises(ConfigError, match=r"MLflow's database would lie in the job's copy of --working-dir"):
+        with pytest.raises(ConfigError, match=r"MLflow's database would be in the job's copy of --working-dir"):
             require_lasting_output("/data/a", TrackingOptions(tracking_uri=uri))
     for uri in ("http://host:5000", "sqlite:////data/mlflow.db"):
         require_lasting_output("/data/a", TrackingOptions(tracking_uri=uri))
@@ -120,7 +120,7 @@ def test_a_job_that_cannot_be_told_of_its_run_costs_a_warning(
         link_with_job(run, warnings.append)
     assert warnings == [
         "the job's metadata could not be written (Ray knows no job raysubmit_gone): "
-        "the job does not name its MLflow run, which names the job"
+        "the job does not name its MLflow run, but the run's tags name the job"
     ]
     assert run.run_id is not None
     assert mlflow_run(tracking_uri, run.run_id).data.tags["slimllm.ray_job_id"] == "raysubmit_gone"
@@ -171,7 +171,7 @@ def test_a_job_ends_as_the_command_does_and_mlflow_and_ray_name_each_other(
     ("words", "said"),
     [
         (["--sparsity", "1.2", "--output", "/nowhere"], "slimllm: sparsity is 1.2: it must lie between 0 and 1"),
-        ([], "slimllm: the output would lie in the job's copy of --working-dir, which Ray deletes"),
+        ([], "slimllm: the output would be in the job's copy of --working-dir, which Ray deletes"),
     ],
 )
 def test_a_job_that_is_refused_says_so_here_and_gives_its_exit_code(

@@ -74,18 +74,18 @@ def test_on_gpus_the_workers_of_one_share_it_and_one_that_was_not_looked_at_is_s
     assert (check.name, check.ok, check.certain) == ("memory, H100 of there", False, False)
     (check,) = check_memory(estimate, nodes_of(unseen, gpus=1), workers)
     assert check.ok
-    assert "not looked at" in check.found
+    assert "not checked" in check.found
 
 
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ("it did not answer in time", "it did not answer in time: look whether it lives"),
+        ("it did not answer in time", "it did not answer in time: check that it is alive"),
         (
             state(packages={"python": "3.10.1"} | node_state.installed_versions()),
-            "python 3.10.1: install what is here: python 3.",
+            "python 3.10.1: install the same versions as here: python 3.",
         ),
-        (state(packages=state().packages | {"torch": ""}), "torch missing: install what is here: torch 2"),
+        (state(packages=state().packages | {"torch": ""}), "torch missing: install the same versions as here: torch 2"),
         (state(), "torch sees no GPU: install a torch built for CUDA"),
     ],
 )
@@ -275,7 +275,7 @@ def test_an_unfinished_run_is_refused_before_anything_is_written(run: Run, monke
         context.setitem(pipeline.PRUNERS, "slimllm", interrupted)
         assert run().exit_code == 130
     result = run("--dry-run")
-    assert (result.exit_code, "pass --resume to go on from there" in result.stderr) == (2, True)
+    assert (result.exit_code, "pass --resume to continue from there" in result.stderr) == (2, True)
     assert run("--dry-run", "--resume").exit_code == 0
     result = run("--dry-run", "--resume", "--sparsity", ".5")
-    assert (result.exit_code, "was asked for something else (sparsity" in result.stderr) == (2, True)
+    assert (result.exit_code, "had other settings (sparsity" in result.stderr) == (2, True)

@@ -59,7 +59,7 @@ def test_without_a_model_what_needs_none_is_looked_at(doctor: Doctor, tmp_path: 
     assert f"torch {diagnosis.version('torch')}" in lines["versions"]
     assert lines["Ray"].endswith("of this machine, 1 node(s) with 8 CPUs and 0 GPUs")
     assert re.search(r"8 CPUs, 0 GPUs, [\d.]+ [GM]B of memory free", lines[node])
-    assert "which the first run will make" in lines["tracking"]
+    assert "which the first run will create" in lines["tracking"]
     assert "not needed" in lines["hub"]
     assert not list(tmp_path.iterdir())
 
@@ -186,7 +186,7 @@ def test_a_store_in_a_file_is_tried_and_left_as_it_is(other_store: Path, tmp_pat
     assert path.read_bytes() == before
     (tmp_path / "garbage.db").write_bytes(b"no database, and long enough to tell" * 100)
     (tmp_path / "file").touch()
-    for name, said in {"garbage.db": "not a database", "file/mlflow.db": "is no folder to write in"}.items():
+    for name, said in {"garbage.db": "not a database", "file/mlflow.db": "is not a writable folder"}.items():
         with pytest.raises(TrackingError, match=said):
             reach_store(TrackingOptions(tracking_uri=f"sqlite:///{tmp_path}/{name}"))
     with pytest.raises(TrackingError, match="does not answer"):

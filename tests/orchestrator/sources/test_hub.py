@@ -184,7 +184,7 @@ def test_a_hub_that_does_not_answer_the_doctor(server: Hub, monkeypatch: pytest.
     server.fails, server.about = fails, "files"
     monkeypatch.setattr(hub, "STALLED_SECONDS", 5.0)
     check = doctor.check_hub(PruneConfig(model="me/tiny"), found=False)
-    assert (check.ok, check.remedy) == (False, "mend the network, or give paths in the place of me/tiny")
+    assert (check.ok, check.remedy) == (False, "repair the network, or give paths in place of me/tiny")
 
 
 @pytest.mark.parametrize("fails", ["500", "hang"])

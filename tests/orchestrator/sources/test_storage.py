@@ -67,7 +67,7 @@ def test_a_finished_output_says_so(remote_run: dict[str, object], store: Store, 
     assert {method for method, path in store.asked if path.endswith((".safetensors", "tokens.parquet"))} <= {"HEAD"}
     assert "PUT" not in {method for method, path in store.asked}
     other = run([*asked, "--resume", "--sparsity", ".4"], code=2)
-    assert f"output {OUTPUT} was asked for something else (sparsity [0.33] there" in other.stderr
+    assert f"output {OUTPUT} had other settings (sparsity [0.33] there" in other.stderr
 
 
 def test_what_is_there_is_not_overwritten_unasked(
@@ -90,14 +90,14 @@ def test_an_upload_that_fails_goes_on_and_nothing_is_computed_again(store: Store
     (here,) = waiting()
     said = failed.stderr.splitlines()[-1]
     assert said.startswith(f"slimllm: s3://{BUCKET}/pruned/again: the store refused (PermissionError")
-    assert said.endswith(f"the output is whole in {here}/again: the same command with --resume uploads it")
+    assert said.endswith(f"the complete output is in {here}/again: run the same command with --resume to upload it")
     expected = content(here / "again")
     assert {"config.json", "pruning/asked.json"} < expected.keys()
     # What says that it is whole is not there.
     assert "pruning/asked.json" not in store.content("pruned/again")
     store.fails = lambda method, path: ""
     unasked = run(command, code=2)
-    assert "was finished and not uploaded, and is in" in unasked.stderr
+    assert "was finished but not uploaded, and is in" in unasked.stderr
     resumed = run([*command, "--resume"])
     assert "uploading" in resumed.stderr
     assert "pruning: layer" not in resumed.stderr

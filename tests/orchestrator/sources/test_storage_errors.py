@@ -134,7 +134,7 @@ def test_an_upload_over_another_machines_output_is_refused(store: Store) -> None
             (directory / "pruning" / "asked.json").write_text('{"by": "this"}')
             store.client.put_object(Bucket=BUCKET, Key="pruned/raced/pruning/asked.json", Body=b'{"by": "another"}')
 
-    with pytest.raises(DeliveryError, match=r"is not empty \(1 files\).*the output is whole in"):
+    with pytest.raises(DeliveryError, match=r"is not empty \(1 files\).*the complete output is in"):
         make()
     assert store.content("pruned/raced") == {"pruning/asked.json": b'{"by": "another"}'}
     assert (output.directory / "pruning" / "asked.json").is_file()
