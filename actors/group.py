@@ -29,7 +29,8 @@ from slimllm_ops.errors import InputError
 from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.moments import merge_tree
 from slimllm_ops.stream.footprint import Footprint
-from slimllm_ops.stream.layer_stream import Mean, compute_dtype
+from slimllm_ops.stream.passes import Mean
+from slimllm_ops.stream.weights import compute_dtype
 
 # How long lost workers are waited for when others live, which can take over what they held.
 REPLACE_SECONDS = 30.0

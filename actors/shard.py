@@ -22,8 +22,8 @@ from slimllm_ops.errors import MiscountError
 from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.observation import Observed, PackedObservation
 from slimllm_ops.moments.states import SpilledStates, StateStore
-from slimllm_ops.stream.layer_stream import LayerStream, Mean
 from slimllm_ops.stream.memory import free_memory, return_large_blocks
+from slimllm_ops.stream.passes import LayerStream, Mean
 from slimllm_ops.stream.refinement import RefinementStream, solve_alignment, solve_refit
 
 # A branch's refined tensors by their names in the layer: float32, but rounded as the checkpoint stores them.
@@ -148,9 +148,9 @@ class Shard:
     def solve_refit(self, name: str, layer: int, branch: Branch, observed: PackedObservation) -> Refined:
         """Return a branch's new output projection: weight (D, S), and bias (D,) where it has one."""
         stream = self._streams[name]
-        projection, stored = stream.projection(layer, branch), stream.checkpoint.dtype
+        weights, stored = stream.weights(layer), stream.checkpoint.dtype
         moments = observed.unpack(self._device).moments
-        weight_SD, bias_D = solve_refit(moments, projection.weight.T, projection.bias is not None)
+        weight_SD, bias_D = solve_refit(moments, weights[branch.output_weight].T, branch.output_bias in weights)
         refitted = {branch.output_weight: _numpy(weight_SD.T.to(stored))}
         return refitted if bias_D is None else refitted | {branch.output_bias: _numpy(bias_D.to(stored))}
 

@@ -37,9 +37,9 @@ from slimllm_ops.models.families import Branch, layer_shape
 from slimllm_ops.module_solves import candidates_of, decide_module, eliminate_module
 from slimllm_ops.moments.moments import accumulation_dtype
 from slimllm_ops.moments.observation import PackedObservation
-from slimllm_ops.stream.layer_stream import compute_dtype
 from slimllm_ops.stream.memory import return_large_blocks
 from slimllm_ops.stream.operations import LayerOperations, elimination_operations, rate_of_products
+from slimllm_ops.stream.weights import compute_dtype
 
 BLOCK = 2048
 GRAM = METHODS["gram"]

@@ -20,8 +20,9 @@ from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
-from slimllm_ops.stream.layer_stream import LOGIT_TOKENS, compute_dtype
 from slimllm_ops.stream.operations import OBSERVING_SHARE, SOLVING_SHARE, LayerOperations, Rates
+from slimllm_ops.stream.passes import LOGIT_TOKENS
+from slimllm_ops.stream.weights import compute_dtype
 
 # The host's memory that a worker's libraries take: a worker on a model of next to nothing (benchmarks/memory.py).
 LIBRARIES = 344_000_000

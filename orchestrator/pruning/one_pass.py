@@ -26,7 +26,7 @@ from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.models.families import Branch, layer_shape
 from slimllm_ops.module_solves import candidates_of
-from slimllm_ops.stream.layer_stream import PROBED_TOKENS, LayerStream
+from slimllm_ops.stream.passes import PROBED_TOKENS, LayerStream
 
 DENSE = "dense"
 

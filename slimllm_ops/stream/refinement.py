@@ -32,7 +32,7 @@ from slimllm_ops.errors import InputError
 from slimllm_ops.models.families import Branch, Family
 from slimllm_ops.moments.moments import Moments
 from slimllm_ops.moments.observation import ObservationSum, PackedObservation
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 
 MIX = 0.75
 
@@ -43,7 +43,7 @@ def require_refinable(family: Family) -> None:
     Raises:
         InputError: its MLP has one for every expert.
     """
-    if family.mlp.reading.experts is not None:
+    if family.mlp.has_experts:
         raise InputError(
             f"{family.name} models cannot be refined, since that corrects one output projection of a branch, and their "
             f"MLPs have one for every expert: leave refinement out"
@@ -108,8 +108,9 @@ class RefinementStream:
         """Add the refitted branch's output to the pruned stream; the dense one has gone on already."""
         weight_DS = weight_DS.to(self.pruned.device, self.pruned.dtype)
         bias_D = None if bias_D is None else bias_D.to(weight_DS)
+        run = self.pruned.branch(layer, branch)
         for index, x_bTS in enumerate(self._kept_inputs):
-            added = self.pruned.contribution(layer, branch, functional.linear(x_bTS, weight_DS, bias_D))
+            added = run.contribution(functional.linear(x_bTS, weight_DS, bias_D))
             self.pruned.hidden[index] = self.pruned.hidden[index] + added
         self._kept_inputs = self.pruned.store()
 
@@ -121,20 +122,20 @@ class RefinementStream:
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         origin = self._origins[layer]
         entering = (self._dense.entering(origin, branch), self.pruned.entering(layer, branch))
+        dense_run, pruned_run = self._dense.branch(origin, branch), self.pruned.branch(layer, branch)
         for dense, pruned in zip(*entering, strict=True):
-            yield self._dense.normalise(origin, branch, dense), self.pruned.normalise(layer, branch, pruned)
+            yield dense_run.normalise(dense), pruned_run.normalise(pruned)
 
     def _targets(self, layer: int, branch: Branch) -> Iterator[Tensor]:
-        origin = self._origins[layer]
-        projection = self._dense.projection(origin, branch)
+        dense_run, pruned_run = self._dense.branch(self._origins[layer], branch), self.pruned.branch(layer, branch)
+        project = dense_run.projected(None)
         states = zip(self._dense.hidden, self.pruned.hidden, self._normalised(layer, branch), strict=True)
         for index, (dense, pruned, (dense_input, pruned_input)) in enumerate(states):
-            output = projection(self._dense.run_branch(origin, branch, dense_input))
-            dense_after = dense + self._dense.contribution(origin, branch, output)
-            whole = projection(self._dense.run_branch(origin, branch, pruned_input))
-            kept = self.pruned.run_branch(layer, branch, pruned_input)
-            missing = MIX * ((dense_after - pruned) - self._dense.contribution(origin, branch, whole))
-            target = whole + self._dense.change_of_output(origin, branch, whole, missing)
+            dense_after = dense + dense_run.contribution(project(dense_run.run(dense_input)))
+            whole = project(dense_run.run(pruned_input))
+            kept = pruned_run.run(pruned_input)
+            missing = MIX * ((dense_after - pruned) - dense_run.contribution(whole))
+            target = whole + dense_run.change_of_output(whole, missing)
             self._dense.hidden[index] = dense_after
             self._kept_inputs.append(kept)
             yield torch.cat([kept, target], dim=-1)
