@@ -16,8 +16,8 @@ import torch
 from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.random_model import Shape, write_model
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.stream.layer_stream import LayerStream
 from slimllm_ops.stream.memory import return_large_blocks
+from slimllm_ops.stream.passes import LayerStream
 
 SHAPES = ((512, 1408, 8), (1024, 2816, 16), (2048, 5632, 16), (4096, 11008, 32))
 
@@ -64,10 +64,10 @@ def _medians(stream: LayerStream, repeats: int) -> list[float]:
     family = stream.checkpoint.family
 
     def plain() -> None:
-        layer = stream._load(0)
+        layer = stream._weights.load(0)
         with torch.inference_mode():
             for hidden in stream.hidden:
-                layer(hidden, **stream._calls[0])
+                layer(hidden, **stream._weights.call(0))
 
     def gram() -> None:
         for branch in (family.attention, family.mlp):

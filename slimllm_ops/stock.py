@@ -20,7 +20,7 @@ from slimllm_ops.errors import InputError, ReadBackError
 from slimllm_ops.models.config_checks import PER_LAYER_FLAGS, PER_LAYER_SIZES
 from slimllm_ops.models.families import LayerShape, layer_shape
 from slimllm_ops.models.pruned.pruned_layers import WHOLE_CHANNELS
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 
 # Tokens that both models compute, to be compared bit by bit.
 COMPARED_TOKENS = 64
@@ -64,7 +64,7 @@ def stock_form(source: Checkpoint) -> StockForm:
         InputError: its layers differ in shape, or no class takes what it has; the message says why.
     """
     shape = _one_shape(source)
-    if source.family.mlp.reading.experts is not None and shape.intermediate_size % WHOLE_CHANNELS:
+    if source.family.mlp.has_experts and shape.intermediate_size % WHOLE_CHANNELS:
         raise InputError(
             f"the experts of {source.directory} have {shape.intermediate_size} channels each, and the grouped products "
             f"of stock classes take multiples of {WHOLE_CHANNELS}: prune with --uniform --multiple-of {WHOLE_CHANNELS}"

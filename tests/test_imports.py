@@ -24,7 +24,6 @@ MOST_LINES = 300
 # Files that may be longer, and why.
 LONGER = {
     "slimllm_ops/models/families.py": "a table of families",
-    "slimllm_ops/stream/layer_stream.py": "is split into weights, branches and passes",
 }
 MATHEMATICS = {"torch", "transformers", "safetensors", "accelerate", "numpy", "wrapt"}
 

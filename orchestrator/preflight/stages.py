@@ -16,8 +16,9 @@ from orchestrator.preflight.estimate import Estimate, Stage
 from orchestrator.preflight.workload import Text, Workload
 from orchestrator.tracking import TrackingOptions
 from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
-from slimllm_ops.stream.layer_stream import LOGIT_TOKENS, compute_dtype
 from slimllm_ops.stream.operations import OBSERVING_SHARE, SOLVING_SHARE
+from slimllm_ops.stream.passes import LOGIT_TOKENS
+from slimllm_ops.stream.weights import compute_dtype
 
 # Host memory of a worker's libraries, measured on a worker with a tiny model (benchmarks/memory.py).
 LIBRARIES = 344_000_000

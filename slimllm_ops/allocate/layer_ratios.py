@@ -64,7 +64,7 @@ def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) ->
         num_channels=shape.intermediate_size,
         channel_parameters=_branch_parameters(shapes, mlp) // shape.intermediate_size,
         attention_bias_parameters=_added_bias(shapes, attention) if with_bias else 0,
-        mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias and mlp.reading.experts is None else 0,
+        mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias and not mlp.has_experts else 0,
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         num_experts=shape.num_experts,
     )

@@ -20,7 +20,7 @@ def prune_layer(tensors: dict[str, Tensor], family: Family, plan: LayerPlan) -> 
     pruned = dict(tensors)
     for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
         if decision is not None:
-            prune = _prune_branch if branch.reading.experts is None else _prune_experts
+            prune = _prune_experts if branch.has_experts else _prune_branch
             pruned |= prune(tensors, branch, decision)
     return pruned
 

@@ -92,6 +92,11 @@ class Branch:
     reading: Reading
 
     @property
+    def has_experts(self) -> bool:
+        """Whether the branch is a mixture of experts."""
+        return self.reading.experts is not None
+
+    @property
     def module(self) -> str:
         """Name of the branch's module, relative to the decoder layer; empty where that is the module."""
         return self.names.module
@@ -158,7 +163,7 @@ class Branch:
 
     def _weight(self, name: str) -> str:
         """Return the name of a projection's weight; that of experts is a parameter of theirs, not of a module."""
-        return f"{name}.weight" if self.reading.experts is None else name
+        return name if self.has_experts else f"{name}.weight"
 
     def _full(self, name: str) -> str:
         return f"{self.module}.{name}" if self.module else name

@@ -21,7 +21,7 @@ import torch
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import TRIANGLE_BLOCKS, accumulation_dtype
-from slimllm_ops.stream.layer_stream import compute_dtype
+from slimllm_ops.stream.weights import compute_dtype
 
 # Tensors of a micro-batch that are alive at once in a branch: (tokens, P) in the MLP, (tokens, D) in the attention.
 WIDE_ACTIVATIONS, NARROW_ACTIVATIONS = 5, 8
@@ -63,7 +63,7 @@ class Footprint:
         experts, chosen = family.num_experts(config), family.experts_per_token(config)
         widest, entering = max(widths), max(attention, chosen * mlp)
         # Where there are experts, it is held which of them a token was sent to.
-        routes = torch.int64.itemsize * chosen if family.mlp.reading.experts is not None else 0
+        routes = torch.int64.itemsize * chosen if family.mlp.has_experts else 0
         # The MLP of a parallel layer reads what entered the layer, which is held beside the residual stream.
         held = 2 if measures_change or family.is_parallel(config) else 1
         names = [checkpoint.layer_names(layer) for layer in range(checkpoint.num_layers)]

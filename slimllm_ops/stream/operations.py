@@ -21,7 +21,7 @@ import torch
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import accumulation_dtype
-from slimllm_ops.stream.layer_stream import compute_dtype
+from slimllm_ops.stream.weights import compute_dtype
 
 # What observing reaches of the rate of a plain product, and what solves reach of it in the dtype of sums: measured
 # (benchmarks/results/one_process.md).

@@ -1,3 +1,257 @@
-"""The passes of a stream."""
+"""Hidden states that pass through a model one layer at a time, with only that layer's weights in memory.
 
-from slimllm_ops.stream.layer_stream import PROBED_TOKENS, LayerStream  # noqa: F401
+Each branch runs once per layer and batch (`slimllm_ops.stream.branches`), be it observed, pruned or both.
+
+Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an output projection, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.models.families import Branch, Family, LayerShape, layer_shape
+from slimllm_ops.moments.observation import Observed
+from slimllm_ops.moments.states import States, StateStore
+from slimllm_ops.moments.sums import DensePass, Mean
+from slimllm_ops.stream.branches import Held, LayerBranch, layer_branch
+from slimllm_ops.stream.weights import ModelWeights
+
+# Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
+LOGIT_TOKENS = 1024
+# The read-back of a checkpoint compares the states of this many first tokens: causal, so they need no others.
+PROBED_TOKENS = 64
+
+Seen = TypeVar("Seen", bound=Observed)
+
+
+class LayerStream:
+    """The hidden states of batches of token blocks, on their way through a checkpoint.
+
+    Args:
+        checkpoint: The model that they pass.
+        batches: Token ids, each (b, T), int64.
+        device: Where the layers run: on the CPU in float32, on a GPU in bfloat16.
+        store: Makes what holds the batches' states; by default a list, in the device's memory.
+        measures_change: Whether to hold the states that enter a layer, to measure what it changes.
+        intercept: Whether recoveries from what `observe` returns may fit an intercept.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        batches: list[Tensor],
+        device: torch.device,
+        store: StateStore = list,
+        *,
+        measures_change: bool = False,
+        intercept: bool = True,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.batches = batches
+        self.store = store
+        self._measures_change = measures_change
+        self._intercept = intercept
+        self._parallel = checkpoint.family.is_parallel(checkpoint.config)
+        self._weights = ModelWeights(checkpoint, device)
+        self._branch_inputs: Held[Any] = store()
+        self._entered: tuple[int, States] | None = None
+        self.hidden = self._held(self._weights.embed(batches))
+
+    @property
+    def family(self) -> Family:
+        """The checkpoint's family."""
+        return self.checkpoint.family
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that layers compute in."""
+        return self._weights.dtype
+
+    def shape(self, layer: int) -> LayerShape:
+        """Return what a layer's branches are made of."""
+        return layer_shape(self.checkpoint.config, layer)
+
+    def weights(self, layer: int) -> dict[str, Tensor]:
+        """Return a layer's tensors by their names in it, in the precision that it computes in."""
+        return dict(self._weights.load(layer).named_parameters())
+
+    def branch(self, layer: int, branch: Branch) -> LayerBranch[Any]:
+        """Return a branch of a layer, ready to run."""
+        return layer_branch(self._weights, layer, branch)
+
+    @torch.inference_mode()
+    def forward(self, layer: int) -> Mean:
+        """Pass a whole layer; return the cosine between its input and output, summed over tokens."""
+        module, call = self._weights.load(layer), self._weights.call(layer)
+        total, count = 0.0, 0
+        for index, before in enumerate(self.hidden):
+            after = module(before, **call)
+            total += float(functional.cosine_similarity(before.float(), after.float(), dim=-1).double().sum())
+            count += before.shape[0] * before.shape[1]
+            self.hidden[index] = after
+        if not _finite(total):
+            self._raise_non_finite(layer, "output")
+        return Mean(total, count)
+
+    @torch.inference_mode()
+    def observe(self, layer: int, branch: Branch) -> Observed:
+        """Run a branch up to its output projection, hold what came out until `apply`, and return its moments."""
+        run = self.branch(layer, branch)
+        seen, self._branch_inputs = run.begin_sum(), run.begin_states(self.store)
+        for normalised, x_bTP in self._run(layer, branch, run):
+            seen.add(x_bTP, normalised)
+            self._branch_inputs.append(x_bTP)
+        return self.require_finite(seen.packed(), layer, branch).with_intercept(self._intercept)
+
+    @torch.inference_mode()
+    def observe_dense(self, layer: int, branch: Branch) -> DensePass:
+        """Pass a dense branch; return its moments, and the norms of the states that result.
+
+        The moments are kept for any use, so they have an intercept until they are read. Nothing is held but the
+        residual stream, and what entered the layer where its change is measured.
+        """
+        run = self.branch(layer, branch)
+        seen, power, change = run.begin_sum(), Mean(0.0, 0), Mean(0.0, 0)
+        before = self._entered_by(layer) if self._measures_change else None
+        project = run.projected(None)
+        for index, (normalised, x_bTP) in enumerate(self._run(layer, branch, run)):
+            output = project(x_bTP)
+            added = run.contribution(output)
+            seen.add(x_bTP, normalised)
+            if added is not output:
+                seen.add_powers(_power(output), _power(added))
+            power = power.merge(self._add(index, added))
+            if before is not None:
+                change = change.merge(_summed_power(self.hidden[index] - before[index]))
+        observed = self.require_finite(seen.packed(), layer, branch)
+        return DensePass(observed, power, None if before is None else change)
+
+    @torch.inference_mode()
+    def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
+        """Pass a layer as a plan leaves it, with nothing observed."""
+        if plan.dropped:
+            return
+        for branch, decision in ((self.family.attention, plan.attention), (self.family.mlp, plan.mlp)):
+            run = self.branch(layer, branch)
+            project = run.projected(decision)
+            for index, (_, x_bTP) in enumerate(self._run(layer, branch, run)):
+                self._add(index, run.contribution(project(x_bTP)))
+
+    @torch.inference_mode()
+    def apply(self, layer: int, branch: Branch, decision: Decision | None) -> Mean:
+        """Add the observed branch's output, pruned by `decision` or dense, to the residual stream.
+
+        Returns:
+            The squared norm of the states that result, summed over tokens.
+        """
+        run, power = self.branch(layer, branch), Mean(0.0, 0)
+        project = run.projected(decision)
+        for index, x_bTP in enumerate(self._branch_inputs):
+            power = power.merge(self._add(index, run.contribution(project(x_bTP))))
+        self._branch_inputs = self.store()
+        return power
+
+    def entering(self, layer: int, branch: Branch) -> States:
+        """Return the states that a branch of the current layer reads.
+
+        They are the residual stream's, except for the MLP of a parallel layer, which reads what the attention reads:
+        there they are noted when the layer is first asked for.
+        """
+        return self._entered_by(layer) if self._parallel else self.hidden
+
+    @torch.inference_mode()
+    def negative_log_likelihood(self) -> Mean:
+        """Return the next tokens' negative log-likelihood, once every layer is passed."""
+        total, count = 0.0, 0
+        with self._weights.head():
+            for hidden, ids in zip(self.hidden, self.batches, strict=True):
+                for states_bTD, targets_bT in _spans(hidden[:, :-1], ids[:, 1:].to(self.device)):
+                    logits_NV = self._weights.logits(states_bTD).flatten(0, 1).float()
+                    lost = functional.cross_entropy(logits_NV, targets_bT.flatten(), reduction="sum")
+                    total += float(lost.double())
+                    count += targets_bT.numel()
+        return Mean(total, count)
+
+    def probe(self) -> np.ndarray:
+        """Return the states (T', D) of the first tokens of the first block, in float32."""
+        return self.hidden[0][0, :PROBED_TOKENS].float().cpu().numpy()
+
+    def probed_ids(self) -> np.ndarray:
+        """Return the ids (T',) of the tokens that `probe` shows."""
+        return self.batches[0][0, :PROBED_TOKENS].numpy()
+
+    def close(self) -> None:
+        """Give everything back now."""
+        self._weights.close()
+        self.hidden, self._branch_inputs, self._entered = [], [], None
+
+    def require_finite(self, observed: Seen, layer: int, branch: Branch) -> Seen:
+        """Return an observation that is free of NaN and infinity.
+
+        Raises:
+            NonFiniteError: It is not; the message names the layer and module.
+        """
+        if not observed.is_finite():
+            self._raise_non_finite(layer, branch.described)
+        return observed
+
+    def _run(self, layer: int, branch: Branch, run: LayerBranch[Any]) -> Iterator[tuple[Tensor, Any]]:
+        """Run a branch up to its output projection; yield its input (b, T, D), and X (b, T, P), or `Routed`."""
+        for hidden in self.entering(layer, branch):
+            normalised = run.normalise(hidden)
+            yield normalised, run.run(normalised)
+
+    def _add(self, index: int, added: Tensor) -> Mean:
+        """Add what a branch adds to a batch's states; return their squared norm, summed over tokens."""
+        hidden = self.hidden[index] + added
+        self.hidden[index] = hidden
+        return _summed_power(hidden)
+
+    def _entered_by(self, layer: int) -> States:
+        """Return the states that entered a layer, noted when it is first asked for them."""
+        if self._entered is None or self._entered[0] != layer:
+            self._entered = (layer, self._held(iter(self.hidden)))
+        return self._entered[1]
+
+    @torch.inference_mode()
+    def _held(self, batches: Iterator[Tensor]) -> States:
+        """Return a store of the batches' states."""
+        states = self.store()
+        for batch in batches:
+            states.append(batch)
+        return states
+
+    def _raise_non_finite(self, layer: int, part: str) -> None:
+        raise NonFiniteError(
+            f"layer {layer}: the activations of {part} hold NaN or infinity: "
+            f"the weights of {self.checkpoint.directory} overflow {self.dtype}, or are damaged"
+        )
+
+
+def _spans(states_BTD: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut states and targets into parts of no more tokens than logits are computed of at once."""
+    blocks = max(1, LOGIT_TOKENS // states_BTD.shape[1])
+    for states_bTD, targets_bT in zip(states_BTD.split(blocks), targets_BT.split(blocks), strict=True):
+        yield from zip(states_bTD.split(LOGIT_TOKENS, dim=1), targets_bT.split(LOGIT_TOKENS, dim=1), strict=True)
+
+
+def _power(states: Tensor) -> float:
+    """Return the squared norm of states (..., D), summed over tokens."""
+    return float(states.float().square().sum(dim=-1).double().sum())
+
+
+def _summed_power(states_bTD: Tensor) -> Mean:
+    """Return the squared norm of a batch's states."""
+    return Mean(_power(states_bTD), states_bTD.shape[0] * states_bTD.shape[1])
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0

@@ -13,7 +13,7 @@ import torch
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import ReadBackError
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 
 # A layer is right if its error is below so many roundings of the stored dtype, and of a sum in float32.
 ROUNDINGS = 4

@@ -48,7 +48,7 @@ def require_refinable(family: Family) -> None:
     Raises:
         InputError: its MLP has one for every expert.
     """
-    if family.mlp.reading.experts is not None:
+    if family.mlp.has_experts:
         raise InputError(
             f"{family.name} models cannot be refined, since that corrects one output projection of a branch, and their "
             f"MLPs have one for every expert: leave refinement out"
@@ -121,9 +121,9 @@ class RefinementStream:
             layer: The pruned layer.
             branch: The branch.
         """
-        projection, dtype = self.pruned.projection(layer, branch), self.pruned.checkpoint.dtype
+        weights, dtype = self.pruned.weights(layer), self.pruned.checkpoint.dtype
         moments = observed.unpack(self.pruned.device).moments
-        weight_SD, bias_D = solve_refit(moments, projection.weight.T, projection.bias is not None)
+        weight_SD, bias_D = solve_refit(moments, weights[branch.output_weight].T, branch.output_bias in weights)
         refitted = {branch.output_weight: _numpy(weight_SD.T.to(dtype))}
         return refitted if bias_D is None else refitted | {branch.output_bias: _numpy(bias_D.to(dtype))}
 
@@ -132,8 +132,9 @@ class RefinementStream:
         """Add the refitted branch's output to the pruned stream; the dense stream has passed it already."""
         tensors = {name: tensor.to(self.pruned.dtype) for name, tensor in self._tensors(refitted).items()}
         weight_DS, bias_D = tensors[branch.output_weight], tensors.get(branch.output_bias)
+        run = self.pruned.branch(layer, branch)
         for index, x_bTS in enumerate(self._kept_inputs):
-            added = self.pruned.contribution(layer, branch, functional.linear(x_bTS, weight_DS, bias_D))
+            added = run.contribution(functional.linear(x_bTS, weight_DS, bias_D))
             self.pruned.hidden[index] = self.pruned.hidden[index] + added
         self._kept_inputs = self.pruned.store()
 
@@ -164,20 +165,20 @@ class RefinementStream:
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         origin = self._origins[layer]
         entering = (self._dense.entering(origin, branch), self.pruned.entering(layer, branch))
+        dense_run, pruned_run = self._dense.branch(origin, branch), self.pruned.branch(layer, branch)
         for dense, pruned in zip(*entering, strict=True):
-            yield self._dense.normalise(origin, branch, dense), self.pruned.normalise(layer, branch, pruned)
+            yield dense_run.normalise(dense), pruned_run.normalise(pruned)
 
     def _targets(self, layer: int, branch: Branch) -> Iterator[Tensor]:
-        origin = self._origins[layer]
-        projection = self._dense.projection(origin, branch)
+        dense_run, pruned_run = self._dense.branch(self._origins[layer], branch), self.pruned.branch(layer, branch)
+        project = dense_run.projected(None)
         states = zip(self._dense.hidden, self.pruned.hidden, self._normalised(layer, branch), strict=True)
         for index, (dense, pruned, (dense_input, pruned_input)) in enumerate(states):
-            output = projection(self._dense.run_branch(origin, branch, dense_input))
-            dense_after = dense + self._dense.contribution(origin, branch, output)
-            whole = projection(self._dense.run_branch(origin, branch, pruned_input))
-            kept = self.pruned.run_branch(layer, branch, pruned_input)
-            missing = MIX * ((dense_after - pruned) - self._dense.contribution(origin, branch, whole))
-            target = whole + self._dense.change_of_output(origin, branch, whole, missing)
+            dense_after = dense + dense_run.contribution(project(dense_run.run(dense_input)))
+            whole = project(dense_run.run(pruned_input))
+            kept = pruned_run.run(pruned_input)
+            missing = MIX * ((dense_after - pruned) - dense_run.contribution(whole))
+            target = whole + dense_run.change_of_output(whole, missing)
             self._dense.hidden[index] = dense_after
             self._kept_inputs.append(kept)
             yield torch.cat([kept, target], dim=-1)

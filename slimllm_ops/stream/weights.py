@@ -1,3 +1,196 @@
-"""Weights."""
+"""A model's weights, one layer at a time: the only place that loads them and gives their memory back.
 
-from slimllm_ops.stream.layer_stream import compute_dtype  # noqa: F401
+The model is built without weights, so that its own code runs: its masks, rotary tables and modules. A layer's weights
+are read when the layer is first asked for, and released when another one is.
+
+Shapes: b blocks of a batch, T tokens of a block, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from slimllm_ops.checkpoint.layer_reader import LayerReader
+from slimllm_ops.checkpoint.reading import Checkpoint
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that layers compute in: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+class ModelWeights:
+    """A model of which one layer at a time has weights.
+
+    Args:
+        checkpoint: The model.
+        device: Where its layers run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = compute_dtype(device)
+        self._model = _build_skeleton(checkpoint)
+        self._reader = LayerReader(checkpoint, self._place)
+        self._calls: list[dict[str, Any]] = []
+        self._loaded: int | None = None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, with or without weights."""
+        return cast(nn.ModuleList, self._model.get_submodule(self.checkpoint.family.layers))
+
+    def load(self, layer: int) -> nn.Module:
+        """Return a layer with its weights; the layer before gives its memory back."""
+        module = self.layers[layer]
+        if self._loaded != layer:
+            self._release_layer()
+            _assign(module, self._reader.read(layer))
+            self._loaded = layer
+        return module
+
+    def call(self, layer: int) -> dict[str, Any]:
+        """Return the keyword arguments that the model gives a layer: masks and rotary tables, noted by `embed`."""
+        return self._calls[layer]
+
+    @torch.inference_mode()
+    def embed(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the input of the first layer for batches of ids (b, T), and note how the model calls each layer."""
+        table_VD = self._load_embeddings()
+        embedding = cast(nn.Embedding, self._model.get_input_embeddings())
+        with _recorded(self.layers) as calls:
+            for ids in batches:
+                # The table stays as it is stored; only this batch's rows take the precision of the layers.
+                used, positions = ids.unique(return_inverse=True)
+                embedding.weight = nn.Parameter(self._place(table_VD[used]), requires_grad=False)
+                positions = positions.to(self.device)
+                if not self._calls:
+                    # One block's masks and rotary tables serve batches of any number of blocks of that length.
+                    self._model.base_model(input_ids=positions[:1], use_cache=False)
+                    self._calls = [call for _, call in calls]
+                calls.clear()
+                self._model.base_model(input_ids=positions, use_cache=False)
+                yield calls[0][0]
+        for name in self.checkpoint.outside():
+            _release(self._model.get_submodule(name))
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Load what follows the layers, for `logits`, and release it at the end."""
+        self._release_layer()
+        modules = self._load_outside()
+        head = self._model.get_output_embeddings()
+        tied = self.checkpoint.config.tie_word_embeddings
+        self._load_module(head, self._name_of(self._model.get_input_embeddings() if tied else head))
+        # `logits` replaces what the layers return, so any ids will do, and one row is table enough for them.
+        embedding = cast(nn.Embedding, self._model.get_input_embeddings())
+        embedding.weight = nn.Parameter(torch.zeros_like(head.weight[:1]), requires_grad=False)
+        try:
+            yield
+        finally:
+            for module in (*modules, embedding, head):
+                _release(module)
+
+    def logits(self, states_bTD: Tensor) -> Tensor:
+        """Return the logits (b, T, V) of states after the last layer, by the model's own norm, head and scale."""
+        with _answered(self.layers, states_bTD):
+            ids = torch.zeros(states_bTD.shape[:2], dtype=torch.int64, device=self.device)
+            return self._model(input_ids=ids, use_cache=False).logits
+
+    def close(self) -> None:
+        """Give everything back now: modules refer to each other in circles, which Python frees when it likes."""
+        self._release_layer()
+        self._reader.close()
+
+    def _release_layer(self) -> None:
+        if self._loaded is not None:
+            _release(self.layers[self._loaded])
+        self._loaded = None
+
+    def _load_embeddings(self) -> Tensor:
+        """Load what is outside the layers, but for the head; return the table of embeddings (V, D), as stored."""
+        embedding = cast(nn.Embedding, self._model.get_input_embeddings())
+        # The id that it names need not be among the rows of a batch, and only gradients depend on it.
+        embedding.padding_idx = None
+        self._load_outside()
+        return self.checkpoint.read_module(self._name_of(embedding))["weight"]
+
+    def _load_outside(self) -> list[nn.Module]:
+        """Load what is outside the layers, but for embeddings and head: norms, tables of positions."""
+        apart = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        loaded = []
+        for name in self.checkpoint.outside():
+            module = self._model.get_submodule(name)
+            if module not in apart:
+                self._load_module(module, name)
+                loaded.append(module)
+        return loaded
+
+    def _load_module(self, module: nn.Module, name: str) -> None:
+        """Load a module outside the layers with the tensors of that name."""
+        tensors = self.checkpoint.read_module(name)
+        _assign(module, {key: self._place(tensor) for key, tensor in tensors.items()})
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, one in self._model.named_modules() if one is module)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Bring a tensor to the device, in the precision that layers compute in."""
+        return tensor.to(self.device, self.dtype)
+
+
+def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a module its weights, which fit it: an open checkpoint has the shapes of its config."""
+    # Old checkpoints also store tables (`rotary_emb.inv_freq`) that the model now computes.
+    module.load_state_dict({name: tensors[name] for name in module.state_dict()}, assign=True)
+
+
+def _release(module: nn.Module) -> None:
+    """Give the memory of a module's weights back; buffers, which the model computed, stay."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build the model without weights; buffers such as rotary tables are real."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
+    model.tie_weights()
+    return model.eval()
+
+
+@contextmanager
+def _recorded(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Let every layer note its input and keyword arguments, and pass the input on unchanged."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def record(hidden: Tensor, **call: Any) -> Tensor:
+        calls.append((hidden, call))
+        return hidden
+
+    for layer in layers:
+        layer.forward = record
+    try:
+        yield calls
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def _answered(layers: nn.ModuleList, states: Tensor) -> Iterator[None]:
+    """Let the last layer return the given states, and the others pass on their input."""
+
+    def answer(hidden: Tensor, **call: Any) -> Tensor:
+        return states
+
+    with _recorded(layers):
+        layers[-1].forward = answer
+        yield

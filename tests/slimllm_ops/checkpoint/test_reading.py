@@ -15,7 +15,7 @@ from transformers import GPT2Config
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.tensor_index import INDEX, SINGLE
 from slimllm_ops.errors import CheckpointError, NonFiniteError
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 
 SHARDED = {"max_shard_size": "20KB"}
 

@@ -20,7 +20,7 @@ from slimllm_ops.methods import METHODS
 from slimllm_ops.models.families import Branch
 from slimllm_ops.module_solves import decide_module, eliminate_module, rank_module
 from slimllm_ops.moments.routing import PackedExperts
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 from tests.slimllm_ops import naive
 from tests.slimllm_ops.moments.test_routing import LAYER, mixture, observe
 

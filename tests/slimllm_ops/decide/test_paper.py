@@ -12,7 +12,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import Decision
 from slimllm_ops.models.families import family_of, layer_shape
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 from tests.slimllm_ops import naive
 
 LAYER = 1

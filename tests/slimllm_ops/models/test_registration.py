@@ -43,7 +43,7 @@ def pruned_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("module", ["slimllm_ops", "slimllm_ops.module_solves", "slimllm_ops.stream.layer_stream"])
+@pytest.mark.parametrize("module", ["slimllm_ops", "slimllm_ops.module_solves", "slimllm_ops.stream.passes"])
 def test_importing_slimllm_loads_no_modelling_code(module: str) -> None:
     assert run(f"import {module}\n{LOADED}") == ""
 

@@ -11,7 +11,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import MiscountError
 from slimllm_ops.models.families import FAMILIES, Family, family_of, layer_shape
 from slimllm_ops.moments.routing import PackedExperts, Routed, RoutedSum, project
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 from tests.slimllm_ops import naive
 from tests.tiny import save_tiny
 

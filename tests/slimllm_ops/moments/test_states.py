@@ -8,7 +8,7 @@ import torch
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.moments.states import SpilledStates
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 from tests.slimllm_ops.naive import observations, random_channels
 
 CPU = torch.device("cpu")

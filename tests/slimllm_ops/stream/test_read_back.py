@@ -13,7 +13,8 @@ from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import ReadBackError
 from slimllm_ops.models.families import layer_shape
-from slimllm_ops.stream.layer_stream import LayerStream, Mean
+from slimllm_ops.moments.sums import Mean
+from slimllm_ops.stream.passes import LayerStream
 from slimllm_ops.stream.read_back import read_back
 from tests.slimllm_ops.naive import random_channels, random_decision
 

@@ -11,7 +11,7 @@ from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import NonFiniteError, SolveError
 from slimllm_ops.moments.moments import Moments
-from slimllm_ops.stream.layer_stream import LayerStream
+from slimllm_ops.stream.passes import LayerStream
 from slimllm_ops.stream.refinement import MIX, RefinementStream, solve_alignment, solve_refit
 
 CPU = torch.device("cpu")
@@ -113,9 +113,8 @@ def test_a_model_that_is_the_dense_one_is_left_as_it_is(
             alignment = solve_alignment(refinement.observe_inputs(layer, branch).moments.unpack())
             torch.testing.assert_close(alignment, torch.eye(len(alignment)).double(), rtol=0, atol=1e-5)
             refinement.replace(layer, refinement.aligned(layer, branch, alignment))
-            projection = pruned.projection(layer, branch)
             moments = refinement.observe_targets(layer, branch).moments.unpack()
-            weight, _ = solve_refit(moments, projection.weight.T, with_bias=False)
+            weight, _ = solve_refit(moments, pruned.weights(layer)[branch.output_weight].T, with_bias=False)
             torch.testing.assert_close(weight.T.float(), before[branch.output_weight], rtol=1e-3, atol=1e-4)
             refinement.apply(layer, branch, weight.T, None)
     torch.testing.assert_close(pruned.hidden[0], dense.hidden[0], rtol=1e-3, atol=1e-3)
@@ -140,7 +139,7 @@ def test_after_a_layer_that_was_dropped_the_stream_is_brought_back_to_the_dense_
         alignment = solve_alignment(refinement.observe_inputs(1, branch).moments.unpack())
         refinement.replace(1, refinement.aligned(1, branch, alignment))
         moments = refinement.observe_targets(1, branch).moments.unpack()
-        weight, _ = solve_refit(moments, pruned.projection(1, branch).weight.T, with_bias=False)
+        weight, _ = solve_refit(moments, pruned.weights(1)[branch.output_weight].T, with_bias=False)
         refinement.apply(1, branch, weight.T, None)
     expected = LayerStream(checkpoint, [ids], CPU)
     for layer in range(3):
@@ -166,7 +165,7 @@ def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
         assert {tensor.dtype for tensor in aligned.values()} == {dtype}
         first.replace(0, aligned)
         moments = first.observe_targets(0, branch).moments.unpack()
-        weight, _ = solve_refit(moments, first.pruned.projection(0, branch).weight.T, with_bias=False)
+        weight, _ = solve_refit(moments, first.pruned.weights(0)[branch.output_weight].T, with_bias=False)
         refitted = {branch.output_weight: weight.T.to(dtype)}
         first.apply(0, branch, refitted[branch.output_weight].float(), None)
         tensors |= aligned | refitted
@@ -190,9 +189,9 @@ def test_the_target_lies_between_the_whole_branch_and_the_dense_stream(
 
     moments = refinement.observe_targets(0, branch).moments.unpack()
 
-    module = dense.projection(0, branch)
-    own = module(dense.run_branch(0, branch, dense.normalise(0, branch, before)))
-    whole = module(dense.run_branch(0, branch, dense.normalise(0, branch, drifted)))
+    run = dense.branch(0, branch)
+    project = torch.inference_mode()(run.projected(None))
+    own, whole = (project(run.run(run.normalise(hidden))) for hidden in (before, drifted))
     target = whole + MIX * (before + own - drifted - whole)
     torch.testing.assert_close(
         moments.mean_P[-target.shape[-1] :], target.flatten(0, 1).double().mean(0), rtol=1e-4, atol=1e-5

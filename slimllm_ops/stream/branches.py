@@ -1,0 +1,201 @@
+"""One branch of a decoder layer, from the states it reads to what it adds to the residual stream.
+
+A branch runs with its output projection left out, so that it returns X, the projection's input. Its output, dense or
+pruned, is then X[:, S] W + b, with no second forward pass. An MLP of experts runs in the same way
+(`slimllm_ops.moments.routing`), but apart from its router and its activation it runs code of this package.
+
+Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an output projection, S of them kept; E
+experts.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimllm_ops.checkpoint.surgery import recovered_experts, recovered_projection
+from slimllm_ops.decide.plan import Decision
+from slimllm_ops.models.families import Branch
+from slimllm_ops.moments.observation import ObservationSum, Observed
+from slimllm_ops.moments.routing import Routed, RoutedStates, RoutedSum, project, route
+from slimllm_ops.moments.states import States, StateStore
+from slimllm_ops.stream.weights import ModelWeights
+
+# A norm's gain below this fraction of its largest passes nothing on.
+SMALLEST_GAIN = 1e-3
+
+# What enters the output projection: X (b, T, P), or `Routed` for experts.
+X = TypeVar("X")
+Taken = TypeVar("Taken", contravariant=True)
+
+
+class Sum(Protocol[Taken]):
+    """An observation of batches as they come."""
+
+    def add(self, x: Taken, inputs: Tensor, /) -> None:
+        """Add what enters the output projection, and what entered the branch (b, T, D)."""
+
+    def add_powers(self, output: float, added: float) -> None:
+        """Add the summed squares of the output, and of what of it is added to the stream."""
+
+    def packed(self) -> Observed:
+        """Return the observation of all tokens so far."""
+
+
+class Held(Protocol[X]):
+    """What enters the output projection, batch by batch, until a decision is made."""
+
+    def append(self, x: X, /) -> None:
+        """Add a batch."""
+
+    def __iter__(self) -> Iterator[X]: ...
+
+
+class LayerBranch(ABC, Generic[X]):
+    """A branch of a layer, with its weights.
+
+    Args:
+        weights: The model.
+        layer: The number of the layer.
+        branch: Which branch.
+    """
+
+    def __init__(self, weights: ModelWeights, layer: int, branch: Branch) -> None:
+        self._weights = weights
+        self._layer = layer
+        self._branch = branch
+        self._multiplier = weights.checkpoint.family.multiplier(weights.checkpoint.config)
+
+    @abstractmethod
+    def begin_sum(self) -> Sum[X]:
+        """Return an observation of no tokens yet."""
+
+    @abstractmethod
+    def begin_states(self, store: StateStore) -> Held[X]:
+        """Return a holder, empty yet, of what enters the output projection."""
+
+    @abstractmethod
+    def run(self, normalised: Tensor) -> X:
+        """Return what enters the output projection, from the branch's input (b, T, D)."""
+
+    @abstractmethod
+    def projected(self, decision: Decision | None) -> Callable[[X], Tensor]:
+        """Return what maps the output projection's input to its output (b, T, D), dense or as decided."""
+
+    @torch.inference_mode()
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """Return the branch's input (b, T, D) from the residual stream's states (b, T, D)."""
+        norm = self._branch.reading.norm
+        return hidden if norm is None else self._loaded().get_submodule(norm)(hidden)
+
+    @torch.inference_mode()
+    def contribution(self, output: Tensor) -> Tensor:
+        """Return what the branch adds to the residual stream (b, T, D), from the output of its output projection."""
+        if (norm := self._branch.reading.output_norm) is not None:
+            output = self._loaded().get_submodule(norm)(output)
+        return output if self._multiplier == 1 else output * self._multiplier
+
+    @torch.inference_mode()
+    def change_of_output(self, output: Tensor, change: Tensor) -> Tensor:
+        """Return by how much the output must change for the contribution to change by `change`, all (b, T, D).
+
+        Exact but for a norm of the output, an RMS norm in all families that have one: its divisor is held.
+        """
+        change = change / self._multiplier
+        if (norm := self._branch.reading.output_norm) is None:
+            return change
+        gain_D = self._loaded().get_submodule(norm)(torch.ones_like(output[0, 0]))
+        # A dim that the norm takes away cannot be changed through it.
+        passes_D = gain_D.abs() > SMALLEST_GAIN * gain_D.abs().max()
+        rms = output.float().square().mean(dim=-1, keepdim=True).sqrt().to(output)
+        return torch.where(passes_D, change / torch.where(passes_D, gain_D, 1.0), 0.0) * rms
+
+    def _loaded(self) -> nn.Module:
+        """Return the layer with its weights."""
+        return self._weights.load(self._layer)
+
+
+class PlainBranch(LayerBranch[Tensor]):
+    """A branch with one output projection."""
+
+    def begin_sum(self) -> ObservationSum:
+        """Return an observation of no tokens yet."""
+        return ObservationSum()
+
+    def begin_states(self, store: StateStore) -> States:
+        """Return an empty store of X."""
+        return store()
+
+    @torch.inference_mode()
+    def run(self, normalised: Tensor) -> Tensor:
+        """Return X (b, T, P) from the branch's input (b, T, D)."""
+        module, branch = self._loaded(), self._branch
+        if branch.reading.activation is not None:
+            (name,) = branch.inputs
+            return module.get_submodule(branch.reading.activation)(module.get_submodule(name)(normalised))
+        is_attention = branch == self._weights.checkpoint.family.attention
+        part = module.get_submodule(branch.module)
+        with _without(part, branch.names.output):
+            output = part(normalised, **(self._weights.call(self._layer) if is_attention else {}))
+        return output[0] if isinstance(output, tuple) else output
+
+    def projected(self, decision: Decision | None) -> Callable[[Tensor], Tensor]:
+        """Return what maps X (b, T, P) to the output (b, T, D), dense or as decided."""
+        projection = cast(nn.Linear, self._loaded().get_submodule(self._branch.output))
+        weight_DS: Tensor = projection.weight
+        bias_D: Tensor | None = projection.bias
+        kept_S: Tensor | slice = slice(None)
+        if decision is not None:
+            weight_DS, bias_D = recovered_projection(weight_DS, bias_D, decision)
+            kept_S = decision.kept_rows(projection.weight.shape[1]).to(self._weights.device)
+        return lambda x_bTP: functional.linear(x_bTP[..., kept_S], weight_DS, bias_D)
+
+
+class ExpertsBranch(LayerBranch[Routed]):
+    """An MLP of experts, each with an output projection of its own."""
+
+    def begin_sum(self) -> RoutedSum:
+        """Return an observation of no tokens yet."""
+        checkpoint = self._weights.checkpoint
+        return RoutedSum(checkpoint.family.num_experts(checkpoint.config))
+
+    def begin_states(self, store: StateStore) -> RoutedStates:
+        """Return an empty store of X and of the experts that it belongs to."""
+        return RoutedStates(store)
+
+    def run(self, normalised: Tensor) -> Routed:
+        """Return what enters the experts' output projections, from the branch's input (b, T, D)."""
+        module, read = self._loaded(), self._branch.reading.experts
+        assert read is not None, "a branch without experts has one output projection"
+        (gate_up,) = self._branch.inputs
+        activation = module.get_submodule(self._branch.module).get_submodule(read.activation)
+        return route(module.get_submodule(read.router), module.get_parameter(gate_up), activation, normalised)
+
+    def projected(self, decision: Decision | None) -> Callable[[Routed], Tensor]:
+        """Return what maps the experts' X to the output (b, T, D), dense or as decided."""
+        weight_EDS: Tensor = self._loaded().get_parameter(self._branch.output)
+        kept_ES: Tensor | None = None
+        if decision is not None:
+            weight_EDS, kept_ES = recovered_experts(weight_EDS, decision)
+        return lambda routed: project(routed, weight_EDS, kept_ES)
+
+
+def layer_branch(weights: ModelWeights, layer: int, branch: Branch) -> LayerBranch[Any]:
+    """Return a branch of a layer, ready to run: the one place that asks whether it has experts."""
+    kind = ExpertsBranch if branch.has_experts else PlainBranch
+    return kind(weights, layer, branch)
+
+
+@contextmanager
+def _without(module: nn.Module, name: str) -> Iterator[None]:
+    """Let a module return the input of one of its parts, the last that it runs."""
+    part = getattr(module, name)
+    setattr(module, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(module, name, part)
