@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from slimllm_ops.errors import MiscountError
+from slimllm_ops.moments.observation import Counted, require_tokens
 from slimllm_ops.moments.states import SpilledStates, StateStore
 from slimllm_ops.stream.memory import free_memory, return_large_blocks
 from slimllm_ops.stream.opening import Workplace
@@ -83,16 +83,9 @@ class Shard:
         """Return the merged results of two shards."""
         return left.merge(right)
 
-    def require_tokens(self, observed: Any, num_tokens: int, label: str) -> None:
-        """Refuse merged moments that are not of all tokens.
-
-        Raises:
-            MiscountError: They are of fewer, or of more.
-        """
-        try:
-            observed.require_tokens(num_tokens)
-        except MiscountError as error:
-            raise MiscountError(f"{label}: {error}") from None
+    def require_tokens(self, observed: Counted, num_tokens: int, label: str) -> None:
+        """Check that merged moments are of all tokens; see `slimllm_ops.moments.observation.require_tokens`."""
+        require_tokens(observed, num_tokens, label)
 
     def free_memory(self) -> tuple[str, int]:
         """Return where states are held (the machine's name, or the GPU's), and the bytes that are free there."""

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.config import ConfigError, PruneConfig
-from orchestrator.output.staging import ASKED, has_unfinished_run, hold_lock, is_finished, require_same
+from orchestrator.output.lock import hold_lock
+from orchestrator.output.staging import ASKED, has_unfinished_run, is_finished, require_same
 from orchestrator.sources import storage
 from orchestrator.tracking import TrackingError
 from slimllm_ops.errors import InputError

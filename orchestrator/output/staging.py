@@ -8,19 +8,17 @@
     solved/                     results so far; if empty, a failed run leaves nothing behind
 """
 
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.config import ConfigError
+from orchestrator.output.lock import hold_lock
 from slimllm_ops.errors import ReadBackError, UnsolvableError
 from slimllm_ops.files import flush, write_json
 
@@ -185,37 +183,6 @@ def _lock_staging(output: Path) -> Iterator[Staging]:
     staging = _staging(output)
     with hold_lock(staging.lock_file, str(output)):
         yield staging
-
-
-@contextmanager
-def hold_lock(holder: Path, output: str) -> Iterator[None]:
-    """Hold the lock of an output inside the block; the lock file names the process that holds it.
-
-    Raises:
-        ConfigError: Another run holds the lock, or the file cannot be written.
-    """
-    try:
-        holder.parent.mkdir(parents=True, exist_ok=True)
-        file = holder.open("a+")
-    except OSError as error:
-        raise ConfigError(f"output {output} cannot be written: {error.strerror}; choose another --output") from error
-    with file:
-        try:
-            # The system releases the lock when the process ends, even if it is killed.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"output {output} is being written by another run ({file.read().strip()}): "
-                f"wait for it, or choose another --output"
-            ) from None
-        if not holder.exists():
-            raise ConfigError(f"output {output} was finished by another run just now: choose another --output")
-        file.truncate(0)
-        started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
-        file.flush()
-        yield
 
 
 def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> Staging:

@@ -35,6 +35,7 @@ from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.models.pair import MODULES, Pair
 from slimllm_ops.module_solves import decide_module, eliminate_observed, rank_module
+from slimllm_ops.moments.observation import require_tokens
 from slimllm_ops.moments.ranking import Ranking
 from slimllm_ops.moments.sums import DensePass
 from slimllm_ops.stream.passes import PROBED_TOKENS, LayerStream
@@ -146,8 +147,8 @@ def _save_layer(context: RunContext, store: MomentStore, layer: int, modules: Pa
     # Moments go through the driver to its disk, so that a killed run can resume from there.
     seen = modules.map(lambda module: context.pool.get(module.seen))
     paths = modules.map(lambda module: context.pool.get(module.path))
-    for one in seen:
-        one.observed.require_tokens(context.inputs.calibration.num_tokens)
+    for branch, one in zip(context.source.family.branches, seen, strict=True):
+        require_tokens(one, context.inputs.calibration.num_tokens, f"layer {layer}, {branch.described}")
     change = None if seen.mlp.change is None else seen.mlp.change.value
     store.save(
         layer,

@@ -75,6 +75,17 @@ class Part:
             raise SolveError(f"{self.name}: {error}" if self.name else str(error)) from None
 
 
+class Counted(Protocol):
+    """Moments that know how many tokens they are of."""
+
+    def require_tokens(self, num_tokens: int) -> None:
+        """Check that the moments are of `num_tokens` tokens.
+
+        Raises:
+            MiscountError: They are of fewer, or of more.
+        """
+
+
 class Observed(Protocol):
     """The observation of a branch, as it travels, merges and is kept."""
 
@@ -270,3 +281,15 @@ def require_count(found: int, num_tokens: int) -> None:
             f"the moments are of {found} tokens where {num_tokens} were sent: "
             f"a share of the data was lost or counted twice, which is a bug worth reporting"
         )
+
+
+def require_tokens(observed: Counted, num_tokens: int, label: str) -> None:
+    """Check that moments are of `num_tokens` tokens; the error begins with a label, the layer and module.
+
+    Raises:
+        MiscountError: They are of fewer, or of more.
+    """
+    try:
+        observed.require_tokens(num_tokens)
+    except MiscountError as error:
+        raise MiscountError(f"{label}: {error}") from None
