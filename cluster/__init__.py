@@ -1,6 +1,6 @@
-"""Connecting to Ray, or starting it, and checking what it has before work is sent there.
+"""Connects to Ray or starts it, and checks its resources before work is sent there.
 
-This package names the values, which need no Ray. The connection is `cluster.session`, which imports Ray.
+This module exports the values, which do not need Ray. The connection is in `cluster.session`, which imports Ray.
 """
 
 from cluster.errors import ClusterError

@@ -1,5 +1,5 @@
-"""What is wrong with a cluster, or with what was asked of it."""
+"""Defines the error that this package raises."""
 
 
 class ClusterError(ValueError):
-    """The cluster is not there, or lacks what was asked for; the message says what to change."""
+    """A cluster that is missing, or lacks what was asked for; the message says what to change."""

@@ -1,4 +1,4 @@
-"""What a program knows and can do where it is the driver of a Ray job, however that was submitted."""
+"""Describes the Ray job that this program drives, if any, and adds to its metadata."""
 
 import asyncio
 import json
@@ -9,31 +9,31 @@ from typing import Any
 
 from cluster.errors import ClusterError
 
-# Ray describes a job to its driver, and to nobody else, in this variable.
+# Ray describes a job in this variable, for the job's driver only.
 DESCRIPTION = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 GCS_SECONDS = 10
 
 
 def job_id() -> str | None:
-    """Return the id that the job was submitted by; None where the program is no job."""
+    """Return the id that the job was submitted with; None if the program is not a job."""
     return _description().get("metadata", {}).get("job_submission_id")
 
 
 def working_copy() -> Path | None:
-    """Return the copy of a submitter's folder that a job runs in, and that Ray deletes; None where there is none."""
+    """Return the copy of the submitter's folder that the job runs in and Ray deletes; None if there is none."""
     return Path.cwd() if _runtime_env().get("working_dir") else None
 
 
 def carries_packages() -> bool:
-    """Return whether Python packages travel with the job already, to its workers too."""
+    """Return whether the job already brings its Python packages, for its workers too."""
     return bool(_runtime_env().get("py_modules"))
 
 
 def add_to_metadata(entries: Mapping[str, str]) -> None:
-    """Add to what the job server tells of the job that this is. Ray must be connected.
+    """Add to the metadata that the job server reports for this job. Ray must be connected.
 
     Raises:
-        ClusterError: this release of Ray keeps it in another way, or does not answer.
+        ClusterError: This release of Ray stores it differently, or Ray does not answer.
     """
     try:
         asyncio.run(_add_to_metadata(str(job_id()), entries))
@@ -43,8 +43,8 @@ def add_to_metadata(entries: Mapping[str, str]) -> None:
 
 
 async def _add_to_metadata(submission_id: str, entries: Mapping[str, str]) -> None:
-    # Ray's public interface takes metadata at submission alone, when there is no run yet. The job server reads this
-    # record, which its own supervisor writes when the driver begins and when it has ended, and not in between.
+    # Ray's public interface takes metadata only at submission, when there is no run yet. The job server reads this
+    # record. Its own supervisor writes the record when the driver begins and when it has ended, but not in between.
     from ray._private.worker import global_worker
     from ray.dashboard.modules.job.common import JobInfoStorageClient
 

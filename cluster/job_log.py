@@ -1,4 +1,4 @@
-"""A job's log as it grows, read with a limit on every wait."""
+"""Reads a job's log as it grows, with a limit on every wait."""
 
 import asyncio
 from typing import Any
@@ -8,7 +8,7 @@ from ray.job_submission import JobSubmissionClient
 
 
 class LogTail:
-    """A log as Ray's client streams it, read by an event loop of its own with a limit on every wait."""
+    """A log that Ray's client streams, read by its own event loop with a limit on every wait."""
 
     def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -16,7 +16,7 @@ class LogTail:
         self._next: asyncio.Task[str | None] | None = None
 
     def read(self, seconds: float) -> str | None:
-        """Return what came next, nothing where nothing came in time, None where the connection is closed."""
+        """Return the next text: empty if nothing came in time, None if the connection is closed."""
         self._next = self._next or self._loop.create_task(self._step())
         done, _ = self._loop.run_until_complete(asyncio.wait({self._next}, timeout=seconds))
         if not done:

@@ -1,6 +1,6 @@
-"""Jobs on a Ray cluster, through its job server: submit one, follow its log, see how it ended, stop it.
+"""Runs jobs on a Ray cluster through its job server: submits one, follows its log, sees how it ended, stops it.
 
-Every wait has a limit; what goes wrong is a `ClusterError` of one line.
+Every wait has a limit. Every failure is a `ClusterError` of one line.
 """
 
 import logging
@@ -22,34 +22,34 @@ from cluster.job_log import LogTail
 from cluster.session import require_answer
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# Ray's own client reads the first before anything else, and the second where that is missing.
+# Ray's own client reads the first before anything else, and the second if the first is missing.
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-# To connect, and for each answer. Ray's own client waits for ever.
+# Limits to connect, and for each answer. Ray's own client waits forever.
 REQUEST_SECONDS = (10.0, 60.0)
-# How long a log may be silent before the job is asked whether it runs, and a server before it counts as lost.
+# How long a log may be silent before the job's state is checked, and a server before it counts as lost.
 QUIET_SECONDS = 1.0
 LOST_SECONDS = 10.0
-# Ray ends a job that it is told to stop by SIGTERM, and by SIGKILL after 3 s unless the job's environment says more:
-# a run that ends shuts its workers down, and tells a tracking server that may be slow.
+# Ray stops a job with SIGTERM, and with SIGKILL after 3 s unless the job's environment allows more. A run needs more:
+# it shuts its workers down, and reports to a tracking server that may be slow.
 STOP_SECONDS = 60
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
-# They tell of every package that is uploaded, and of every connection that is closed.
+# These loggers report every uploaded package and every closed connection.
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 AS_THE_CLUSTER = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has"
 
 
 class LostError(ClusterError):
-    """The job server has stopped answering; what the job does is not known."""
+    """A job server that has stopped answering; the job's state is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """What the job server knows of a job; times are in seconds since the epoch.
+    """A job's state as its server reports it; times are in seconds since the epoch.
 
     Attributes:
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        exit_code: Of the job's own process, negative for a signal; None where it runs, was stopped or never began.
-        message: What Ray says of it, of several lines perhaps.
+        exit_code: The exit code of its process, negative for a signal; None if it runs, was stopped or never began.
+        message: Ray's message about the job, possibly several lines.
     """
 
     job_id: str
@@ -63,7 +63,7 @@ class JobState:
 
     @property
     def is_over(self) -> bool:
-        """Whether the job has ended, in whatever way."""
+        """Whether the job has ended, in any way."""
         return JobStatus(self.status).is_terminal()
 
 
@@ -71,10 +71,10 @@ class JobServer:
     """The job server of a cluster's head.
 
     Args:
-        address: "http://host:port", or whatever else Ray takes; None for what Ray's variables say, or this machine.
+        address: "http://host:port", or any other form that Ray takes; None for Ray's variables, or else this machine.
 
     Raises:
-        ClusterError: nothing answers there, it is no Ray, or it does not let us in.
+        ClusterError: Nothing answers there, it is not Ray, or it denies access.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -82,7 +82,7 @@ class JobServer:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = _resolve(address)
         if "://" not in self.address:
-            # A head's own address: Ray asks it where its job server is, and would wait for minutes.
+            # A head's own address: Ray asks the head for its job server, and would wait for minutes.
             require_answer(self.address)
         with self._as_cluster_errors(), _variable_set(ADDRESS_VARIABLES[0], self.address):
             self._client = _Client()
@@ -98,13 +98,13 @@ class JobServer:
         """Start a job on the cluster's head and return its id.
 
         Args:
-            command: the words of a command.
-            packages: folders of Python packages that the job and its workers import; they travel with it.
-            working_dir: a folder whose copy is the job's working directory; by default it has the head's own.
-            environment: variables of the job and its workers. Whoever may ask the job server can read them.
+            command: The words of a command.
+            packages: Folders of Python packages that the job and its workers import; they are uploaded with it.
+            working_dir: A folder to copy as the job's working directory; by default the job uses the head's own.
+            environment: Variables of the job and its workers. Anyone with access to the job server can read them.
 
         Raises:
-            ClusterError: the folder is missing or too large, or the job server refuses.
+            ClusterError: The folder is missing or too large, or the job server refuses.
         """
         runtime_env: dict[str, Any] = {
             "py_modules": [str(package) for package in packages],
@@ -115,42 +115,42 @@ class JobServer:
                 raise ClusterError(f"the working directory {working_dir} is not there: pass a directory")
             runtime_env["working_dir"] = str(working_dir)
         with self._as_cluster_errors(working_dir=working_dir):
-            # Without `exec` there is a shell between, which hides by what signal the process ended.
+            # Without `exec`, a shell in between hides the signal that ended the process.
             return self._client.submit_job(entrypoint=f"exec {shlex.join(command)}", runtime_env=runtime_env)
 
     def state(self, job_id: str) -> JobState:
-        """Return what is known of a job.
+        """Return the state of a job.
 
         Raises:
-            ClusterError: there is no such job.
-            LostError: the server does not answer any more.
+            ClusterError: There is no such job.
+            LostError: The server no longer answers.
         """
         with self._as_cluster_errors(job_id=job_id):
             return _state(self._client.get_job_info(job_id))
 
     def states(self) -> list[JobState]:
-        """Return what is known of every job that was submitted, the last first."""
+        """Return the states of all submitted jobs, the latest first."""
         with self._as_cluster_errors():
             jobs = self._client.list_jobs()
-        # Other programs that are connected are listed too; they have no log, and nobody can stop them.
+        # Ray also lists other connected programs; they have no log, and cannot be stopped.
         submitted = [_state(job) for job in jobs if job.submission_id]
         return sorted(submitted, key=lambda job: job.began or 0.0, reverse=True)
 
     def log(self, job_id: str) -> str:
-        """Return what a job has printed so far."""
+        """Return everything that a job has printed so far."""
         with self._as_cluster_errors(job_id=job_id):
             return self._client.get_job_logs(job_id)
 
     def follow(self, job_id: str, seen: int = 0) -> Iterator[str]:
-        """Yield what a job prints, as it comes, until it has ended.
+        """Yield a job's output as it comes, until the job has ended.
 
         Args:
-            job_id: the job.
-            seen: how many characters of the log to pass over, which somebody has seen already.
+            job_id: The id of the job.
+            seen: The number of characters of the log to skip, because they were seen before.
 
         Raises:
-            ClusterError: there is no such job.
-            LostError: the server does not answer any more; the job may well go on.
+            ClusterError: There is no such job.
+            LostError: The server no longer answers; the job may still be running.
         """
         over = self.state(job_id).is_over
         while not over:
@@ -164,28 +164,28 @@ class JobServer:
                         yield fresh
                     over = not text and self._patient_state(job_id).is_over
             if not over:
-                # A proxy on the way may close what is silent for long. Then the log is read from its beginning.
+                # A proxy may close a connection that is silent for long. Then the log is read from its beginning.
                 time.sleep(QUIET_SECONDS)
                 over = self._patient_state(job_id).is_over
         if rest := self.log(job_id)[seen:]:
             yield rest
 
     def stop(self, job_id: str) -> None:
-        """Tell a job to stop, as SIGTERM tells a process; one that has ended stays as it is.
+        """Ask a job to stop, as SIGTERM asks a process; do nothing if it has ended.
 
         Raises:
-            ClusterError: there is no such job.
-            LostError: the server does not answer any more.
+            ClusterError: There is no such job.
+            LostError: The server no longer answers.
         """
         with self._as_cluster_errors(job_id=job_id):
             self._client.stop_job(job_id)
 
     def wait_for_stop(self, job_id: str) -> JobState:
-        """Wait until a job that was told to stop has ended, and return how.
+        """Wait until a job that was told to stop has ended, and return its state.
 
         Raises:
-            ClusterError: it has not ended in the time that it has.
-            LostError: the server does not answer any more.
+            ClusterError: It has not ended in time.
+            LostError: The server no longer answers.
         """
         deadline = time.monotonic() + STOP_SECONDS + LOST_SECONDS
         while not (state := self._patient_state(job_id)).is_over:
@@ -195,7 +195,7 @@ class JobServer:
         return state
 
     def _patient_state(self, job_id: str) -> JobState:
-        """Return a job's state from a server that may be away for a moment."""
+        """Return a job's state, and wait for a server that is away for a moment."""
         deadline = time.monotonic() + LOST_SECONDS
         while True:
             try:
@@ -207,7 +207,7 @@ class JobServer:
 
     @contextmanager
     def _as_cluster_errors(self, job_id: str | None = None, working_dir: Path | None = None) -> Iterator[None]:
-        """Raise in one line what Ray's client raises in many ways."""
+        """Turn the many errors of Ray's client into cluster errors of one line."""
         try:
             yield
         except (requests.ConnectionError, requests.Timeout, ConnectionError) as error:
@@ -232,16 +232,16 @@ class JobServer:
         if working_dir is not None and ("status code 413" in reason or "exceeds the maximum size" in reason):
             return ClusterError(
                 f"the working directory {working_dir} is too large for the job server ({reason}): keep out what the "
-                f"job does not need by a .rayignore file, and give models and data as paths of the cluster"
+                f"job does not need with a .rayignore file, and give models and data as paths of the cluster"
             )
         return ClusterError(f"the job server at {self.address} refused: {reason}")
 
     def _no_job_server(self) -> ClusterError:
-        return ClusterError(f"what answers at {self.address} is no Ray job server: pass http://HEAD:8265 as --address")
+        return ClusterError(f"the server at {self.address} is not a Ray job server: pass http://HEAD:8265 as --address")
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client with a limit on every wait."""
+    """Ray's client, with a limit on every wait."""
 
     def _do_request(self, method: str, endpoint: str, **arguments: Any) -> requests.Response:
         return super()._do_request(method, endpoint, timeout=REQUEST_SECONDS, **arguments)
@@ -255,7 +255,7 @@ def _resolve(address: str | None) -> str:
 
 @contextmanager
 def _variable_set(name: str, value: str) -> Iterator[None]:
-    """Set a variable for a moment: Ray takes it for the address, whatever it is told."""
+    """Set a variable while the block runs: Ray reads the address from it, even if it is given another."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -281,7 +281,7 @@ def _state(job: JobDetails) -> JobState:
 
 
 def _error_line(error: Exception) -> str:
-    """Return the line of an error that tells most: of a traceback the last, and the first of anything else."""
+    """Return the most telling line of an error: the last line of a traceback, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = lines[-1] if any(line.endswith("Traceback (most recent call last):") for line in lines) else lines[0]
     return told.rstrip(".")

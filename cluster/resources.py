@@ -1,20 +1,20 @@
-"""What a cluster has, and how a run's workers share it. Ray is not needed to know."""
+"""Describes a cluster's resources and plans how a run's workers share them, without Ray."""
 
 from dataclasses import dataclass
 
 from cluster.errors import ClusterError
 
-# On CPUs one worker computes with a group of cores: fewer copies of the hidden layer's weights and of the moments.
+# On CPUs a worker uses a group of cores: this needs fewer copies of the hidden layer's weights and of the moments.
 CPUS_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one node has."""
+    """The resources of one node."""
 
     cpus: int
     gpus: int
-    # What Ray calls it, and its address.
+    # Ray's id of the node, and its address.
     node_id: str = ""
     address: str = ""
     # Whether this program runs on it.
@@ -23,7 +23,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster has, node by node."""
+    """The resources of a cluster, node by node."""
 
     nodes: tuple[Node, ...]
     # Whether every node is the driver's own, and so sees its files.
@@ -31,22 +31,22 @@ class Resources:
 
     @property
     def cpus(self) -> int:
-        """CPUs of all nodes."""
+        """The number of CPUs of all nodes."""
         return sum(node.cpus for node in self.nodes)
 
     @property
     def gpus(self) -> int:
-        """GPUs of all nodes."""
+        """The number of GPUs of all nodes."""
         return sum(node.gpus for node in self.nodes)
 
     def room(self, cpus: int, gpus: float) -> int:
-        """Return how many workers of so many CPUs and GPUs each the nodes have room for."""
+        """Return how many workers fit on the nodes, each with `cpus` CPUs and `gpus` GPUs."""
         return sum(min(node.cpus // cpus, int(node.gpus / gpus) if gpus else node.cpus) for node in self.nodes)
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How many workers run, what each computes with, and whether the model's weights travel to them through Ray."""
+    """The number of workers, the resources of each, and whether Ray sends the model's weights to them."""
 
     num_workers: int
     cpus_per_worker: int
@@ -57,16 +57,16 @@ class WorkerPlan:
 def plan_workers(
     resources: Resources, num_workers: int | None, gpus_per_worker: float | None, shared_storage: bool = False
 ) -> WorkerPlan:
-    """Return how many workers run and what each takes: one per GPU where there are any, else one per 4 cores.
+    """Plan the workers and their resources: by default one per GPU if there are any, else one per 4 cores.
 
     Args:
-        resources: what the cluster has.
-        num_workers: how many were asked for, or None.
-        gpus_per_worker: what was asked for, or None.
-        shared_storage: whether the driver's paths are those of every node.
+        resources: The cluster's resources.
+        num_workers: The requested number of workers, or None.
+        gpus_per_worker: The requested GPUs per worker, or None.
+        shared_storage: Whether every node sees the driver's paths.
 
     Raises:
-        ClusterError: the cluster has less than was asked for.
+        ClusterError: The cluster has less than was requested.
     """
     if gpus_per_worker is None:
         gpus_per_worker = 1.0 if resources.gpus else 0.0
@@ -80,7 +80,7 @@ def plan_workers(
             f"{room}: {len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs; "
             f"lower --workers or --gpus-per-worker (0 computes on CPUs)"
         )
-    # A worker on a GPU has the CPUs that fall to that GPU, so that another run finds its own beside the other GPUs.
+    # A worker on a GPU takes that GPU's share of the CPUs, which leaves another run CPUs for the other GPUs.
     cpus = resources.cpus // (room if gpus_per_worker else num_workers)
     while resources.room(cpus, gpus_per_worker) < num_workers:
         cpus -= 1
@@ -88,23 +88,23 @@ def plan_workers(
 
 
 def find_room(resources: Resources, workers: WorkerPlan) -> int:
-    """Return how many of a plan's workers the cluster has room for, which may be smaller than when it was made.
+    """Return how many of a plan's workers fit on the cluster, which may have shrunk since the plan was made.
 
     Raises:
-        ClusterError: it has room for none.
+        ClusterError: None of them fits.
     """
     room = resources.room(workers.cpus_per_worker, workers.gpus_per_worker)
     if not room:
         raise ClusterError(
             f"the run has workers of {workers.cpus_per_worker} CPUs and {workers.gpus_per_worker:g} GPUs, and no node "
-            f"has so many: {len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs; "
-            f"resume it on nodes like those it began on, or begin anew"
+            f"has that many: {len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs; "
+            f"resume it on nodes like those it began on, or start again"
         )
     return min(room, workers.num_workers)
 
 
 def spread_workers(resources: Resources, workers: WorkerPlan) -> list[int]:
-    """Return how many of a plan's workers each node will likely have: they are dealt out, as Ray spreads them."""
+    """Return how many of a plan's workers each node will likely get: they are dealt out in turns, as Ray does."""
     rooms = [Resources((node,)).room(workers.cpus_per_worker, workers.gpus_per_worker) for node in resources.nodes]
     counts = [0] * len(rooms)
     left = min(workers.num_workers, sum(rooms))

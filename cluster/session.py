@@ -1,4 +1,4 @@
-"""A Ray session: a local Ray sized to the machine, or a connection to a cluster. Importing this imports Ray."""
+"""Opens a Ray session: a local Ray sized to the machine, or a connection to a cluster. Importing it imports Ray."""
 
 import os
 import signal
@@ -18,8 +18,8 @@ from cluster.inside_job import carries_packages
 from cluster.resources import Node, Resources
 
 CONNECT_SECONDS = 10.0
-# What a local Ray is told. A process that nothing runs in is ended after a second where all CPUs are spoken for, as
-# they are in a run: then almost every solve would wait for one to start, and import torch, for as long as it takes.
+# Settings of a local Ray. If all CPUs are taken, as in a run, Ray ends an idle process after one second. Then almost
+# every solve would wait for a new process to start and import torch.
 LOCAL_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "60000"}
 HEALTH_SECONDS = 30.0
 AS_THE_CLUSTER = "check --address, and that RAY_AUTH_MODE and the versions of Ray and Python are those of the cluster"
@@ -29,16 +29,16 @@ AS_THE_CLUSTER = "check --address, and that RAY_AUTH_MODE and the versions of Ra
 def session(address: str | None, packages: Sequence[ModuleType], *, verbose: bool = False) -> Iterator[Resources]:
     """Connect to the Ray at `address`, or start a local one, for as long as the context lasts.
 
-    Inside a Ray job, or where the program has already connected, that connection is used and left open.
+    If the program is already connected, this uses that connection and leaves it open.
 
     Args:
-        address: "host:port" of a cluster's head, "auto", or None for a local Ray (or the job's own cluster).
-        packages: packages that the workers import; a cluster that is connected to receives them, unless they travel
-            with the job that this is.
-        verbose: whether what Ray and the workers log is printed.
+        address: "host:port" of a cluster's head, "auto", or None for RAY_ADDRESS (in a job, its own cluster) or else a
+            local Ray.
+        packages: Packages that the workers import. A cluster receives them, unless this job already brings them.
+        verbose: Whether to print the logs of Ray and the workers.
 
     Raises:
-        ClusterError: nothing answers at the address, or the program is connected to another one.
+        ClusterError: Nothing answers at the address, or the program is connected to another one.
     """
     if ray.is_initialized():
         _require_connected_to(address)
@@ -50,11 +50,11 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
         for name, value in LOCAL_RAY.items():
             os.environ.setdefault(name, value)
         with _sigterm_handler_kept():
-            # "local" starts one of its own, where None would join whatever Ray last ran on this machine.
+            # "local" starts a new Ray, while None would join the one that last ran on this machine.
             ray.init("local", include_dashboard=False, **logging)
     else:
         require_answer(address)
-        # Ray refuses a field of the job's own environment that is given again.
+        # Ray refuses a field that the job's own environment already sets.
         runtime_env = {} if carries_packages() else {"py_modules": _folders(packages)}
         try:
             with _sigterm_handler_kept():
@@ -69,7 +69,7 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
 
 
 def _folders(packages: Sequence[ModuleType]) -> list[str]:
-    """Return where packages lie. Inside a job, Ray copies its environment deeply, which modules do not bear."""
+    """Return the folders of packages. Inside a job, Ray deep-copies its environment, and modules cannot be copied."""
     return [str(Path(package.__path__[0])) for package in packages]
 
 
@@ -84,7 +84,7 @@ def _require_connected_to(address: str | None) -> None:
 
 @contextmanager
 def _sigterm_handler_kept() -> Iterator[None]:
-    """Keep the program's own SIGTERM handler, which `ray.init` replaces by one that ends the process at once."""
+    """Keep the program's own SIGTERM handler, which `ray.init` replaces with one that ends the process at once."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -94,10 +94,10 @@ def _sigterm_handler_kept() -> Iterator[None]:
 
 
 def require_answer(address: str) -> None:
-    """Knock at the address of a Ray first: Ray itself would wait for minutes.
+    """Check that a Ray answers at an address, because Ray itself would wait for minutes.
 
     Raises:
-        ClusterError: nothing answers there, or it is no Ray, or none that lets us in.
+        ClusterError: Nothing answers there, it is not Ray, or it denies access.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
@@ -115,9 +115,9 @@ def require_answer(address: str) -> None:
 
 
 def _require_healthy(address: str) -> None:
-    """Ask whether it is Ray that answers, and whether it lets us in.
+    """Check that Ray is what answers, and that it grants access.
 
-    A process of its own asks: Ray's client complains on stderr every second until it gives up.
+    A child process asks, because Ray's client complains on stderr every second until it gives up.
     """
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
@@ -127,7 +127,7 @@ def _require_healthy(address: str) -> None:
     except subprocess.TimeoutExpired:
         healthy, reason = False, f"no answer within {HEALTH_SECONDS:.0f} s"
     if not healthy:
-        raise ClusterError(f"what answers at {address} is no Ray for us ({reason}); {AS_THE_CLUSTER}")
+        raise ClusterError(f"what answers at {address} is not a Ray that we can use ({reason}); {AS_THE_CLUSTER}")
 
 
 def _resources() -> Resources:

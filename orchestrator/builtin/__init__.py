@@ -1,4 +1,4 @@
-"""A small Llama and the text that every Python installation has, so that a first run needs no network."""
+"""Provides a small Llama, and text that every Python installation has, so that a first run needs no network."""
 
 from pathlib import Path
 

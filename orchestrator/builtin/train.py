@@ -1,10 +1,10 @@
 """Trains the built-in model: a small Llama on the Python installation's own text, in minutes on one CPU core.
 
-Run as ``python -m orchestrator.builtin.train``. The same recipe gives the same bytes on the same machine: one seed, a
-fixed number of threads, and an order of the text that does not depend on where Python is installed. Needs torch 2.9 or
-newer for `torch.optim.Muon`; to use the model any version will do.
+Run it with ``python -m orchestrator.builtin.train``. The same recipe gives the same bytes on the same machine: it has
+one seed, a fixed number of threads, and a text order that does not depend on where Python is installed. Training needs
+torch 2.9 or newer for `torch.optim.Muon`; the trained model works with any version.
 
-Letters in names: B blocks in a batch, T tokens in a block, N blocks in all.
+Shapes: B blocks in a batch, T tokens in a block, N blocks in total.
 """
 
 import json
@@ -29,7 +29,7 @@ BOS, EOS = "<s>", "</s>"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the model is trained. The defaults gave the model in `MODEL_DIR`."""
+    """The settings of a training; the defaults produced the model in `MODEL_DIR`."""
 
     steps: int = 2500
     batch_blocks: int = 4
@@ -48,7 +48,7 @@ class Recipe:
 
 
 def train(output: Path, recipe: Recipe) -> float:
-    """Trains a tokenizer and a model, saves both as a Hugging Face directory, returns the held-out perplexity."""
+    """Train a tokenizer and a model, save both as a Hugging Face directory, and return the held-out perplexity."""
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
@@ -65,7 +65,7 @@ def train(output: Path, recipe: Recipe) -> float:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Learns a byte-level BPE: any text has tokens, and decoding gives it back unchanged."""
+    """Train a byte-level BPE: it encodes any text, and decoding returns the text unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,7 +87,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A Llama with grouped queries, small enough to be committed beside the code."""
+    """Return the config of a Llama with grouped queries, small enough to commit beside the code."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=160,
@@ -104,20 +104,20 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All documents' tokens in a row, each document between its two marks."""
+    """Return all documents' tokens in a row, each document between BOS and EOS."""
     encodings = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     marked = ([tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encodings)
     return torch.tensor([token for tokens in marked for token in tokens])
 
 
 def token_blocks(stream: torch.Tensor) -> torch.Tensor:
-    """The stream cut into blocks, (N, T); what does not fill the last block is left out."""
+    """Cut the stream into blocks, (N, T), without an incomplete last block."""
     count = len(stream) // BLOCK_TOKENS
     return stream[: count * BLOCK_TOKENS].view(count, BLOCK_TOKENS)
 
 
 def batches(stream: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
-    """Batches (B, T) without end: each pass over the stream cuts it at other places, in another order."""
+    """Yield batches (B, T) forever; each pass over the stream cuts it at other places, in another order."""
     generator = torch.Generator().manual_seed(recipe.seed)
     while True:
         start = int(torch.randint(BLOCK_TOKENS, (), generator=generator))
@@ -127,7 +127,7 @@ def batches(stream: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then half a cosine down to nothing at the last step."""
+    """Return the learning rate of a step: linear warm-up, then half a cosine down to zero at the last step."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
@@ -135,15 +135,15 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def build_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the scales.
+    """Build Muon for the layers' matrices, and AdamW for the embedding and the scales.
 
-    In a trial of 150 steps, held-out perplexity came to 109, with AdamW alone (learning rate 3e-3) to 263; a step takes
+    In a trial of 150 steps, held-out perplexity was 109, and 263 with AdamW alone (learning rate 3e-3); a step takes
     about a sixth longer.
     """
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     scales = [weight for weight in model.parameters() if weight.ndim == 1]
     others = [model.model.embed_tokens.weight, *scales]
-    # The adjustment gives both optimizers steps of the same size, so that one learning rate serves both.
+    # The adjustment gives both optimizers steps of the same size, so one learning rate serves both.
     muon = torch.optim.Muon(
         matrices,
         lr=recipe.learning_rate,
@@ -155,7 +155,7 @@ def build_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.opti
 
 
 def fit(model: LlamaForCausalLM, stream: torch.Tensor, recipe: Recipe) -> None:
-    """Trains the model in place, with a line of progress now and then."""
+    """Train the model in place, and print a line of progress now and then."""
     optimizers = build_optimizers(model, recipe)
     model.train()
     losses: list[float] = []
@@ -184,17 +184,17 @@ def _report(step: int, losses: list[float], seconds: float, recipe: Recipe) -> N
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, blocks_NT: torch.Tensor) -> float:
-    """The exponential of the mean loss per predicted token over the blocks."""
+    """Return the exponential of the mean loss per predicted token over the blocks."""
     model.eval()
     losses = [model(input_ids=batch_BT, labels=batch_BT).loss * len(batch_BT) for batch_BT in blocks_NT.split(8)]
     return math.exp(float(torch.stack(losses).sum()) / len(blocks_NT))
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """Writes the directory that `from_pretrained` loads; the model is left in float16, as it was saved."""
+    """Write a directory that `from_pretrained` loads; this converts the model to float16 in place."""
     model.half().save_pretrained(output)
     tokenizer.save_pretrained(output)
-    # transformers 5 writes a class that 4 does not know; both know this name.
+    # transformers 5 writes a class name that version 4 does not know; both know this one.
     settings_file = output / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -1,4 +1,4 @@
-"""A pruned checkpoint in the forms that other programs load, one module for each."""
+"""Exports a pruned checkpoint to formats that other programs load, one module per format."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Export:
-    """What an export wrote: where, of which architecture, and in a few words what that is."""
+    """The result of an export: its path, its architecture and a short description."""
 
     path: Path
     architecture: str

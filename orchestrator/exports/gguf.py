@@ -1,10 +1,10 @@
-"""A pruned checkpoint as one GGUF file, which llama.cpp loads.
+"""Exports a pruned checkpoint as one GGUF file, which llama.cpp loads.
 
-Where every layer has the same shape the file is of llama.cpp's `llama` architecture, else of `deci`, which has a number
-of heads, of key/value heads and of channels for each layer. Both compute what a Llama does, with a bias wherever there
-is one.
+If all layers have the same shape, the file has llama.cpp's `llama` architecture. Otherwise it has `deci`, which stores
+the number of heads, key/value heads and channels of each layer. Both compute what a Llama does, with a bias wherever
+the checkpoint has one.
 
-Shapes: W width of a head.
+Shapes: W head width.
 """
 
 import os
@@ -24,25 +24,25 @@ from slimllm_ops.errors import CheckpointError, InputError
 from slimllm_ops.files import written_whole
 from slimllm_ops.models.families import LayerShape, layer_shape
 
-# The families whose layers are a Llama's, by the types in their configs.
+# Model types of the families whose layers are a Llama's.
 FAMILIES = ("llama", "mistral", "qwen2")
-# RoPE scalings that are the same at every length.
+# RoPE scalings that do not depend on the sequence length.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# GGUF's numbers of a file's and of a tensor's kind, by the dtype that its matrices have.
+# GGUF's file type for each dtype of the matrices.
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 
 
 def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Export:
-    """Write what a run left as a GGUF file, whole or not at all.
+    """Write a pruned checkpoint as a GGUF file, completely or not at all.
 
     Args:
-        output: a pruned checkpoint.
-        path: where the file goes; `OUTPUT.gguf` beside it if that is None.
-        overwrite: whether a file that is there is replaced.
+        output: The directory of a pruned checkpoint.
+        path: The file to write; None for `OUTPUT.gguf` beside the checkpoint.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        InputError: the gguf package is missing, the place is taken, or llama.cpp has nothing that computes this model.
-        CheckpointError: there is no pruned checkpoint, or it is broken.
+        InputError: The gguf package is missing, the path is taken, or no architecture of llama.cpp fits this model.
+        CheckpointError: There is no pruned checkpoint, or it is broken.
     """
     path = path or _default_path(output)
     _require_free(path, overwrite)
@@ -64,7 +64,7 @@ def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Export:
             vocabulary.add_to(writer)
             write_parts(writer, gguf.GGMLQuantizationType, parts)
         except OSError as error:
-            # NumPy says that a disk is full without its number, and nobody says of which file.
+            # NumPy reports a full disk without its errno, and no library names the file.
             raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
         finally:
             writer.close()
@@ -81,7 +81,7 @@ def _require_package() -> Any:
 
 
 def _default_path(output: Path) -> Path:
-    # Not resolved: a link's own place, not that of what it points to. No suffix is replaced: model-0.2 has one.
+    # Do not resolve links: the file goes beside the link. Append the suffix: replacing it would cut model-0.2.
     whole = Path(os.path.abspath(output))  # noqa: PTH100
     return whole.with_name(f"{whole.name}.gguf")
 
@@ -97,18 +97,18 @@ def _require_free(path: Path, overwrite: bool) -> None:
 
 def _open_pruned(output: Path) -> Checkpoint:
     if not output.is_dir():
-        raise CheckpointError(f"{output} is no directory: pass what slimllm prune wrote")
+        raise CheckpointError(f"{output} is not a directory: pass what slimllm prune wrote")
     checkpoint = Checkpoint.open(output)
     if getattr(checkpoint.config, "num_attention_heads_per_layer", None) is None:
         raise CheckpointError(
-            f"{output} is no pruned model (its type is {checkpoint.config.model_type}): pass what slimllm prune wrote; "
-            f"llama.cpp's own convert_hf_to_gguf.py takes dense models"
+            f"{output} is not a pruned model (its type is {checkpoint.config.model_type}): pass what slimllm prune "
+            f"wrote; llama.cpp's own convert_hf_to_gguf.py takes dense models"
         )
     return checkpoint
 
 
 def _require_supported(checkpoint: Checkpoint) -> None:
-    """Refuse what no architecture of llama.cpp's that has numbers for each layer computes."""
+    """Refuse a model that no llama.cpp architecture with per-layer sizes computes."""
     config = checkpoint.config
     if checkpoint.family.model_type not in FAMILIES:
         name = checkpoint.family.name
@@ -121,7 +121,7 @@ def _require_supported(checkpoint: Checkpoint) -> None:
         raise _refusal(
             checkpoint,
             f"its sliding_window is {window}, of {config.max_position_embeddings} positions, and llama.cpp's "
-            f"architectures with numbers for each layer have none",
+            f"architectures with per-layer sizes have none",
         )
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
@@ -133,11 +133,11 @@ def _refusal(checkpoint: Checkpoint, reason: str) -> InputError:
 
 
 def _rope_scaling(checkpoint: Checkpoint) -> tuple[Tensor | None, float]:
-    """Return what RoPE's frequencies are divided by (W/2,), None if by nothing, and its amplitude."""
+    """Return the divisors of RoPE's frequencies (W/2,), or None if it is unscaled, and its amplitude."""
     config: Any = checkpoint.config
     rotary, width = LlamaRotaryEmbedding(config), _head_width(config)
     if (turned := len(rotary.inv_freq) * 2) != width:
-        raise _refusal(checkpoint, f"RoPE turns {turned} of the {width} numbers of its heads, in llama.cpp all")
+        raise _refusal(checkpoint, f"RoPE rotates {turned} of {width} dimensions per head, llama.cpp all")
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     factors = plain / rotary.inv_freq.double()
     unscaled = torch.allclose(factors, torch.ones_like(factors), rtol=1e-6)

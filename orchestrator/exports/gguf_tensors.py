@@ -1,14 +1,14 @@
-"""The tensors of a GGUF file: which there are, in what type and order of rows, and how they are written.
+"""Lists and writes the tensors of a GGUF file: their names, types and order of rows.
 
-Three things are stored otherwise than transformers stores them:
+Three things are stored differently than in transformers:
 
-- RoPE turns neighbours (2i, 2i + 1) of a head, not (i, i + w/2), so the rows of a head of q and k are interleaved.
-- A scaled RoPE is a number for each frequency, by which it is divided (`rope_freqs.weight`), and one for its amplitude.
-- Norms and biases are float32; so is what was float64. All else has the dtype it had.
+- RoPE rotates neighbours (2i, 2i + 1) of a head, not (i, i + W/2), so the rows of each q and k head are interleaved.
+- A scaled RoPE is stored as one divisor per frequency (`rope_freqs.weight`), and one amplitude.
+- Norms and biases are float32, and float64 becomes float32. Everything else keeps its dtype.
 
-Tensors are listed from the shards' headers, then read, written and let go a layer at a time.
+Tensors are listed from the shards' headers, then read, written and released one layer at a time.
 
-Shapes: R rows, D hidden size, W width of a head.
+Shapes: R rows, D hidden size, W head width.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError
 from slimllm_ops.models.families import LayerShape
 
-# What llama.cpp calls the modules of a layer, and those outside.
+# llama.cpp's names of the modules of a layer, and of those outside the layers.
 IN_LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -38,7 +38,7 @@ IN_LAYER = {
 }
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ROPE_FREQS = "rope_freqs.weight"
-# Computed anew by whoever loads it; stored in each layer of old checkpoints.
+# Loaders recompute it; old checkpoints store it in each layer.
 COMPUTED = "self_attn.rotary_emb.inv_freq"
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float32}
@@ -49,11 +49,11 @@ class Entry:
     """A tensor of the file.
 
     Attributes:
-        name: what llama.cpp calls it.
-        source: its name in the part it is read with.
-        shape: as in the checkpoint.
-        dtype: what it is written in.
-        heads: how many heads its rows are of, where RoPE turns them; else 0.
+        name: Its name in llama.cpp.
+        source: Its name in the part that it is read with.
+        shape: Its shape in the checkpoint.
+        dtype: The dtype it is written in.
+        heads: The number of heads in its rows if RoPE rotates them, else 0.
     """
 
     name: str
@@ -65,20 +65,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that are in memory together."""
+    """Tensors that are held in memory together."""
 
     entries: list[Entry]
     read: Callable[[], dict[str, Tensor]]
 
 
 def interleave_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Return the rows of q or k, (R, D) or (R,), with the two halves of each head in turns: 0, W/2, 1, W/2 + 1, ..."""
+    """Return the rows of q or k, (R, D) or (R,), with each head's halves interleaved: 0, W/2, 1, W/2 + 1, ..."""
     halves = tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def list_parts(checkpoint: Checkpoint, shapes: list[LayerShape], factors: Tensor | None) -> Iterator[Part]:
-    """Yield the parts of the file in order: the RoPE factors (W/2,) if there are any, layers, and what is outside."""
+    """Yield the parts of the file in order: any RoPE factors (W/2,), the layers, then the modules outside them."""
     if factors is not None:
         entry = Entry(ROPE_FREQS, ROPE_FREQS, tuple(factors.shape), torch.float32)
         yield Part([entry], lambda: {ROPE_FREQS: factors})
@@ -87,7 +87,7 @@ def list_parts(checkpoint: Checkpoint, shapes: list[LayerShape], factors: Tensor
         heads = {"self_attn.q_proj": shape.num_attention_heads, "self_attn.k_proj": shape.num_key_value_heads}
         named = {name.removeprefix(prefix): f"blk.{layer}." for name in sorted(checkpoint.layer_names(layer))}
         yield Part(_entries(checkpoint, prefix, named, IN_LAYER, heads), partial(checkpoint.read_layer, layer))
-    # A head that is stored though it is tied is the embedding once more.
+    # A tied head that is stored anyway is a copy of the embedding.
     tied = checkpoint.config.tie_word_embeddings
     for module in (module for module in checkpoint.outside() if not (tied and module == "lm_head")):
         names = sorted(name for name in checkpoint.files if name.rpartition(".")[0] == module)
@@ -99,10 +99,17 @@ def list_parts(checkpoint: Checkpoint, shapes: list[LayerShape], factors: Tensor
 def _entries(
     checkpoint: Checkpoint, prefix: str, named: dict[str, str], modules: dict[str, str], heads: dict[str, int]
 ) -> list[Entry]:
-    """Return the tensors of a part, by their names after a prefix, and what theirs begin with in the file.
+    """Return the entries of a part.
+
+    Args:
+        checkpoint: The checkpoint that holds them.
+        prefix: The start of their names in the checkpoint.
+        named: The rest of each name there, and the start of its name in the file.
+        modules: llama.cpp's name of each module.
+        heads: The number of heads of the modules that RoPE rotates.
 
     Raises:
-        CheckpointError: there is a tensor that llama.cpp has no place for.
+        CheckpointError: llama.cpp has no place for a tensor.
     """
     shapes = checkpoint.shapes([prefix + name for name in named])
     dtypes = checkpoint.dtypes([prefix + name for name in named])
@@ -120,18 +127,18 @@ def _entries(
 
 
 def matrix_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype in which a checkpoint's matrices are written."""
+    """Return the dtype that a checkpoint's matrices are written in."""
     name = checkpoint.layer_prefix(0) + checkpoint.family.mlp.output_weight
     return STORED[checkpoint.dtypes([name])[name]]
 
 
 def write_parts(writer: Any, kinds: Any, parts: list[Part]) -> None:
-    """Write the header, what the writer was told of the model, and every tensor.
+    """Write the header, the metadata that was added to the writer, and every tensor.
 
     Args:
-        writer: the gguf package's.
-        kinds: its numbers of tensors' types, by their names.
-        parts: what the file holds.
+        writer: The gguf package's writer.
+        kinds: The gguf package's tensor types, by name.
+        parts: The parts of the file, in order.
     """
     for entry in (entry for part in parts for entry in part.entries):
         size = int(np.prod(entry.shape)) * entry.dtype.itemsize
@@ -148,7 +155,7 @@ def write_parts(writer: Any, kinds: Any, parts: list[Part]) -> None:
 
 
 def _file_bytes(tensor: Tensor, entry: Entry) -> np.ndarray:
-    """Return a tensor's numbers as they lie in the file, which NumPy need not understand."""
+    """Return a tensor's bytes as the file stores them; NumPy need not know its dtype."""
     tensor = tensor.to(entry.dtype)
     if entry.heads:
         tensor = interleave_heads(tensor, entry.heads)

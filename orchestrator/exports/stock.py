@@ -1,4 +1,4 @@
-"""A pruned checkpoint as one of a class that transformers and servers have: no model code, no flag to load it."""
+"""Exports a pruned checkpoint to a stock class of transformers and servers, which needs no model code or flag."""
 
 import shutil
 from pathlib import Path
@@ -13,19 +13,19 @@ def export_stock(output: Path, path: Path | None, overwrite: bool) -> Export:
     """Write a uniform pruned checkpoint as a stock one.
 
     Args:
-        output: a pruned checkpoint.
-        path: where it goes; `OUTPUT-stock` beside it if that is None.
-        overwrite: whether what is there is replaced.
+        output: The directory of a pruned checkpoint.
+        path: The directory to write; None for `OUTPUT-stock` beside the checkpoint.
+        overwrite: Whether to replace an existing directory.
 
     Raises:
-        CheckpointError: the checkpoint is missing or broken.
-        InputError: no stock class takes it.
-        ConfigError: the place is taken, or cannot be written to.
-        ReadBackError: what was written computes something else.
+        CheckpointError: The checkpoint is missing or broken.
+        InputError: No stock class takes it.
+        ConfigError: The path is taken, or cannot be written to.
+        ReadBackError: The written checkpoint computes something else.
     """
     source = Checkpoint.open(output)
     form = stock_form(source)
-    # Of "." the name is known only once it is absolute.
+    # The path "." has a name only once it is absolute.
     absolute = output.absolute()
     path = path or absolute.with_name(f"{absolute.name}-stock")
     with open_staging(path, overwrite) as staging:

@@ -122,7 +122,7 @@ def test_the_options_that_the_script_adds_are_options() -> None:
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"SLURM_JOB_ID": ""}, "this is no Slurm job"),
+        ({"SLURM_JOB_ID": ""}, "this is not a Slurm job"),
         ({"HEAD_IP": "", "SLURM_JOB_NODELIST": "localhost,two"}, "localhost is 127.0.0.1 to itself: set HEAD_IP"),
         ({"HEAD_IP": "", "SLURM_JOB_NODELIST": "no..name,two"}, "no..name has no address: set HEAD_IP"),
         ({"SRUN_REFUSES": "ray"}, "Ray's head ended: see above"),

@@ -48,8 +48,8 @@ def test_without_the_package_one_line_says_what_to_install(pruned: Path, monkeyp
 
 
 def test_what_is_no_pruned_checkpoint_is_refused(pruned: Path, tmp_path: Path) -> None:
-    assert "none is no directory: pass what slimllm prune wrote" in refused(tmp_path / "none")
-    assert "dense is no pruned model (its type is llama)" in refused(pruned.parent / "dense")
+    assert "none is not a directory: pass what slimllm prune wrote" in refused(tmp_path / "none")
+    assert "dense is not a pruned model (its type is llama)" in refused(pruned.parent / "dense")
     (tmp_path / "empty").mkdir()
     assert "empty has no config.json" in refused(tmp_path / "empty")
 
@@ -82,7 +82,7 @@ def test_other_families_are_refused(tmp_path: Path, model_type: str) -> None:
         (
             "llama",
             {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}},
-            "RoPE turns 4 of the 8 numbers of its heads, in llama.cpp all",
+            "RoPE rotates 4 of 8 dimensions per head, llama.cpp all",
         ),
     ],
 )

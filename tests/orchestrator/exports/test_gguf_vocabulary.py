@@ -155,10 +155,10 @@ def test_sentencepiece_begins_a_text_with_its_first_token(gguf: Any, shared: Pat
         (("model", "merges"), [], "it is of type BPE with 0 merges"),
         (("model", "ignore_merges"), True, "its ignore_merges is not what llama.cpp's gpt-2 does"),
         (("normalizer",), {"type": "Lowercase"}, "it has a normalizer of type Lowercase"),
-        (("pre_tokenizer", "add_prefix_space"), True, "it cuts text in another way"),
-        (("pre_tokenizer",), {"type": "Whitespace"}, "it cuts text in another way"),
-        (("post_processor",), BETWEEN, "it adds other tokens to a text than the first and the last"),
-        (("model", "byte_fallback"), True, "it treats blanks in another way than SentencePiece"),
+        (("pre_tokenizer", "add_prefix_space"), True, "it cuts text in a way for which no"),
+        (("pre_tokenizer",), {"type": "Whitespace"}, "it cuts text in a way for which no"),
+        (("post_processor",), BETWEEN, "it adds tokens other than BOS and EOS to a text"),
+        (("model", "byte_fallback"), True, "it treats blanks differently from SentencePiece"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(
@@ -176,7 +176,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
-    assert "it has a token 399, and the model's vocabulary is 390" in refused(tokenized(tmp_path, "gpt-2", 390))
+    assert "it has a token id 399, and the model's vocabulary has 390" in refused(tokenized(tmp_path, "gpt-2", 390))
 
 
 def test_what_ends_a_text_is_the_configs_where_the_tokenizer_has_nothing(gguf: Any, tmp_path: Path) -> None:
