@@ -1,1 +1,1 @@
-"""Moments of activations: summed over tokens, merged over shards, unpacked for solves."""
+"""Moments of activations: sum them over tokens, merge them over shards, unpack them for solves."""
