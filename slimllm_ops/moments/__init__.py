@@ -1,1 +1,1 @@
-"""Moments of activations: sum them over tokens, merge them over shards, unpack them for solves."""
+"""Sums moments of activations over tokens, merges them over shards, and unpacks them for solves."""
