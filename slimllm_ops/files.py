@@ -18,7 +18,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Give a path to write to, which becomes `path` at the end and goes after an error.
 
     Raises:
-        OSError: the disk is full, or the directory cannot be written to; it names the file.
+        OSError: The disk is full, or the directory cannot be written to; it names the file.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -61,9 +61,9 @@ def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     except RecursionError as error:
-        raise CheckpointError(f"{path} is nested too deeply: take it from its source again") from error
+        raise CheckpointError(f"{path} is nested too deeply: get a fresh copy") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): take it from its source again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}): get a fresh copy") from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{path} holds a {type(held).__name__}, expected a JSON object")
     return held
