@@ -1,4 +1,4 @@
-"""The mathematics of structured pruning and the models it is done to; no Ray, no MLflow.
+"""Implements the mathematics of structured pruning and the models that it prunes; imports no Ray and no MLflow.
 
 Importing the package lets transformers load pruned models without remote code (`models/registration.py`).
 """

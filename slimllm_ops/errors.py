@@ -1,25 +1,25 @@
 """Errors that a user can act on: each says what was asked, what was found and what to do, in one line.
 
-They are plain exceptions of one string, so they pickle and cross a cluster as they are.
+They are plain exceptions with one string, so they pickle and cross a cluster unchanged.
 """
 
 
 def shown(text: str, most: int = 60) -> str:
-    """Return what a message shows of a text of a file: its beginning, in one line that steers no terminal."""
+    """Return the beginning of a text from a file, safe to print in a message: one line without control characters."""
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 class InputError(ValueError):
-    """What the user asked for cannot be done as asked; the message says what to change."""
+    """The user's request cannot be carried out; the message says what to change."""
 
 
 class CheckpointError(InputError):
-    """A model directory is missing, incomplete, broken, or of a kind that cannot be read."""
+    """A model directory is missing, incomplete, broken, or of an unsupported kind."""
 
 
 class UnsolvableError(InputError):
-    """These weights and these data have no answer: to try again would end the same way."""
+    """These weights and data have no solution, so trying again would fail the same way."""
 
 
 class NonFiniteError(UnsolvableError):
@@ -27,12 +27,12 @@ class NonFiniteError(UnsolvableError):
 
 
 class MiscountError(RuntimeError):
-    """Moments are not of the tokens that they should be of: some were lost or counted twice."""
+    """Moments do not cover the tokens that they should: some were lost or counted twice."""
 
 
 class ReadBackError(RuntimeError):
-    """A checkpoint that was written does not compute what the run computed: a bug or a broken disk."""
+    """A written checkpoint does not compute what the run computed, because of a bug or a broken disk."""
 
 
 class SolveError(UnsolvableError):
-    """A system of equations has no solution that can be trusted; the message names it and its condition."""
+    """A system of equations has no trustworthy solution; the message names it and its condition."""

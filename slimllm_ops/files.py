@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and that stay: written beside their place, brought to the disk, renamed."""
+"""Writes files whole or not at all: to a temporary name, flushed to disk, then renamed. Also reads untrusted JSON."""
 
 import json
 import os
@@ -15,15 +15,15 @@ from slimllm_ops.errors import CheckpointError
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which becomes `path` at the end and goes after an error.
+    """Yield a temporary path to write to, which is renamed to `path` at the end, or deleted after an error.
 
     Raises:
-        OSError: the disk is full, or the directory cannot be written to; it names the file.
+        OSError: The disk is full, or the directory cannot be written to; the error names the file.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
-        # safetensors gives its files to their owner alone; a model is read by whoever may read its directory.
+        # safetensors makes files readable by their owner only; a model should be readable like its directory.
         partial.chmod(0o644)
         flush(partial)
         partial.replace(path)
@@ -43,11 +43,11 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 
 
 def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
-    """Return the object in a JSON file that a stranger may have written.
+    """Return the object in an untrusted JSON file.
 
     Args:
         path: The file.
-        most_bytes: More than such a file can need; a larger one is not read.
+        most_bytes: The largest size that is read, more than such a file can need.
 
     Raises:
         CheckpointError: The file is too large, cannot be read, or holds no JSON object.
@@ -61,16 +61,16 @@ def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     except RecursionError as error:
-        raise CheckpointError(f"{path} is nested too deeply: take it from its source again") from error
+        raise CheckpointError(f"{path} is nested too deeply: get a fresh copy") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): take it from its source again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}): get a fresh copy") from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{path} holds a {type(held).__name__}, expected a JSON object")
     return held
 
 
 def flush(path: Path) -> None:
-    """Bring a file's content, or a directory's names, to the disk."""
+    """Flush a file's content, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,7 +79,7 @@ def flush(path: Path) -> None:
 
 
 def _system_error(error: SafetensorError, path: Path) -> OSError:
-    """Return what the system said to safetensors, which passes it on as text."""
+    """Return the system error that safetensors reported as text."""
     found = re.search(r"os error (\d+)", str(error))
     number = int(found[1]) if found else 0
     return OSError(number, os.strerror(number) if number else str(error), str(path))

@@ -1,8 +1,8 @@
-"""One-pass methods: small functions from a module's moments and weights to a decision.
+"""Defines the one-pass methods, as small functions from a module's moments and weights to a decision.
 
-A method ranks the units of every module, spends a budget over all modules, and recovers what the kept units can.
-All of them see the same moments of the dense model, so one pass over the calibration data serves any number of
-methods and sparsities. To add one, write its three functions and a row of `METHODS` (docs/methods.md).
+A method ranks the units of every module, spends a budget over all modules, and recovers the output from the kept units.
+All methods use the same moments of the dense model, so one pass over the calibration data serves any number of methods
+and sparsities. To add one, write its three functions and a row in `METHODS` (docs/methods.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from slimllm_ops.moments.ranking import Ranking
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: how units are ranked, how a budget is spent, what is recovered, and whose it is."""
+    """A row of the table: how the method ranks, spends and recovers, where it is from, and how ours differs."""
 
     name: str
     rank: Callable[[Projection, int], Ranking]
@@ -39,7 +39,7 @@ class Method:
 
 
 def rank_by_fluctuation(projection: Projection, num_units: int) -> Ranking:
-    """Score inputs by var(X_c) ||W_c||^2, FLAP's weighted input fluctuation; a head by the mean of its inputs."""
+    """Score inputs by var(X_c) ||W_c||^2, FLAP's weighted input fluctuation, and heads by the mean of their inputs."""
     variance_P = projection.covariance_PP.diagonal()
     return _by_unit(variance_P * projection.weight_PD.square().sum(dim=1), num_units)
 
@@ -55,20 +55,20 @@ def rank_by_magnitude(projection: Projection, num_units: int) -> Ranking:
 
 
 def rank_at_random(projection: Projection, num_units: int) -> Ranking:
-    """Rank units at random, differently for weights that differ, the same for the same ones."""
+    """Rank units at random, with a seed from the weights, so that the same weights give the same ranking."""
     seed = int(projection.weight_PD.double().abs().sum().item() * 1e6) % 2**31
     return Ranking.by_score(torch.rand(num_units, generator=torch.Generator().manual_seed(seed)))
 
 
 def compensate_mean(projection: Projection, kept_S: Tensor) -> Line:
-    """Add the mean of what is removed to the bias, FLAP's compensation; weights stay as they are."""
+    """Add the mean output of the removed inputs to the bias, as FLAP does, and leave the weights unchanged."""
     moments, weight_PD = projection.moments, projection.weight_PD
     bias_D = moments.mean_P @ weight_PD - moments.mean_P[kept_S] @ weight_PD[kept_S]
     return Line(torch.ones_like(bias_D), bias_D, _error_of_removal(projection, kept_S))
 
 
 def leave(projection: Projection, kept_S: Tensor) -> Line:
-    """Recover nothing."""
+    """Leave weights and bias unchanged: recover nothing."""
     zeros_D = torch.zeros_like(projection.weight_PD[0])
     return Line(torch.ones_like(zeros_D), zeros_D, _error_of_removal(projection, kept_S))
 
@@ -78,7 +78,7 @@ def _by_unit(scores_P: Tensor, num_units: int) -> Ranking:
 
 
 def _error_of_removal(projection: Projection, kept_S: Tensor) -> float:
-    """Return the variance of what the removed inputs contributed, relative to the output's."""
+    """Return the variance of the removed inputs' contribution, as a fraction of the output's variance."""
     removed_P = torch.ones(len(projection.weight_PD), dtype=torch.bool, device=kept_S.device)
     removed_P[kept_S] = False
     weight_RD = projection.weight_PD[removed_P]

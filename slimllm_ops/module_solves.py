@@ -1,6 +1,6 @@
-"""What is done with a module's moments once they are merged: rank its units, then decide at any number of them.
+"""Solves a module from its merged moments: ranks its units, then decides which stay at any number of removals.
 
-The functions are pure and read nothing but their arguments, so they run wherever there is a free processor.
+The functions are pure and read only their arguments, so they can run wherever a processor is free.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from slimllm_ops.moments.sums import DensePass
 
 @torch.inference_mode()
 def eliminate_module(weight: Tensor, observed: Observed, num_units: int) -> ModulePath:
-    """Return gram's elimination path of a module, and the variance of its output, both as the stream sees them.
+    """Return gram's elimination path and output variance of a module, both measured in the residual stream.
 
     Args:
-        weight: The output projection's weight (D, P), on the device to compute on; that of experts is (E, D, P).
+        weight: The output projection's weight on the device to compute on: (D, P), or (E, D, P) with experts.
         observed: The module's merged observation.
-        num_units: How many units each part's inputs make.
+        num_units: The number of units in each part.
 
     Raises:
         SolveError: The moments cannot be inverted.
@@ -42,13 +42,13 @@ def eliminate_module(weight: Tensor, observed: Observed, num_units: int) -> Modu
 
 @torch.inference_mode()
 def rank_module(weight: Tensor, observed: Observed, num_units: int, method: Method) -> Ranking:
-    """Return the order in which a method removes a module's units, at costs as the stream sees them.
+    """Return a method's ranking of a module's units, with costs measured in the residual stream.
 
     Args:
-        weight: The output projection's weight (D, P), on the device to compute on; that of experts is (E, D, P).
+        weight: The output projection's weight on the device to compute on: (D, P), or (E, D, P) with experts.
         observed: The module's merged observation.
-        num_units: How many units each part's inputs make.
-        method: Ranks the units.
+        num_units: The number of units in each part.
+        method: The method that ranks the units.
 
     Raises:
         SolveError: The moments cannot be inverted.
@@ -62,14 +62,14 @@ def rank_module(weight: Tensor, observed: Observed, num_units: int, method: Meth
 def decide_module(
     weight: Tensor, observed: Observed, method: Method, ranking: Ranking, removals: Sequence[int]
 ) -> list[Decision | None]:
-    """Return the decision at each number of units removed; None where none is.
+    """Return the decision for each number of removed units; None for zero.
 
     Args:
-        weight: The output projection's weight (D, P), on the device to compute on; that of experts is (E, D, P).
+        weight: The output projection's weight on the device to compute on: (D, P), or (E, D, P) with experts.
         observed: The module's merged observation.
-        method: Recovers the rest.
-        ranking: The order in which units go.
-        removals: Numbers of units to remove from the whole module.
+        method: The method that recovers the output.
+        ranking: The order in which units are removed.
+        removals: The numbers of units to remove from the whole module.
 
     Raises:
         SolveError: The kept inputs' moments cannot be factorised.
@@ -80,7 +80,7 @@ def decide_module(
     size = len(scores) // len(weights_DP)
     kept = {number: _by_part(ranking.kept_after(number), size, len(weights_DP)) for number in removals if number}
     fits: dict[int, list[Fit]] = {number: [] for number in kept}
-    # One part's moments at a time, and all its fits from them.
+    # Unpack one part's moments at a time, and make all its fits from them.
     for index, part in enumerate(observed.parts(weight)):
         part_scores = scores[index * size : (index + 1) * size]
         for number, parts in kept.items():
@@ -90,10 +90,10 @@ def decide_module(
 
 
 def _by_part(kept: Sequence[int], size: int, num_parts: int) -> list[tuple[int, ...]]:
-    """Return which of its own units each part keeps, from the kept units of all parts, ascending."""
+    """Split the kept units of a module by part, numbered within each part, ascending."""
     return [tuple(unit % size for unit in kept if unit // size == part) for part in range(num_parts)]
 
 
 def eliminate_observed(weight: Tensor, seen: DensePass, num_units: int) -> ModulePath:
-    """Return gram's elimination path of a module that a pass of the dense model observed; see `eliminate_module`."""
+    """Return gram's elimination path of a module observed in a pass of the dense model; see `eliminate_module`."""
     return eliminate_module(weight, seen.observed, num_units)

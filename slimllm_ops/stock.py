@@ -1,9 +1,9 @@
-"""A uniform pruned model as a model of a stock class, which loads with no code of ours and which servers know.
+"""Exports a uniform pruned model as a stock class, which loads without our code and which servers support.
 
-The family's own class where it takes the shapes; else, for what is built as Llama is, Mistral, whose number of heads
-need not divide the hidden size, and Granite, which has a bias in every projection. Where a class wants a bias that the
-model has not, it gets zeros. Nothing is converted: the tensors are those of the pruned model, but that every expert's
-are written by themselves, as checkpoints of stock classes have them.
+The family's own class is used if it accepts the shapes. Otherwise, models with Llama's structure are tried as Mistral,
+whose number of heads need not divide the hidden size, and as Granite, which has a bias in every projection. If a class
+expects a bias that the model does not have, it gets zeros. Nothing is converted: the tensors are those of the pruned
+model, except that each expert's tensors are written separately, as in checkpoints of stock classes.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from slimllm_ops.models.families import LayerShape, layer_shape
 from slimllm_ops.models.pruned.pruned_layers import WHOLE_CHANNELS
 from slimllm_ops.stream.passes import LayerStream
 
-# Tokens that both models compute, to be compared bit by bit.
+# The number of tokens on which both models are compared bit by bit.
 COMPARED_TOKENS = 64
-# What the configs of Llama-like families have in common.
+# The settings that the configs of Llama-like families share.
 SHARED_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -46,7 +46,7 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2")
 
 @dataclass(frozen=True)
 class StockForm:
-    """A stock class that takes a pruned model: its config, and the biases that it wants beyond the model's."""
+    """A stock class that fits a pruned model: its config, and the biases it expects that the model does not have."""
 
     config: PretrainedConfig
     zeros: dict[str, tuple[int, ...]]
@@ -58,10 +58,10 @@ class StockForm:
 
 
 def stock_form(source: Checkpoint) -> StockForm:
-    """Return the first stock class that takes a pruned model.
+    """Return the first stock class that fits a pruned model.
 
     Raises:
-        InputError: its layers differ in shape, or no class takes what it has; the message says why.
+        InputError: Its layers differ in shape, or no class fits it; the message says why.
     """
     shape = _one_shape(source)
     if source.family.mlp.has_experts and shape.intermediate_size % WHOLE_CHANNELS:
@@ -76,20 +76,20 @@ def stock_form(source: Checkpoint) -> StockForm:
             continue
         try:
             return _fitted(source, CONFIG_MAPPING[described["model_type"]].from_dict(described))
-        # Any: configs are checked by validators of many kinds, and models by their constructors.
+        # Any exception: configs are checked by many validators, and models by their constructors.
         except Exception as error:
             refused.append(f"{described['model_type']}: {' '.join(str(error).split())[:160]}")
     raise InputError(
         f"no stock class takes {source.directory} ({'; '.join(refused)}): prune with --uniform --no-bias, or serve it "
-        f"with the model code that lies in it"
+        f"with the model code in the checkpoint"
     )
 
 
 def write_stock(source: Checkpoint, form: StockForm, directory: Path) -> Checkpoint:
-    """Write a pruned model as one of a stock class, layer by layer, and check that it computes the same.
+    """Write a pruned model as a stock class, layer by layer, and check that it computes the same, bit for bit.
 
     Raises:
-        ReadBackError: it does not, to the last bit.
+        ReadBackError: It does not compute the same.
     """
     writer, prefix = CheckpointWriter(source, directory), source.layer_prefix
     for layer in range(source.num_layers):
@@ -105,10 +105,10 @@ def write_stock(source: Checkpoint, form: StockForm, directory: Path) -> Checkpo
 
 
 def require_same_states(source: Checkpoint, other: Checkpoint) -> None:
-    """Refuse a model whose hidden states or likelihoods differ from another's in any bit, in float32 on the CPU.
+    """Check that two models have the same hidden states and likelihoods, bit for bit, in float32 on the CPU.
 
     Raises:
-        ReadBackError: a layer's states differ; the message says by how much.
+        ReadBackError: A layer's states differ; the message says by how much.
     """
     ids = _some_tokens(source.config)
     streams = [LayerStream(model, [ids], torch.device("cpu")) for model in (source, other)]
@@ -137,10 +137,10 @@ def _some_tokens(config: PretrainedConfig) -> Tensor:
 
 
 def _one_shape(source: Checkpoint) -> LayerShape:
-    """Return the shape of all layers.
+    """Return the shape that all layers share.
 
     Raises:
-        InputError: they differ.
+        InputError: The layers' shapes differ.
     """
     shapes = [layer_shape(source.config, layer) for layer in range(source.num_layers)]
     for layer, shape in enumerate(shapes):
@@ -153,12 +153,12 @@ def _one_shape(source: Checkpoint) -> LayerShape:
 
 
 def _own(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
-    """Describe the model as one of its family's own class."""
+    """Describe the model as its family's own class."""
     dense = source.config.to_dict()
     described = {name: value for name, value in dense.items() if name not in (*PER_LAYER_SIZES, *PER_LAYER_FLAGS)}
     described.pop("auto_map", None)
     described |= _sizes(source, shape) | {source.family.intermediate_size: shape.intermediate_size}
-    # A family that has such settings has them for all of a module's projections.
+    # A family with one of these settings applies it to all projections of the module.
     for setting, branch in (("attention_bias", source.family.attention), ("mlp_bias", source.family.mlp)):
         if setting in described and any(source.has(layer, branch.output_bias) for layer in range(source.num_layers)):
             described[setting] = True
@@ -166,7 +166,7 @@ def _own(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
 
 
 def _as_mistral(source: Checkpoint, shape: LayerShape) -> dict[str, Any] | None:
-    """Describe a Llama as a Mistral without a window."""
+    """Describe a Llama as a Mistral without a sliding window."""
     if source.family.model_type != "llama":
         return None
     described = _shared(source, shape) | {"sliding_window": None}
@@ -174,7 +174,7 @@ def _as_mistral(source: Checkpoint, shape: LayerShape) -> dict[str, Any] | None:
 
 
 def _as_granite(source: Checkpoint, shape: LayerShape) -> dict[str, Any] | None:
-    """Describe what is built as Llama is as a Granite whose multipliers are those of a Llama."""
+    """Describe a model with Llama's structure as a Granite with neutral multipliers."""
     config = source.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if source.family.model_type not in LLAMA_LIKE or window is not None:
@@ -192,7 +192,7 @@ def _shared(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
 
 
 def _split(source: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a layer's tensors as checkpoints of its family's stock class hold them."""
+    """Return a layer's tensors as checkpoints of its family's stock class store them."""
     for stored in source.family.stored:
         tensors |= stored.split(tensors.pop(stored.name))
     return tensors
@@ -202,7 +202,7 @@ def _sizes(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
     sizes = {"num_attention_heads": shape.num_attention_heads}
     if hasattr(source.config, "num_key_value_heads"):
         sizes["num_key_value_heads"] = shape.num_key_value_heads
-    # Without it, the width of a head follows from their number.
+    # Without `head_dim`, transformers derives it from the number of heads.
     return sizes | {"head_dim": _head_dim(source)}
 
 
@@ -216,10 +216,10 @@ def _named(described: dict[str, Any], model_type: str, name: str) -> dict[str, A
 
 
 def _fitted(source: Checkpoint, config: PretrainedConfig) -> StockForm:
-    """Return the form of a config whose model has the shapes of the checkpoint's tensors, but for biases.
+    """Return the stock form for a config, after checking that its model has the checkpoint's shapes, except for biases.
 
     Raises:
-        InputError: it has not.
+        InputError: The shapes or tensors do not match.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -230,10 +230,10 @@ def _fitted(source: Checkpoint, config: PretrainedConfig) -> StockForm:
         held |= {source.layer_prefix(layer) + name: size for name, size in source.layer_shapes(layer).items()}
     for name, size in held.items():
         if name in wanted and wanted[name] != size:
-            raise InputError(f"{name} would be {wanted[name]}, and is {size}")
+            raise InputError(f"{name} would be {wanted[name]}, but is {size}")
         if name not in wanted and name not in model.state_dict():
             raise InputError(f"it has no {name}")
     zeros = {name: size for name, size in wanted.items() if name not in held}
     if missing := [name for name in zeros if not name.endswith(".bias")]:
-        raise InputError(f"it wants {missing[0]}")
+        raise InputError(f"it expects {missing[0]}")
     return StockForm(config, zeros)

@@ -1,1 +1,1 @@
-"""How much every layer gives."""
+"""Allocates a budget: decides how much is removed from every layer."""

@@ -1,7 +1,7 @@
-r"""Spending a budget of parameters over all layers and both kinds of module at once.
+r"""Spends a budget of parameters over all layers and both kinds of module at once.
 
-Every module brings the order in which its units go and what each removal costs. The rules here say how many units
-each module gives so that exactly the asked number of parameters goes, to within the smallest unit.
+Every module comes with a ranking of its units and the cost of each removal. The rules here decide how many units each
+module loses, so that the number of removed parameters meets the target to within the smallest unit.
 """
 
 import heapq
@@ -13,22 +13,22 @@ from slimllm_ops.errors import InputError
 from slimllm_ops.moments.ranking import Ranking
 
 BISECTIONS = 60
-# How much the power of the residual stream counts in the scale of a module's errors, against its own output's.
+# Weight of the residual stream's power in the scale of a module's errors; the rest goes to the module's own output.
 STREAM_WEIGHT = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A module that can give units, and what is known of it.
+    """A module that units can be removed from.
 
     Attributes:
-        layer: the decoder layer that it belongs to.
-        ranking: the order in which its units go, and their costs.
-        unit_parameters: parameters of a unit.
-        bias_parameters: parameters that its recovery adds once.
-        output_variance: tr(W^T C W), the variance of the module's output, summed over the dims.
+        layer: The decoder layer that it belongs to.
+        ranking: The order in which its units are removed, and their costs.
+        unit_parameters: The number of parameters in a unit.
+        bias_parameters: The number of parameters that its recovery adds, once.
+        output_variance: The variance of the module's output, summed over the dims: tr(W^T C W).
         stream_power: E|h|^2 of the layer's output, the residual stream.
-        units_at_once: how many units go together, where there are experts: one of each.
+        units_at_once: The number of units removed together: with experts, one of each.
     """
 
     layer: int
@@ -41,21 +41,21 @@ class Candidate:
 
     @property
     def num_units(self) -> int:
-        """How many units the module has."""
+        """The number of units in the module."""
         return len(self.ranking.order)
 
     @property
     def scale(self) -> float:
-        """What its errors are divided by, to compare with those of other modules."""
+        """The divisor that makes its errors comparable with other modules'."""
         return max(self.stream_power**STREAM_WEIGHT * self.output_variance ** (1 - STREAM_WEIGHT), 1e-300)
 
     def removed_parameters(self, num_removed: int) -> int:
-        """Return how many parameters the module has fewer without so many units."""
+        """Return by how many parameters the module shrinks when `num_removed` units are removed."""
         return num_removed * self.unit_parameters - self.bias_parameters * (num_removed > 0)
 
 
 def in_steps(candidate: Candidate, width: int) -> Candidate:
-    """Return a module whose units go so many at a time, in their order."""
+    """Return the module with its units grouped in order, `width` at a time."""
     if width == 1:
         return candidate
     costs = candidate.ranking.costs
@@ -65,7 +65,7 @@ def in_steps(candidate: Candidate, width: int) -> Candidate:
 
 
 def as_one(candidates: Sequence[Candidate]) -> Candidate:
-    """Return modules of one size that give equally many units, as a module of all their units and scaled errors."""
+    """Merge modules of one size that lose the same number of units into one, with their scaled errors summed."""
     costs = tuple(
         sum(one.ranking.costs[index] / one.scale for one in candidates) for index in range(candidates[0].num_units)
     )
@@ -80,11 +80,12 @@ def as_one(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def spend_by_error(candidates: Sequence[Candidate], target: int) -> list[int]:
-    """Remove where the squared error per parameter is least, in units that compare across modules.
+    """Remove the units with the least squared error per parameter, scaled to be comparable across modules.
 
-    A module's errors are divided by (E|h|^2)^.75 (tr W^T C W)^.25, the residual stream's power weighed against the
-    module's own. The first alone lets modules that hardly add to the stream go at once, the second alone spares
-    them whatever they matter; of the powers tried, .75 was the best over all models (docs/method.md).
+    A module's errors are divided by (E|h|^2)^.75 (tr W^T C W)^.25, which weighs the residual stream's power against the
+    module's own. With the first alone, modules that hardly add to the stream are removed at once; with the second
+    alone, they are spared however little they matter. Of the exponents tried, .75 was best over all models
+    (docs/method.md).
     """
 
     def price(candidate: Candidate, num_removed: int) -> float:
@@ -94,7 +95,7 @@ def spend_by_error(candidates: Sequence[Candidate], target: int) -> list[int]:
 
 
 def spend_by_standard_score(candidates: Sequence[Candidate], target: int) -> list[int]:
-    """Remove the units of lowest cost, each module's costs standardised to mean 0 and deviation 1 (FLAP)."""
+    """Remove the units of lowest cost, after standardising each module's costs to mean 0 and deviation 1 (FLAP)."""
     scales = []
     for candidate in candidates:
         costs = candidate.ranking.costs
@@ -116,7 +117,7 @@ def spend_evenly(candidates: Sequence[Candidate], target: int) -> list[int]:
 
 
 def spend_by_depth(candidates: Sequence[Candidate], target: int) -> list[int]:
-    """Remove a fraction that grows with the logarithm of the depth, the first layer's the least (SlimGPT)."""
+    """Remove a fraction that grows with the logarithm of the depth, least from the first layer (SlimGPT)."""
     shares = [math.log(2 + candidate.layer) for candidate in candidates]
     return _spend_by_shares(candidates, target, shares)
 
@@ -124,7 +125,7 @@ def spend_by_depth(candidates: Sequence[Candidate], target: int) -> list[int]:
 def spend_by_price(candidates: Sequence[Candidate], target: int, price: Callable[[Candidate, int], float]) -> list[int]:
     """Remove the cheapest next unit of any module until the target is met.
 
-    A unit that would overshoot is passed over, and with it the rest of its module: smaller ones fill what is left.
+    If a unit would overshoot, it and the rest of its module are skipped; smaller units of other modules fill the gap.
     """
     removed = [0] * len(candidates)
     queue = [(price(candidate, 0), i) for i, candidate in enumerate(candidates) if candidate.num_units > 1]
@@ -141,7 +142,7 @@ def spend_by_price(candidates: Sequence[Candidate], target: int, price: Callable
 
 
 def _spend_by_shares(candidates: Sequence[Candidate], target: int, shares: Sequence[float]) -> list[int]:
-    """Remove fractions proportional to shares; what rounding leaves is filled by single units, in turn."""
+    """Remove fractions proportional to shares, then fill the gap left by rounding with single units, in turn."""
     low, high = 0.0, 1.0 / min(shares)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -162,7 +163,7 @@ def _spend_by_shares(candidates: Sequence[Candidate], target: int, shares: Seque
 
 
 def _next_gain(candidate: Candidate, num_removed: int, missing: int) -> int:
-    """Return what the next unit saves, 0 where that is more than what is missing."""
+    """Return how many parameters the next unit saves, or 0 if that is more than what is missing."""
     gain = candidate.removed_parameters(num_removed + 1) - candidate.removed_parameters(num_removed)
     return gain if 0 < gain <= missing else 0
 
@@ -179,12 +180,12 @@ def _removed(candidates: Sequence[Candidate], removed: Sequence[int]) -> int:
 
 
 def _require_spent(candidates: Sequence[Candidate], removed: Sequence[int], missing: int) -> None:
-    """Raise where modules could not give so much; what is less than a unit of those that still have some is left."""
+    """Raise if the target exceeds what the modules can give; a gap smaller than the smallest unit is accepted."""
     target = _removed(candidates, removed) + missing
     most = _removed(candidates, [candidate.num_units - 1 for candidate in candidates])
     if target <= most or missing < min(candidate.unit_parameters for candidate in candidates):
         return
     raise InputError(
-        f"{target:,} parameters were to go, but with one head (KV group) and one "
-        f"channel left in every layer {most:,} can: ask for a lower sparsity"
+        f"{target:,} parameters should be removed, but with one head (KV group) and one "
+        f"channel left in every layer only {most:,} can be: ask for a lower sparsity"
     )

@@ -1,4 +1,4 @@
-"""What every module of a model can give to a budget, from its shapes and from what one pass left of it."""
+"""Lists the modules that a budget can be spent on, from their shapes and the results of one calibration pass."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from slimllm_ops.moments.ranking import Ranking
 def module_candidates(
     sizes: Sequence[LayerSize], paths: Sequence[LayerPaths], rankings: Sequence[Pair[Ranking]]
 ) -> list[Pair[Candidate]]:
-    """Return what the modules of each layer can give.
+    """Return the modules of each layer as candidates for a budget.
 
     Args:
-        sizes: The parts of each layer.
-        paths: What the pass left of each layer.
+        sizes: The size of each layer.
+        paths: The results of the calibration pass for each layer.
         rankings: The order in which a method removes each layer's heads and channels.
     """
     return [

@@ -1,11 +1,12 @@
-"""What shapes a pruned model may have: free ones, or such as stock classes and servers take.
+"""Constrains the shapes of a pruned model, so that stock classes and servers can load it.
 
-A free model has its own number of heads and channels in every layer, and a bias where its recovery needs one. A uniform
-one has the same numbers in every layer, though not the same heads and channels; channels may go in steps, so that what
-is left is a multiple of a tile or a tensor-parallel degree; and recovery may do without an intercept.
+By default, every layer has its own number of heads and channels, and a bias where its recovery needs one. A uniform
+model has the same numbers in every layer, though not the same heads and channels. Channels may be removed in steps, so
+that the rest is a multiple of a tile or a tensor-parallel degree. Recovery may go without an intercept.
 
-A budget is spent on what can go: steps of channels in the place of channels, and all layers as one where they are to be
-alike. Nothing else knows of forms but the recovery, which fits without an intercept by moments about zero.
+A constraint changes what a budget is spent on: steps of channels instead of channels, and all layers as one if they
+must be uniform. Nothing else depends on the form except recovery, which fits without an intercept by moments about
+zero.
 """
 
 import operator
@@ -20,13 +21,13 @@ from slimllm_ops.models.pair import Pair
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What is asked of a pruned model's shapes.
+    """The constraints on a pruned model's shapes.
 
     Attributes:
-        uniform: whether every layer has the same numbers of heads and channels.
-        multiple_of: what the number of channels that a layer keeps is a multiple of.
-        with_bias: whether recovery may add a bias to an output projection.
-        drop_layers: whether layers may go as a whole.
+        uniform: Whether every layer has the same numbers of heads and channels.
+        multiple_of: A divisor of the number of channels that every layer keeps.
+        with_bias: Whether recovery may add a bias to an output projection.
+        drop_layers: Whether whole layers may be removed.
     """
 
     uniform: bool = False
@@ -35,15 +36,15 @@ class Form:
     drop_layers: bool = False
 
     def sizes(self, sizes: Sequence[LayerSize]) -> list[LayerSize]:
-        """Return what a budget is spent on: every layer with its channels in steps, or all of them as one.
+        """Return the sizes that a budget is spent on: every layer with its channels in steps, or all layers as one.
 
         Raises:
-            InputError: a layer's channels do not make whole steps, or layers that are to be alike differ already.
+            InputError: A layer's channels do not make whole steps, or the layers differ although they must be uniform.
         """
         for layer, size in enumerate(sizes):
             if size.num_channels % self.multiple_of:
                 raise InputError(
-                    f"layer {layer} has {size.num_channels} channels, which is no multiple of {self.multiple_of}: "
+                    f"layer {layer} has {size.num_channels} channels, which is not a multiple of {self.multiple_of}: "
                     f"pass --multiple-of with a divisor"
                 )
         stepped = [
@@ -57,7 +58,7 @@ class Form:
         return [self._as_one(stepped)] if self.uniform else stepped
 
     def layers(self, spent: Sequence[LayerBudget], num_layers: int) -> tuple[LayerBudget, ...]:
-        """Return what every layer gives, from what was spent on `sizes`."""
+        """Return the budget of every layer of the model, from the budgets spent on `sizes`."""
         budgets = tuple(replace(one, channels=one.channels * self.multiple_of) for one in spent)
         return budgets * num_layers if self.uniform else budgets
 
@@ -67,14 +68,14 @@ class Form:
         candidates: Sequence[Pair[Candidate]],
         target: int,
     ) -> list[Pair[int]]:
-        """Return how many units every module gives by a rule of `slimllm_ops.allocate.budget`.
+        """Return how many units to remove from every module, by a rule of `slimllm_ops.allocate.budget`.
 
         Args:
-            rule: How a budget is spent.
+            rule: Function that spends a budget.
             candidates: The modules of each layer.
-            target: Parameters to remove.
+            target: Number of parameters to remove.
         """
-        # In a mixture of experts, every expert gives a channel at a time.
+        # In a mixture of experts, every expert loses a channel at the same time.
         widths = [Pair(1, self.multiple_of * pair.mlp.units_at_once) for pair in candidates]
         steps = [pair.join(width, in_steps) for pair, width in zip(candidates, widths, strict=True)]
         if self.uniform:

@@ -1,12 +1,12 @@
-r"""Whole layers as units of a budget, beside heads and channels.
+r"""Spends a budget on whole layers as well as on heads and channels.
 
-A layer that goes changes the residual stream by what it added, and nothing recovers that: its error is
-E|h_out - h_in|^2, in the same units as those of modules, and is scaled as theirs. As a module's scale weighs the
-power of its output against the stream's, so does a layer's, whose output is what it adds.
+Removing a layer removes what it added to the residual stream, and nothing recovers that. So its error is
+E|h_out - h_in|^2, in the same units as a module's, and it is scaled in the same way: the power of the output, which
+for a layer is what it adds, is weighed against the stream's.
 
-Layers are ordered by their error per parameter. How many of them go is found by trying: for every number, the rest of
-the target is spent on the units of the layers that stay, and the least sum of scaled errors is best. A unit's error
-cannot be weighed against a layer's one at a time, since a layer is worth less the more of its units have gone.
+Layers are ordered by their error per parameter. The number of layers to remove is found by trying every number: the
+rest of the target is spent on the units of the layers that stay, and the least sum of scaled errors wins. Comparing
+units and layers one at a time would not work, since a layer is worth less the more of its units are gone.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +22,18 @@ from slimllm_ops.moments.ranking import Ranking
 
 @dataclass(frozen=True)
 class Spent:
-    """What a budget took: units of each layer's modules, none from layers that it drops, and those layers."""
+    """A spent budget: the units to remove from each layer's modules, none in dropped layers, and those layers."""
 
     units: tuple[Pair[int], ...]
     dropped: frozenset[int] = frozenset()
 
 
 def layer_candidates(sizes: Sequence[LayerSize], paths: Sequence[LayerPaths]) -> list[Candidate]:
-    """Return every layer as a module of one unit, which may go.
+    """Return every layer as a candidate with one unit, the layer itself.
 
     Args:
-        sizes: what each layer is made of.
-        paths: what the pass left of each layer, the change that it makes included.
+        sizes: The size of each layer.
+        paths: The results of the calibration pass for each layer, including `change`.
     """
     return [
         Candidate(
@@ -54,20 +54,20 @@ def spend_on_layers_too(
     target: int,
     spend: Callable[[Sequence[Pair[Candidate]], int], list[Pair[int]]],
 ) -> Spent:
-    """Return which layers go, and how many units of those that stay.
+    """Return which layers to drop, and how many units to remove from the others.
 
     Args:
-        layers: every layer as a whole.
-        modules: the modules of each layer.
-        target: parameters to remove.
-        spend: how a budget is spent on modules.
+        layers: Every layer as a whole.
+        modules: The modules of each layer.
+        target: Number of parameters to remove.
+        spend: Function that spends a budget on modules.
 
     Raises:
-        InputError: so much cannot be removed, however many layers go.
+        InputError: The target cannot be met, however many layers are dropped.
     """
     order = sorted(range(len(layers)), key=lambda layer: _error(layers[layer], 1) / layers[layer].unit_parameters)
     tried, refused = list[tuple[float, Spent]](), None
-    # One layer stays: without any it is no model.
+    # At least one layer stays.
     for number in range(len(layers)):
         dropped = frozenset(order[:number])
         rest = target - sum(layers[layer].unit_parameters for layer in dropped)
@@ -93,14 +93,14 @@ def _spend_on_kept(
     target: int,
     spend: Callable[[Sequence[Pair[Candidate]], int], list[Pair[int]]],
 ) -> tuple[Pair[int], ...]:
-    """Return how many units each layer's modules give; those of dropped layers give none."""
+    """Return how many units to remove from each layer's modules; none from those of dropped layers."""
     kept = [layer for layer in range(len(modules)) if layer not in dropped]
     counts = dict(zip(kept, spend([modules[layer] for layer in kept], target), strict=True))
     return tuple(counts.get(layer, Pair(0, 0)) for layer in range(len(modules)))
 
 
 def _error(candidate: Candidate, num_removed: int) -> float:
-    """Return the error of removing so many units, in what compares across modules."""
+    """Return the scaled error of removing `num_removed` units, comparable across modules."""
     return sum(candidate.ranking.costs[:num_removed]) / candidate.scale
 
 

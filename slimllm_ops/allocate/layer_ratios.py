@@ -1,13 +1,13 @@
-r"""How much each layer gives: SlimLLM's layer ratios (paper, section 3.5), met to a parameter budget.
+r"""Allocates by SlimLLM's layer ratios (paper, section 3.5), adjusted to meet a parameter budget.
 
-s_l is the mean cosine between the input and the output of decoder layer l. Of the n layers of highest s,
+s_l is the mean cosine between the input and the output of decoder layer l. Over the n layers with the highest s,
 
     w = n softmax(alpha s),      ratio_l = ratio w_l
 
 and layer l loses round(ratio_l H) heads and round(ratio_l P) channels.
 
-The published code does not bound ratio_l and fails where a layer would lose every head. Here at least one KV
-group and one channel stay, and what a layer cannot give is given by the others.
+The published code does not bound ratio_l and fails if a layer would lose every head. Here every layer keeps at least
+one KV group and one channel, and the other layers make up the difference.
 """
 
 import math
@@ -20,13 +20,13 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.families import Branch, layer_shape
 
-# (sparsity, fraction of the layers that is pruned, alpha): what the paper publishes for LLaMA-7B.
+# (sparsity, fraction of the layers that is pruned, alpha), as published for LLaMA-7B.
 PUBLISHED = ((0.20, 0.81, 10.0), (0.50, 0.94, 7.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSize:
-    """What a decoder layer is made of; parameters are counts of scalars."""
+    """The size of a decoder layer; parameters are counts of scalars."""
 
     num_units: int  # KV groups
     unit_parameters: int
@@ -36,24 +36,24 @@ class LayerSize:
     attention_bias_parameters: int
     mlp_bias_parameters: int
     parameters: int
-    # A channel is then one of each expert.
+    # With experts, a channel stands for one channel of each expert.
     num_experts: int = 1
-    # Layers that are to be alike are one size, of all of them.
+    # In a uniform model, a single size stands for all layers.
     num_layers: int = 1
 
     def removed_parameters(self, units: int, channels: int) -> int:
-        """Return how many parameters the layer has fewer without so many units and channels."""
+        """Return by how many parameters the layer shrinks without these numbers of units and channels."""
         added = self.attention_bias_parameters * (units > 0) + self.mlp_bias_parameters * (channels > 0)
         return units * self.unit_parameters + channels * self.channel_parameters - added
 
 
 def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) -> LayerSize:
-    """Return what a decoder layer is made of, from the shapes of its tensors.
+    """Return the size of a decoder layer, from the shapes of its tensors.
 
     Args:
-        checkpoint: the model.
-        layer: the number of the layer.
-        with_bias: whether recovery adds biases.
+        checkpoint: The model.
+        layer: The number of the layer.
+        with_bias: Whether recovery adds biases.
     """
     shapes = checkpoint.layer_shapes(layer)
     shape = layer_shape(checkpoint.config, layer)
@@ -71,19 +71,19 @@ def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) ->
 
 
 def _branch_parameters(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
-    """Return how many parameters belong to a branch's units: all but the bias of its output projection."""
+    """Return the number of parameters in a branch's units: all except the bias of its output projection."""
     names = (*branch.input_weights, *(f"{name}.bias" for name in branch.inputs), branch.output_weight)
     return sum(math.prod(shapes[name]) for name in names if name in shapes)
 
 
 def _added_bias(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
-    """Return how many parameters a recovery adds to a branch whose output projection has no bias yet."""
+    """Return how many parameters recovery adds to a branch: a bias, if its output projection has none yet."""
     return 0 if branch.output_bias in shapes else shapes[branch.output_weight][0]
 
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """What one layer gives: its ratio by the paper's formula, and the units and channels to remove."""
+    """One layer's budget: its ratio by the paper's formula, and the numbers of units and channels to remove."""
 
     ratio: float
     units: int
@@ -92,7 +92,7 @@ class LayerBudget:
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of every layer, and a note where the paper's formula could not be followed to the letter."""
+    """The budget of every layer, and a note if the paper's formula could not be followed exactly."""
 
     layers: tuple[LayerBudget, ...]
     note: str = ""
@@ -100,12 +100,12 @@ class Budget:
 
 def parameters_to_remove(sizes: Sequence[LayerSize], sparsity: float) -> int:
     """Return how many parameters a sparsity removes from decoder layers."""
-    # A sparsity that was computed from a count shall give that count again, whatever its last digit.
+    # A sparsity computed from a count must give that count again, even if its last digit is rounded down.
     return int(sparsity * sum(size.parameters for size in sizes) + 1e-3)
 
 
 def published_settings(sparsity: float, num_layers: int) -> tuple[int, float]:
-    """Return (pruned layers, alpha) at a sparsity: a line through the two published settings, flat outside."""
+    """Return (pruned layers, alpha) for a sparsity: linear between the two published settings, constant outside."""
     (low, low_fraction, low_alpha), (high, high_fraction, high_alpha) = PUBLISHED
     position = min(max((sparsity - low) / (high - low), 0.0), 1.0)
     fraction = low_fraction + position * (high_fraction - low_fraction)
@@ -123,7 +123,7 @@ def layer_weights(similarities: Sequence[float], num_pruned: int, alpha: float) 
 def budget_by_ratio(
     sizes: Sequence[LayerSize], similarities: Sequence[float], *, ratio: float, num_pruned: int, alpha: float
 ) -> Budget:
-    """Follow the paper's own settings; where a layer cannot give its share, the others give it instead."""
+    """Allocate by the paper's own settings; if a layer cannot give its share, the others give it instead."""
     weights = layer_weights(similarities, num_pruned, alpha)
     asked = sum(
         sizes[layer].unit_parameters * round(ratio * weight * sizes[layer].num_units)
@@ -155,22 +155,22 @@ def budget_by_sparsity(
     num_pruned: int,
     alpha: float,
 ) -> Budget:
-    """Solve for the ratio that removes `sparsity` of the layers' parameters, then make it exact by channels.
+    """Find the ratio that removes `sparsity` of the layers' parameters, then fill the gap with channels.
 
-    The result is within one channel below the target, as long as there are channels that can go. Where `num_pruned`
-    layers cannot give so much, more layers are pruned, and the note says so.
+    The result is at most one channel below the target, as long as there are channels left to remove. If `num_pruned`
+    layers cannot meet the target, more layers are pruned, and the note says so.
 
     Raises:
-        InputError: all layers together cannot give so much with one KV group and one channel left in each.
+        InputError: All layers together cannot meet the target with one KV group and one channel left in each.
     """
     target = parameters_to_remove(sizes, sparsity)
     channel = min(size.channel_parameters for size in sizes)
     nearest, least_missing = None, math.inf
     for pruned in range(num_pruned, len(sizes) + 1):
         layers = _meet(sizes, layer_weights(similarities, pruned, alpha), target)
-        # Layers that were pruned before may have heads, but no channel left to make it exact: others may.
+        # The layers pruned so far may have no channel left to fill the gap; the next layer may have some.
         if layers is not None and (missing := target - _removed(sizes, layers)) < least_missing:
-            note = f"{num_pruned} layers cannot give so much: {pruned} are pruned" if pruned > num_pruned else ""
+            note = f"{num_pruned} layers are not enough: {pruned} are pruned" if pruned > num_pruned else ""
             nearest, least_missing = Budget(layers, note), missing
         if least_missing < channel:
             break
@@ -180,21 +180,21 @@ def budget_by_sparsity(
 
 
 def require_reachable(sizes: Sequence[LayerSize], sparsity: float, *, drop_layers: bool = False) -> None:
-    """Raise unless so much can be removed with one KV group and one channel left in every layer.
+    """Check that a sparsity can be reached with one KV group and one channel left in every layer.
 
     Args:
-        sizes: what each layer is made of.
-        sparsity: fraction of the layers' parameters to remove.
-        drop_layers: whether layers may go as a whole, all but one.
+        sizes: The size of each layer.
+        sparsity: Fraction of the layers' parameters to remove.
+        drop_layers: Whether whole layers may be removed, all but one.
 
     Raises:
-        InputError: it cannot, or is less than any unit; the message says how much can.
+        InputError: It cannot be reached, or removes less than any unit; the message says how much is possible.
     """
     least, total = _least_removable(sizes), sum(size.parameters for size in sizes)
     if least is not None and parameters_to_remove(sizes, sparsity) < least:
         raise InputError(
             f"sparsity {sparsity:g} removes nothing: the smallest head (KV group) or channel is "
-            f"{math.ceil(1e6 * least / total) / 1e6:g} of the layers; ask for that at least"
+            f"{math.ceil(1e6 * least / total) / 1e6:g} of the layers; ask for at least that"
         )
     if int(sparsity * total) > _most_removable(sizes, drop_layers):
         raise _unreachable(sizes, sparsity, drop_layers)
@@ -209,7 +209,7 @@ def _most_removable(sizes: Sequence[LayerSize], drop_layers: bool = False) -> in
 
 
 def _least_removable(sizes: Sequence[LayerSize]) -> int | None:
-    """Return how many parameters the smallest unit is that can go; None where every layer is down to one of each."""
+    """Return the size of the smallest removable unit; None if every layer has one unit and one channel left."""
     units = [size.removed_parameters(1, 0) for size in sizes if size.num_units > 1]
     return min(units + [size.removed_parameters(0, 1) for size in sizes if size.num_channels > 1], default=None)
 
@@ -224,12 +224,12 @@ def _unreachable(sizes: Sequence[LayerSize], sparsity: float, drop_layers: bool 
 
 
 def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) -> tuple[LayerBudget, ...] | None:
-    """Return the budget nearest below `target` removed parameters, or None where these layers cannot give so much."""
-    # At this ratio every pruned layer is down to one unit and one channel.
+    """Return the budget nearest below `target` removed parameters, or None if these layers cannot give as much."""
+    # At this ratio, every pruned layer has one unit and one channel left.
     low, high = 0.0, 1.0 / max(min(weights.values()), 1e-300)
     if _removed(sizes, _round_ratio(sizes, weights, high)) < target:
         return None
-    # Until no number lies between: weights span many orders of magnitude where alpha is large.
+    # Bisect until no float lies between the two: with a large alpha, weights span many orders of magnitude.
     while low < (middle := (low + high) / 2) < high:
         if _removed(sizes, _round_ratio(sizes, weights, middle)) <= target:
             low = middle
@@ -238,7 +238,7 @@ def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) ->
     layers = list(_round_ratio(sizes, weights, low))
     above = _round_ratio(sizes, weights, high)
     missing = target - _removed(sizes, layers)
-    # Just above `low` one or several layers lose one more unit: each does, in turn, as far as the target allows.
+    # Just above `low`, one or more layers lose another unit. Remove these in turn, as far as the target allows.
     for layer in weights:
         missing -= _take(sizes[layer], layers, layer, missing, units=above[layer].units)
     _fill_with_channels(sizes, list(weights), layers, missing)
@@ -248,7 +248,7 @@ def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) ->
 def _fill_with_channels(
     sizes: Sequence[LayerSize], open_layers: list[int], layers: list[LayerBudget], missing: int
 ) -> None:
-    """Remove channels, one per layer in turn, until no further one fits into what is missing."""
+    """Remove channels, one per layer in turn, until no further channel fits into what is missing."""
     while open_layers:
         still_open = []
         for layer in open_layers:
@@ -261,7 +261,7 @@ def _fill_with_channels(
 
 
 def _take(size: LayerSize, layers: list[LayerBudget], layer: int, missing: int, **counts: int) -> int:
-    """Raise a layer's counts if that removes no more than what is missing; return what it removed."""
+    """Raise a layer's counts if that removes no more than what is missing, and return how much it removed."""
     more = replace(layers[layer], **counts)
     gain = _removed_from(size, more) - _removed_from(size, layers[layer])
     if not 0 < gain <= missing:
@@ -271,7 +271,7 @@ def _take(size: LayerSize, layers: list[LayerBudget], layer: int, missing: int, 
 
 
 def _round_ratio(sizes: Sequence[LayerSize], weights: dict[int, float], ratio: float) -> tuple[LayerBudget, ...]:
-    """Round every layer's share, half to even as the published code does, within what the layer can give."""
+    """Round every layer's share, half to even like the published code, and bound it by what the layer can give."""
     layers = []
     for layer, size in enumerate(sizes):
         share = ratio * weights.get(layer, 0.0)

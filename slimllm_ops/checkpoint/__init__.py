@@ -1,1 +1,1 @@
-"""Checkpoints on disk: read, pruned and written a layer at a time."""
+"""Reads, prunes and writes checkpoints on disk, one layer at a time."""

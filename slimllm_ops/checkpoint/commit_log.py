@@ -1,8 +1,8 @@
-"""What is solved of a model, a layer at a time, and outlives its process.
+"""Records on disk which layers of a model are solved, so that a run can resume after its process ends.
 
-LOG/start.npz            a few tokens' ids (T,), and their hidden states (T, D) before the first layer
+LOG/start.npz            the ids (T,) of a few tokens, and their hidden states (T, D) before the first layer
 LOG/layer-00000.npy      their hidden states after the layer, as the run computed them
-LOG/layer-00000.json     the layer's decisions, written last: with it the layer is committed
+LOG/layer-00000.json     the layer's decisions; written last, it commits the layer
 
 Shapes: T tokens, D hidden size.
 """
@@ -19,17 +19,17 @@ from slimllm_ops.files import write_json, written_whole
 
 @dataclass(frozen=True)
 class Probe:
-    """Some tokens' ids (T,) and hidden states (T, D) before the first layer and after each."""
+    """The ids (T,) of some tokens, and their hidden states (T, D) before the first layer and after each layer."""
 
     ids_T: np.ndarray
     states_TD: list[np.ndarray]
 
 
 class CommitLog:
-    """The layers of a model that are solved, in order; one that is opened again goes on where the last one ended.
+    """The solved layers of a model, in order; opening the directory again continues where the last run stopped.
 
     Args:
-        directory: where it is kept; made where it is missing.
+        directory: The directory of the log; created if missing.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -40,40 +40,40 @@ class CommitLog:
             self.plans.append(LayerPlan.parse(json.loads(path.read_text())))
 
     def __len__(self) -> int:
-        """How many layers are committed, those that are dropped included."""
+        """Return the number of committed layers, including dropped ones."""
         return len(self.plans)
 
     @property
     def num_kept(self) -> int:
-        """How many of them the pruned model has."""
+        """The number of committed layers that the pruned model keeps."""
         return sum(not plan.dropped for plan in self.plans)
 
     def begin(self, ids_T: np.ndarray, state_TD: np.ndarray) -> None:
-        """Note the tokens whose states are followed, and their states before the first layer."""
+        """Record the probe's tokens, and their states before the first layer."""
         with written_whole(self._directory / "start.npz") as partial, partial.open("wb") as file:
             np.savez(file, ids_T=ids_T, state_TD=state_TD)
 
     def commit(self, plan: LayerPlan, state_TD: np.ndarray) -> None:
-        """Note the next layer's decisions and what it leaves, once its weights are written."""
+        """Record the next layer's decisions and output states, once its weights are written."""
         layer = len(self.plans)
         with written_whole(self._path(layer, "npy")) as partial, partial.open("wb") as file:
             np.save(file, state_TD)
-        # The weights of a refit are as large as the layer, and in its file.
+        # A refit's weights are as large as the layer, and are already in the layer's shard.
         self.plans.append(plan.recorded())
         write_json(self._path(layer, "json"), self.plans[-1].describe())
 
     def last_state(self) -> np.ndarray:
-        """Return the states (T, D) that the last committed layer leaves, or those before the first."""
+        """Return the states (T, D) after the last committed layer, or before the first if none is committed."""
         return self._state(len(self) - 1)
 
     def probe(self) -> Probe:
-        """Return the states that were followed, of the layers that the pruned model has."""
+        """Return the recorded tokens and their states after each layer that the pruned model keeps."""
         kept = [layer for layer, plan in enumerate(self.plans) if not plan.dropped]
         with np.load(self._directory / "start.npz") as start:
             return Probe(start["ids_T"], [self._state(layer) for layer in (-1, *kept)])
 
     def _state(self, layer: int) -> np.ndarray:
-        """Return the states after a layer; -1 is before the first."""
+        """Return the states after a layer, or before the first for -1."""
         if layer >= 0:
             return np.load(self._path(layer, "npy"))
         with np.load(self._directory / "start.npz") as start:

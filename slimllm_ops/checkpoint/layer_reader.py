@@ -1,4 +1,4 @@
-"""A model's layers one after the other, each read while the one before it is at work."""
+"""Reads a model's layers in order, each in the background while the one before it computes."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,11 +11,11 @@ Tensors = dict[str, Tensor]
 
 
 class LayerReader:
-    """Reads layers by number and keeps one ahead: two layers are the most that is in memory.
+    """A reader of layers by number that reads one layer ahead, so at most two are in memory.
 
     Args:
-        checkpoint: what is read.
-        place: brings a tensor to where it computes, in the precision that it computes in.
+        checkpoint: The model to read.
+        place: Function that moves a tensor to the device and dtype to compute in.
     """
 
     def __init__(self, checkpoint: Checkpoint, place: Callable[[Tensor], Tensor]) -> None:
@@ -25,7 +25,7 @@ class LayerReader:
         self._ahead: tuple[int, Future[Tensors]] | None = None
 
     def read(self, layer: int) -> Tensors:
-        """Return a layer's tensors by their names in it, and begin to read the next."""
+        """Return a layer's tensors by their names in it, and start reading the next layer."""
         if self._ahead is not None and self._ahead[0] == layer:
             tensors = self._ahead[1].result()
         else:
@@ -37,7 +37,7 @@ class LayerReader:
         return tensors
 
     def close(self) -> None:
-        """Let go of what was read ahead, and end the thread that reads."""
+        """Discard the layer that was read ahead, and end the reader thread."""
         self._forget()
         self._executor.shutdown(wait=False)
 
@@ -48,5 +48,5 @@ class LayerReader:
 
     def _read(self, layer: int) -> Tensors:
         stored = self._checkpoint.read_layer(layer)
-        # One by one, so that a layer is never held twice.
+        # Move tensors one by one, so that the layer is never in memory twice.
         return {name: self._place(stored.pop(name)) for name in list(stored)}

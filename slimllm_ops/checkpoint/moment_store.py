@@ -1,11 +1,12 @@
-"""Moments on disk: a calibration pass that is kept, a layer a file, so that pruning needs no forward pass.
+"""Stores the moments of a calibration pass on disk, one file per layer, so that pruning needs no forward pass.
 
-MOMENTS/moments.json            which model and data they are of, by digest
-MOMENTS/layer-00000.safetensors     stream_power, and change where layers may go as a whole
+MOMENTS/moments.json                which model and data they are from, by digest
+MOMENTS/layer-00000.safetensors     the layer's moments and elimination paths
 
-and for attention and mlp: count, mean, scatter (block rows of its triangle), input_squares, powers, and gram's
-elimination path: order, costs; of an mlp of experts, their number, tokens and powers, and what else there is of each
-that tokens were sent to, as mlp.0.count and so on
+A layer's file holds stream_power, and change if it was measured. For attention and mlp each, it holds count, mean,
+scatter (block rows of the triangle), input_squares, powers, and gram's elimination path (order, costs,
+output_variance). For a mixture of experts, mlp holds the number of experts and of tokens, powers and the path; the
+other arrays are stored for each expert that received tokens, as mlp.0.count and so on.
 """
 
 from collections.abc import Iterator
@@ -32,11 +33,11 @@ MODULES = ("attention", "mlp")
 
 
 class MomentStore:
-    """A directory of moments, written layer by layer and read the same way.
+    """A directory of moments, written and read one layer at a time.
 
     Args:
-        directory: Where the files lie.
-        intercept: Whether recoveries from what `load_moments` returns may fit an intercept.
+        directory: The directory of the files.
+        intercept: Whether recoveries from the moments that `load_moments` returns may fit an intercept.
     """
 
     def __init__(self, directory: Path, intercept: bool = True) -> None:
@@ -56,14 +57,14 @@ class MomentStore:
             save_file(arrays, partial)
 
     def num_saved(self, num_layers: int) -> int:
-        """Return how many of a model's layers are here, from the first on."""
+        """Return the number of layers stored without a gap, counted from the first."""
         return next((layer for layer in range(num_layers) if not self._path(layer).exists()), num_layers)
 
     def load_paths(self, layer: int) -> LayerPaths:
-        """Read a layer's paths, and nothing of its moments.
+        """Read a layer's paths, without its moments.
 
         Raises:
-            InputError: the file is missing or broken.
+            InputError: The file is missing or broken.
         """
         with self._opened(layer) as file:
             attention, mlp = (
@@ -80,7 +81,7 @@ class MomentStore:
         """Read the moments of a layer's "attention" or "mlp".
 
         Raises:
-            InputError: the file is missing or broken.
+            InputError: The file is missing or broken.
         """
         with self._opened(layer) as file:
             names = [name for name in file.keys() if name.startswith(f"{module}.")]  # noqa: SIM118 - no mapping
@@ -97,14 +98,14 @@ class MomentStore:
             raise InputError(f"{path} is missing or broken ({error}): run `slimllm calibrate` again") from error
 
     def seal(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest, last: without it the moments are not whole."""
+        """Write the manifest; call this last, because it marks the moments as complete."""
         write_json(self.directory / MANIFEST, {"format": FORMAT} | manifest, indent=1)
 
     def manifest(self) -> dict[str, Any]:
-        """Return what the moments are of.
+        """Return the manifest, which names the model and data that the moments are from.
 
         Raises:
-            InputError: there are no whole moments of this format here.
+            InputError: The directory holds no complete moments in this format.
         """
         path = self.directory / MANIFEST
         if not path.is_file():
@@ -116,7 +117,9 @@ class MomentStore:
             )
         for name, kind in MANIFEST_FIELDS.items():
             if not isinstance(manifest.get(name), kind):
-                raise InputError(f"{path} has no {name} that is a {kind.__name__}: run `slimllm calibrate` again")
+                raise InputError(
+                    f"{path} has no valid {name}, expected a {kind.__name__}: run `slimllm calibrate` again"
+                )
         return manifest
 
     def _path(self, layer: int) -> Path:

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint a layer at a time: no process ever holds the whole model."""
+"""Reads a Hugging Face checkpoint one layer at a time: no process ever holds the whole model."""
 
 import hashlib
 import math
@@ -20,14 +20,14 @@ from slimllm_ops.models.tensor_layout import Stored
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One weight of a layer, and the files that hold it. It pickles small, and reading it needs no transformers.
+    """A reference to one weight of a layer and its files. It pickles small, and reading it needs no transformers.
 
     Attributes:
-        directory: The checkpoint's.
+        directory: The checkpoint's directory.
         files: The file of each tensor that makes up the weight, by the tensor's full name.
-        prefix: What the tensors' names begin with.
-        split: How the tensors merge into the weight; None where one tensor is the weight.
-        num_experts: How many experts the tensors are of.
+        prefix: The prefix of the tensors' names.
+        split: The layout that merges the tensors into the weight; None if a single tensor is the weight.
+        num_experts: The number of experts that the tensors belong to.
     """
 
     directory: Path
@@ -48,56 +48,56 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Checkpoint(TensorIndex):
-    """A model directory that was found whole, and whose tensors can be read."""
+    """A model directory that passed all checks, and whose tensors can be read."""
 
     @classmethod
     def open(cls, directory: str | Path) -> "Checkpoint":
         """Check a model directory and return it.
 
         Raises:
-            CheckpointError: the directory, its config or a shard is missing or broken, the weights are not
-                in safetensors or do not fit the config, or the architecture is unknown.
+            CheckpointError: The directory, its config or a shard is missing or broken, the weights are not
+                in safetensors format or do not fit the config, or the architecture is unknown.
         """
         directory = Path(directory)
         config = read_config(directory)
         checkpoint = cls(directory, config, family_of(config), locate_tensors(directory))
-        # What the config describes is built only where every one of its layers is there.
+        # `require_fit` builds the model that the config describes, so first check that all its layers exist.
         require_layers(checkpoint)
         require_fit(checkpoint)
         return checkpoint
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the first layer's weights are stored in."""
+        """The dtype of the first layer's stored weights."""
         first = next(iter(self.stored_weight(0, self.family.mlp.output_weight).files))
         return self.read([first])[first].dtype
 
     def read_module(self, module: str) -> dict[str, Tensor]:
-        """Return the tensors of a module outside the decoder layers as stored, by their names in it.
+        """Return the stored tensors of a module outside the decoder layers, by their names in it.
 
         Raises:
-            NonFiniteError: a weight is NaN or infinite.
+            NonFiniteError: A weight is NaN or infinite.
         """
         stored = self.stored_name(f"{module}.").removesuffix(".")
         tensors = self.read([name for name in self.files if name.rpartition(".")[0] == stored])
         return self._require_finite(tensors, f"{stored}.", module)
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """Return one layer's tensors as stored, by what the model's class calls them, relative to the layer.
+        """Return a layer's stored tensors, by the names in the model's class, relative to the layer.
 
         Raises:
-            NonFiniteError: a weight is NaN or infinite.
+            NonFiniteError: A weight is NaN or infinite.
         """
         prefix = self.layer_prefix(layer)
         held = self._require_finite(self.read(self.layer_names(layer)), prefix, f"layer {layer}")
         return self._merged(held)
 
     def read_weight(self, layer: int, name: str) -> Tensor:
-        """Return one of a layer's tensors as stored, by what the model's class calls it, relative to the layer."""
+        """Return one of a layer's stored tensors, by its name in the model's class, relative to the layer."""
         return self.stored_weight(layer, name).read()
 
     def stored_weight(self, layer: int, name: str) -> StoredWeight:
-        """Return where one of a layer's tensors lies, by what the model's class calls it, relative to the layer."""
+        """Return a reference to one of a layer's tensors, by its name in the model's class, relative to the layer."""
         prefix, num_experts = self.layer_prefix(layer), self.family.num_experts(self.config)
         split = None if self.has(layer, name) else self.split_of(name)
         parts = [name] if split is None else split.names(num_experts)
@@ -105,15 +105,15 @@ class Checkpoint(TensorIndex):
         return StoredWeight(self.directory, files, prefix, split, num_experts)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Return tensors by their full names, as stored; files are open_shard only for as long as it takes."""
+        """Return stored tensors by their full names; files are closed again after reading."""
         return read_tensors(self.directory, {name: self.files[name] for name in names})
 
     def num_parameters(self, names: list[str]) -> int:
-        """Return how many scalars tensors hold, without reading them."""
+        """Return the number of scalars in some tensors, without reading them."""
         return sum(math.prod(shape) for shape in self.shapes(names).values())
 
     def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of one layer's tensors, by what the model's class calls them, without reading them."""
+        """Return the shapes of a layer's tensors, by their names in the model's class, without reading them."""
         prefix, num_experts = self.layer_prefix(layer), self.family.num_experts(self.config)
         shapes = {name.removeprefix(prefix): shape for name, shape in self.shapes(self.layer_names(layer)).items()}
         for stored in self.family.stored:
@@ -125,19 +125,19 @@ class Checkpoint(TensorIndex):
         return shapes
 
     def shapes(self, names: list[str]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of tensors by their full names, without reading them."""
+        """Return the shapes of some tensors by their full names, without reading them."""
         return {name: tuple(stored.get_shape()) for name, stored in self._slices(names)}
 
     def dtypes(self, names: list[str]) -> dict[str, str]:
-        """Return what tensors are stored in, one of DTYPES, by their full names, without reading them."""
+        """Return the stored dtypes (from DTYPES) of some tensors by their full names, without reading them."""
         return {name: stored.get_dtype() for name, stored in self._slices(names)}
 
     def num_bytes(self) -> int:
-        """Return the size of the weights' files."""
+        """Return the size of the weight files."""
         return sum((self.directory / name).stat().st_size for name in set(self.files.values()))
 
     def digest(self) -> str:
-        """Return the SHA-256 of the weights' files, in the order of their names."""
+        """Return the SHA-256 of the weight files, in the order of their names."""
         sha = hashlib.sha256()
         for file_name in sorted(set(self.files.values())):
             with (self.directory / file_name).open("rb") as file:
@@ -146,24 +146,24 @@ class Checkpoint(TensorIndex):
         return sha.hexdigest()
 
     def _slices(self, names: list[str]) -> Iterator[tuple[str, Any]]:
-        """Yield tensors by their full names, of which a header alone is read; each is good until the next."""
+        """Yield full names and slices that read only the header; each slice is valid until the next."""
         for file_name in sorted({self.files[name] for name in names}):
             with open_shard(self.directory / file_name) as file:
                 for name in [name for name in names if self.files[name] == file_name]:
                     yield name, file.get_slice(name)
 
     def _require_finite(self, tensors: dict[str, Tensor], prefix: str, described: str) -> dict[str, Tensor]:
-        """Return tensors by their names after a prefix."""
+        """Return tensors without the prefix in their names, after checking that all are finite."""
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NonFiniteError(
                     f"{described} of {self.directory} holds NaN or infinity in {name.removeprefix(prefix)}: "
-                    f"the checkpoint is damaged; take it from its source again"
+                    f"the checkpoint is damaged; get a fresh copy"
                 )
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _merged(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors of a layer by what the class calls them; those that are held in parts are put together."""
+        """Return a layer's tensors by their names in the model's class, after merging those stored in parts."""
         num_experts = self.family.num_experts(self.config)
         for stored in self.family.stored:
             if next(stored.names(num_experts)) in held:
@@ -172,16 +172,16 @@ class Checkpoint(TensorIndex):
 
 
 def read_tensors(directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
-    """Return tensors as stored, from a map of their names to files in a directory.
+    """Return stored tensors, given the file in a directory that holds each name.
 
     Raises:
-        CheckpointError: a file is missing or broken.
+        CheckpointError: A file is missing or broken.
     """
     tensors = {}
     for file_name in sorted(set(files.values())):
         with open_shard(directory / file_name) as file:
             for name in files:
                 if files[name] == file_name:
-                    # A copy, so that the mapped file's pages do not stay in this process's memory.
+                    # Copy, so that the mapped file's pages do not stay in this process's memory.
                     tensors[name] = file.get_tensor(name).clone()
     return tensors

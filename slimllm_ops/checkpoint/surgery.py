@@ -1,6 +1,6 @@
-"""Taking units out of a layer's tensors: whole rows into a branch, whole columns out of it.
+"""Removes units from a layer's tensors: rows of the input projections, and columns of the output projection.
 
-Shapes: P inputs of an output projection, S of them kept, D hidden size; of experts, E, each of I channels, S kept.
+Shapes: P inputs of an output projection, S of them kept, D hidden size; E experts with I channels each, S of them kept.
 """
 
 import torch
@@ -15,7 +15,7 @@ def prune_layer(tensors: dict[str, Tensor], family: Family, plan: LayerPlan) -> 
     """Return a pruned layer's tensors, in the dtype of `tensors`, by names relative to the layer.
 
     Raises:
-        NonFiniteError: a recovered weight or bias is beyond that dtype.
+        NonFiniteError: A recovered weight or bias overflows that dtype.
     """
     pruned = dict(tensors)
     for branch, decision in ((family.attention, plan.attention), (family.mlp, plan.mlp)):
@@ -38,10 +38,11 @@ def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Dec
 
 
 def recovered_experts(weight_EDI: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
-    """Return the experts' new output weights (E, D, S), computed in the precision of `weight_EDI`, and what they keep.
+    """Return the experts' new output weights and kept channels.
 
     Returns:
-        The weights, and the channels that each expert keeps (E, S), ascending.
+        The weights (E, D, S), computed in the precision of `weight_EDI`, and the channels (E, S) that each expert
+        keeps, ascending.
     """
     num_experts, _, num_channels = weight_EDI.shape
     weight_DS, _ = recovered_projection(weight_EDI.transpose(0, 1).flatten(1), None, decision)
@@ -54,7 +55,7 @@ def _prune_experts(tensors: dict[str, Tensor], branch: Branch, decision: Decisio
     weight_EDS, kept_ES = recovered_experts(stored.float(), decision)
     pruned = {branch.output_weight: _rounded(weight_EDS, stored.dtype, branch.output_weight)}
     for name in branch.input_weights:
-        # The parts that are stored as one lie one after the other, each with a row for every channel.
+        # The projections stored as one tensor are stacked, each with a row for every channel.
         parts = tensors[name].split(stored.shape[2], dim=1)
         rows = [
             torch.stack([part[kept_S] for part, kept_S in zip(parts_EID, kept_ES, strict=True)]) for parts_EID in parts
@@ -71,7 +72,7 @@ def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision
                 rows = branch.kept_rows(len(tensors[key]), stored.shape[1], decision.kept, decision.num_units)
                 pruned[key] = tensors[key][rows]
     bias_D = tensors.get(branch.output_bias)
-    # The recovery is computed in float32 and rounded once, to what the source is stored in.
+    # The recovery is computed in float32 and rounded once, to the source's dtype.
     weight_DS, new_bias_D = recovered_projection(stored.float(), None if bias_D is None else bias_D.float(), decision)
     pruned[branch.output_weight] = _rounded(weight_DS, stored.dtype, branch.output_weight)
     if new_bias_D is not None:
@@ -80,10 +81,10 @@ def _prune_branch(tensors: dict[str, Tensor], branch: Branch, decision: Decision
 
 
 def _rounded(recovered: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return a recovered tensor in the dtype of the source.
+    """Return a recovered tensor in the source's dtype.
 
     Raises:
-        NonFiniteError: the dtype does not reach so far.
+        NonFiniteError: A value overflows that dtype.
     """
     rounded = recovered.to(dtype)
     if not rounded.isfinite().all():

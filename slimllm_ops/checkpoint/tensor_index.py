@@ -1,6 +1,6 @@
-"""Which tensors a model directory holds: in which files, and under which names.
+"""Finds which tensors a model directory holds, in which files and under which names.
 
-Files may call a tensor otherwise than the model's class does, or hold it in parts (`models/tensor_layout.py`).
+Files may use other tensor names than the model's class, or store a tensor in parts (`models/tensor_layout.py`).
 """
 
 import re
@@ -17,13 +17,13 @@ from slimllm_ops.files import read_json_object
 from slimllm_ops.models.families import Family
 from slimllm_ops.models.tensor_layout import Stored
 
-# A solve reads weights and no config, and transformers takes seconds to import.
+# A solve reads weights but no config, so it need not import transformers, which takes seconds.
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Bytes that an index may have.
+# The largest index file that is read, in bytes.
 LARGEST_INDEX = 1 << 28
 
 
@@ -38,19 +38,19 @@ class TensorIndex:
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers."""
+        """The number of decoder layers."""
         return self.config.num_hidden_layers
 
     def layer_prefix(self, layer: int) -> str:
-        """Return what the names of a layer's tensors begin with."""
+        """Return the prefix of the names of a layer's tensors."""
         return f"{self.family.layers}.{layer}."
 
     def layer_names(self, layer: int) -> list[str]:
-        """Return the full names of one layer's tensors."""
+        """Return the full names of a layer's tensors."""
         return [name for name in self.files if name.startswith(self.layer_prefix(layer))]
 
     def has(self, layer: int, name: str) -> bool:
-        """Return whether a layer has a tensor of that name, relative to the layer."""
+        """Return whether a layer has a tensor with that name, relative to the layer."""
         return self.layer_prefix(layer) + name in self.files
 
     def outside(self) -> list[str]:
@@ -61,7 +61,7 @@ class TensorIndex:
         return sorted(called.get(module, module) for module in stored)
 
     def stored_name(self, name: str) -> str:
-        """Return what the files call a tensor of the model, by its full name."""
+        """Return the name in the files of a tensor of the model, from its full name in the model's class."""
         for module, stored in self.family.stored_as:
             renamed = f"{stored}.{name.removeprefix(f'{module}.')}"
             if name.startswith(f"{module}.") and any(one.startswith(f"{stored}.") for one in self.files):
@@ -69,7 +69,7 @@ class TensorIndex:
         return name
 
     def stored_parts(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield what the files hold in the place of a tensor of the model, by its full name: names and shapes."""
+        """Yield the name and shape of each stored part of a tensor of the model, from its full name and shape."""
         prefix, _, key = name.removeprefix(f"{self.family.layers}.").partition(".")
         split = self.split_of(key)
         if split is None or name in self.files:
@@ -79,11 +79,11 @@ class TensorIndex:
             yield f"{self.family.layers}.{prefix}.{part}", split.part_shape(shape)
 
     def split_of(self, name: str) -> Stored | None:
-        """Return how files may hold a layer's tensor in parts, by its name in the layer; None where they do not."""
+        """Return the layout of a layer's tensor that files may store in parts, by its name in the layer, or None."""
         return next((one for one in self.family.stored if one.name == name), None)
 
     def place_of(self, name: str) -> tuple[str, str]:
-        """Return which layer of which directory a tensor is of, and its name there."""
+        """Return a description of the layer and directory that hold a tensor, and the tensor's name there."""
         prefix = f"{self.family.layers}."
         if not name.startswith(prefix):
             return str(self.directory), name
@@ -92,7 +92,7 @@ class TensorIndex:
 
 
 def locate_tensors(directory: Path) -> dict[str, str]:
-    """Return which file holds which tensor, having opened every file.
+    """Open every weight file and return which file holds which tensor.
 
     Raises:
         CheckpointError: A file is missing or broken, there is none, or the index names a tensor that no file holds.
@@ -121,31 +121,31 @@ def locate_tensors(directory: Path) -> dict[str, str]:
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    """Return which file an index expects every tensor in; all of them are files of its own directory."""
+    """Return the file that an index expects each tensor in; every file is in the index's own directory."""
     weight_map = read_json_object(path, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} is truncated or broken (it has no weight_map): download it again")
     for name, file_name in weight_map.items():
-        # A name of this form is no path: it has no separator of any system, is not "..", and is no pickle's.
+        # A name of this form cannot be a path: it has no separator of any system and is not "..". Nor is it a pickle.
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w-][\w .-]*\.safetensors", file_name):
             raise CheckpointError(
-                f"{path} says that {shown(name)} is in {shown(repr(file_name))}, which is no name of a safetensors "
-                f"file beside it: download it again"
+                f"{path} says that {shown(name)} is in {shown(repr(file_name))}, which is not the name of a "
+                f"safetensors file in the same directory: download it again"
             )
     return weight_map
 
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[safe_open]:
-    """Open one of a checkpoint's safetensors files, for as long as the context lasts.
+    """Open one of a checkpoint's safetensors files for the duration of the context.
 
     Raises:
         CheckpointError: The file is missing or broken.
     """
     try:
-        # A pipe of that name would be waited for.
+        # Opening a pipe would block.
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"shard {path.name} of {path.parent} is no file: download it again")
+            raise CheckpointError(f"shard {path.name} of {path.parent} is not a file: download it again")
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError as error:

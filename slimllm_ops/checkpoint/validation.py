@@ -1,4 +1,4 @@
-"""What a model directory must hold to be open_shard: every layer, and tensors that fit the model of its config."""
+"""Checks that a model directory holds every layer, and tensors that fit the model in its config."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,19 +9,19 @@ from slimllm_ops.checkpoint.tensor_index import TensorIndex, open_shard
 from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.models.config_checks import wrong_config
 
-# Whoever only reads weights imports this module too, and transformers takes seconds to import.
+# Processes that only read weights import this module too, and importing transformers takes seconds.
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What weights may be stored in, as safetensors calls it.
+# The dtypes that weights may be stored in, by their safetensors names.
 DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 def require_layers(index: TensorIndex) -> None:
-    """Check that there are tensors of every layer.
+    """Check that every layer has tensors.
 
     Raises:
-        CheckpointError: There are none of a layer; the message names it.
+        CheckpointError: A layer has none; the message names it.
     """
     prefix = f"{index.family.layers}."
     found = {name.removeprefix(prefix).partition(".")[0] for name in index.files if name.startswith(prefix)}
@@ -34,13 +34,13 @@ def require_layers(index: TensorIndex) -> None:
 
 
 def require_fit(index: TensorIndex) -> None:
-    """Check that names, shapes and dtypes are those of the model that the config describes.
+    """Check that tensor names, shapes and dtypes match the model that the config describes.
 
     Raises:
-        CheckpointError: A tensor is missing, or does not fit; the message names it.
+        CheckpointError: A tensor is missing or does not match; the message names it.
     """
     model = _build_on_meta(index.directory, index.config)
-    # Tied weights are one parameter of two names, of which the checkpoint may have one.
+    # `named_parameters` lists a tied weight once, as the checkpoint may store it under one of its names only.
     for name, parameter in model.named_parameters():
         for held, _ in index.stored_parts(name, tuple(parameter.shape)):
             if held not in index.files:
@@ -50,7 +50,7 @@ def require_fit(index: TensorIndex) -> None:
     if unknown := [name for name in index.outside() if name not in modules]:
         raise CheckpointError(
             f"{index.directory} holds tensors of {shown(unknown[0]) or 'no module'}, which a "
-            f"{index.config.model_type} model has not: save it anew by transformers' save_pretrained"
+            f"{index.config.model_type} model does not have: save it again with transformers' save_pretrained"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored_shapes = (one for name, shape in shapes.items() for one in index.stored_parts(name, shape))
@@ -75,14 +75,14 @@ def _require_stored(
 
 
 def _build_on_meta(directory: Path, config: "PretrainedConfig") -> "PreTrainedModel":
-    """Build the model that a config describes, without memory for it."""
+    """Build the model that a config describes on the meta device, without allocating its weights."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
-    # Any: whatever a layer's constructor stumbles over is what the config says of it.
+    # Any exception: whatever makes a layer's constructor fail comes from the config.
     except Exception as error:
         raise wrong_config(directory, error) from error
     return model

@@ -1,7 +1,7 @@
-"""Writing a pruned checkpoint as it comes: a layer a shard, then the embeddings, the final norm and the head.
+"""Writes a pruned checkpoint as it is solved: one shard per layer, then the embeddings, the final norm and the head.
 
-Every shard is whole once it has its name. Nothing about them is held: what was written by a process that died is as
-good as what this one wrote.
+A shard gets its final name only once it is complete. The writer keeps no state about shards, so those written by a
+process that died are as good as its own.
 """
 
 import inspect
@@ -24,20 +24,20 @@ from slimllm_ops.models.config_checks import kept_layers
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.models.pruned import pruned_layers
 
-# What describes the text side of a model; weights, config and model code are written anew.
+# The tokenizer's files. They are copied, with a few others; weights, config and model code are written new.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 COPIED_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
 
 
-# Bytes that a tokenizer's settings may have.
+# The largest tokenizer_config.json that is read, in bytes.
 MOST_SETTINGS = 1 << 24
 
 
 class CheckpointWriter:
-    """Writes the pruned model of a source checkpoint into a directory.
+    """A writer of the pruned model of a source checkpoint into a directory.
 
     Raises:
-        CheckpointError: the source's tokenizer_config.json is broken, which is better known before hours of work.
+        CheckpointError: The source's tokenizer_config.json is broken; this is checked before hours of work, not after.
     """
 
     def __init__(self, source: Checkpoint, directory: Path) -> None:
@@ -48,15 +48,15 @@ class CheckpointWriter:
         directory.mkdir(parents=True, exist_ok=True)
 
     def write_layer(self, layer: int, plan: LayerPlan, number: int | None = None) -> None:
-        """Write a layer, pruned by its plan, in the source's dtype.
+        """Prune a layer by its plan and write it, in the source's dtype.
 
         Args:
-            layer: which of the source's layers it is.
-            plan: what becomes of it.
-            number: which of the pruned model's; the same if it is not given, as where no layer is dropped.
+            layer: The layer's number in the source.
+            plan: The layer's decisions.
+            number: Its number in the pruned model; defaults to `layer`, which is right if no layer is dropped.
 
         Raises:
-            NonFiniteError: a weight is infinite in that dtype; it names the layer.
+            NonFiniteError: A weight is infinite in that dtype; the message names the layer.
         """
         try:
             tensors = prune_layer(self._source.read_layer(layer), self._source.family, plan)
@@ -65,21 +65,21 @@ class CheckpointWriter:
         self.write_tensors(layer if number is None else number, tensors)
 
     def write_tensors(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Write a layer's tensors as they are, given by their names relative to the layer."""
+        """Write a layer's tensors unchanged, given by their names relative to the layer."""
         self._save({self._source.layer_prefix(number) + name: tensor for name, tensor in tensors.items()}, number)
 
     def finish(self, plans: Sequence[LayerPlan]) -> None:
-        """Write everything but the layers: embeddings, index, config, model code, tokenizer.
+        """Write everything except the layers: embeddings, index, config, model code, tokenizer.
 
         Args:
-            plans: what became of the source's layers.
+            plans: The plans of all layers of the source.
         """
         self.finish_as(self._pruned_config(plans))
         for file in (_code_of(self._source), Path(pruned_layers.__file__)):
             shutil.copyfile(file, self.directory / file.name)
 
     def finish_as(self, config: dict[str, Any]) -> None:
-        """Write everything but the layers and code: embeddings, index, this config, tokenizer."""
+        """Write everything except the layers and the model code: embeddings, index, this config, tokenizer."""
         outside, num_layers = self._source.outside(), config["num_hidden_layers"]
         for number, module in enumerate(outside, start=num_layers):
             tensors = self._source.read_module(module)
@@ -95,7 +95,7 @@ class CheckpointWriter:
         self._copy_files()
 
     def _shard(self, number: int) -> Path:
-        # Not "of" how many: while the first are written, nobody knows how many layers will stay.
+        # No "-of-N": while the first shards are written, the number of layers that stay is unknown.
         return self.directory / f"model-{number + 1:05d}.safetensors"
 
     def _save(self, tensors: dict[str, Tensor], number: int) -> None:
@@ -121,7 +121,7 @@ class CheckpointWriter:
         for pattern in COPIED_FILES:
             for path in sorted(self._source.directory.glob(pattern)):
                 shutil.copyfile(path, self.directory / path.name)
-        # `auto_map` makes AutoTokenizer look for a class of its own unless its config names one.
+        # `auto_map` makes AutoTokenizer look for a custom class unless tokenizer_config.json names one.
         if (self.directory / "tokenizer.json").exists():
             settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._tokenizer
             self._write_json("tokenizer_config.json", settings)
@@ -131,12 +131,12 @@ class CheckpointWriter:
 
 
 def _code_of(source: Checkpoint) -> Path:
-    """Return the file of the class of a source's pruned models."""
+    """Return the file that defines the class of a source's pruned models."""
     return Path(inspect.getfile(source.family.pruned))
 
 
 def _tensor_sizes(shard: Path) -> dict[str, int]:
-    """Return the bytes of a shard's tensors by their names, from its header: its length in 8 bytes, then JSON."""
+    """Return the size in bytes of each tensor in a shard, from the header: its length in 8 bytes, then JSON."""
     with shard.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     begins_ends = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
@@ -144,7 +144,7 @@ def _tensor_sizes(shard: Path) -> dict[str, int]:
 
 
 def _per_layer(source: Checkpoint, plans: dict[int, LayerPlan]) -> dict[str, list[int] | list[bool]]:
-    """Return the numbers of each layer that the pruned model's config adds to the dense one's."""
+    """Return the per-layer settings that the pruned model's config adds to the dense one's."""
     shapes = [layer_shape(source.config, layer) for layer in plans]
     shaped = list(zip(plans.values(), shapes, strict=True))
     kv_heads = [_kept(plan.attention, shape.num_key_value_heads) for plan, shape in shaped]

@@ -1,1 +1,1 @@
-"""Which units stay, and what recovers the output of the rest."""
+"""Decides which units of a module stay, and fits the recovery of its output."""

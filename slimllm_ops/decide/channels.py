@@ -1,7 +1,7 @@
-r"""Which MLP channels go: SlimLLM's score along the output's principal directions (paper, section 3.3).
+r"""Chooses the MLP channels to remove by SlimLLM's score along the output's principal directions (paper, section 3.3).
 
 The covariance of the MLP's output is W^T C W = V diag(lambda) V^T. With f = sigmoid(|lambda| / mean |lambda|),
-and norms over tokens of the uncentred inputs, channel c scores
+and norms over tokens of the uncentred inputs, the score of channel c is
 
     score_c = sum_i || W_i[c] * |x_in| ||_2  +  |X_c| * || (W[c] V) * f ||_2
 
@@ -22,7 +22,7 @@ from slimllm_ops.moments.projection import Projection
 
 @dataclass(frozen=True)
 class ChannelChoice:
-    """The channels that stay, in ascending order, and each channel's score: the higher, the more important."""
+    """The kept channels in ascending order, and every channel's score; a higher score is more important."""
 
     kept: tuple[int, ...]
     scores_P: Tensor
@@ -36,34 +36,34 @@ def choose_channels(
     num_removed: int,
     keep_lowest: float,
 ) -> ChannelChoice:
-    """Drop `num_removed` channels of low score, above a tail of the lowest that the published code keeps.
+    """Remove `num_removed` low-scoring channels, but keep the very lowest, as the published code does.
 
     Args:
         projection: `down_proj`.
-        input_norm_D: l2 norm over tokens of each feature of the MLP's input.
-        input_weights_PD: weights into the channels, as PyTorch has them (gate and up).
-        num_removed: how many channels to remove, in [0, P - 1].
-        keep_lowest: the fraction of channels of lowest score that stay (published: .01).
+        input_norm_D: L2 norm over tokens of each feature of the MLP's input.
+        input_weights_PD: Weights into the channels (gate and up), as PyTorch stores them.
+        num_removed: Number of channels to remove, in [0, P - 1].
+        keep_lowest: Fraction of the channels, those with the lowest scores, that are kept (published: .01).
     """
     scores_P = channel_scores(projection, input_norm_D, input_weights_PD)
     return ChannelChoice(drop_lowest(scores_P, num_removed, keep_lowest), scores_P)
 
 
 def drop_lowest(scores_P: Tensor, num_removed: int, keep_lowest: float) -> tuple[int, ...]:
-    """Return the channels that stay, ascending, where those of low score go, above a tail of the lowest."""
+    """Return the kept channels, ascending, after removing low scores just above the kept lowest tail."""
     order = torch.argsort(scores_P, stable=True).tolist()
-    # Where little is left, the tail gives way first: the highest score stays whatever goes.
+    # When few channels are left, the tail shrinks first: the highest score always stays.
     tail = min(round(keep_lowest * len(order)), len(order) - num_removed - 1)
     return tuple(sorted(order[:tail] + order[tail + num_removed :]))
 
 
 def channel_scores(projection: Projection, input_norm_D: Tensor, input_weights_PD: Sequence[Tensor]) -> Tensor:
-    """Return the score of every channel, shape (P,)."""
+    """Return every channel's score, shape (P,)."""
     weight_PD = projection.weight_PD
     eigenvalues_D, directions_DD = torch.linalg.eigh(weight_PD.T @ projection.image_PD)
     magnitude_D = eigenvalues_D.abs()
     mean = magnitude_D.mean()
-    # An MLP with a constant output has no directions to prefer.
+    # An MLP with a constant output has no preferred directions.
     importance_D = torch.sigmoid(magnitude_D / mean if mean > 0 else magnitude_D)
     output_P = projection.moments.norm_P * ((weight_PD @ directions_DD) * importance_D).norm(dim=1)
     norm_D = input_norm_D.to(weight_PD)

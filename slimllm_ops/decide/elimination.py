@@ -1,16 +1,16 @@
-r"""Backward elimination: which unit costs least, given all that went before and the best recovery of the rest.
+r"""Ranks units by backward elimination: repeatedly removes the cheapest one and refits the rest.
 
-The optimal brain surgeon on groups of inputs of an output projection W (P, D). With C the covariance of the inputs
-and A = (C + d I)^-1, removing group g and refitting the rest by least squares adds to the squared error
+This is the optimal brain surgeon on groups of inputs of an output projection W (P, D). With C the covariance of the
+inputs and A = (C + d I)^-1, removing group g and refitting the rest by least squares adds this squared error:
 
     err_g = tr( W_g^T (A_gg)^-1 W_g )
 
-The cheapest goes, then W -= A[:, g] A_gg^-1 W_g and A -= A[:, g] A_gg^-1 A[g, :], and so on. The path is nested: one
-elimination serves every ratio, and the running sum of err_g is the module's error curve.
+Remove the cheapest group, update W -= A[:, g] A_gg^-1 W_g and A -= A[:, g] A_gg^-1 A[g, :], and repeat. The path is
+nested: one elimination serves every ratio, and the running sum of err_g is the module's error curve.
 
 Hassibi and Stork 1993; on groups as in ZipLM (Kurtic et al. 2023) and OSSCAR (Meng et al. 2024).
 
-Shapes: P inputs, D hidden size, H groups of w inputs each, B eliminations of a block.
+Shapes: P inputs, D hidden size, H groups of w inputs each, B eliminations per block.
 """
 
 import torch
@@ -21,9 +21,9 @@ from slimllm_ops.moments.projection import Projection
 from slimllm_ops.moments.ranking import Ranking
 
 RIDGE = 0.01
-# A variance, or a mean square, that float32, in which inputs are computed, does not tell from none.
+# Inputs are computed in float32; below this, a variance or mean square is indistinguishable from zero.
 CONSTANT = torch.finfo(torch.float32).tiny ** 2
-# Single channels are eliminated in blocks: within one, only columns are updated; at its end, all by GEMM.
+# Single channels are eliminated in blocks: only columns are updated within a block, and everything by GEMM at its end.
 BLOCK = 128
 
 
@@ -31,10 +31,10 @@ def eliminate(projection: Projection, num_units: int) -> Ranking:
     """Rank units by elimination; costs are squared errors per token, summed over the output dims.
 
     Raises:
-        SolveError: the regularised covariance cannot be inverted.
+        SolveError: The regularised covariance cannot be inverted.
     """
     if is_constant(projection.covariance_PP):
-        # A bias recovers constant inputs whole, so their removal costs nothing, not the ridge's share of their weights.
+        # A bias recovers constant inputs fully, so removing them is free; the formula would charge for the ridge.
         return Ranking(tuple(range(num_units)), (0.0,) * num_units)
     inverse_PP = invert(projection)
     if num_units < len(inverse_PP):
@@ -43,12 +43,12 @@ def eliminate(projection: Projection, num_units: int) -> Ranking:
 
 
 def is_constant(covariance_PP: Tensor) -> bool:
-    """Return whether inputs of such moments do not vary at all."""
+    """Return whether inputs with this covariance are all constant."""
     return abs(float(covariance_PP.diagonal().mean())) <= CONSTANT
 
 
 def ridge(covariance_PP: Tensor) -> float:
-    """Return d = .01 mean diag(C), the ridge in squared units of the inputs; 1 where the inputs are constant."""
+    """Return the ridge d = .01 mean diag(C), in squared units of the inputs; 1 if the inputs are constant."""
     return 1.0 if is_constant(covariance_PP) else RIDGE * float(covariance_PP.diagonal().mean())
 
 
@@ -58,10 +58,10 @@ def invert(projection: Projection) -> Tensor:
 
 
 def factorise_with_ridge(covariance_PP: Tensor, d: float) -> Tensor:
-    """Return the Cholesky factor of C + d I, leaving C as it is.
+    """Return the Cholesky factor of C + d I, without changing C.
 
     Raises:
-        SolveError: it is not positive definite.
+        SolveError: C + d I is not positive definite.
     """
     regular_PP = covariance_PP.clone()
     regular_PP.diagonal().add_(d)
@@ -72,7 +72,7 @@ def factorise(regular_PP: Tensor) -> Tensor:
     """Return the Cholesky factor of a regularised covariance.
 
     Raises:
-        SolveError: it is not positive definite; the message has the range of its eigenvalues.
+        SolveError: It is not positive definite; the message gives the range of its eigenvalues.
     """
     factor_PP, info = torch.linalg.cholesky_ex(regular_PP)
     if int(info):
@@ -90,11 +90,11 @@ def factorise(regular_PP: Tensor) -> Tensor:
 
 
 def _eliminate_groups(inverse_PP: Tensor, weight_PD: Tensor, num_units: int) -> Ranking:
-    """Eliminate wide groups, whose updates are products of matrices as they are."""
+    """Eliminate groups one by one; they are wide enough for each update to be a matrix product."""
     width = len(inverse_PP) // num_units
     left, order, costs = list(range(num_units)), [], []
     while left:
-        # By Cholesky, since they are positive definite; and a batch of LU solves never ends in some builds of MKL.
+        # Cholesky, since the blocks are positive definite, and batched LU solves never return in some builds of MKL.
         factors_Hww = torch.linalg.cholesky(torch.stack([_block(inverse_PP, g, g, width) for g in range(len(left))]))
         weight_HwD = weight_PD.unflatten(0, (len(left), width))
         solved_HwD = torch.cholesky_solve(weight_HwD, factors_Hww)
@@ -117,17 +117,17 @@ def _block(matrix_PP: Tensor, row: int, column: int, width: int) -> Tensor:
 
 
 def _square_of(matrix_PP: Tensor, stay_P: Tensor) -> Tensor:
-    """Return the rows and columns that stay."""
+    """Return the submatrix of the rows and columns that stay."""
     kept_S = stay_P.nonzero()[:, 0]
     return matrix_PP[kept_S[:, None], kept_S]
 
 
 def _eliminate_single(inverse_PP: Tensor, gram_PP: Tensor) -> Ranking:
-    r"""Eliminate single inputs in blocks, in the very order of one by one.
+    r"""Eliminate single inputs in blocks, in the same order as one by one.
 
     The weights are needed only through gram = W W^T: err_c = gram_cc / A_cc. With u = A[:, c] / sqrt(A_cc) and
-    v = W[c] / sqrt(A_cc), an elimination is A -= u u^T and W -= u v^T. Inside a block they are kept as U (P, B),
-    M = W V^T (P, B) and V V^T (B, B), all computed from columns of A and gram; at its end
+    v = W[c] / sqrt(A_cc), an elimination is A -= u u^T and W -= u v^T. A block keeps them as U (P, B), M = W V^T (P, B)
+    and V V^T (B, B), all computed from columns of A and gram. At the end of the block,
 
         A -= U U^T,      gram -= M U^T + U M^T - U (V V^T) U^T
     """
@@ -140,7 +140,7 @@ def _eliminate_single(inverse_PP: Tensor, gram_PP: Tensor) -> Ranking:
         stay = torch.ones(len(left_P), dtype=torch.bool, device=left_P.device)
         stay[chosen_B] = False
         left_P, u_BP, m_BP = left_P[stay], u_BP[:, stay], m_BP[:, stay]
-        # In place: the old and the new matrix are all that is ever held.
+        # In place, so that only the old and the new matrix are in memory.
         inverse_PP = _square_of(inverse_PP, stay).addmm_(u_BP.T, u_BP, alpha=-1)
         half_BP = m_BP - 0.5 * vv_BB @ u_BP
         gram_PP = _square_of(gram_PP, stay).addmm_(half_BP.T, u_BP, alpha=-1).addmm_(u_BP.T, half_BP, alpha=-1)
@@ -148,26 +148,26 @@ def _eliminate_single(inverse_PP: Tensor, gram_PP: Tensor) -> Ranking:
 
 
 def _eliminate_block(inverse_PP: Tensor, gram_PP: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Eliminate `size` inputs; return which, at what cost, and the block's U^T, M^T and V V^T."""
+    """Eliminate `size` inputs, and return their indices, their costs, and the block's U^T, M^T and V V^T."""
     u_BP = inverse_PP.new_zeros(size, len(inverse_PP))
     m_BP, vv_BB = torch.zeros_like(u_BP), inverse_PP.new_zeros(size, size)
     inverse_P, gram_P = inverse_PP.diagonal().clone(), gram_PP.diagonal().clone()
     chosen, costs = [], []
     for k in range(size):
-        # The index stays on the device as a tensor: nothing here waits for a GPU. Rows stand for columns.
+        # The index stays a tensor on the device, so nothing here waits for a GPU. Rows stand for columns (symmetric).
         c = (gram_P / inverse_P).argmin().view(1)
         cost, root = (gram_P / inverse_P)[c], inverse_P[c].sqrt()
         u_k, m_k = u_BP[:k].index_select(1, c)[:, 0], m_BP[:k].index_select(1, c)[:, 0]
         new_vv = (m_k - vv_BB[:k, :k] @ u_k) / root
         u_P = (inverse_PP.index_select(0, c)[0] - u_k @ u_BP[:k]) / root
-        # W V^T's new column, by the weights at the block's start; then by those that k eliminations left.
+        # The new column of W V^T: first with W from the start of the block, then with W after k eliminations.
         m_P = (gram_PP.index_select(0, c)[0] - u_k @ m_BP[:k]) / root
         current_m_P = m_P - new_vv @ u_BP[:k]
         u_BP[k], m_BP[k] = u_P, m_P
         vv_BB[:k, k], vv_BB[k, :k], vv_BB[k, k] = new_vv, new_vv, cost[0]
         inverse_P = inverse_P - u_P.square()
         gram_P = gram_P - u_P * (2 * current_m_P - u_P * cost)
-        # What is gone is never the cheapest again.
+        # An eliminated input is never the cheapest again.
         inverse_P[c], gram_P[c] = 1.0, torch.inf
         chosen.append(c)
         costs.append(cost)

@@ -1,17 +1,17 @@
-r"""How the fits of a mixture's experts are joined into the decision of one module.
+r"""Joins the fits of a mixture's experts into the decision for one module.
 
-Every expert is an MLP like any other, over its own tokens: X_e, with its routing weight multiplied in, and W_e are all
-that ranking and recovery see, and the methods are the same functions. Four things differ:
+Every expert is an MLP like any other, over its own tokens. Ranking and recovery see only X_e, which includes the
+routing weight, and W_e, so the methods are the same functions. Four things differ:
 
-- the experts' weights lie in one tensor, so each expert gives as many channels as the others, but not the same ones: a
-  ranking of all takes one channel of each expert in turn;
-- an error per token of expert e counts n_e / N, the fraction of the tokens that reach it, so that the sum over the
-  experts is the squared error per token of the stream;
-- an expert has no bias, and gets none: lines and fits go through zero, by moments about zero;
-- an expert that no calibration token was sent to has no moments. It loses the channels of the smallest weights, at no
-  cost, and the channels that it keeps stay as they are.
+- The experts' weights are one tensor, so every expert loses the same number of channels, though not the same ones. The
+  joint ranking takes one channel of each expert in turn.
+- An error per token of expert e is weighted by n_e / N, the fraction of tokens that reach it. The sum over the experts
+  is then the squared error per token of the stream.
+- An expert has no bias and gets none: its lines and fits go through zero, by moments about zero.
+- An expert that received no calibration tokens has no moments. It loses the channels with the smallest weights, at no
+  cost, and the channels that it keeps are unchanged.
 
-Shapes: E experts, I channels of each, S of them kept, D hidden size.
+Shapes: E experts, I channels per expert, S of them kept, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ from slimllm_ops.decide.recovery import Line
 
 
 def join_refits(weights_DI: Sequence[Tensor], fits: Sequence[Fit]) -> Fit:
-    """Join the experts' fits into one: their recovered weights, one after the other.
+    """Join the experts' fits into one, with their recovered weights concatenated.
 
     Args:
         weights_DI: Each expert's dense output weight.
-        fits: What each expert becomes.
+        fits: Each expert's fit.
     """
     weight_SD = torch.cat([_recovered(*one) for one in zip(weights_DI, fits, strict=True)])
     return _joined(fits, Refit(weight_SD, torch.zeros_like(weight_SD[0]), _relative_error(fits)))
 
 
 def join_lines(fits: Sequence[Fit]) -> Fit:
-    """Join the experts' lines into one that has a scale (E, D) for each of them."""
+    """Join the experts' lines into one, with scales (E, D)."""
     scales_D = []
     for fit in fits:
         assert isinstance(fit.recovery, Line), "the paper's method recovers every part by a line"
@@ -46,7 +46,7 @@ def join_lines(fits: Sequence[Fit]) -> Fit:
 
 
 def _recovered(weight_DI: Tensor, fit: Fit) -> Tensor:
-    """Return an expert's new weight (S, D), rounded as a refit is."""
+    """Return an expert's new weight (S, D), rounded to float32 like a refit."""
     weight_SD = weight_DI.cpu().T[list(fit.kept)]
     return fit.recovery.restore(weight_SD.double()).float()
 
@@ -59,6 +59,6 @@ def _joined(fits: Sequence[Fit], recovery: Line | Refit) -> Fit:
 
 
 def _relative_error(fits: Sequence[Fit]) -> float:
-    """Return what all experts together leave unexplained of the power of their outputs."""
+    """Return the unexplained fraction of the power of all experts' outputs."""
     total = sum(fit.power for fit in fits)
     return sum(fit.recovery.relative_error * fit.power for fit in fits) / total if total > 0 else 0.0

@@ -1,18 +1,18 @@
-r"""Which attention heads go: SlimLLM's similarity of the whole module's output (paper, section 3.2).
+r"""Chooses which attention heads to remove by SlimLLM's similarity of the module's output (paper, section 3.2).
 
-Per output dim j the covariance between what units a and b contribute is
+For output dim j, the covariance between the contributions of units a and b is
 
     K_j[a, b] = W_a[:, j]^T C_ab W_b[:, j]
 
-and the correlation of a kept set S with the full output, summed over the dims, is
+The correlation of a kept set S with the full output, summed over the dims, is
 
     r_j(S) = sum_{a in S, b in all} K_j[a, b] / sqrt( sum_{a, b in S} K_j[a, b] * sum_{a, b in all} K_j[a, b] )
     similarity(S) = sum_j |r_j(S)|
 
-Everything is computed from K, so a trial costs O(D) where raw activations would cost O(N D H).
+Everything is computed from K, so a trial costs O(D), where raw activations would cost O(N D H).
 
-The unit is a KV group: a key/value head with all of its query heads, which lie side by side in the input of
-`o_proj`. With multi-head attention a group is one head, and this is the paper's method word for word.
+The unit is a KV group: a key/value head with all of its query heads, which are adjacent in the input of `o_proj`.
+In multi-head attention a group is one head, and this is exactly the paper's method.
 
 Shapes: P = query heads x head_dim, D hidden size, H units.
 """
@@ -27,7 +27,7 @@ from slimllm_ops.moments.projection import Projection
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """The units that stay, in ascending order, and each unit's score: the higher, the more prunable."""
+    """The kept units in ascending order, and every unit's score; a higher score is more prunable."""
 
     kept: tuple[int, ...]
     kept_before_exchange: tuple[int, ...]
@@ -35,12 +35,12 @@ class HeadChoice:
 
 
 def choose_heads(projection: Projection, *, num_units: int, num_removed: int) -> HeadChoice:
-    """Drop the `num_removed` most prunable units, then exchange while that raises the similarity.
+    """Drop the `num_removed` most prunable units, then exchange units if that raises the similarity.
 
     Args:
         projection: `o_proj`.
-        num_units: number of KV groups (heads, where every head has its own).
-        num_removed: how many of them to remove, in [0, num_units - 1].
+        num_units: Number of KV groups (of heads, in multi-head attention).
+        num_removed: Number of units to remove, in [0, num_units - 1].
     """
     covariances = unit_covariances(projection, num_units)
     scores_H = leave_one_out_similarity(covariances)
@@ -51,14 +51,14 @@ def choose_heads(projection: Projection, *, num_units: int, num_removed: int) ->
 
 
 def unit_covariances(projection: Projection, num_units: int) -> Tensor:
-    """Return K (D, H, H): per output dim, the covariance between the contributions of every two units."""
+    """Return K (D, H, H): for each output dim, the covariance between the contributions of every two units."""
     covariance_PP = projection.covariance_PP
     width = len(covariance_PP) // num_units
     weight_HwD = projection.weight_PD.unflatten(0, (num_units, width))
     K_HHD = weight_HwD.new_empty(num_units, num_units, weight_HwD.shape[2])
     for a in range(num_units):
         rows_wHw = covariance_PP[a * width : (a + 1) * width, a * width :].unflatten(1, (-1, width))
-        # C_ab W_b for every b >= a at once, then the columns' inner products with W_a.
+        # Compute C_ab W_b for every b >= a at once, then the inner products of its columns with those of W_a.
         image_HwD = rows_wHw.transpose(0, 1) @ weight_HwD[a:]
         K_HHD[a, a:] = (image_HwD * weight_HwD[a]).sum(dim=1)
         K_HHD[a + 1 :, a] = K_HHD[a, a + 1 :]
@@ -66,7 +66,7 @@ def unit_covariances(projection: Projection, num_units: int) -> Tensor:
 
 
 def similarity(covariances_DHH: Tensor, kept: list[int]) -> float:
-    """Return sum_j |r_j(S)| for the kept set S: D where nothing is lost."""
+    """Return sum_j |r_j(S)| for the kept set S; it is D when nothing is lost."""
     with_all_D = covariances_DHH[:, kept].sum(dim=(1, 2))
     within_D = covariances_DHH[:, kept][:, :, kept].sum(dim=(1, 2))
     return float(_summed_correlation(with_all_D[:, None], within_D[:, None], covariances_DHH)[0])
@@ -81,7 +81,7 @@ def leave_one_out_similarity(covariances_DHH: Tensor) -> Tensor:
 
 
 def exchange(covariances_DHH: Tensor, kept: list[int], dropped: list[int]) -> list[int]:
-    """Try every dropped unit, in order, in every kept slot; take its best exchange if that is an improvement.
+    """Try every dropped unit, in order, in every kept slot, and make its best exchange if that is an improvement.
 
     A unit that an exchange drops is not tried again (the paper's greedy search).
     """
@@ -112,7 +112,7 @@ def _exchange_similarities(covariances_DHH: Tensor, kept: list[int], candidate: 
 
 
 def _summed_correlation(with_all_DX: Tensor, within_DX: Tensor, covariances_DHH: Tensor) -> Tensor:
-    """Return sum_j |r_j| for each trial X. A constant output dim loses nothing, whatever is kept: r = 1."""
+    """Return sum_j |r_j| for each trial X; a constant output dim never loses anything, so its r is 1."""
     total_D1 = covariances_DHH.sum(dim=(1, 2))[:, None].clamp(min=0)
     spread_DX = (within_DX.clamp(min=0) * total_D1).sqrt()
     correlation_DX = torch.where(spread_DX > 0, with_all_DX.abs() / spread_DX, torch.zeros_like(spread_DX))

@@ -1,4 +1,4 @@
-r"""What recovers the output of the kept part, beyond the paper: the whole ridge regression (METHOD `gram`).
+r"""Recovers the module's output from the kept inputs by full ridge regression (the `gram` method).
 
 The paper's line is the diagonal case. From the same covariance C of the inputs,
 
@@ -18,30 +18,30 @@ from slimllm_ops.moments.projection import Projection
 
 @dataclass(frozen=True)
 class Refit:
-    """A kept part's new weight (S, D) and bias (D,)."""
+    """The new weight (S, D) and bias (D,) of the kept inputs, and the unexplained fraction of the output's variance."""
 
     weight_SD: Tensor
     bias_D: Tensor
     relative_error: float
 
     def restore(self, weight_SD: Tensor) -> Tensor:
-        """Return the kept part's new weight (S, D), in the place of its dense one."""
+        """Return the new weight (S, D) that replaces the dense one."""
         return self.weight_SD.to(weight_SD)
 
     def cpu(self) -> "Refit":
-        """Return the same in the driver's memory, in the float32 that layers compute in."""
+        """Return the refit in the driver's memory, in float32, the dtype that layers compute in."""
         return Refit(self.weight_SD.float().cpu(), self.bias_D.float().cpu(), self.relative_error)
 
 
 def refit(projection: Projection, kept_S: Tensor) -> Refit:
-    """Fit the kept inputs to the whole output.
+    """Fit the kept inputs to the full output.
 
     Args:
-        projection: `o_proj` or `down_proj`, whole.
-        kept_S: indices into its inputs that stay.
+        projection: The dense `o_proj` or `down_proj`.
+        kept_S: Indices of the inputs that stay.
 
     Raises:
-        SolveError: the regularised covariance cannot be factorised.
+        SolveError: The regularised covariance cannot be factorised.
     """
     moments, weight_PD = projection.moments, projection.weight_PD
     covariance_SS = projection.covariance_PP[kept_S[:, None], kept_S]

@@ -1,6 +1,6 @@
-"""The `slimllm` method as published: what each module of a layer becomes, from one observation of it.
+"""Decides as the published `slimllm` method does: which units of a module stay, and the line that recovers its output.
 
-Both decisions run where the moments were merged and the layer's weights are at hand.
+Both decisions run in the process that merged the moments and holds the layer's weights.
 
 Shapes: D hidden size, P inputs of an output projection.
 """
@@ -29,21 +29,21 @@ class LayerSource(Protocol):
         """The model's family."""
 
     def shape(self, layer: int) -> LayerShape:
-        """Return what the layer's branches are made of."""
+        """Return the shape of a layer's branches."""
 
     def weights(self, layer: int) -> dict[str, Tensor]:
-        """Return the layer's tensors by their names in it, on the device to compute on."""
+        """Return a layer's tensors by their names in it, on the device to compute on."""
 
 
 @torch.inference_mode()
 def decide_heads(source: LayerSource, observed: Observed, layer: int, *, num_removed: int) -> Decision:
-    """Choose the KV groups of an attention that stay, and the line that recovers its output.
+    """Choose the KV groups that stay in an attention module, and the line that recovers its output.
 
     Args:
         source: The model.
-        observed: The merged observation of its attention.
+        observed: The merged observation of the layer's attention.
         layer: The number of the layer.
-        num_removed: How many KV groups to remove.
+        num_removed: Number of KV groups to remove.
     """
     (part,) = observed.parts(source.weights(layer)[source.family.attention.output_weight])
     assert part.projection is not None, "every token passes an attention"
@@ -56,17 +56,17 @@ def decide_heads(source: LayerSource, observed: Observed, layer: int, *, num_rem
 def decide_channels(
     source: LayerSource, observed: Observed, layer: int, *, num_removed: int, keep_lowest: float
 ) -> Decision:
-    """Choose the channels of an MLP that stay, or of each of its experts, and the line that recovers its output.
+    """Choose the channels that stay in an MLP, or in each of its experts, and the line that recovers its output.
 
     Args:
         source: The model.
-        observed: The merged observation of its MLP.
+        observed: The merged observation of the layer's MLP.
         layer: The number of the layer.
-        num_removed: How many channels to remove, from each expert where there are several.
-        keep_lowest: The fraction of channels of lowest score that stay.
+        num_removed: Number of channels to remove, from each expert if there are several.
+        keep_lowest: Fraction of the channels, those with the lowest scores, that are kept.
     """
     weights, branch = source.weights(layer), source.family.mlp
-    # The weights into each part, from the tensors that hold those of all parts.
+    # Each part's input weights, split from the tensors that hold those of all parts.
     inputs = zip(*(observed.split(weights[name]) for name in branch.input_weights), strict=True)
     fits = []
     for part, stored in zip(observed.parts(weights[branch.output_weight]), inputs, strict=True):
@@ -79,7 +79,7 @@ def decide_channels(
 def _choose_channels(
     part: Part, input_weights_PD: Sequence[Tensor], num_removed: int, keep_lowest: float
 ) -> ChannelChoice:
-    """Choose a part's channels; without tokens, by the norms of its weights."""
+    """Choose a part's channels; a part without tokens is scored by the norms of its weights."""
     if part.projection is None or part.observation is None:
         norms_P = [weight_PD.float().norm(dim=1) for weight_PD in input_weights_PD]
         scores_P = sum(norms_P, start=part.weight_DP.float().norm(dim=0))

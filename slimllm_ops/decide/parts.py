@@ -1,7 +1,7 @@
-"""What each part of a module becomes, before the parts' fits are joined.
+"""Ranks and fits each part of a module, before the parts' fits are joined.
 
 A plain module has one part. A mixture of experts has one per expert (`slimllm_ops.decide.experts`). Every part is an
-output projection over its own tokens, so ranking and recovery are the same functions for both.
+output projection over its own tokens, so both kinds use the same functions to rank and recover.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ Recover = Callable[[Projection, Tensor], Recovery]
 
 @dataclass(frozen=True)
 class Fit:
-    """What a part of a module, or the whole module, becomes.
+    """The kept units and the recovery of a module, or of one of its parts.
 
     Attributes:
         kept: The units that stay, ascending.
-        scores: A score of every unit.
-        recovery: What recovers the rest, in the driver's memory.
+        scores: The score of every unit.
+        recovery: The recovery of the output, in the driver's memory.
         power: The variance of the dense output, per token of the stream.
     """
 
@@ -38,15 +38,15 @@ class Fit:
     power: float
 
     def decision(self, observed: Observed) -> Decision:
-        """Return the decision of a module that was fitted from `observed`."""
+        """Return the decision for a module, from its fit to `observed`."""
         error = self.recovery.relative_error
         return Decision(self.kept, self.scores, self.recovery, error, observed.intercept, observed.idle)
 
 
 def rank_part(part: Part, num_units: int, rank: Rank) -> Ranking:
-    """Return the order in which a part's units go; the costs are per token of those that pass the part.
+    """Rank a part's units; costs are per token that passes through the part.
 
-    A part without tokens loses the units of the smallest weights, at no cost.
+    A part without tokens loses the units with the smallest weights, at no cost.
 
     Raises:
         SolveError: The moments cannot be inverted.
@@ -59,13 +59,13 @@ def rank_part(part: Part, num_units: int, rank: Rank) -> Ranking:
 
 
 def fit_part(part: Part, kept: tuple[int, ...], scores: tuple[float, ...], recover: Recover) -> Fit:
-    """Recover the rest of a part from the units that stay; without tokens, those stay as they are.
+    """Recover a part's output from the units that stay; without tokens, their weights are unchanged.
 
     Args:
         part: The part.
         kept: The units that stay, ascending.
-        scores: A score of every unit.
-        recover: Fits the kept inputs of a projection to its whole output.
+        scores: The score of every unit.
+        recover: Function that fits the kept inputs of a projection to its full output.
 
     Raises:
         SolveError: The kept inputs' moments cannot be factorised.

@@ -1,4 +1,4 @@
-"""What a calibration pass leaves of each layer: the elimination path of its modules, and the power of its states."""
+"""The results of a calibration pass for each layer: its modules' elimination paths, and the power of its states."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ class ModulePath:
 
 @dataclass(frozen=True)
 class LayerPaths:
-    """The paths of a decoder layer's modules, and what the layer does as a whole.
+    """The elimination paths of a decoder layer's modules, and measurements of the layer as a whole.
 
     Attributes:
         attention: The path of its heads.
         mlp: The path of its channels.
         stream_power: E|h|^2 of the layer's output.
-        change: E|h_out - h_in|^2, the error of a model without the layer; None where it was not measured.
+        change: E|h_out - h_in|^2, the error if the whole layer is removed; None if not measured.
     """
 
     attention: ModulePath

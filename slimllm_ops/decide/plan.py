@@ -1,4 +1,4 @@
-"""Decisions as values: what each module becomes, and the plan from which a pruned model is rebuilt."""
+"""Decisions as values: one for each module, collected in the plan that a pruned model is rebuilt from."""
 
 import json
 from dataclasses import dataclass, replace
@@ -13,18 +13,18 @@ from slimllm_ops.decide.recovery import Line
 from slimllm_ops.models.families import unit_rows
 
 Recovery = Line | Refit
-# What a layer's plan says beside its decisions.
+# The fields of a layer's plan besides its decisions.
 LAYER_FIELDS = ("similarity", "ratio", "relative_change", "dropped")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What one module (attention or MLP) becomes: the units that stay, ascending, and what recovers the rest.
+    """The units that stay in one module (attention or MLP), ascending, and the recovery of its output.
 
-    Units are KV groups or channels; `scores` has one for each of the dense module's, as the method defines it.
-    A decision that was read from a plan has no recovery where that is a refit, whose weights are the checkpoint's.
-    `with_bias` says whether recovery gives the output projection a bias, which it else has only if it had one.
-    `idle_experts` are those of an MLP's experts that no calibration token was sent to.
+    Units are KV groups or channels. `scores` has one score for each unit of the dense module, defined by the method.
+    `recovery` is None if it was a refit and the decision was read from a plan: its weights are in the checkpoint.
+    `with_bias` says whether recovery gives the output projection a bias; if not, it keeps the one it had, if any.
+    `idle_experts` are the experts of an MLP that received no calibration tokens.
     """
 
     kept: tuple[int, ...]
@@ -36,30 +36,30 @@ class Decision:
 
     @property
     def num_units(self) -> int:
-        """How many units the dense module has."""
+        """The number of units in the dense module."""
         return len(self.scores)
 
     @property
     def num_removed(self) -> int:
-        """How many units go."""
+        """The number of units removed."""
         return self.num_units - len(self.kept)
 
     def recorded(self) -> "Decision":
-        """Return the decision as a plan keeps it: without the weights of a refit."""
+        """Return the decision as a plan stores it: without the weights of a refit."""
         return self if isinstance(self.recovery, Line) else replace(self, recovery=None)
 
     def kept_rows(self, num_rows: int) -> Tensor:
-        """Return which of `num_rows` rows stay, where each unit has an equal share of them, side by side."""
+        """Return which of `num_rows` rows stay, if each unit owns an equal, contiguous share of them."""
         return unit_rows(self.kept, self.num_units, num_rows)
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One decoder layer of the dense model: its decisions; None leaves a module whole.
+    """The decisions for one decoder layer of the dense model; a module whose decision is None is not pruned.
 
-    The paper's method allocates by the layer's similarity s_l and its ratio; other methods have none. Where layers may
-    go as a whole, `relative_change` is E|h_out - h_in|^2 / E|h_out|^2, and a layer that is `dropped` is not in the
-    pruned model, whose layers are those that stay, in their order.
+    `similarity` (s_l) and `ratio` are set by the paper's method only, which allocates by them. If whole layers may be
+    dropped, `relative_change` is E|h_out - h_in|^2 / E|h_out|^2. A layer that is `dropped` is missing from the pruned
+    model, which has the other layers in their order.
     """
 
     attention: Decision | None = None
@@ -70,25 +70,25 @@ class LayerPlan:
     dropped: bool = False
 
     def recorded(self) -> "LayerPlan":
-        """Return the layer as a plan keeps it."""
+        """Return the layer as a plan stores it."""
         attention = self.attention and self.attention.recorded()
         return replace(self, attention=attention, mlp=self.mlp and self.mlp.recorded())
 
     def describe(self) -> dict[str, Any]:
-        """Return the layer as JSON has it."""
+        """Return the layer as a JSON object."""
         decisions = {"attention": _describe(self.attention), "mlp": _describe(self.mlp)}
         return {name: getattr(self, name) for name in LAYER_FIELDS} | decisions
 
     @classmethod
     def parse(cls, described: dict[str, Any]) -> "LayerPlan":
-        """Return the layer that `describe` described."""
+        """Return the layer from the JSON object that `describe` returned."""
         attention, mlp = _parse(described["attention"]), _parse(described["mlp"])
         return cls(attention, mlp, **{name: described[name] for name in LAYER_FIELDS})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every decision of a run, under a header of settings and digests."""
+    """Every decision of a run, with a header of settings and digests."""
 
     header: dict[str, Any]
     layers: tuple[LayerPlan, ...]

@@ -1,6 +1,6 @@
-r"""What recovers the output of the kept part: the paper's line per output dim (section 3.4).
+r"""Recovers the module's output from the kept inputs by the paper's line per output dim (section 3.4).
 
-With y = X W the full output and x = X_S W_S the kept part's,
+With y = X W the full output and x = X_S W_S the output of the kept inputs,
 
     a_j = cov(x_j, y_j) / var(x_j),      b_j = E y_j - a_j E x_j
 
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from slimllm_ops.moments.projection import Projection
 
-# Below this fraction of the power of the inputs, the spread of an output dim is rounding: it is constant.
+# Below this fraction of the inputs' power, the variance of an output dim is only rounding: the dim is constant.
 CONSTANT = 1e-12
 
 
 @dataclass(frozen=True)
 class Line:
-    """Scale (D,) and bias (D,) of every output dim, and what they leave of the output's variance unexplained.
+    """The scale (D,) and bias (D,) of the output dims, and the unexplained fraction of the output's variance.
 
-    Where there are experts, each has a scale of its own, (E, D), and the kept part is theirs, one after the other.
+    With experts, the scales are (E, D), and the kept weights are those of the experts, concatenated.
     """
 
     scale_D: Tensor
@@ -34,7 +34,7 @@ class Line:
     relative_error: float
 
     def restore(self, weight_SD: Tensor) -> Tensor:
-        """Return the kept part's new weight (S, D) from its dense one."""
+        """Return the new weight (S, D) of the kept inputs from their dense one."""
         scale_ED = self.scale_D.to(weight_SD).view(-1, 1, weight_SD.shape[1])
         return (weight_SD.unflatten(0, (len(scale_ED), -1)) * scale_ED).flatten(0, 1)
 
@@ -44,11 +44,11 @@ class Line:
 
 
 def fit_line(projection: Projection, kept_S: Tensor) -> Line:
-    """Fit every output dim by a line in the kept part's output; a constant dim keeps scale 1.
+    """Fit every output dim by a line in the output of the kept inputs; a constant dim keeps scale 1.
 
     Args:
-        projection: `o_proj` or `down_proj`, whole.
-        kept_S: indices into its inputs that stay.
+        projection: The dense `o_proj` or `down_proj`.
+        kept_S: Indices of the inputs that stay.
     """
     moments, weight_PD = projection.moments, projection.weight_PD
     weight_SD = weight_PD[kept_S]
@@ -65,6 +65,6 @@ def fit_line(projection: Projection, kept_S: Tensor) -> Line:
 
 
 def _fraction(error_D: Tensor, variance_D: Tensor) -> float:
-    """Return the summed error over the summed variance; nothing can be lost of an output that is constant."""
+    """Return the summed error over the summed variance; 0 for a constant output, which loses nothing."""
     total = float(variance_D.sum())
     return max(float(error_D.sum()), 0.0) / total if total > 0 else 0.0

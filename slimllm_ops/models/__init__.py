@@ -1,1 +1,1 @@
-"""Model families as a table, the classes of pruned models, and checks of a stranger's config."""
+"""Holds the table of model families, the classes of pruned models, and the checks of untrusted configs."""

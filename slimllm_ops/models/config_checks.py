@@ -1,7 +1,7 @@
-"""Reading a model's config.json, which is a stranger's: bounded before transformers makes anything of it.
+"""Reads a model's config.json, which is untrusted, and checks its numbers before transformers uses them.
 
-Transformers allocates by some of these numbers as soon as it parses them, and by the others when it builds the model.
-What is checked here is what is parsed: the file is read once, no other file that it may name, and no code.
+Transformers allocates memory by some of these numbers when it parses them, and by the others when it builds the model.
+The file is read once, so what is checked is what is parsed. No other file that it names is read, and no code is run.
 """
 
 import math
@@ -14,13 +14,13 @@ from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.files import read_json_object
 from slimllm_ops.models.families import Family, family_named
 
-# Whoever reads weights alone, and no config, need not wait for transformers: its import takes seconds.
+# Processes that read weights but no config need not import transformers, which takes seconds.
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LARGEST_CONFIG = 1 << 24
 
-# The least and the most of every whole number that sizes follow from; far beyond any model that there is.
+# The bounds of every integer that determines a size, far beyond any existing model.
 SIZES = {
     "num_hidden_layers": (1, 1 << 12),
     "hidden_size": (1, 1 << 20),
@@ -28,28 +28,28 @@ SIZES = {
     "vocab_size": (1, 1 << 24),
     "num_attention_heads": (1, 1 << 16),
     "max_position_embeddings": (1, 1 << 32),
-    # OPT's own.
+    # OPT only.
     "ffn_dim": (1, 1 << 24),
     "word_embed_proj_dim": (1, 1 << 20),
-    # Those of mixtures of experts, of which a config calls their number one or the other.
+    # Mixtures of experts only; a config has one of the first two.
     "num_local_experts": (1, 1 << 14),
     "num_experts": (1, 1 << 14),
     "num_experts_per_tok": (1, 1 << 14),
     "moe_intermediate_size": (1, 1 << 24),
 }
-# The same of those that may be left to a default, or be null.
+# The bounds of integers that may be missing or null.
 OPTIONAL_SIZES = {
     "num_key_value_heads": (1, 1 << 16),
     "head_dim": (1, 1 << 16),
-    # Transformers makes a table of so many names.
+    # Transformers builds a table with this many names.
     "num_labels": (0, 1 << 16),
 }
-# Lists with a number for each layer, of pruned models alone.
+# Lists with a number for each layer, in pruned models only.
 PER_LAYER_SIZES = ("num_attention_heads_per_layer", "num_key_value_heads_per_layer", "intermediate_size_per_layer")
-# Lists with a value for each layer, of families that have layers of several kinds.
+# Lists with a value for each layer, in families that have several kinds of layers.
 PER_LAYER_KINDS = ("layer_types", "no_rope_layers")
 PER_LAYER_FLAGS = ("attention_output_bias_per_layer", "mlp_output_bias_per_layer")
-# What changes how a model is built or stored, in ways that no family here has.
+# Settings that change how a model is built or stored, in ways that no family here supports.
 UNSUPPORTED = {
     "quantization_config": "its weights are quantised: pass the model in bfloat16, float16 or float32",
     "per_layer_config": "its layers differ in ways that are not supported",
@@ -57,10 +57,10 @@ UNSUPPORTED = {
 
 
 def read_config(directory: Path) -> "PretrainedConfig":
-    """Return the config of a model directory, of a family that is known, with sizes that a model can have.
+    """Return the config of a model directory, after checking that its family is known and its sizes are plausible.
 
     Raises:
-        CheckpointError: the directory or its config.json is missing or wrong, or the architecture is unknown.
+        CheckpointError: The directory or its config.json is missing or wrong, or the architecture is unknown.
     """
     from transformers import CONFIG_MAPPING
 
@@ -70,20 +70,20 @@ def read_config(directory: Path) -> "PretrainedConfig":
         return CONFIG_MAPPING[described["model_type"]].from_dict(described)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
-    # Any: transformers and its validators raise a dozen kinds, and a config that they refuse is always the cause.
+    # Any exception: transformers and its validators raise a dozen types, and the config is always the cause.
     except Exception as error:
         raise wrong_config(directory, error) from error
 
 
 def kept_layers(described: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """Return a config as JSON has it, of the model that has only some of its layers."""
+    """Return a JSON config reduced to some of the model's layers."""
     lists = (*PER_LAYER_SIZES, *PER_LAYER_FLAGS, *PER_LAYER_KINDS)
     of_kept = {key: [described[key][layer] for layer in kept] for key in lists if described.get(key) is not None}
     return described | of_kept | {"num_hidden_layers": len(kept)}
 
 
 def wrong_config(directory: Path, error: Exception) -> CheckpointError:
-    """Return the error of a config that transformers cannot parse, or build a model from."""
+    """Return the error for a config that transformers cannot parse or build a model from."""
     reason = shown(" ".join(str(error).split()), 300) or type(error).__name__
     return CheckpointError(f"{directory}: its config.json is wrong: {reason}")
 
@@ -124,13 +124,13 @@ def _check(described: dict[str, Any]) -> None:
 
 
 def _check_keys(described: dict[str, Any]) -> None:
-    """Check that no key is the name of a method: transformers sets every key that it does not know as an attribute."""
+    """Check that no key is the name of a method: transformers sets every unknown key as an attribute."""
     from transformers import PretrainedConfig
 
     for key in described:
         known = getattr(PretrainedConfig, key, None)
         if callable(known) or (isinstance(known, property) and known.fset is None):
-            raise CheckpointError(f"its config.json is wrong: {shown(key)!r} is no setting")
+            raise CheckpointError(f"its config.json is wrong: {shown(key)!r} is not a setting")
 
 
 def _check_sizes(described: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def _check_sizes(described: dict[str, Any]) -> None:
 
 
 def _check_positions(described: dict[str, Any]) -> None:
-    """Check the numbers that the rotary tables and the norms are computed from."""
+    """Check the numbers used by the rotary tables and the norms."""
     for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon"):
         epsilon = described.get(key, 0)
         if not _number(epsilon) or not 0 <= epsilon <= 1:
@@ -158,7 +158,7 @@ def _check_positions(described: dict[str, Any]) -> None:
         rope = described.get(key) or {}
         if not isinstance(rope, dict):
             raise _wrong(key, rope, "an object")
-        # Gemma 3 has settings for each kind of layer.
+        # Gemma 3 nests its settings by kind of layer.
         settings += [item for one in (rope, *rope.values()) if isinstance(one, dict) for item in one.items()]
     for key, value in settings:
         least = "above" if key in ("rope_theta", "factor") else "from"
@@ -169,7 +169,7 @@ def _check_positions(described: dict[str, Any]) -> None:
 
 
 def _check_layers(described: dict[str, Any], family: Family) -> None:
-    """Check the lists of a pruned model: one number for each layer, no more than the dense model has."""
+    """Check the per-layer lists of a pruned model: one value for each layer, no larger than in the dense model."""
     given = [key for key in (*PER_LAYER_SIZES, *PER_LAYER_FLAGS) if described.get(key) is not None]
     if not given:
         return
@@ -192,12 +192,12 @@ def _check_layers(described: dict[str, Any], family: Family) -> None:
         if queries * whole_kv_heads != keys * whole_heads:
             raise CheckpointError(
                 f"its config.json is wrong: layer {layer} has {queries} heads and {keys} key/value heads, "
-                f"expected as many heads to each as in the model, {whole_heads}/{whole_kv_heads}"
+                f"expected the ratio of the model, {whole_heads}/{whole_kv_heads}"
             )
 
 
 def _check_list(key: str, values: Any, length: Any, expected: str, holds: Callable[[Any], bool]) -> None:
-    """Check a list with a value for each layer."""
+    """Check a list that must have one valid value for each layer."""
     if not isinstance(values, list) or len(values) != length:
         found = f"{len(values)} values" if isinstance(values, list) else values
         raise _wrong(key, found, f"{expected}, one for each of {length} layers")

@@ -1,18 +1,18 @@
-"""Model families as a table: how each names its parts. A family of the same build is one more row.
+"""Describes the model families in a table: how each names its parts. A family with the same structure is one more row.
 
-A row describes decoder layers whose residual stream passes two branches:
+A row describes decoder layers whose residual stream passes through two branches:
 
     h = h + multiplier * output_norm(output_projection(attention(norm(h))))
     h = h + multiplier * output_norm(output_projection(mlp(norm(h))))
 
-where most families have no norm of the output and no multiplier, some none of the input, and in a parallel layer the
-MLP reads what the attention reads. A branch consists of units (KV groups; channels). The rows of every projection into
-it, and the columns of its output projection, lie unit by unit, so that nothing more need be known to take units out.
-Where several projections are stored as one, its parts lie one after the other, and within each the units.
+Most families have no output norm and no multiplier, and some have no input norm. In a parallel layer, the MLP reads the
+same input as the attention. A branch consists of units: KV groups or channels. The rows of its input projections and
+the columns of its output projection are ordered by unit, so this is all that is needed to remove units. Where several
+projections are stored as one, they are stacked, and the rows of each are ordered by unit.
 
-The MLP of a mixture of experts is many such branches, of which each token passes a few. Their weights are one tensor
-each for all experts, (E, rows, columns): so each expert keeps as many channels as the others, though not the same ones.
-A unit is a channel of one expert, and the experts' channels follow each other: unit e I + c is channel c of expert e.
+The MLP of a mixture of experts consists of many such branches, and each token passes through a few of them. One weight
+tensor (E, rows, columns) holds all experts, so every expert keeps the same number of channels, though not the same
+ones. A unit is a channel of one expert, and units are numbered expert by expert: e I + c is channel c of expert e.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from slimllm_ops.models.pair import Pair
 from slimllm_ops.models.pruned.pruned_layers import LinearNames, PrunedExpertsMixin, PrunedModelMixin
 from slimllm_ops.models.tensor_layout import Stored
 
-# The table is read by processes that only solve: they need none of transformers, which takes seconds to import.
+# Processes that only solve read this table, and do not need transformers, which takes seconds to import.
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# The package of the pruned classes, a file for each family.
+# The package of the pruned classes, with a file for each family.
 PRUNED_CLASSES = "slimllm_ops.models.pruned"
 
 
 def unit_rows(units: Sequence[int], num_units: int, num_rows: int) -> Tensor:
-    """Return the rows of some units, where each of `num_units` has an equal share of `num_rows`, side by side."""
+    """Return the rows of some units, if each of `num_units` owns an equal, contiguous share of `num_rows` rows."""
     width = num_rows // num_units
     return (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """What makes an MLP one of many, and who chooses among them.
+    """The names of a family's router and of its settings for experts.
 
     Attributes:
-        router: the module that gives every token (N, D) its experts: logits, weights (N, k), and which they are (N, k).
-        activation: what follows the gate, a module of the experts.
-        number: what the config calls the number of experts.
-        chosen: what it calls the number of those that a token is sent to.
+        router: The module that maps tokens (N, D) to logits, expert weights (N, k) and expert numbers (N, k).
+        activation: The module of the experts that is applied after the gate.
+        number: The config's name for the number of experts.
+        chosen: The config's name for the number of experts that a token is sent to.
     """
 
     router: str = "mlp.gate"
@@ -64,16 +64,16 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a branch of a decoder layer does around its linear maps, by the names of the family's classes.
+    """What a branch of a decoder layer does around its linear maps, by the names in the family's classes.
 
     Attributes:
-        norm: normalises what the branch reads; None where nothing does.
-        output_norm: normalises what the branch adds; None where nothing does.
-        stacked: how many projections into the branch are stored as one; the first has a row for each of the output
-            projection's columns, the others share the rest evenly.
-        activation: what follows the only projection into a branch that is no module of its own.
-        whole: why no unit of the branch can go, where none can.
-        experts: what it says of its experts, where it has some.
+        norm: The norm of the branch's input; None if there is none.
+        output_norm: The norm of what the branch adds; None if there is none.
+        stacked: The number of input projections stored as one. The first has one row for each column of the output
+            projection, and the others share the remaining rows evenly.
+        activation: The activation after the only input projection, for a branch that is not a module of its own.
+        whole: The reason why no unit of the branch can be removed; empty if units can be.
+        experts: The names for its experts, if it has any.
     """
 
     norm: str | None
@@ -98,56 +98,56 @@ class Branch:
 
     @property
     def module(self) -> str:
-        """Name of the branch's module, relative to the decoder layer; empty where that is the module."""
+        """The name of the branch's module, relative to the decoder layer; empty if it is the layer itself."""
         return self.names.module
 
     @property
     def described(self) -> str:
-        """What the branch is called in messages."""
+        """The branch's name in messages."""
         return self.module or self.names.output
 
     @property
     def output_weight(self) -> str:
-        """Name of the output projection's weight, relative to the decoder layer."""
+        """The name of the output projection's weight, relative to the decoder layer."""
         return self._weight(self.output)
 
     @property
     def output_bias(self) -> str:
-        """Name of the output projection's bias, relative to the decoder layer."""
+        """The name of the output projection's bias, relative to the decoder layer."""
         return f"{self.output}.bias"
 
     @property
     def output(self) -> str:
-        """Name of the output projection, relative to the decoder layer."""
+        """The name of the output projection, relative to the decoder layer."""
         return self._full(self.names.output)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the projections into the branch, relative to the decoder layer."""
+        """The names of the input projections, relative to the decoder layer."""
         return tuple(self._full(name) for name in self.names.inputs)
 
     @property
     def input_weights(self) -> tuple[str, ...]:
-        """Names of the weights into the branch, relative to the decoder layer."""
+        """The names of the input projections' weights, relative to the decoder layer."""
         return tuple(map(self._weight, self.inputs))
 
     def unstack(self, rows: Tensor, num_inputs: int) -> list[Tensor]:
-        """Cut a weight or bias into the branch into those of the projections that are stored as one.
+        """Split a stored weight or bias of the input projections into one per projection.
 
         Args:
-            rows: (R, ...), as stored.
-            num_inputs: columns of the output projection.
+            rows: The stored tensor (R, ...).
+            num_inputs: The number of columns of the output projection.
         """
         return list(rows.split(self._part_sizes(len(rows), num_inputs)))
 
     def kept_rows(self, num_rows: int, num_inputs: int, kept: Sequence[int], num_units: int) -> Tensor:
-        """Return which rows of a projection into the branch stay where some units do.
+        """Return the rows of a stored input projection that belong to the kept units.
 
         Args:
-            num_rows: rows of the projection, as stored.
-            num_inputs: columns of the output projection.
-            kept: the units that stay, ascending.
-            num_units: of how many.
+            num_rows: The number of rows of the projection, as stored.
+            num_inputs: The number of columns of the output projection.
+            kept: The units that stay, ascending.
+            num_units: The number of units in the dense branch.
         """
         rows, start = [], 0
         for size in self._part_sizes(num_rows, num_inputs):
@@ -162,7 +162,7 @@ class Branch:
         return [num_inputs] + [(num_rows - num_inputs) // others] * others
 
     def _weight(self, name: str) -> str:
-        """Return the name of a projection's weight; that of experts is a parameter of theirs, not of a module."""
+        """Return the name of a projection's weight; with experts, the projection is a parameter, not a module."""
         return name if self.has_experts else f"{name}.weight"
 
     def _full(self, name: str) -> str:
@@ -175,19 +175,19 @@ class Family:
 
     Attributes:
         name: The name in its classes: Pruned<name>ForCausalLM.
-        model_type: What the config.json of a dense model gives as its type.
-        file: The file of `pruned/` with its classes; pruned_<model_type> if empty.
-        layers: Name of the list of decoder layers in the model.
+        model_type: The `model_type` in the config.json of a dense model.
+        file: The file in `pruned/` with its classes; pruned_<model_type> if empty.
+        layers: The name of the list of decoder layers in the model.
         attention_names: The linear maps of the attention, as the pruned class names them.
         mlp_names: The linear maps of the MLP, as the pruned class names them.
-        attention_reading: What the attention does around them.
-        mlp_reading: What the MLP does around them.
-        intermediate_size: What its config calls the number of channels.
-        residual_multiplier: What its config calls the multiplier of what branches add, if it has one.
-        parallel: What its config calls the flag of layers whose MLP reads what the attention reads, if it has one.
-        requires: Settings of which one value alone is supported, and why where that needs to be said.
-        stored_as: Modules outside the layers, and what dense checkpoints call them instead.
-        stored: Tensors of the layers that dense checkpoints call otherwise, or hold in parts.
+        attention_reading: What the attention does around its linear maps.
+        mlp_reading: What the MLP does around its linear maps.
+        intermediate_size: The config's name for the number of channels.
+        residual_multiplier: The config's name for the multiplier of what branches add, if it has one.
+        parallel: The config's name for the flag that makes the MLP read the attention's input, if it has one.
+        requires: Settings with a single supported value: name, value, and the reason if it needs one.
+        stored_as: Modules outside the layers, and their names in dense checkpoints if those differ.
+        stored: Tensors of the layers that dense checkpoints store under another name or in parts.
     """
 
     name: str
@@ -215,10 +215,10 @@ class Family:
         """The module that defines that class."""
         return f"{PRUNED_CLASSES}.{self.file or f'pruned_{self.model_type}'}"
 
-    # Not cached: a row is pickled into processes that need no model.
+    # Not cached: rows are pickled into processes that need no model.
     @property
     def pruned(self) -> type[PrunedModelMixin]:
-        """The class of its pruned models, imported here, with transformers' modelling code of the family."""
+        """The class of its pruned models; this imports it, with transformers' modelling code for the family."""
         return getattr(import_module(self.module), self.class_name)
 
     @cached_property
@@ -237,28 +237,28 @@ class Family:
         return Pair(self.attention, self.mlp)
 
     def multiplier(self, config: PretrainedConfig) -> float:
-        """Return what everything that a branch adds to the residual stream is multiplied by."""
+        """Return the multiplier of everything that a branch adds to the residual stream."""
         return 1.0 if self.residual_multiplier is None else getattr(config, self.residual_multiplier)
 
     def num_experts(self, config: PretrainedConfig) -> int:
-        """Return how many MLPs a layer has; one, where there are no experts."""
+        """Return the number of MLPs in a layer: one, unless there are experts."""
         experts = self.mlp_reading.experts
         return 1 if experts is None else getattr(config, experts.number)
 
     def experts_per_token(self, config: PretrainedConfig) -> int:
-        """Return how many of a layer's MLPs a token passes; one, where there are no experts."""
+        """Return how many of a layer's MLPs a token passes through: one, unless there are experts."""
         experts = self.mlp_reading.experts
         return 1 if experts is None else getattr(config, experts.chosen)
 
     def is_parallel(self, config: PretrainedConfig) -> bool:
-        """Return whether the MLP of a layer reads what its attention reads."""
+        """Return whether a layer's MLP reads the same input as its attention."""
         return self.parallel is not None and getattr(config, self.parallel)
 
 
-# Gemma 2 and 3 normalise what a branch reads and what it adds, OLMo 2 only what it adds.
+# Gemma 2 and 3 normalise the input and output of a branch, OLMo 2 only the output.
 _GEMMA_ATTENTION = Reading(norm="input_layernorm", output_norm="post_attention_layernorm")
 _GEMMA_MLP = Reading(norm="pre_feedforward_layernorm", output_norm="post_feedforward_layernorm")
-_ALL_ALIKE = "where some layers have an MLP without experts, of another width, a row does not describe all of them"
+_ALL_ALIKE = "otherwise some layers have a plain MLP of another width, which is not supported"
 _EXPERTS = Reading(norm="post_attention_layernorm", stacked=2, experts=Experts())
 
 FAMILIES = (
@@ -290,7 +290,7 @@ FAMILIES = (
         attention_reading=Reading(
             norm=None,
             output_norm="post_attention_layernorm",
-            whole="its q_norm and k_norm run over all heads at once, so that without one the others change",
+            whole="its q_norm and k_norm normalise all heads together, so removing one changes the others",
         ),
         mlp_reading=Reading(norm=None, output_norm="post_feedforward_layernorm"),
     ),
@@ -307,7 +307,7 @@ FAMILIES = (
         intermediate_size="ffn_dim",
         requires=(("do_layer_norm_before", True, ""),),
     ),
-    # The rows of its query_key_value lie head by head, so they are units as they are.
+    # The rows of its query_key_value are ordered by head, so it needs no `stacked`.
     Family(
         name="GPTNeoX",
         model_type="gpt_neox",
@@ -350,19 +350,19 @@ FAMILIES = (
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """Return the row of a model's config, be the model dense or pruned.
+    """Return the family of a dense or pruned model from its config.
 
     Raises:
-        CheckpointError: the architecture has no row.
+        CheckpointError: The table has no such family.
     """
     return family_named(config.model_type)
 
 
 def family_named(model_type: object) -> Family:
-    """Return the row of what a config.json gives as its model's type.
+    """Return the family for the `model_type` of a dense or pruned model's config.json.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: The table has no such family.
     """
     for family in FAMILIES:
         if model_type in (family.model_type, f"pruned_{family.model_type}"):
@@ -380,11 +380,11 @@ def family_named(model_type: object) -> Family:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What each branch of a layer is made of.
+    """The shape of a layer's branches.
 
-    Where every head has its own keys and values there are as many KV groups as heads. They are the units of an
-    attention that can lose some, one that cannot is a unit as a whole. Where there are experts, `intermediate_size` is
-    the number of each one's channels.
+    In multi-head attention, there are as many KV groups as heads. The KV groups are the units of an attention module,
+    unless it cannot lose any: then the whole module is one unit. With experts, `intermediate_size` is the number of
+    channels in each expert.
     """
 
     num_attention_heads: int
@@ -395,12 +395,12 @@ class LayerShape:
 
     @property
     def num_channels(self) -> int:
-        """Channels of the layer's MLP, or of all its experts."""
+        """The number of channels in the layer's MLP, or in all its experts."""
         return self.num_experts * self.intermediate_size
 
 
 def layer_shape(config: PretrainedConfig, layer: int) -> LayerShape:
-    """Return the shape of a layer, from a dense model's config or from a pruned one's."""
+    """Return the shape of a layer from the config of a dense or pruned model."""
     family = family_of(config)
     if getattr(config, "num_attention_heads_per_layer", None) is None:
         heads, channels = config.num_attention_heads, getattr(config, family.intermediate_size)

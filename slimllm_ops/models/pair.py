@@ -1,4 +1,4 @@
-"""The two branches of a decoder layer, attention and MLP, as one value."""
+"""Holds a value for each of a decoder layer's two branches, attention and MLP."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Pair(Generic[T]):
-    """Something that the attention and the MLP of a layer each have; it iterates in that order."""
+    """A pair of values, one for a layer's attention and one for its MLP; it iterates in that order."""
 
     attention: T
     mlp: T
@@ -20,13 +20,13 @@ class Pair(Generic[T]):
         return iter((self.attention, self.mlp))
 
     def map(self, function: Callable[[T], U]) -> "Pair[U]":
-        """Return the function's value for each of the two."""
+        """Return the pair of the function's results for each value."""
         return Pair(function(self.attention), function(self.mlp))
 
     def join(self, other: "Pair[U]", function: Callable[[T, U], V]) -> "Pair[V]":
-        """Return the function's value for each of the two and its counterpart in another pair."""
+        """Return the pair of the function's results for each value and its counterpart in another pair."""
         return Pair(function(self.attention, other.attention), function(self.mlp, other.mlp))
 
 
-# What plans, files and messages call the two.
+# The names of the two branches in plans, files and messages.
 MODULES = Pair("attention", "mlp")

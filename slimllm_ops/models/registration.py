@@ -1,7 +1,7 @@
-"""Makes pruned models known to transformers' auto classes, so that their checkpoints load without remote code.
+"""Registers pruned models with transformers' auto classes, so that their checkpoints load without remote code.
 
-Importing the pruned classes of all families takes seconds, and most processes need one or none. So each family has a
-stand-in in transformers' table of configs, which imports the family's file when a config of that type is read. A
+Importing the pruned classes of all families takes seconds, and most processes need one or none. So transformers' table
+of configs gets a stand-in for each family, which imports the family's file when a config of that type is read. A
 process that never imports transformers' auto classes registers nothing.
 """
 
@@ -18,7 +18,7 @@ CONFIG_TABLE = "transformers.models.auto.configuration_auto"
 
 
 class _ImportedOnUse(type):
-    """The type of a class that stands for another one, which is imported when the stand-in is called or asked."""
+    """The metaclass of a stand-in for a config class; calling it or reading an attribute imports the real class."""
 
     family: Family
 
@@ -30,13 +30,13 @@ class _ImportedOnUse(type):
 
 
 def register_families(families: Iterable[Family]) -> None:
-    """Let transformers' auto classes find the pruned models of these families, now or when they are imported."""
+    """Register the pruned models of families with transformers' auto classes, now or once those are imported."""
     for family in families:
         _register_when_imported(family)
 
 
 def _register_when_imported(family: Family) -> None:
-    """Register a family's stand-in with the table of configs, and its classes with the file that defines them."""
+    """Register a family's stand-in when the table of configs is imported, and its classes when their file is."""
 
     def register_stand_in(module: ModuleType) -> None:
         stand_in = _ImportedOnUse(f"Pruned{family.name}Config", (), {"family": family, "__module__": family.module})
@@ -49,7 +49,7 @@ def _register_when_imported(family: Family) -> None:
         config = pruned.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, pruned, exist_ok=True)
-        # `save_pretrained` of a loaded model then copies the files again.
+        # With this, `save_pretrained` of a loaded model copies the model files again.
         config.register_for_auto_class()
         pruned.register_for_auto_class("AutoModelForCausalLM")
 

@@ -1,1 +1,1 @@
-"""Moments of activations: summed over tokens, merged over shards, unpacked for solves."""
+"""Sums moments of activations over tokens, merges them over shards, and unpacks them for solves."""

@@ -1,21 +1,21 @@
-r"""Moments of activations: count, mean and centred scatter, the only thing that leaves a shard.
+r"""Sums and merges moments of activations (count, mean, centred scatter), the only thing that leaves a shard.
 
     scatter = sum_n (x_n - mean) (x_n - mean)^T
 
-Over batches they are summed about a shift s that is near the mean, with r = sum_n (x_n - s):
+Batches are summed about a shift s near the mean, with r = sum_n (x_n - s):
 
     mean = s + r / n,      scatter = sum_n (x_n - s)(x_n - s)^T - r r^T / n
 
-Two sets of moments merge exactly (Chan, Golub, LeVeque 1979); with delta = mean_b - mean_a and n = n_a + n_b:
+Two sets of moments merge exactly (Chan, Golub, LeVeque 1979). With delta = mean_b - mean_a and n = n_a + n_b:
 
     mean = mean_a + delta n_b / n,      scatter = scatter_a + scatter_b + delta delta^T n_a n_b / n
 
-Centring matters: language models have features whose mean dwarfs their spread, and the difference of two
-large uncentred sums would lose what is left of it.
+Centring matters: language models have features whose mean dwarfs their spread, and the spread would be lost in
+the difference of two large uncentred sums.
 
-The scatter is symmetric: it is summed, travels and merges as the block rows of its upper triangle.
+The scatter is symmetric, so only its upper triangle is summed, sent and merged, as block rows.
 
-Shapes: N tokens, P inputs of an output projection, p and q of them the rows and the columns of a block row.
+Shapes: N tokens, P inputs of an output projection; a block row has p rows and q columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows of a triangle are multiplied in this many block rows: near half of the full product's work, while each
-# block stays large enough for the GEMM to run at its full rate.
+# The triangle is computed in this many block rows. That is little more than half of the full product's work, and each
+# block is still large enough for the GEMM to run at its full rate.
 TRIANGLE_BLOCKS = 8
 
-# A feature whose mean is more than so many standard deviations is centred even in bfloat16: nearly all its values
-# lie within a factor of two of the mean, where a subtraction is exact (Sterbenz 1974). Below, nothing is subtracted:
-# of the float32 sum, the square of this is what centring afterwards may lose.
+# In bfloat16, only a feature whose mean exceeds this many standard deviations is centred before the product. Nearly
+# all its values lie within a factor of two of the mean, where subtraction is exact (Sterbenz 1974). Other features are
+# centred after it, which costs the float32 sum at most a factor of this squared in precision.
 CENTRED_DEVIATIONS = 8.0
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean (P,) and covariance (P, P) of rows of activations, as solves use them; float64, float32 on GPU."""
+    """Count, mean (P,) and covariance (P, P) of activation rows, for solves: float64, or float32 on a GPU."""
 
     count: int
     mean_P: Tensor
@@ -57,25 +57,25 @@ class Moments:
 
     @property
     def norm_P(self) -> Tensor:
-        """L2 norm over tokens of each uncentred column, shape (P,)."""
+        """The L2 norm over tokens of each uncentred column, shape (P,)."""
         return (self.count * (self.covariance_PP.diagonal() + self.mean_P.square())).clamp(min=0).sqrt()
 
     def about_zero(self) -> "Moments":
-        """Return the second moments E[x x^T] in the covariance's place, about a mean of 0: fits have no intercept."""
+        """Return moments with mean 0 and E[x x^T] as the covariance, so that fits have no intercept."""
         second_PP = self.covariance_PP + torch.outer(self.mean_P, self.mean_P)
         return Moments(self.count, torch.zeros_like(self.mean_P), second_PP)
 
     def to(self, device: torch.device) -> "Moments":
-        """Return the same moments on `device`, in the precision that is summed in there."""
+        """Return the same moments on `device`, in that device's accumulation dtype."""
         precision = accumulation_dtype(device)
         return Moments(self.count, self.mean_P.to(device, precision), self.covariance_PP.to(device, precision))
 
 
 @dataclass(frozen=True)
 class PackedMoments:
-    """Count, mean (P,) and scatter as they travel between processes: NumPy, block rows (p, q) of the upper triangle.
+    """Moments as sent between processes: count, mean (P,), and block rows (p, q) of the scatter's upper triangle.
 
-    Ray shares NumPy arrays without a copy, where it copies tensors twice.
+    They are NumPy arrays because Ray shares those without a copy, while it copies tensors twice.
     """
 
     count: int
@@ -84,7 +84,7 @@ class PackedMoments:
 
     @property
     def num_bytes(self) -> int:
-        """What travels, in bytes."""
+        """The size of the arrays in bytes."""
         return self.mean_P.nbytes + sum(row.nbytes for row in self.rows)
 
     def is_finite(self) -> bool:
@@ -105,9 +105,9 @@ class PackedMoments:
         return PackedMoments(count, self.mean_P + delta_P * (other.count / count), tuple(rows))
 
     def unpack(self, device: torch.device = CPU) -> Moments:
-        """Return the moments for a solve on a device, in memory of their own."""
+        """Return the moments for a solve on a device, as copies of the arrays."""
         precision = accumulation_dtype(device)
-        # Received arrays are read-only views of shared memory.
+        # The arrays may be read-only views of shared memory.
         mean_P = torch.from_numpy(self.mean_P.copy()).to(device, precision)
         covariance_PP = mean_P.new_empty(len(mean_P), len(mean_P))
         for (start, stop), row in zip(_block_rows(len(mean_P)), self.rows, strict=True):
@@ -118,13 +118,13 @@ class PackedMoments:
 
 
 class MomentSum:
-    """Moments of batches of rows as they come: a triangle that products are added to, and nothing per token."""
+    """A running sum of moments over batches of rows; it keeps one triangle and nothing per token."""
 
     def __init__(self) -> None:
         self._count = 0
 
     def add(self, x_NP: Tensor) -> None:
-        """Add rows (N, P), any floating dtype; bfloat16 is multiplied as it is, and summed in float32."""
+        """Add rows (N, P) of any floating dtype; bfloat16 products are exact and summed in float32."""
         if not self._count:
             self._begin(x_NP)
         shifted_NP = x_NP - self._shift_P.to(x_NP)
@@ -134,7 +134,7 @@ class MomentSum:
         self._count += len(x_NP)
 
     def packed(self) -> PackedMoments:
-        """Return the moments of all rows so far, as they travel; the sum itself goes on."""
+        """Return the moments of all rows so far, ready to send; more rows can still be added."""
         offset_P = self._residual_P / self._count
         rows = tuple(
             torch.addr(row_pq, self._residual_P[start:stop], offset_P[start:], alpha=-1).cpu().numpy()
@@ -144,7 +144,7 @@ class MomentSum:
         return PackedMoments(self._count, mean_P.cpu().numpy(), rows)
 
     def _begin(self, x_NP: Tensor) -> None:
-        """Take the shift from the first rows: all that matters is that it is near the mean of all."""
+        """Take the shift from the first rows; it only has to be near the mean of all rows."""
         width, precision = x_NP.shape[1], accumulation_dtype(x_NP.device)
         self._shift_P = _shift(x_NP)
         self._residual_P = x_NP.new_zeros(width, dtype=precision)
@@ -154,14 +154,14 @@ class MomentSum:
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype that sums over tokens are kept in on `device`: float64, but float32 on a GPU."""
+    """Return the dtype for sums over tokens on `device`: float32 on a GPU, else float64."""
     return torch.float32 if device.type == "cuda" else torch.float64
 
 
 def merge_tree(parts: Sequence[T], merge: Callable[[T, T], T]) -> T:
-    """Merge parts pairwise in a balanced tree whose order is theirs alone, so that the sum has one value.
+    """Merge parts pairwise in a balanced tree, whose shape depends only on their order, so the sum is reproducible.
 
-    The parts are moments, or whatever stands for them: references to moments that lie elsewhere.
+    The parts are moments, or references to moments held elsewhere.
     """
     level = list(parts)
     while len(level) > 1:
@@ -171,7 +171,7 @@ def merge_tree(parts: Sequence[T], merge: Callable[[T, T], T]) -> T:
 
 
 def _shift(x_NP: Tensor) -> Tensor:
-    """Return what to subtract from every row (P,), in the dtype of the rows."""
+    """Return the shift (P,) to subtract from every row, in the rows' dtype."""
     if x_NP.dtype != torch.bfloat16:
         return x_NP.mean(dim=0)
     mean_P = x_NP.mean(dim=0, dtype=torch.float32)
@@ -180,7 +180,7 @@ def _shift(x_NP: Tensor) -> Tensor:
 
 
 def _product(left_pN: Tensor, right_Nq: Tensor) -> Tensor:
-    """Return the product (p, q); that of bfloat16 is exact but for its float32 sum."""
+    """Return the product (p, q); for bfloat16, only the float32 sum rounds."""
     if left_pN.dtype != torch.bfloat16:
         return left_pN @ right_Nq
     if left_pN.device.type == "cuda":

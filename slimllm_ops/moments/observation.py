@@ -1,8 +1,8 @@
-"""What a branch's activations leave behind, in memory and as it travels between processes.
+"""Collects statistics of a branch's activations, and packs them to be sent between processes.
 
-`Observed` is what the rest of the package knows of it. A plain branch has one output projection, and a
-`PackedObservation`. An MLP of experts has one output projection per expert, and a `PackedExperts`
-(`slimllm_ops.moments.routing`). Solves see both as parts: a plain branch is the case of one part.
+The rest of the package uses the protocol `Observed`. A plain branch has one output projection and is observed by a
+`PackedObservation`. A mixture of experts has one output projection per expert and is observed by a `PackedExperts`
+(`slimllm_ops.moments.routing`). Solves see both as a list of parts; a plain branch has a single part.
 
 Shapes: N tokens, D hidden size, P inputs of an output projection.
 """
@@ -26,25 +26,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Observation:
-    """Moments of X, the input of a branch's output projection, and sums of squares (D,) of the branch's own input."""
+    """Moments of X, the input of a branch's output projection, and sums of squares (D,) of the branch's input."""
 
     moments: Moments
     input_squares_D: Tensor
 
     def about_zero(self) -> "Observation":
-        """Return the same with moments about zero, so that fits have no intercept."""
+        """Return the same observation with moments about zero, so that fits have no intercept."""
         return Observation(self.moments.about_zero(), self.input_squares_D)
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One output projection of a module: its only one, or that of one of its experts.
+    """One output projection of a module: the module's only one, or one expert's.
 
     Attributes:
-        weight_DP: The weight, as PyTorch keeps it.
-        observation: What was observed of its input; None for an expert that no token was sent to.
-        share: The fraction of the tokens that pass it.
-        name: What errors call it; empty for the only part of a module.
+        weight_DP: The weight, as PyTorch stores it.
+        observation: The observation of its input; None for an expert that received no tokens.
+        share: The fraction of tokens that pass through it.
+        name: The name used in errors; empty for the only part of a module.
     """
 
     weight_DP: Tensor
@@ -54,17 +54,17 @@ class Part:
 
     @cached_property
     def projection(self) -> Projection | None:
-        """The weight with the moments of its input; None without tokens."""
+        """The weight paired with the moments of its input; None without tokens."""
         return None if self.observation is None else Projection.of(self.observation.moments, self.weight_DP)
 
     @property
     def output_variance(self) -> float:
-        """Variance of the output, summed over its dims; 0 without tokens."""
+        """The variance of the output, summed over its dims; 0 without tokens."""
         return 0.0 if self.projection is None else float(self.projection.variance_D.sum())
 
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Put the part's name in front of a solve's error.
+        """Prefix the part's name to an error of the solve inside.
 
         Raises:
             SolveError: The solve inside failed.
@@ -87,23 +87,23 @@ class Counted(Protocol):
 
 
 class Observed(Protocol):
-    """The observation of a branch, as it travels, merges and is kept."""
+    """A branch's observation in the form that is sent, merged and stored."""
 
     @property
     def intercept(self) -> bool:
-        """Whether recovery may fit an intercept. Without one, moments are unpacked about zero."""
+        """Whether recovery may fit an intercept. If not, moments are unpacked about zero."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that travel."""
+        """The size of the arrays in bytes."""
 
     @property
     def gain(self) -> float:
-        """What an error of the branch's output is worth in the residual stream, in squares."""
+        """The squared error in the residual stream per squared error of the branch's output projection."""
 
     @property
     def idle(self) -> tuple[int, ...]:
-        """The parts that no token was sent to."""
+        """The parts that received no tokens."""
 
     def merge(self, other: Self) -> Self:
         """Return the observation of both sets of tokens."""
@@ -112,41 +112,41 @@ class Observed(Protocol):
         """Return the same observation, for recovery with or without an intercept."""
 
     def require_tokens(self, num_tokens: int) -> None:
-        """Check that the observation covers `num_tokens` tokens: no shard is missing, none counts twice.
+        """Check that the observation covers `num_tokens` tokens: no shard is missing or counted twice.
 
         Raises:
-            MiscountError: It covers fewer, or more.
+            MiscountError: It covers fewer or more tokens.
         """
 
     def is_finite(self) -> bool:
         """Return whether the observation is free of NaN and infinity."""
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Cut a stored tensor of the module into those of its parts."""
+        """Split a stored tensor of the module into one tensor per part."""
 
     def parts(self, weight: Tensor) -> Iterator[Part]:
-        """Yield the module's parts, unpacked on the weight's device one at a time.
+        """Yield the module's parts one at a time, unpacked on the weight's device.
 
         Args:
-            weight: The output projection's weight (D, P); that of experts (E, D, P).
+            weight: The output projection's weight: (D, P), or (E, D, P) with experts.
         """
 
     def joined(self, fits: Sequence[T], join: Callable[[Sequence[T]], T]) -> T:
-        """Return what the fits of all parts make together: the only one as it is, or several joined by `join`."""
+        """Return one fit for the module: the only part's fit, or several fits combined by `join`."""
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return the observation as named arrays; whether recovery has an intercept is not among them."""
+        """Return the observation as named arrays, without the `intercept` setting."""
 
 
 @dataclass(frozen=True)
 class PackedObservation:
-    """The observation of a plain branch in NumPy, as it travels and merges.
+    """A plain branch's observation in NumPy, in the form that is sent and merged.
 
     Attributes:
         moments: Moments of X.
         input_squares_D: Sums of squares of the branch's input.
-        powers: Sums of squares of what the output projection puts out, and of what of it is added to the stream;
-            zero where the two are one.
+        powers: Sums of squares of the output projection's output, and of what the branch adds to the residual stream;
+            zeros where the two are the same.
         intercept: Whether recovery may fit an intercept.
     """
 
@@ -157,7 +157,7 @@ class PackedObservation:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PackedObservation":
-        """Return the observation that `to_arrays` wrote; other arrays are ignored."""
+        """Return the observation that `to_arrays` wrote, and ignore other arrays."""
         num_rows = sum(name.startswith("scatter.") for name in arrays)
         rows = tuple(arrays[f"scatter.{number}"] for number in range(num_rows))
         moments = PackedMoments(int(arrays["count"][0]), arrays["mean"], rows)
@@ -176,24 +176,24 @@ class PackedObservation:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that travel."""
+        """The size of the arrays in bytes."""
         return self.moments.num_bytes + self.input_squares_D.nbytes
 
     @property
     def gain(self) -> float:
-        """What an error of the output projection's output is worth in the residual stream, in squares."""
+        """The squared error in the residual stream per squared error of the output projection."""
         return gain_of(self.powers)
 
     @property
     def idle(self) -> tuple[int, ...]:
-        """No part: every token passes the only one."""
+        """Always empty: every token passes through the only part."""
         return ()
 
     def require_tokens(self, num_tokens: int) -> None:
-        """Check that the moments are of `num_tokens` tokens.
+        """Check that the moments cover `num_tokens` tokens.
 
         Raises:
-            MiscountError: They are of fewer, or of more.
+            MiscountError: They cover fewer or more tokens.
         """
         require_count(self.moments.count, num_tokens)
 
@@ -215,13 +215,13 @@ class PackedObservation:
         return replace(self, intercept=intercept)
 
     def unpack(self, device: torch.device) -> Observation:
-        """Return the observation for a decision, on a device; without an intercept its moments are about zero."""
+        """Return the observation on a device, ready for a solve; without an intercept, its moments are about zero."""
         squares_D = torch.from_numpy(self.input_squares_D.copy()).to(device)
         observed = Observation(self.moments.unpack(device), squares_D)
         return observed if self.intercept else observed.about_zero()
 
     def split(self, tensor: Tensor) -> tuple[Tensor]:
-        """Return a stored tensor, which belongs to the only part."""
+        """Return the stored tensor, all of it the only part's."""
         return (tensor,)
 
     def parts(self, weight: Tensor) -> Iterator[Part]:
@@ -235,7 +235,7 @@ class PackedObservation:
 
 
 class ObservationSum:
-    """An observation of batches of tokens as they come."""
+    """A running sum of an observation over batches of tokens."""
 
     def __init__(self) -> None:
         self._moments = MomentSum()
@@ -243,14 +243,14 @@ class ObservationSum:
         self._powers = (0.0, 0.0)
 
     def add(self, x_NP: Tensor, input_ND: Tensor) -> None:
-        """Add what enters a branch's output projection (N, P), and what entered the branch (N, D); N may be (b, T)."""
+        """Add the input of a branch's output projection (N, P) and of the branch itself (N, D); N may be (b, T)."""
         self._moments.add(x_NP.flatten(0, -2))
-        # float32 holds the values, but not every square of them.
+        # float32 can represent the values, but not all of their squares.
         squares_D = input_ND.flatten(0, -2).double().square_().sum(dim=0)
         self._squares_D = squares_D if self._squares_D is None else self._squares_D + squares_D
 
     def add_powers(self, output: float, added: float) -> None:
-        """Add the summed squares of what the output projection put out, and of what of it was added to the stream."""
+        """Add sums of squares of the output projection's output, and of what the branch added to the stream."""
         self._powers = add_powers(self._powers, (output, added))
 
     def packed(self) -> PackedObservation:
@@ -260,21 +260,21 @@ class ObservationSum:
 
 
 def add_powers(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    """Return the sums of both pairs of summed squares."""
+    """Return two pairs of summed squares, added up."""
     return one[0] + other[0], one[1] + other[1]
 
 
 def gain_of(powers: tuple[float, float]) -> float:
-    """Return the power that is added to the stream per power of the output; 1 where nothing lies between them."""
+    """Return the power added to the stream per power of the output; 1 if nothing lies between the two."""
     output, added = powers
     return added / output if output > 0 else 1.0
 
 
 def require_count(found: int, num_tokens: int) -> None:
-    """Check that moments are of as many tokens as were sent.
+    """Check that moments cover as many tokens as were sent.
 
     Raises:
-        MiscountError: They are of fewer, or of more.
+        MiscountError: They cover fewer or more tokens.
     """
     if found != num_tokens:
         raise MiscountError(

@@ -1,4 +1,4 @@
-r"""An output projection seen through the moments of its input: what heads, channels and recovery all need.
+r"""Pairs an output projection with the moments of its input: what heads, channels and recovery all need.
 
     C = covariance of the input X (N, P),   image = C W,   variance_j = (W^T C W)_jj
 
@@ -18,7 +18,7 @@ from slimllm_ops.moments.moments import Moments
 class Projection:
     """`o_proj` or `down_proj`: the moments of its input and its weight (P, D), in one precision.
 
-    The products with the covariance are cached, since P x P x D is what a decision costs.
+    Products with the covariance are cached: at P x P x D, they are most of a decision's cost.
     """
 
     moments: Moments
@@ -26,13 +26,13 @@ class Projection:
 
     @classmethod
     def of(cls, moments: Moments, weight_DP: Tensor) -> "Projection":
-        """Pair moments with the weight as PyTorch has it, on the weight's device."""
+        """Pair moments with the weight as PyTorch stores it, on the weight's device."""
         moments = moments.to(weight_DP.device)
         return cls(moments, weight_DP.T.to(moments.covariance_PP.dtype))
 
     @property
     def covariance_PP(self) -> Tensor:
-        """Covariance C of the input."""
+        """The covariance C of the input."""
         return self.moments.covariance_PP
 
     @cached_property
@@ -41,12 +41,12 @@ class Projection:
         return self.covariance_PP @ self.weight_PD
 
     def removed_image(self, kept_S: Tensor) -> Tensor:
-        """Return C_SR W_R (S, D): the covariance of the kept inputs with what the removed ones put out."""
+        """Return C_SR W_R (S, D): the covariance of the kept inputs with the removed inputs' output."""
         stays_P = torch.zeros(len(self.weight_PD), dtype=torch.bool, device=kept_S.device)
         stays_P[kept_S] = True
         return self.covariance_PP[kept_S][:, ~stays_P] @ self.weight_PD[~stays_P]
 
     @cached_property
     def variance_D(self) -> Tensor:
-        """Variance of every output dim; what rounding leaves of none may be below 0, and is none."""
+        """The variance of every output dim; rounding can make a zero negative, so it is clamped at 0."""
         return (self.weight_PD * self.image_PD).sum(dim=0).clamp(min=0)

@@ -1,15 +1,15 @@
-r"""Mixtures of experts: which tokens reach which expert, and what they leave behind.
+r"""Routes tokens through a mixture of experts, and observes each expert.
 
-A router sends each token to k of E experts, with a weight r for each. What the branch adds is
+A router sends each token to k of E experts, with a weight r for each. The branch adds
 
     y = sum_e r_e x_e W_e
 
-over the experts that the token was sent to, x_e being what enters the output projection W_e of expert e. With r_e
-multiplied into it, X_e = r_e x_e, every expert's output projection is one like any other, over tokens of its own: what
-is observed of each are the moments of X_e over the tokens that reached it.
+over the token's experts, where x_e is the input of the output projection W_e of expert e. Once r_e is multiplied in,
+X_e = r_e x_e, each expert's output projection is like any other, but over its own tokens. So each expert is observed
+by the moments of X_e over the tokens that it received.
 
-Shapes: b blocks of a batch, T tokens of a block, N of all, D hidden size, E experts, k of them for a token, I channels
-of an expert, S of them kept, n tokens of one expert.
+Shapes: b blocks in a batch, T tokens in a block, N = b T tokens, D hidden size, E experts, k experts per token,
+I channels per expert, S of them kept, n tokens of one expert.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Routed(NamedTuple):
-    """X of a batch, an expert's for each of a token's k places, and which experts those are."""
+    """X of a batch, for each of a token's k experts, and the numbers of those experts."""
 
     x_bTkI: Tensor
     experts_bTk: Tensor
@@ -45,13 +45,13 @@ class Routed(NamedTuple):
 
 @torch.inference_mode()
 def route(router: nn.Module, gate_up_ERD: Tensor, activation: nn.Module, input_bTD: Tensor) -> Routed:
-    """Send tokens through the experts that a router chooses, up to their output projections.
+    """Send tokens through the experts that a router chooses, up to the output projections.
 
     Args:
-        router: gives tokens (N, D) their logits, their experts' weights (N, k), and which experts those are (N, k).
-        gate_up_ERD: the experts' weights of gate and up, R = 2 I rows, one after the other.
-        activation: what follows the gate.
-        input_bTD: the tokens.
+        router: Maps tokens (N, D) to logits, expert weights (N, k) and expert numbers (N, k).
+        gate_up_ERD: The experts' gate and up weights, stacked to R = 2 I rows.
+        activation: The activation after the gate.
+        input_bTD: The tokens.
     """
     input_ND = input_bTD.flatten(0, 1)
     _, weights_Nk, experts_Nk = router(input_ND)
@@ -66,12 +66,12 @@ def route(router: nn.Module, gate_up_ERD: Tensor, activation: nn.Module, input_b
 
 @torch.inference_mode()
 def project(routed: Routed, weight_EDS: Tensor, kept_ES: Tensor | None) -> Tensor:
-    """Return what the experts add together (b, T, D).
+    """Return the sum of the experts' outputs (b, T, D).
 
     Args:
-        routed: what enters their output projections.
-        weight_EDS: the weights of those.
-        kept_ES: the channels of each expert that they take; None where they take all.
+        routed: The inputs of their output projections.
+        weight_EDS: The weights of their output projections.
+        kept_ES: The channels that each expert keeps; None if it keeps all.
     """
     x_NkI, experts_Nk = routed.x_bTkI.flatten(0, 1), routed.experts_bTk.flatten(0, 1)
     output_ND = x_NkI.new_zeros(len(x_NkI), weight_EDS.shape[1])
@@ -79,19 +79,19 @@ def project(routed: Routed, weight_EDS: Tensor, kept_ES: Tensor | None) -> Tenso
         x_nS = x_NkI[tokens_n, places_n]
         if kept_ES is not None:
             x_nS = x_nS[:, kept_ES[expert]]
-        # A token reaches an expert once, so that nothing is added twice here, in any order.
+        # A token reaches an expert at most once, so `tokens_n` has no duplicates to lose.
         output_ND[tokens_n] += functional.linear(x_nS, weight_EDS[expert])
     return output_ND.unflatten(0, routed.x_bTkI.shape[:2])
 
 
 def _reached(experts_Nk: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield the experts that tokens reach, and of each the tokens (n,) and which of their places it has (n,)."""
+    """Yield each expert that received tokens, with the tokens (n,) and its place among their k experts (n,)."""
     for expert in experts_Nk.unique().tolist():
         yield expert, *torch.where(experts_Nk == expert)
 
 
 class RoutedStates:
-    """What enters the experts' output projections, of a stream's batches in order, until a decision is made."""
+    """The inputs of the experts' output projections, one per batch of a stream, kept until a decision is made."""
 
     def __init__(self, store: StateStore) -> None:
         self._x: States = store()
@@ -108,14 +108,14 @@ class RoutedStates:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The observations of a layer's experts in NumPy, as they travel and merge.
+    """The observations of a layer's experts in NumPy, in the form that is sent and merged.
 
     Experts have no bias and get none, so their moments are unpacked about zero.
 
     Attributes:
-        count: Tokens of the stream.
-        experts: Each expert's observation, of the tokens that were sent to it; None without tokens.
-        powers: Sums of squares of what the experts put out together, and of what of it is added to the stream.
+        count: Number of tokens in the stream.
+        experts: Each expert's observation over the tokens it received; None without tokens.
+        powers: Sums of squares of the experts' joint output, and of what the branch adds to the residual stream.
     """
 
     count: int
@@ -124,7 +124,7 @@ class PackedExperts:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PackedExperts":
-        """Return the observations that `to_arrays` wrote; other arrays are ignored."""
+        """Return the observations that `to_arrays` wrote, and ignore other arrays."""
         num_experts, count = arrays["experts"].tolist()
         output, added = arrays["powers"].tolist()
         experts = (_beginning_with(f"{expert}.", arrays) for expert in range(num_experts))
@@ -142,39 +142,39 @@ class PackedExperts:
 
     @property
     def intercept(self) -> bool:
-        """An expert's recovery never has an intercept."""
+        """Always false: an expert's recovery never has an intercept."""
         return False
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that travel."""
+        """The size of the arrays in bytes."""
         return sum(seen.num_bytes for seen in self.experts if seen is not None)
 
     @property
     def idle(self) -> tuple[int, ...]:
-        """The experts that no token was sent to."""
+        """The experts that received no tokens."""
         return tuple(expert for expert, seen in enumerate(self.experts) if seen is None)
 
     def share(self, expert: int) -> float:
-        """Return the fraction of the tokens that were sent to an expert."""
+        """Return the fraction of tokens that an expert received."""
         seen = self.experts[expert]
         return 0.0 if seen is None else seen.moments.count / self.count
 
     @property
     def gain(self) -> float:
-        """What an error of the experts' output is worth in the residual stream, in squares."""
+        """The squared error in the residual stream per squared error of the experts' output."""
         return gain_of(self.powers)
 
     def require_tokens(self, num_tokens: int) -> None:
-        """Check that the observations are of `num_tokens` tokens.
+        """Check that the observations cover `num_tokens` tokens.
 
         Raises:
-            MiscountError: They are of fewer, or of more.
+            MiscountError: They cover fewer or more tokens.
         """
         require_count(self.count, num_tokens)
 
     def is_finite(self) -> bool:
-        """Return whether no expert has seen NaN or infinity."""
+        """Return whether every expert's observation is free of NaN and infinity."""
         return all(seen.is_finite() for seen in self.experts if seen is not None)
 
     def merge(self, other: "PackedExperts") -> "PackedExperts":
@@ -183,32 +183,32 @@ class PackedExperts:
         return PackedExperts(self.count + other.count, merged, add_powers(self.powers, other.powers))
 
     def with_intercept(self, intercept: bool) -> "PackedExperts":
-        """Return the same observations: experts have no intercept either way."""
+        """Return the same observations; experts never have an intercept."""
         return self
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a stored tensor of all experts (E, ...) into each one's."""
+        """Split a stored tensor of all experts (E, ...) into one per expert."""
         return tensor.unbind(0)
 
     def parts(self, weight: Tensor) -> Iterator[Part]:
-        """Yield every expert as a part, with its weight from those of all (E, D, I)."""
+        """Yield every expert as a part, with its slice of the weight (E, D, I)."""
         for expert, (weight_DI, seen) in enumerate(zip(self.split(weight), self.experts, strict=True)):
             observation = None if seen is None else seen.unpack(weight.device).about_zero()
             yield Part(weight_DI, observation, self.share(expert), f"expert {expert}")
 
     def joined(self, fits: Sequence[T], join: Callable[[Sequence[T]], T]) -> T:
-        """Return the experts' fits, joined by `join`."""
+        """Return the experts' fits, combined by `join`."""
         return join(fits)
 
 
 def observed_from_arrays(arrays: Mapping[str, np.ndarray]) -> Observed:
-    """Return the observation that `Observed.to_arrays` wrote, of the kind that it was; other arrays are ignored."""
+    """Return the observation that `Observed.to_arrays` wrote, in its original class, and ignore other arrays."""
     kind = PackedExperts if "experts" in arrays else PackedObservation
     return kind.from_arrays(arrays)
 
 
 class RoutedSum:
-    """Observations of a layer's experts, of batches of tokens as they come."""
+    """A running sum of the observations of a layer's experts over batches of tokens."""
 
     def __init__(self, num_experts: int) -> None:
         self._count = 0
@@ -216,7 +216,7 @@ class RoutedSum:
         self._powers = (0.0, 0.0)
 
     def add(self, routed: Routed, input_bTD: Tensor) -> None:
-        """Add what enters the experts' output projections, and what entered the branch (b, T, D)."""
+        """Add the inputs of the experts' output projections and of the branch itself (b, T, D)."""
         x_NkI, input_ND = routed.x_bTkI.flatten(0, 1), input_bTD.flatten(0, 1)
         for expert, tokens_n, places_n in _reached(routed.experts_bTk.flatten(0, 1)):
             seen = self._experts[expert] = self._experts[expert] or ObservationSum()
@@ -224,7 +224,7 @@ class RoutedSum:
         self._count += len(input_ND)
 
     def add_powers(self, output: float, added: float) -> None:
-        """Add the summed squares of what the experts put out together, and of what of it was added to the stream."""
+        """Add sums of squares of the experts' joint output, and of what the branch added to the stream."""
         self._powers = add_powers(self._powers, (output, added))
 
     def packed(self) -> PackedExperts:
@@ -239,5 +239,5 @@ def _merge(one: PackedObservation | None, other: PackedObservation | None) -> Pa
 
 
 def _beginning_with(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the arrays whose names begin with a prefix, by the rest of their names."""
+    """Return the arrays whose names begin with a prefix, without the prefix in their names."""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Where the activations of a stream's batches are held: in memory, or in a file that no process can leave behind."""
+"""Stores the activations of a stream's batches in memory, or in a temporary file that cannot outlive its process."""
 
 import os
 import tempfile
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class States(Protocol):
-    """The tensors of a stream's batches, in order; a list is one."""
+    """The tensors of a stream's batches, in order; a list qualifies."""
 
     def __len__(self) -> int: ...
 
@@ -26,13 +26,13 @@ class States(Protocol):
         ...
 
 
-# Makes an empty store.
+# Returns an empty store.
 StateStore = Callable[[], States]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in the file a tensor lies."""
+    """A tensor's position in the file, dtype and shape."""
 
     offset: int
     dtype: torch.dtype
@@ -40,13 +40,13 @@ class _Place:
 
 
 class SpilledStates:
-    """Tensors in an unnamed file: one at a time is in memory, and the file goes when its process does.
+    """Tensors in an unnamed file, with one at a time in memory; the file disappears when its process ends.
 
-    Files are read and written, not mapped: mapped pages would count as memory of the process.
+    The file is read and written, not mapped: mapped pages would count as memory of the process.
 
     Args:
-        directory: where the file is made.
-        device: where tensors are wanted.
+        directory: The directory that the file is created in.
+        device: The device that tensors are returned on.
     """
 
     def __init__(self, directory: Path, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Sums over tokens that shards return beside moments."""
+"""Sums over tokens that shards return alongside moments."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from slimllm_ops.moments.observation import Observed
 
 @dataclass(frozen=True)
 class Mean:
-    """A sum over tokens, and the number of tokens."""
+    """A mean over tokens, kept as the sum and the number of tokens."""
 
     total: float
     count: int
@@ -24,12 +24,12 @@ class Mean:
 
 @dataclass(frozen=True)
 class DensePass:
-    """What a pass of a dense branch leaves.
+    """The measurements of one pass through a dense branch.
 
     Attributes:
         observed: The branch's moments.
-        power: The squared norm of the states after it.
-        change: The squared norm of what the layer has added to the states so far; None where it is not measured.
+        power: The squared norm of the hidden states after the branch.
+        change: The squared norm of what the layer has added to the states so far; None if not measured.
     """
 
     observed: Observed
@@ -42,5 +42,5 @@ class DensePass:
         return DensePass(self.observed.merge(other.observed), self.power.merge(other.power), change)
 
     def require_tokens(self, num_tokens: int) -> None:
-        """Check that the moments are of all tokens; see `Observed.require_tokens`."""
+        """Check that the moments cover all tokens; see `Observed.require_tokens`."""
         self.observed.require_tokens(num_tokens)

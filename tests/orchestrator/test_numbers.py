@@ -164,5 +164,5 @@ def test_a_sparsity_of_less_than_a_unit(
     prune_model: Callable[..., PruneResult], make_edge: Callable[[str], tuple[Path, Path]], sparsity: float
 ) -> None:
     model, blocks = make_edge("one channel")
-    with pytest.raises(InputError, match=rf"sparsity {sparsity:g} removes nothing: .* ask for that at least"):
+    with pytest.raises(InputError, match=rf"sparsity {sparsity:g} removes nothing: .* ask for at least that"):
         prune_model(model, calibration=str(blocks), sparsity=sparsity)

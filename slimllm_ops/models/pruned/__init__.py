@@ -1,5 +1,5 @@
-"""The classes of pruned models, a file for each family.
+"""Holds the classes of pruned models, with a file for each family.
 
-A copy of a family's file lies in every checkpoint that it writes. Its row in `families.py` imports it when asked for
-the class.
+Every pruned checkpoint contains a copy of its family's file. The family's row in `families.py` imports the file when
+the class is needed.
 """

@@ -1,15 +1,15 @@
-"""Pruned models: the stock transformers classes with fewer heads and channels, a number for each layer.
+"""Pruned models: the stock transformers classes with fewer heads and channels, set for each layer.
 
-A copy of this file and of its family's lies in every pruned checkpoint, so that
-`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` needs torch and transformers only. Hence the
-relative import in the families' files, which transformers follows.
+Every pruned checkpoint contains a copy of this file and of its family's file, so that
+`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` needs only torch and transformers. This is why the
+families' files use a relative import, which transformers follows.
 
 The config keeps the dense model's global numbers and adds:
 
     num_attention_heads_per_layer, num_key_value_heads_per_layer, intermediate_size_per_layer
-    attention_output_bias_per_layer, mlp_output_bias_per_layer      what recovery added to the output projections
+    attention_output_bias_per_layer, mlp_output_bias_per_layer      whether the output projections have a bias
 
-Of a mixture of experts, `intermediate_size_per_layer` is the number of channels of each of a layer's experts.
+In a mixture of experts, `intermediate_size_per_layer` is the number of channels in each of a layer's experts.
 """
 
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-# Channels that make whole 16 bytes in two bytes each, as grouped products on a GPU want them.
+# Grouped matrix products on a GPU need rows of whole 16 bytes: this many channels of two bytes each.
 WHOLE_CHANNELS = 8
 
 
 class LinearNames(NamedTuple):
-    """The linear maps of one branch of a decoder layer: a module of the layer ("" for itself), and names in it."""
+    """The linear maps of one branch of a decoder layer: the module ("" for the layer itself), and their names in it."""
 
     module: str
     inputs: tuple[str, ...]
@@ -30,7 +30,7 @@ class LinearNames(NamedTuple):
 
 
 class PrunedConfigMixin:
-    """The numbers of each layer, beside the stock config. Without them the shapes are the dense model's."""
+    """The per-layer settings added to the stock config; without them, the shapes are the dense model's."""
 
     num_attention_heads_per_layer: list[int] | None = None
     num_key_value_heads_per_layer: list[int] | None = None
@@ -40,9 +40,9 @@ class PrunedConfigMixin:
 
 
 class PrunedModelMixin:
-    """Resizes the layers that the stock constructor built; every forward is the stock one.
+    """A model whose layers are resized after the stock constructor builds them; every forward is the stock one.
 
-    A family whose names differ from Llama's says so in its class.
+    A family whose names differ from Llama's sets them in its class.
     """
 
     config_class: Any
@@ -60,7 +60,7 @@ class PrunedModelMixin:
             self.resize_mlp(layer.get_submodule(self.mlp_names.module), config, index)
 
     def resize_attention(self, attention: Any, config: Any, index: int) -> None:
-        """Give a layer's attention its own number of heads; each key/value head keeps its query heads."""
+        """Set the number of heads of a layer's attention; each key/value head keeps its query heads."""
         heads = config.num_attention_heads_per_layer[index]
         bias = config.attention_output_bias_per_layer[index]
         _resize(attention, self.attention_names, heads, config.num_attention_heads, bias)
@@ -70,7 +70,7 @@ class PrunedModelMixin:
                 setattr(attention, name, value)
 
     def resize_mlp(self, mlp: Any, config: Any, index: int) -> None:
-        """Give a layer's MLP its own number of channels."""
+        """Set the number of channels of a layer's MLP."""
         channels = config.intermediate_size_per_layer[index]
         whole = getattr(mlp, self.mlp_names.output).in_features
         _resize(mlp, self.mlp_names, channels, whole, config.mlp_output_bias_per_layer[index])
@@ -79,24 +79,24 @@ class PrunedModelMixin:
 
 
 class PrunedExpertsMixin(PrunedModelMixin):
-    """The same where a layer's MLP is many experts, whose weights are parameters of three dimensions."""
+    """The same for a mixture of experts, whose weights are three-dimensional parameters."""
 
     mlp_names = LinearNames("mlp.experts", ("gate_up_proj",), "down_proj")
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         channels = config.intermediate_size_per_layer or []
-        # Without a choice of the user's, transformers takes grouped products, which do not take any number of channels.
+        # Unless the user chooses, transformers uses grouped products, which restrict the number of channels.
         if config._experts_implementation is None and any(number % WHOLE_CHANNELS for number in channels):
             config._experts_implementation = "eager"
         super().__init__(config, *args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # The experts are the stock class's; transformers would look for them in this file, and not find them.
+        # The experts belong to the stock class; transformers would look for them in this file and not find them.
         return True
 
     def resize_mlp(self, mlp: Any, config: Any, index: int) -> None:
-        """Give every expert of a layer the layer's number of channels."""
+        """Set the number of channels of every expert in a layer."""
         channels = config.intermediate_size_per_layer[index]
         mlp.gate_up_proj = nn.Parameter(mlp.gate_up_proj.detach()[:, : 2 * channels].clone())
         mlp.down_proj = nn.Parameter(
@@ -106,7 +106,7 @@ class PrunedExpertsMixin(PrunedModelMixin):
 
 
 def _resize(module: nn.Module, names: LinearNames, kept: int, whole: int, output_bias: bool) -> None:
-    """Leave the linear maps of a branch the share of their rows and columns that belongs to the kept units."""
+    """Shrink the linear maps of a branch to the share of their rows and columns that the kept units own."""
     for name in names.inputs:
         old = getattr(module, name)
         setattr(module, name, _like(old, old.in_features, old.out_features * kept // whole, old.bias is not None))
@@ -115,5 +115,5 @@ def _resize(module: nn.Module, names: LinearNames, kept: int, whole: int, output
 
 
 def _like(old: nn.Linear, in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """Return a Linear of another shape, on the same device and of the same dtype."""
+    """Return a new Linear with another shape, on the same device and with the same dtype."""
     return nn.Linear(in_features, out_features, bias=bias, device=old.weight.device, dtype=old.weight.dtype)

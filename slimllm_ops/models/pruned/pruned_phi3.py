@@ -21,20 +21,20 @@ class PrunedPhi3ForCausalLM(PrunedModelMixin, Phi3ForCausalLM):
     mlp_names = LinearNames("mlp", ("gate_up_proj",), "down_proj")
 
     def resize_attention(self, attention: Any, config: Any, index: int) -> None:
-        """Give a layer's attention its own number of heads, which its forward reads from the config."""
+        """Set the number of heads of a layer's attention, which its forward reads from the config."""
         super().resize_attention(attention, config, index)
         attention.config = LayerConfig(config, config.num_attention_heads_per_layer[index])
 
 
 class LayerConfig:
-    """The model's config, but for one layer's number of heads."""
+    """The model's config with one layer's number of heads."""
 
     def __init__(self, config: Any, num_attention_heads: int) -> None:
         self.config = config
         self.num_attention_heads = num_attention_heads
 
     def __getattr__(self, name: str) -> Any:
-        # A copy that is being made has no config yet, and asks for special methods.
+        # While copied, the object has no config yet, and is asked for special methods.
         if name == "config" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.config, name)

@@ -124,15 +124,15 @@ BROKEN_MODELS: dict[str, tuple[Broken, str]] = {
             load_file(model / "model.safetensors") | {"v_head.summary.weight": torch.ones(3)},
             model / "model.safetensors",
         ),
-        "holds tensors of v_head.summary, which a llama model has not: save it anew",
+        "holds tensors of v_head.summary, which a llama model does not have: save it again",
     ),
     "an index that leaves the directory": (
         indexed({"model.norm.weight": "../other/model.safetensors"}),
-        "model.norm.weight is in '../other/model.safetensors', which is no name of a safetensors file",
+        "model.norm.weight is in '../other/model.safetensors', which is not the name of a safetensors file",
     ),
     "an index of pickles": (
         indexed({"model.norm.weight": "pytorch_model.bin"}),
-        "in 'pytorch_model.bin', which is no name of a safetensors file",
+        "in 'pytorch_model.bin', which is not the name of a safetensors file",
     ),
     "an index of nothing": (indexed([]), "model.safetensors.index.json is truncated or broken"),
 }

@@ -44,7 +44,7 @@ def test_channels_go_by_multiples_where_layers_differ(method: str, prune_model: 
 
 
 def test_channels_that_make_no_whole_steps_are_refused(prune_model: PruneModel, mha_model: Path) -> None:
-    with pytest.raises(InputError, match=r"layer 0 has 48 channels, which is no multiple of 64: pass --multiple-of"):
+    with pytest.raises(InputError, match=r"layer 0 has 48 channels, which is not a multiple of 64: pass --multiple-of"):
         prune_model(mha_model, multiple_of=64)
 
 

@@ -66,7 +66,9 @@ def test_all_but_one_unit_of_every_module_can_go_and_no_more(spend: Spend) -> No
     candidates = model(0)
     most = spent(candidates, [one.num_units - 1 for one in candidates])
     assert spent(candidates, spend(candidates, most)) == most
-    with pytest.raises(InputError, match=rf"{most + CHANNEL:,} parameters were to go, but .* {most:,} can: ask for"):
+    with pytest.raises(
+        InputError, match=rf"{most + CHANNEL:,} parameters should be removed, but .* only {most:,} can be: ask for"
+    ):
         spend(candidates, most + CHANNEL)
 
 

@@ -106,7 +106,7 @@ def test_the_papers_budget_keeps_multiples_and_alike_layers(uniform: bool) -> No
 
 
 def test_channels_that_make_no_whole_steps_are_an_error() -> None:
-    with pytest.raises(InputError, match=r"layer 0 has 40 channels, which is no multiple of 16: pass --multiple-of"):
+    with pytest.raises(InputError, match=r"layer 0 has 40 channels, which is not a multiple of 16: pass --multiple-of"):
         Form(multiple_of=16).sizes(sizes())
 
 

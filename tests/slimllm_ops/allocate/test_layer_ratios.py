@@ -217,7 +217,7 @@ def test_layers_may_differ_in_size() -> None:
 def test_more_layers_are_pruned_where_the_asked_ones_cannot_give_so_much() -> None:
     budget = budget_by_sparsity([SIZES["mha"]] * 4, [0.9, 0.8, 0.7, 0.6], sparsity=0.5, num_pruned=1, alpha=5.0)
     assert [layer.ratio > 0 for layer in budget.layers] == [True, True, True, False]
-    assert budget.note == "1 layers cannot give so much: 3 are pruned"
+    assert budget.note == "1 layers are not enough: 3 are pruned"
 
 
 def test_more_layers_are_pruned_where_the_asked_ones_have_no_channel_left_to_make_it_exact() -> None:
@@ -228,7 +228,7 @@ def test_more_layers_are_pruned_where_the_asked_ones_have_no_channel_left_to_mak
     target = 1.5 * heads.unit_parameters
     budget = budget_by_sparsity(sizes, [0.6, 0.9, 0.8], sparsity=target / whole, num_pruned=1, alpha=5.0)
     assert 0 <= target - removed(sizes, budget) < channels.channel_parameters
-    assert budget.note == "1 layers cannot give so much: 3 are pruned"
+    assert budget.note == "1 layers are not enough: 3 are pruned"
 
 
 def test_where_no_channel_is_left_heads_are_removed_as_far_as_they_go() -> None:
@@ -283,7 +283,7 @@ def test_a_sparsity_beyond_reach_is_an_error_that_says_what_is_in_reach(name: st
         require_reachable(sizes, min(reachable + 1e-3, 1.0))
     require_reachable(sizes, reachable - 1e-9)
     channel = min(size.removed_parameters(0, 1) for size in sizes) / sum(size.parameters for size in sizes)
-    with pytest.raises(InputError, match=r"removes nothing: the smallest head .* ask for that at least"):
+    with pytest.raises(InputError, match=r"removes nothing: the smallest head .* ask for at least that"):
         require_reachable(sizes, 0.9 * channel)
     require_reachable(sizes, math.ceil(1e6 * channel) / 1e6)
     budget = ask(reachable - 1e-9)

@@ -126,7 +126,10 @@ def test_a_folder_without_a_manifest_holds_no_moments(store: MomentStore) -> Non
         ("\0", "is not valid JSON"),
         ("[]", "holds a list, expected a JSON object"),
         ("[" * 100_000, "is nested too deeply"),
-        ('{"format": 2, "model": "a", "model_digest": "b", "calibration": 3}', "has no calibration that is a dict"),
+        (
+            '{"format": 2, "model": "a", "model_digest": "b", "calibration": 3}',
+            "has no valid calibration, expected a dict",
+        ),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(store: MomentStore, text: str, said: str) -> None:

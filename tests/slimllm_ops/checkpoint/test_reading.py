@@ -179,7 +179,7 @@ def test_a_missing_shard(sharded_copy: Path) -> None:
         ("{", "is not valid JSON"),
         ("{}", "is truncated or broken .it has no weight_map.: download it again"),
         ('{"weight_map": ["a"]}', "is truncated or broken"),
-        ('{"weight_map": {"a": 1}}', "says that a is in 1, which is no name of a safetensors file"),
+        ('{"weight_map": {"a": 1}}', "says that a is in 1, which is not the name of a safetensors file"),
         ("[" * 10**5, "is nested too deeply"),
     ],
 )
@@ -198,7 +198,9 @@ def test_an_index_names_nothing_but_safetensors_beside_it(copy: Path, tmp_path: 
     shutil.copyfile(copy / SINGLE, tmp_path / "other" / SINGLE)
     names = dict.fromkeys(load_file(copy / SINGLE), file_name)
     (copy / INDEX).write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(CheckpointError, match=r"which is no name of a safetensors file beside it: download it again"):
+    with pytest.raises(
+        CheckpointError, match=r"not the name of a safetensors file in the same directory: download it again"
+    ):
         Checkpoint.open(copy)
 
 
@@ -279,7 +281,7 @@ def test_a_shard_that_is_no_file(copy: Path) -> None:
     (copy / SINGLE).unlink()
     os.mkfifo(copy / "a.safetensors")
     (copy / INDEX).write_text(json.dumps({"weight_map": {NORM: "a.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"shard a\.safetensors of .* is no file"):
+    with pytest.raises(CheckpointError, match=r"shard a\.safetensors of .* is not a file"):
         Checkpoint.open(copy)
 
 
@@ -296,7 +298,7 @@ def test_tensors_that_the_model_has_no_place_for(copy: Path) -> None:
     pass_through(copy)
     for name in ("v_head.summary.weight", "loose"):
         change(copy, {name: torch.ones(3)})
-        with pytest.raises(CheckpointError, match=r"holds tensors of .*, which a llama model has not: save it anew"):
+        with pytest.raises(CheckpointError, match=r"holds tensors of .*, which a llama model does not have: save it"):
             Checkpoint.open(copy)
         change(copy, {name: None})
 
