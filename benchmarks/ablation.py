@@ -1,8 +1,8 @@
-"""What each step from SlimLLM to `gram` is worth: the table of benchmarks/results/ablation.md, by `make ablation`.
+"""Measures what each step from SlimLLM to `gram` is worth: `make ablation` writes benchmarks/results/ablation.md.
 
-Three small models, two settings of the paper each. Every model of a column has the parameters that the published
-method leaves at that setting, and is made from the same calibration tokens. The rows are contestants like any other:
-what is no method of its own is composed here, from the package's own steps.
+It prunes three small models at two of the paper's settings each. All models of a column use the same calibration
+tokens, and have as many parameters as the published method leaves. The rows are contestants like any other; those that
+are no method of the package are composed here from its steps.
 """
 
 import math
@@ -53,7 +53,7 @@ class Setting:
     alpha: float
 
 
-# The small models first: the last takes most of the time.
+# Small models first: the last one takes most of the time.
 SETTINGS = (
     Setting("stories260k-mha", "stories260k", 0.25, 4, 10.0),
     Setting("stories260k-mha", "stories260k", 0.55, 3, 7.0),
@@ -65,22 +65,22 @@ SETTINGS = (
 
 
 class PublishedChoice:
-    """SlimLLM as published, and what becomes of its choices when its later steps are replaced."""
+    """SlimLLM as published, and two variants that reuse its choices."""
 
     def __init__(self) -> None:
         self._layers: list[LayerPlan] = []
 
     def prune(self, context: RunContext, store: MomentStore, targets: list[Target]) -> None:
-        """Prune as published, and remember what was kept."""
+        """Prune as published, and remember the decisions."""
         prune_layerwise(context, targets)
         self._layers = targets[0].pruned.log.plans
 
     def refit(self, context: RunContext, store: MomentStore, targets: list[Target]) -> None:
-        """Keep what the paper keeps, and recover by least squares from the dense model's moments, in one pass."""
+        """Keep what the paper keeps, but recover by least squares from the dense model's moments, in one pass."""
         self._write(context, store, targets, lambda ranking, decision: _order_of(decision) if decision else ranking)
 
     def eliminate(self, context: RunContext, store: MomentStore, targets: list[Target]) -> None:
-        """Keep as many units as the paper in every module, chosen by elimination."""
+        """Keep as many units in each module as the paper does, but choose them by elimination."""
         self._write(context, store, targets, lambda ranking, decision: ranking)
 
     def _write(
@@ -103,13 +103,13 @@ class PublishedChoice:
 
 
 def _order_of(decision: Decision) -> Ranking:
-    """Return an order in which what a decision removed goes first."""
+    """Return an order that starts with the units that a decision removed."""
     order = sorted(range(decision.num_units), key=lambda unit: unit in decision.kept)
     return Ranking(tuple(order), (0.0,) * len(order))
 
 
 def rows() -> list[tuple[str, Contestant]]:
-    """Return the table's rows: what each is called, and what takes part."""
+    """Return the table's rows: the name and the contestant of each."""
     published = PublishedChoice()
     scales: dict[str, Callable[[Candidate], float]] = {
         "budget over all layers, divided by the output's variance, tr(W^T C W)": lambda one: one.output_variance,
@@ -129,7 +129,7 @@ def rows() -> list[tuple[str, Contestant]]:
         (f"budget, divided by the stream's and the output's to {shares} (`gram`)", one_pass(METHODS["gram"])),
         ("`gram --refine`", REFINED),
     ]
-    # Contestants are told apart by their names, and the first has the published method's.
+    # Contestants need distinct names; the first keeps the published method's.
     return [named[0]] + [(name, replace(one, name=f"row-{n}")) for n, (name, one) in enumerate(named[1:], start=1)]
 
 
@@ -141,7 +141,7 @@ def _spending_by(scale: Callable[[Candidate], float]) -> Callable[[Sequence[Cand
 
 
 def measure(setting: Setting, contestants: Sequence[Contestant], shared: Path, work: Path) -> Comparison:
-    """Run a column."""
+    """Run all contestants of a column."""
     tokens = shared / "golden" / "tokens"
     config = CompareConfig(
         model=str(shared / "models" / setting.model),
@@ -158,7 +158,7 @@ def measure(setting: Setting, contestants: Sequence[Contestant], shared: Path, w
 
 
 def tabulate(names: Sequence[str], columns: dict[Setting, Comparison]) -> list[list[str]]:
-    """Return the table's cells, the heading first."""
+    """Return the table's rows, the heading first."""
     heading, table = [""], [["dense (loss)"], ["SlimLLM, published (loss)"], *([name] for name in names)]
     for setting, comparison in columns.items():
         dense, *models = comparison.rows
@@ -171,17 +171,17 @@ def tabulate(names: Sequence[str], columns: dict[Setting, Comparison]) -> list[l
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--ratio", "ratios", type=float, multiple=True, help="Only columns of this ratio; repeatable.")
-@click.option("--shared", type=Path, default=SHARED, help="Folder with models/ and golden/tokens/.")
+@click.option("--ratio", "ratios", type=float, multiple=True, help="Measure only columns with this ratio; repeatable.")
+@click.option("--shared", type=Path, default=SHARED, help="Folder that holds models/ and golden/tokens/.")
 @click.option("--output", type=Path, default=RESULT)
 def main(models: tuple[str, ...], ratios: tuple[float, ...], shared: Path, output: Path) -> None:
-    """Measure all columns, or those of MODELS; the file is written anew after each."""
+    """Measure all columns, or only those of MODELS, and rewrite the table after each."""
     settings = [
         one for one in SETTINGS if one.model in (models or [one.model]) and one.ratio in (ratios or [one.ratio])
     ]
     if not settings:
         raise click.UsageError(
-            f"no column is of {', '.join(models)}: choose of {', '.join({s.model: 0 for s in SETTINGS})}"
+            f"no column matches {', '.join(models)}: choose from {', '.join({s.model: 0 for s in SETTINGS})}"
         )
     start = time.perf_counter()
     columns: dict[Setting, Comparison] = {}

@@ -1,20 +1,19 @@
-"""A model of a run's time on a cluster, so that its first user can check it: `python -m benchmarks.cluster_time`.
+"""Predicts a run's time on a cluster, and checks the formula on this machine: `python -m benchmarks.cluster_time`.
 
 For each layer, with N tokens over W workers, n = N / W:
 
     observing   n (forward + moments) / (e R)           e: the share of a plain product's rate R that observing reaches
-    reducing    ceil(log2 W) triangle / M               M: bytes per second through one merge, the way there included
+    reducing    ceil(log2 W) triangle / M               M: bytes per second through one merge, transfer included
     solving     2 P^3 (3 + D / P) / (s S) + P step      s: the share of the rate S, in the solves' dtype
-    reading     layer / I                               read ahead, so it counts where it is the longest
+    reading     layer / I                               layers are read ahead, so it counts only if it takes longest
 
-`gram`: layers follow each other, and solves run in W places beside them: L max(observing + reducing, reading,
-solving / W), and the last solve. `slimllm`: a pass for the similarities, and then, module by module, observing,
-reducing and deciding wait for each other: L (forward + observing + reducing + deciding), deciding being an
-eigen-decomposition of D x D, taken as 10 D^3, and a product of P x P with P x D.
+`gram` takes one layer after the other, while solves run in W places: L max(observing + reducing, reading, solving / W),
+plus the last solve. `slimllm` makes a pass for the similarities. Then observing, reducing and deciding wait for each
+other, module by module: L (forward + observing + reducing + deciding). Deciding is an eigen-decomposition of D x D,
+counted as 10 D^3, and a product of P x P with P x D.
 
-The first row is of this machine, at rates measured here, beside what the shard's class takes in one process, where
-solves wait for observing. The others are of up to 4 nodes with 8 GPUs each: their rates are assumed, and options say
-other ones.
+The first row is this machine, at rates measured here, with the measured seconds of one process, where solves wait for
+observing. The other rows are up to 4 nodes with 8 GPUs each. Their rates are assumed; options change them.
 """
 
 import math
@@ -45,7 +44,7 @@ SEVENTY = Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8
 
 @dataclass(frozen=True)
 class Rates:
-    """What a worker reaches: products and solves in operations, merges and reading in bytes, all per second."""
+    """A worker's rates per second: products and solves in operations, merges and reading in bytes."""
 
     products: float
     solves: float
@@ -58,15 +57,15 @@ class Rates:
     solving_share: float = SOLVING_SHARE
 
 
-# One H100: half of its dense bfloat16 peak for large products, half of its float32 peak, and a network of 100 Gbit/s
-# that a merge passes twice with the host's memory between. Assumed.
-# A step of an elimination is some 25 kernels, whose launches take longer than they do.
+# Assumed for one H100: half its dense bfloat16 peak for large products, half its float32 peak, and a 100 Gbit/s network
+# that a merge crosses twice, by way of the host's memory.
+# A step of an elimination is about 25 kernels, which take longer to launch than to run.
 H100 = Rates(products=400e12, solves=30e12, merges=2e9, reading=5e9, value_bytes=2, sum_bytes=4, step_seconds=25 * 6e-6)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of one layer."""
+    """Seconds of each part of one layer."""
 
     forward: float
     observing: float
@@ -77,7 +76,7 @@ class Parts:
 
 
 def parts_of(shape: Shape, tokens: int, workers: int, rates: Rates) -> Parts:
-    """Return what one layer takes."""
+    """Return the seconds of one layer, part by part."""
     hidden, channels = shape.hidden, shape.intermediate
     forward = forward_operations(shape.layer_parameters, BLOCK, hidden)
     moments = moment_operations(hidden) + moment_operations(channels)
@@ -95,7 +94,7 @@ def parts_of(shape: Shape, tokens: int, workers: int, rates: Rates) -> Parts:
 
 
 def gram_seconds(shape: Shape, workers: int, parts: Parts) -> float:
-    """Return the seconds of gram's pass with its solves."""
+    """Return the seconds of gram's pass and its solves."""
     layer = max(parts.observing + parts.reducing, parts.reading, parts.solving / workers)
     return shape.layers * layer + parts.solving
 
@@ -107,7 +106,7 @@ def slimllm_seconds(shape: Shape, parts: Parts) -> float:
 
 
 @click.command()
-@click.option("--hidden", default=1024, help="Of the model that is measured here, as are the next five.")
+@click.option("--hidden", default=1024, help="Of the model measured here, like the next five options.")
 @click.option("--intermediate", default=2816)
 @click.option("--layers", default=3)
 @click.option("--heads", default=16)
@@ -131,7 +130,7 @@ def main(
     merges: float,
     reading: float,
 ) -> None:
-    """Check the model here, and write what it says of a cluster."""
+    """Check the formula on this machine, and write what it predicts for a cluster."""
     rates = replace(H100, products=products * 1e12, solves=solves * 1e12, merges=merges * 1e9, reading=reading * 1e9)
     rows = [["run", "observing", "reducing", "solving", "deciding", "gram, s", "slimllm, s", "measured, s"]]
     small = Shape(hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, kv_heads=kv_heads)
@@ -140,12 +139,12 @@ def main(
         for workers in (1, 8, 32):
             parts = parts_of(shape, BLOCKS * BLOCK, workers, rates)
             rows.append(_row(f"{name} on {workers} GPU(s), assumed", shape, workers, parts, ""))
-    title = f"A model of the time: seconds per layer and in all, {BLOCKS} x {BLOCK} tokens on GPUs"
+    title = f"Predicted time: seconds per layer and in total, {BLOCKS} x {BLOCK} tokens on GPUs"
     write_table(output, title, describe_machine(), rows)
 
 
 def _check(small: Shape, blocks: int) -> list[str]:
-    """Return the model's line for this machine, beside the time in one process here."""
+    """Return the row of this machine: predicted and measured seconds of one process."""
     device = torch.device("cpu")
     plain = rates_of(device)
     rates = Rates(
@@ -159,7 +158,7 @@ def _check(small: Shape, blocks: int) -> list[str]:
     )
     parts = parts_of(small, blocks * BLOCK, 1, rates)
     gram, slimllm = _measure(small, blocks, device)
-    # In one process solves wait for observing: the sum, not the longer of them.
+    # In one process, solves wait for observing: take the sum, not the maximum.
     alone = small.layers * (parts.observing + parts.solving)
     name = f"here: hidden {small.hidden}, {small.layers} layers, {blocks} x {BLOCK} tokens, 1 worker"
     row = _row(name, small, 1, parts, f"gram {figure(gram)}, slimllm {figure(slimllm)}")
@@ -168,7 +167,7 @@ def _check(small: Shape, blocks: int) -> list[str]:
 
 
 def _measure(small: Shape, blocks: int, device: torch.device) -> tuple[float, float]:
-    """Return the seconds of both methods' passes and decisions in one process, without reading and writing."""
+    """Return the seconds of gram and of slimllm in one process: passes and decisions, without reading and writing."""
     with tempfile.TemporaryDirectory() as folder:
         source = Checkpoint.open(write_model(Path(folder) / "model", small))
         tokens = write_tokens(Path(folder) / "tokens.parquet", source.config.vocab_size, blocks)

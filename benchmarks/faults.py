@@ -1,8 +1,8 @@
-"""Workers, nodes, heads and drivers killed at random moments: `python -m benchmarks.faults`.
+"""Kills workers, nodes, heads and drivers at random moments, and compares the results: `python -m benchmarks.faults`.
 
-Each case is a whole run of the command line in processes of its own, which is disturbed once, at a moment drawn from
-a seed: when so many files are solved, and a fraction of a second later. Where the run cannot survive that, it is
-resumed. Then every file of its output is compared with that of a run that was left alone.
+Each case is a whole run of the command line in its own processes. It is disturbed once, at a moment drawn from a seed:
+a fraction of a second after a number of files is solved. If the run cannot survive that, it is resumed. Then every
+file of its output is compared with an undisturbed run's.
 """
 
 import os
@@ -31,14 +31,14 @@ METHODS = {
     "gram": ("--method", "gram", "--sparsity", "0.2", "--sparsity", "0.4"),
     "refine": ("--method", "gram", "--refine", "--sparsity", "0.3"),
 }
-# How many of each fifty cases are of each kind.
+# How many of fifty cases each kind gets.
 KINDS = {"worker": 26, "node": 5, "driver": 16, "head": 3}
 NODES, CPUS_PER_NODE = 3, 2
 LAST_SECONDS = 900.0
-# What a driver started ends so long after it at most.
+# Processes that a driver started must end within this time after it.
 LEFT_SECONDS = 30.0
-# Ray's own token would be written to the home folder, and asked for by clusters that others start.
-# Its metrics, which nobody reads here, take most of a core on a cluster that has lost a node.
+# With authentication, Ray writes a token to the home folder, and clusters that others start ask for it.
+# Nobody reads Ray's metrics here, and they take most of a core on a cluster that has lost a node.
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -48,7 +48,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is killed, in a run of which method, and when: at which fraction of what there is to solve."""
+    """What to kill, in a run of which method, and when: after a fraction of the files is solved, plus a delay."""
 
     kind: str
     method: str
@@ -57,13 +57,13 @@ class Case:
 
     @property
     def on_cluster(self) -> bool:
-        """Whether it is of a cluster; the others are of one machine."""
+        """Whether the run is on a cluster; the others are on one machine."""
         return self.kind in ("node", "head")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case."""
+    """The result of a case."""
 
     case: Case
     killed: str
@@ -76,11 +76,9 @@ class Outcome:
 @click.command()
 @click.option("--cases", type=int, default=50)
 @click.option("--seed", type=int, default=0)
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="Only such; repeatable. [all]")
-@click.option(
-    "--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Only such; repeatable. [all]"
-)
-@click.option("--layers", default=SHAPE.layers, help="Of the model, whose hidden size is 64.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="Kind of case; repeatable. [all]")
+@click.option("--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Method; repeatable. [all]")
+@click.option("--layers", default=SHAPE.layers, help="Layers of the model, whose hidden size is 64.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/faults.md"))
 def main(cases: int, seed: int, kinds: tuple[str, ...], methods: tuple[str, ...], layers: int, output: Path) -> None:
     """Run the campaign and write its table; the exit code is 1 if anything differs."""
@@ -100,7 +98,7 @@ def main(cases: int, seed: int, kinds: tuple[str, ...], methods: tuple[str, ...]
 
 
 def draw_cases(count: int, seed: int, kinds: Sequence[str], methods: Sequence[str]) -> list[Case]:
-    """Draw kinds in their proportions, methods in turn, and moments at random."""
+    """Draw cases: kinds in their proportions, methods in turn, moments at random."""
     generator = random.Random(seed)
     shares = {kind: KINDS[kind] / sum(KINDS[one] for one in kinds) for kind in kinds}
     drawn = [kind for kind, share in shares.items() for _ in range(round(share * count))]
@@ -112,31 +110,31 @@ def draw_cases(count: int, seed: int, kinds: Sequence[str], methods: Sequence[st
 
 @dataclass(frozen=True)
 class Attempt:
-    """A run of the command line, what it says, and where it writes."""
+    """A run of the command line, with its log and its output."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
     output: Path
 
     def solved_files(self) -> int:
-        """Return how many files it has solved."""
+        """Return the number of files that the run has solved."""
         solved = self.output.with_name(f".{self.output.name}.partial") / ".work" / "solved"
         return sum(path.is_file() and path.suffix != ".partial" for path in solved.rglob("*"))
 
     def reaches(self, num_files: int, delay: float) -> bool:
-        """Wait until it has solved so many files, and a little longer; return whether it still runs."""
+        """Wait until the run has solved this many files, then for the delay; return whether it still runs."""
         while self.process.poll() is None and self.solved_files() < num_files:
             time.sleep(0.01)
         time.sleep(delay)
         return self.process.poll() is None
 
     def family(self, title: str = "") -> list[psutil.Process]:
-        """Return the processes below it whose title begins so."""
+        """Return the run's child processes whose title starts with this."""
         below = psutil.Process(self.process.pid).children(recursive=True)
         return [one for one in below if one.is_running() and " ".join(one.cmdline()).startswith(title)]
 
     def end(self) -> tuple[int, str]:
-        """Wait for it; return its exit code and what it said."""
+        """Wait for the run to end; return its exit code and its log."""
         try:
             self.process.wait(timeout=LAST_SECONDS)
         except subprocess.TimeoutExpired:
@@ -147,7 +145,7 @@ class Attempt:
 
 
 class Bench:
-    """A model, data, a tracking store, and what undisturbed runs give, in a folder."""
+    """A folder with a model, data, a tracking store, and the outputs of undisturbed runs."""
 
     def __init__(self, folder: Path, shape: Shape) -> None:
         self._folder, self._shape = folder, shape
@@ -155,11 +153,11 @@ class Bench:
         for name, blocks in (("calibration", 64), ("held-out", 16)):
             write_tokens(folder / f"{name}.parquet", blocks, 64, shape.vocabulary)
         self._store = f"sqlite:///{folder}/mlflow.db"
-        # By method and place: a cluster has more workers, and so other sums.
+        # By method and place: a cluster has more workers, so its sums differ.
         self._undisturbed: dict[tuple[str, bool], tuple[dict[str, bytes], int]] = {}
 
     def run(self, case: Case, number: int) -> Outcome:
-        """Disturb a run, resume it if need be, and compare."""
+        """Disturb a run, resume it if it wrote no output, and compare."""
         expected, num_files = self._expected(case)
         start, output = time.monotonic(), self._folder / f"case-{number}" / "out"
         with self._begun(case, output) as (attempt, cluster):
@@ -178,7 +176,7 @@ class Bench:
         return Outcome(case, killed, resumed, time.monotonic() - start, differing, problems)
 
     def _expected(self, case: Case) -> tuple[dict[str, bytes], int]:
-        """Return what an undisturbed run leaves, and how many files it had solved before it was finished."""
+        """Return the output of an undisturbed run, and the number of files that it solved."""
         key = (case.method, case.on_cluster)
         if key not in self._undisturbed:
             output, most = self._folder / f"undisturbed-{case.method}-{case.on_cluster}" / "out", 0
@@ -194,7 +192,7 @@ class Bench:
 
     @contextmanager
     def _begun(self, case: Case, output: Path, *options: str) -> Iterator[tuple[Attempt, Cluster | None]]:
-        """Start a run, on a cluster of its own where the case needs one."""
+        """Start a run, on its own cluster if the case needs one."""
         cluster = start_cluster() if case.on_cluster else None
         place = ("--address", cluster.address, "--workers", str(NODES)) if cluster else ("--workers", "2")
         arguments = [
@@ -216,7 +214,7 @@ class Bench:
                 cluster.shutdown()
 
     def _wrong_record(self, name: str) -> list[str]:
-        """Return what is wrong with a run in MLflow: it must be there once, with one point for each layer."""
+        """Return what is wrong with a run in MLflow: it must exist once, with one point for each layer."""
         client = MlflowClient(self._store)
         experiment = client.get_experiment_by_name("slimllm")
         runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
@@ -231,7 +229,7 @@ class Bench:
 
 
 def kill_worker(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]]:
-    """Kill a process of the local Ray that works: one that holds a shard, or solves."""
+    """Kill a worker of the local Ray: one that solves, or else one that holds a shard."""
     shards = attempt.family("ray::Shard") or attempt.family("ray::")
     solves = [one for title in ("ray::eliminate", "ray::decide", "ray::rank") for one in attempt.family(title)]
     one = (solves + shards)[0]
@@ -241,9 +239,9 @@ def kill_worker(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[st
 
 
 def kill_driver(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]]:
-    """Kill the command's own process; what it started must end by itself.
+    """Kill the command's own process; the processes that it started must end by themselves.
 
-    Ray's agents, which do nothing but tell of a node, notice only after a minute.
+    Ray's agents, which only report on a node, are exempt: they notice after a minute.
     """
     started = [one for one in attempt.family() if "Agent" not in one.name()]
     attempt.process.kill()
@@ -254,14 +252,14 @@ def kill_driver(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[st
 
 
 def kill_node(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]]:
-    """Kill a node that is not the driver's, with all that runs there."""
+    """Kill a node other than the driver's, with everything on it."""
     assert cluster is not None
     cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)
     return "node", []
 
 
 def kill_head(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]]:
-    """Kill the head of the cluster, which is the driver's node too."""
+    """Kill the cluster's head, which is also the driver's node."""
     assert cluster is not None
     cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
     return "head", []
@@ -280,7 +278,7 @@ def start_cluster() -> Cluster:
 
 
 def content(output: Path) -> dict[str, bytes]:
-    """Return every file of an output but for its journals, which tell when everything happened."""
+    """Return every file of an output except its journals, which record times."""
     files = [path for path in output.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 

@@ -1,8 +1,8 @@
-"""What the form of a pruned model costs in perplexity: `python -m benchmarks.forms`.
+"""Measures what each form of a pruned model costs in perplexity: `python -m benchmarks.forms`.
 
-lab-llama-11m, both methods, 20 and 40 % of the decoder layers: free, with alike layers, with channels by multiples,
-without new biases, and all of these together, which is what a stock class takes; by gram also where layers may go. Each
-uniform checkpoint is exported to a stock class, which checks that it computes the same to the last bit.
+It prunes lab-llama-11m by both methods at 20 and 40 %. The forms are free, equal layers, channels in multiples, no new
+biases, and the last three together, which fits a stock class; `gram` may also drop layers. Each checkpoint that fits a
+stock class is exported to it, which checks that it computes the same to the last bit.
 """
 
 import tempfile
@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gram": {"method": "gram"},
     "gram, refined": {"method": "gram", "refine": True},
 }
-# Of gram's forms alone.
+# Forms that only gram has.
 LAYERS_GO: dict[str, dict[str, Any]] = {
     "layers may go": {"drop_layers": True},
     "uniform, layers may go": {"drop_layers": True, "uniform": True},
@@ -59,7 +59,7 @@ def main(
     forms: Sequence[str],
     output: Path,
 ) -> None:
-    """Prune in every form by every method, and write the table."""
+    """Prune by every method in every form, and write the table."""
     rows = [["method, form", *(f"{sparsity:.0%}" for sparsity in sparsities), "layers left", "stock class"]]
     common = {
         "model": str(model),
@@ -82,7 +82,7 @@ def main(
 
 
 def _cases(methods: Sequence[str], forms: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the methods and forms of the rows; only gram removes whole layers."""
+    """Return the method and form of each row; only gram removes whole layers."""
     return [
         (method, form)
         for method in methods
@@ -96,12 +96,12 @@ def _prune(folder: Path, name: str, settings: dict[str, Any]) -> PruneResult:
 
 
 def _perplexities(result: PruneResult) -> list[tuple[float, float]]:
-    """Return the perplexity before and after, for every sparsity."""
+    """Return the perplexity before and after pruning, for every sparsity."""
     return [next(iter(model.totals.perplexity.values())) for model in result.models]
 
 
 def _stock_class(result: PruneResult) -> str:
-    """Return the stock class that takes every model of a run."""
+    """Return the stock classes that a run's models fit, or "none" if a model fits no class."""
     try:
         for model in result.models:
             export_stock(model.output, None, overwrite=True)

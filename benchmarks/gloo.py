@@ -1,4 +1,4 @@
-"""A sum by torch.distributed's gloo, timed in processes of its own that import nothing but torch."""
+"""Times a sum by torch.distributed's gloo, in separate processes that import only torch."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 
 def reduction_seconds(workers: int, numbers: int, repeats: int) -> float:
-    """Return the median seconds in which processes add up this many float64 numbers each, on the first of them."""
+    """Return the median seconds that it takes to sum this many float64 numbers per process on the first process."""
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_reduce, (workers, numbers, repeats, _free_port(), queue), nprocs=workers)
     return queue.get()

@@ -1,4 +1,4 @@
-"""The Ray that a benchmark runs on."""
+"""Starts the Ray that a benchmark runs on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import ray
 
 @contextmanager
 def local_ray(num_cpus: int) -> Iterator[None]:
-    """Start a local Ray with this many CPUs; a Ray that the process is connected to is used and left open."""
+    """Start a local Ray with this many CPUs; if the process is connected to one, use that and leave it open."""
     if ray.is_initialized():
         yield
         return

@@ -1,4 +1,4 @@
-"""What every result file says of the machine it was measured on, and how its table is written."""
+"""Describes the machine of a measurement, and writes the table of a result file."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import torch
 
 
 def describe_machine() -> str:
-    """Return the processor, cores, memory and versions in a line."""
+    """Return the processor, cores, memory and versions in one line."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     packages = ", ".join(f"{name} {_version(name)}" for name in ("slimllm", "torch", "transformers", "ray", "mlflow"))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -19,7 +19,7 @@ def describe_machine() -> str:
 
 
 def write_table(path: Path, title: str, machine: str, rows: Sequence[Sequence[str]], after: str = "") -> None:
-    """Write a Markdown file with a title, the machine, a table whose first row is its heading, and what follows it."""
+    """Write a Markdown file: title, machine, a table whose first row is the heading, and any text after it."""
     heading, *body = rows
     rule = ["---" if column == 0 else "---:" for column in range(len(heading))]
     lines = [f"| {' | '.join(row)} |" for row in (heading, rule, *body)]
@@ -29,7 +29,7 @@ def write_table(path: Path, title: str, machine: str, rows: Sequence[Sequence[st
 
 
 def figure(value: float) -> str:
-    """Return seconds or a ratio with two decimals, and a small one with two digits that are not zero."""
+    """Format seconds or a ratio with two decimals, or below 0.1 with two significant digits."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 

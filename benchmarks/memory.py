@@ -1,8 +1,8 @@
-"""Peak memory of every process of a run, by depth, width and tokens: `python -m benchmarks.memory`.
+"""Measures the peak memory of every process of a run, by depth, width and tokens: `python -m benchmarks.memory`.
 
-Random bfloat16 checkpoints, one worker on CPUs, so in float32. What the libraries take is the worker's peak in the same
-run on a model of next to nothing. What is above may be three layers, the moments and the decision in flight, the hidden
-states, and the activations of one micro-batch.
+It prunes random bfloat16 checkpoints on one CPU worker, which computes in float32. The libraries' share is the worker's
+peak in the same run on a tiny model. Above that, a worker may hold three layers, the moments and the decision in
+flight, the hidden states, and the activations of one micro-batch.
 """
 
 import tempfile
@@ -42,14 +42,14 @@ CASES: list[tuple[Any, ...]] = [
     "--shape",
     nargs=6,
     type=int,
-    help="One model in the place of the table's: hidden size, intermediate size, layers, heads, KV heads, vocabulary.",
+    help="One model instead of the table's: hidden size, intermediate size, layers, heads, KV heads, vocabulary.",
 )
-@click.option("--method", default="gram", help="For --shape.")
+@click.option("--method", default="gram", help="Method, for --shape.")
 @click.option("--blocks", default=2, help="Blocks of 2048 tokens, for --shape.")
-@click.option("--offload", is_flag=True, help="For --shape.")
+@click.option("--offload", is_flag=True, help="Prune with --offload, for --shape.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/memory.md"))
 def main(shape: tuple[int, ...] | None, method: str, blocks: int, offload: bool, output: Path) -> None:
-    """Run every case once, or the one that is asked for, and write the table."""
+    """Run every case once, or the one of --shape, and write the table."""
     names = ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocabulary")
     asked = Shape(**dict(zip(names, shape, strict=True))) if shape else None
     cases = [(asked, method, blocks, *(["--offload"] if offload else []))] if asked else CASES
@@ -60,19 +60,19 @@ def main(shape: tuple[int, ...] | None, method: str, blocks: int, offload: bool,
         ]
         for case in cases:
             rows.append(bench.row(*case))
-            # After each, so that what was measured is kept whatever ends the others.
+            # Write after each case, so that a later failure loses nothing.
             write_table(output, "Peak memory (USS) by depth, width and tokens", describe_machine(), rows)
 
 
 class Bench:
-    """Checkpoints, tokens and measured runs in a folder, each made when it is first asked for."""
+    """A folder of checkpoints, tokens and measured runs, each made on first use."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._measured: dict[tuple[Any, ...], Measured] = {}
 
     def row(self, shape: Shape, method: str, num_blocks: int, *options: str) -> list[str]:
-        """Run a case and return its line of the table."""
+        """Run a case and return its row of the table."""
         base, measured = self._measure(NOTHING, method, 4), self._measure(shape, method, num_blocks, *options)
         above = measured.peak("worker") - base.peak("worker")
         allowed = self._allowed(shape, method, num_blocks * BLOCK if not options else 0)
@@ -83,7 +83,7 @@ class Bench:
         return [name, *cells]
 
     def _allowed(self, shape: Shape, method: str, tokens: int) -> int:
-        """Return what a worker may take above the libraries."""
+        """Return the bytes that a worker may take above the libraries."""
         footprint = Footprint.of(self._checkpoint(shape), torch.device("cpu"), deciding=method == "slimllm")
         third_layer = footprint.layers // 2
         at_once = max(BLOCK, min(BATCH_TOKENS, tokens // MIN_BATCHES))
@@ -95,7 +95,7 @@ class Bench:
         return Checkpoint.open(directory if directory.exists() else write_model(directory, shape))
 
     def _measure(self, *case: Any) -> Measured:
-        """Return what a case takes; it runs once."""
+        """Return what a case takes; each case runs once."""
         if case not in self._measured:
             self._measured[case] = self._run(*case)
         return self._measured[case]

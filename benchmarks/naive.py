@@ -1,7 +1,7 @@
-"""The published code's algorithm for one layer, written plainly: what `benchmarks/speed.py` measures ours against.
+"""Prunes one layer by the published code's algorithm, written plainly; `benchmarks/speed.py` measures ours against it.
 
-Written from the equations, over raw activations: every head's output is kept, correlations are computed from it,
-an exchange sums outputs anew, eigenvectors come from `numpy.linalg.eig`, and every output dim is fitted by itself.
+It follows the equations over raw activations: it keeps every head's output, computes correlations from it, sums outputs
+again for each exchange, takes eigenvectors from `numpy.linalg.eig`, and fits each output dim separately.
 
 Shapes: N tokens, P inputs of an output projection, D hidden size, H heads, S inputs kept. All float32.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def prune_heads(x_NP: np.ndarray, weight_PD: np.ndarray, num_heads: int, num_removed: int) -> list[int]:
-    """Return the kept heads, after the exchange and a fit of every output dim."""
+    """Return the heads that stay, after the exchange and a fit of every output dim."""
     width = x_NP.shape[1] // num_heads
     parts = [slice(head * width, (head + 1) * width) for head in range(num_heads)]
     outputs_NDH = np.stack([x_NP[:, part] @ weight_PD[part] for part in parts], axis=-1)
@@ -35,7 +35,7 @@ def prune_channels(
     input_weights_PD: tuple[np.ndarray, ...],
     num_removed: int,
 ) -> list[int]:
-    """Return the kept channels, above the lowest 1 %, which the published code keeps."""
+    """Return the channels that stay; like the published code, keep the lowest 1 % and remove those above."""
     output_ND = x_NP @ weight_PD
     eigenvalues_D, directions_DD = np.linalg.eig(np.cov(output_ND, rowvar=False))
     magnitude_D = np.abs(eigenvalues_D)

@@ -1,7 +1,8 @@
-"""What observing a layer costs beside a plain forward pass of it: `python -m benchmarks.observing`.
+"""Measures what observing a layer costs, compared with a plain forward pass: `python -m benchmarks.observing`.
 
-One layer of random weights, blocks of 2048 tokens. Plain is the layer's own module, called on the same hidden states.
-`gram` passes a branch as it observes it; `slimllm` holds what came out until a decision, here none, is applied.
+It uses one layer of random weights and blocks of 2048 tokens. The plain pass calls the layer's own module on the same
+hidden states. `gram` passes a branch while it observes it. `slimllm` holds the activations until a decision (here:
+none) is applied.
 """
 
 import statistics
@@ -32,9 +33,9 @@ SHAPES = ((512, 1408, 8), (1024, 2816, 16), (2048, 5632, 16), (4096, 11008, 32))
     default=SHAPES,
     help="Hidden size, intermediate size and heads; repeatable.",
 )
-@click.option("--blocks", default=4, help="Blocks of tokens, two in a batch.")
-@click.option("--block-length", default=2048, help="Tokens of a block.")
-@click.option("--repeats", default=5, help="How often each way is timed, after one that is not.")
+@click.option("--blocks", default=4, help="Blocks of tokens, two per batch.")
+@click.option("--block-length", default=2048, help="Tokens per block.")
+@click.option("--repeats", default=5, help="How often to time each way, after one untimed turn.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--output", type=Path, default=Path("benchmarks/results/observing.md"))
 def main(
@@ -55,12 +56,12 @@ def main(
         ratios = (figure(gram / plain), figure(slimllm / plain))
         rows.append([f"{hidden}, {intermediate}", figure(plain), figure(gram), figure(slimllm), *ratios])
         print(rows[-1], flush=True)
-    title = f"Observing a layer beside a plain pass of it: {blocks} x {block_length} tokens on {device}"
+    title = f"Observing a layer, compared with a plain pass: {blocks} x {block_length} tokens on {device}"
     write_table(output, title, describe_machine(), rows)
 
 
 def _medians(stream: LayerStream, repeats: int) -> list[float]:
-    """Return the seconds of each way; they take turns, so that what else the machine does falls on all."""
+    """Return the median seconds of each way; they take turns, so other load on the machine slows all alike."""
     family = stream.checkpoint.family
 
     def plain() -> None:

@@ -1,9 +1,9 @@
-"""Whole runs in one process on one device, with no Ray and no MLflow: `python -m benchmarks.one_process`.
+"""Times the steps of whole runs in one process, without Ray and MLflow: `python -m benchmarks.one_process`.
 
-The runs are those of `slimllm prune --local --tracking-uri none`, on workers that also keep the seconds of each step.
-By default they prune a random checkpoint of a 7B model's shape on 128 x 2048 tokens, on a GPU where there is one:
-`slimllm` at 20 %, and `gram` at 20, 30 and 50 %. Beside a step's seconds stands the share of them that its products
-would take at the rate of a plain product on this device.
+The runs are those of `slimllm prune --local --tracking-uri none`, with workers that also time each step. By default
+they prune a random checkpoint with a 7B model's shape on 128 x 2048 tokens, on a GPU if there is one: `slimllm` at
+20 %, and `gram` at 20, 30 and 50 %. Next to a step's seconds is the share of them that its products would take at the
+rate of a plain product on this device.
 """
 
 import io
@@ -36,7 +36,7 @@ from slimllm_ops.stream.weights import compute_dtype
 R = TypeVar("R")
 
 BLOCK = 2048
-# What the table calls the steps of a run, by the names of their functions; it leaves others out.
+# The table's names of a run's steps, by function; the table leaves out other functions.
 STEPS = {
     "forward": "similarities",
     "observe": "observing",
@@ -57,24 +57,24 @@ class Clock:
 
     @contextmanager
     def timed(self, step: str, device: torch.device) -> Iterator[None]:
-        """Add the seconds spent inside to a step."""
+        """Add the seconds spent in the block to a step."""
         start = _now(device)
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + _now(device) - start
 
 
 class TimedWorkers(LocalWorkers):
-    """Workers in this process that keep the seconds of each step."""
+    """Workers in this process that time each step."""
 
     clock = Clock()
 
     def call(self, worker: int, label: str, method: Callable[..., R], *arguments: Any) -> Held[R]:
-        """Call a method of one shard now."""
+        """Call a method of one shard now, and time it."""
         with self.clock.timed(_step_of(label), self.device):
             return super().call(worker, label, method, *arguments)
 
     def solve(self, label: str, function: Callable[..., R], *arguments: Any) -> Held[R]:
-        """Run a function now."""
+        """Run a function now, and time it."""
         with self.clock.timed(_step_of(label), self.device):
             return super().solve(label, function, *arguments)
 
@@ -166,7 +166,7 @@ def rows_of(
 
 
 def operations_of(source: Checkpoint, tokens: int, device: torch.device) -> dict[str, tuple[torch.dtype, float]]:
-    """Return the operations that the products of each step take, and the dtype that they are made in."""
+    """Return the dtype of each step's products, and the operations that they take."""
     layer, layers, dtype = LayerOperations.of(source, 0, BLOCK), source.num_layers, compute_dtype(device)
     channels = elimination_operations(source.config.intermediate_size, source.config.hidden_size)
     return {
@@ -184,14 +184,14 @@ def write_tokens(path: Path, vocab_size: int, blocks: int) -> Path:
 
 
 def rates_of(device: torch.device) -> dict[torch.dtype, float]:
-    """Return the operations per second of plain products in the dtypes of layers and of sums."""
+    """Return the rate of plain products, in operations per second, for the dtypes of layers and of sums."""
     size = 8192 if device.type == "cuda" else 2048
     dtypes = compute_dtype(device), accumulation_dtype(device)
     return {dtype: rate_of_products(device, dtype, size, 5) for dtype in dtypes}
 
 
 def _step_of(label: str) -> str:
-    """Return what the table calls a call, from its label: "layer 3, mlp, observe", or "decide_module layer 3, mlp"."""
+    """Return a call's name in the table, from a label: "layer 3, mlp, observe", or "decide_module layer 3, mlp"."""
     names = {label.rpartition(", ")[2], label.partition(" ")[0]}
     return next((STEPS[name] for name in names if name in STEPS), label)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights, for benchmarks in which only shapes matter."""
+"""Writes checkpoints of random weights, for benchmarks where only shapes matter."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from slimllm_ops.checkpoint.tensor_index import INDEX
 
-# Draws a matrix of so many rows and columns.
+# Draws a matrix with the given rows and columns.
 Matrix = Callable[[int, int], Tensor]
 
 
@@ -50,7 +50,7 @@ class Shape:
 
 
 def write_model(directory: Path, shape: Shape, device: str = "cpu") -> Path:
-    """Write a bfloat16 checkpoint of random weights, a layer a shard, holding one layer at a time."""
+    """Write a bfloat16 checkpoint of random weights, one layer per file, with one layer in memory at a time."""
     directory.mkdir(parents=True)
     shape.config().save_pretrained(directory)
     generator = torch.Generator(device).manual_seed(0)

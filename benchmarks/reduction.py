@@ -1,8 +1,8 @@
-"""Merging one module's moments from 1, 2, 4 and 8 workers: `python -m benchmarks.reduction`.
+"""Times the merges of one module's moments from 1, 2, 4 and 8 workers: `python -m benchmarks.reduction`.
 
-Each worker holds the moments of one MLP, made before the clock starts. The tree of merges over Ray's object store, as
-runs use it, stands beside a sum of the same bytes by torch.distributed's gloo. Every worker computes with one thread,
-and all are on this machine: with more workers than cores, merges of one level share the cores.
+Each worker holds the moments of one MLP, made before the clock starts. The benchmark compares a run's tree of merges
+over Ray's object store with a sum of the same bytes by torch.distributed's gloo. All workers are on this machine, with
+one thread each: if there are more workers than cores, merges of one level share the cores.
 """
 
 import statistics
@@ -36,11 +36,11 @@ class Holder:
         self._observed = seen.packed()
 
     def observe(self) -> PackedObservation:
-        """Return what was observed."""
+        """Return the observation."""
         return self._observed
 
     def merge(self, left: PackedObservation, right: PackedObservation) -> PackedObservation:
-        """Return the observation of both, as a shard does."""
+        """Return the two observations merged, as a shard does."""
         return left.merge(right)
 
 
@@ -48,7 +48,7 @@ class Holder:
 @click.option(
     "--shape", "shapes", nargs=2, type=int, multiple=True, default=SHAPES, help="Hidden size and channels; repeatable."
 )
-@click.option("--workers", "counts", type=int, multiple=True, default=WORKERS, help="How many; repeatable.")
+@click.option("--workers", "counts", type=int, multiple=True, default=WORKERS, help="Number of workers; repeatable.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/reduction.md"))
 def main(shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...], output: Path) -> None:
     """Measure every number of workers and write the table."""
@@ -63,7 +63,7 @@ def main(shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...], output: P
 
 def _row(hidden: int, width: int, workers: int) -> list[str]:
     actors: list[Any] = [ray.remote(Holder).options(num_cpus=1).remote(hidden, width, seed) for seed in range(workers)]
-    # Beginning costs are not part of a run's layers.
+    # The first merge also pays for starting up, which is no part of a run's layers.
     times = [_tree_seconds(actors) for _ in range(REPEATS + 1)][1:]
     size = _bytes(actors[0])
     for actor in actors:
@@ -79,18 +79,18 @@ def _row(hidden: int, width: int, workers: int) -> list[str]:
 
 
 def _bytes(actor: Any) -> int:
-    """Return what Ray holds for one worker's moments."""
+    """Return the bytes that Ray holds for one worker's moments."""
     reference = actor.observe.remote()
     ray.wait([reference])
     counted = ray.get(reference).num_bytes
     stored = ray.experimental.get_object_locations([reference])[reference]["object_size"]
     if not counted <= stored < 1.01 * counted + 4096:
-        raise SystemExit(f"Ray holds {stored} bytes of {counted}")
+        raise SystemExit(f"Ray holds {stored} bytes, but counts {counted}")
     return stored
 
 
 def _tree_seconds(actors: list[Any]) -> float:
-    """Return the seconds from moments that are all there to merged ones on the first worker."""
+    """Return the seconds that the merge takes, from all moments ready to their sum on the first worker."""
     references = [actor.observe.remote() for actor in actors]
     ray.wait(references, num_returns=len(references), fetch_local=False)
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def _tree_seconds(actors: list[Any]) -> float:
 
 
 def _merge(actors: list[Any], references: list[Any]) -> Any:
-    """Merge as a group of shards does: in a tree, each pair where its left part is."""
+    """Merge as a group of shards does: in a tree, each pair on the worker that holds its left part."""
 
     def merge(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]:
         return left[0], left[0].merge.remote(left[1], right[1])

@@ -1,14 +1,14 @@
-"""Whether two checkouts prune to the same bytes: `python -m benchmarks.same_bytes --before DIR --after DIR`.
+"""Checks that two checkouts prune to the same bytes: `python -m benchmarks.same_bytes --before DIR --after DIR`.
 
-Each model is pruned by each method in both checkouts, with the same options, each checkout in its own interpreter.
-Every file of the two outputs is compared but `metrics.jsonl`, which holds times. Three kinds of file are compared by
-what they say:
+It prunes each model by each method in both checkouts, with the same options, each checkout in its own interpreter.
+Then it compares every file of the two outputs except `metrics.jsonl`, which holds times. It treats three kinds of file
+specially:
 
-- JSON and TOML by content. A setting that only one side has is listed apart, for settings come and go.
-- The model's code with its docstrings and comments aside; a difference in those is listed under "text".
-- The model card, which is prose: a difference is listed under "text".
+- JSON and TOML are compared by content. A setting that only one side has is listed separately: settings come and go.
+- The model's code is compared without docstrings and comments; a difference in those is listed under "text".
+- The model card is prose: a difference is listed under "text".
 
-The exit code is 1 if a run failed or anything but text and new settings differs.
+The exit code is 1 if a run failed, or if anything differs but text and settings of one side.
 """
 
 import ast
@@ -37,7 +37,7 @@ METHODS = {
     "gram --refine": ("--method=gram", "--refine"),
 }
 HEADING = ["model, method", "files", "result", "settings of one side", "text"]
-# What holds settings: a key of one side is listed, and is no difference.
+# Files of settings: a key that only one side has is listed, but is no difference.
 SETTINGS = ("asked.json", "run.toml", "plan.json")
 
 
@@ -50,14 +50,14 @@ class Checkout:
     options: tuple[str, ...] = ()
 
     def prune(self, arguments: list[str], folder: Path) -> str:
-        """Prune in a folder; return why it failed, or nothing."""
+        """Prune in a folder; return why it failed, or an empty string."""
         environment = {**os.environ, "PYTHONPATH": str(self.directory)}
         command = [self.python, "-m", "orchestrator", "prune", *arguments, *self.options]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         return f"exit code {done.returncode}: {_last_line(done.stderr)}" if done.returncode else ""
 
     def require_own_code(self) -> None:
-        """Check that the interpreter imports this checkout, and not an installed one."""
+        """Check that the interpreter imports this checkout, not an installed package."""
         program = "from importlib.util import find_spec; print(find_spec('orchestrator').origin)"
         command = [self.python, "-c", program]
         environment = {**os.environ, "PYTHONPATH": str(self.directory)}
@@ -69,7 +69,7 @@ class Checkout:
 
 @dataclass
 class Comparison:
-    """What two outputs have in common, and where they differ."""
+    """The number of files of two outputs, and where they differ."""
 
     files: int = 0
     differing: list[str] = field(default_factory=list)
@@ -78,22 +78,22 @@ class Comparison:
 
     @property
     def cells(self) -> list[str]:
-        """The cells of the table."""
+        """Its cells of the table."""
         result = f"differ: {', '.join(self.differing)}" if self.differing else "equal"
         return [str(self.files), result, ", ".join(self.settings) or "none", ", ".join(self.text) or "equal"]
 
 
 @click.command()
-@click.option("--before", type=Path, required=True, help="A checkout.")
-@click.option("--after", type=Path, default=ROOT, help="Another one. [this one]")
-@click.option("--before-python", help="Its interpreter. [its .venv, or this one]")
-@click.option("--after-python", help="Its interpreter. [its .venv, or this one]")
+@click.option("--before", type=Path, required=True, help="The first checkout.")
+@click.option("--after", type=Path, default=ROOT, help="The second checkout. [this one]")
+@click.option("--before-python", help="The first one's interpreter. [its .venv, or this one]")
+@click.option("--after-python", help="The second one's interpreter. [its .venv, or this one]")
 @click.option("--models", multiple=True, default=MODELS, help="Directory, or name in ../shared/models; repeatable.")
 @click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), default=list(METHODS), help="Repeatable.")
 @click.option("--samples", default=16, help="Blocks of calibration text.")
 @click.option("--sequence-length", default=128, help="Tokens per block.")
-@click.option("--workers", default=2, help="Workers, and so shards.")
-@click.option("--evaluate/--no-evaluate", default=True, help="Whether held-out text is read.")
+@click.option("--workers", default=2, help="Number of workers, and of shards.")
+@click.option("--evaluate/--no-evaluate", default=True, help="Whether to measure perplexity.")
 @click.option("--extra-args", default="", help='More options for the second checkout, such as "--local".')
 @click.option("--output", type=Path, default=Path("benchmarks/results/same_bytes.md"))
 def main(
@@ -110,7 +110,7 @@ def main(
     extra_args: str,
     output: Path,
 ) -> None:
-    """Prune in both checkouts and write the table, anew after each pair of runs."""
+    """Prune in both checkouts, and rewrite the table after each pair of runs."""
     checkouts = (
         _checkout(before, before_python, ()),
         _checkout(after, after_python, tuple(shlex.split(extra_args))),
@@ -137,7 +137,7 @@ def compare_runs(checkouts: tuple[Checkout, Checkout], arguments: list[str], fol
     for name, checkout in zip(("before", "after"), checkouts, strict=True):
         place = folder / name
         place.mkdir()
-        # The output's own name must be the same on both sides, for the model card may say it.
+        # Both outputs need the same name, because the model card may contain it.
         outputs.append(place / "pruned")
         own = [f"--output={outputs[-1]}", f"--tracking-uri=sqlite:///{place}/mlflow.db"]
         if failure := checkout.prune([*arguments, *own], place):
@@ -146,7 +146,7 @@ def compare_runs(checkouts: tuple[Checkout, Checkout], arguments: list[str], fol
 
 
 def compare_outputs(before: Path, after: Path) -> Comparison:
-    """Compare every file of two outputs but their journals."""
+    """Compare every file of two outputs except their journals."""
     comparison = Comparison()
     sides = [dict(_files(output)) for output in (before, after)]
     for name in sorted(sides[0].keys() | sides[1].keys()):
@@ -159,7 +159,7 @@ def compare_outputs(before: Path, after: Path) -> Comparison:
 
 
 def _compare_file(name: str, before: Path, after: Path, comparison: Comparison) -> None:
-    """Say how two files differ whose bytes do."""
+    """Record how two files with different bytes differ."""
     if before.suffix in (".json", ".toml"):
         _compare_content(name, before, after, comparison)
     elif before.suffix == ".py":
@@ -177,7 +177,7 @@ def _compare_content(name: str, before: Path, after: Path, comparison: Compariso
     others = [key for key, one_sided in found if not one_sided or before.name not in SETTINGS]
     comparison.settings += [f"{name}: {' '.join(settings)}"] if settings else []
     comparison.differing += [f"{name}: {' '.join(others)}"] if others else []
-    # The same content in other bytes: comments, or the order of keys.
+    # Same content, different bytes: comments, or the order of keys.
     comparison.text += [] if found else [name]
 
 
@@ -238,7 +238,7 @@ def _checkout(directory: Path, python: str | None, options: tuple[str, ...]) -> 
 
 
 def _model_argument(model: str) -> list[str]:
-    """Return what `prune` takes for a model: nothing for the built-in one."""
+    """Return the argument of `prune` for a model: none for the built-in one."""
     if model == "builtin":
         return []
     shared = ROOT.parent / "shared" / "models" / model
@@ -246,14 +246,14 @@ def _model_argument(model: str) -> list[str]:
 
 
 def _describe(checkouts: tuple[Checkout, Checkout], options: list[str]) -> str:
-    """Return the machine, the commits and the options in a line."""
+    """Return the machine, the commits and the options in one line."""
     commits = [_commit(checkout.directory) for checkout in checkouts]
     extra = f", the second with `{' '.join(checkouts[1].options)}`" if checkouts[1].options else ""
     return f"{describe_machine()}. {commits[0]} before, {commits[1]} after; `{' '.join(options)}`{extra}"
 
 
 def _commit(directory: Path) -> str:
-    """Return a checkout's commit, and whether files were changed since."""
+    """Return a checkout's commit, and whether files have changed since."""
     command = ["git", "-C", str(directory), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"commit {done.stdout.strip()}" if not done.returncode else "a directory without git"

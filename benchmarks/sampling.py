@@ -1,6 +1,6 @@
-"""Running the command line as a user does, and sampling the memory of its processes.
+"""Runs the command line as a user does, and samples the memory of its processes.
 
-USS, the memory that would come back if a process ended, since RSS counts what processes share once for each of them.
+It samples USS, the memory that a process would free by ending. RSS counts shared memory once per process.
 """
 
 import subprocess
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import psutil
 
 SAMPLING_SECONDS = 0.1
-# What a process is, by the beginning of its title: Ray names a worker's process after what it runs.
+# A process's role, by the start of its title: Ray names a worker's process after what it runs.
 ROLES = {"ray::Shard": "worker"} | dict.fromkeys(("ray::eliminate", "ray::rank", "ray::decide"), "solve")
 
 
 @dataclass
 class Measured:
-    """What one command took: its seconds, and the peaks of USS in bytes, by role and of all processes together."""
+    """One command's seconds and peak USS in bytes: of each process, and of all together; with the processes' roles."""
 
     seconds: float = 0.0
     together: int = 0
@@ -31,12 +31,12 @@ class Measured:
         return max(self.peaks.values())
 
     def peak(self, role: str) -> int:
-        """Return the peak of the largest process of a role; 0 where there was none."""
+        """Return the peak of the largest process with a role, or 0 if there was none."""
         return max((self.peaks[pid] for pid, played in self.roles.items() if played == role), default=0)
 
 
 def run_slimllm(arguments: list[str]) -> Measured:
-    """Run `slimllm` with arguments, sampling its processes' memory; end with its message if it fails."""
+    """Run `slimllm` with arguments, and sample its processes' memory; exit if it fails."""
     command = [sys.executable, "-m", "orchestrator", *arguments]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -60,7 +60,7 @@ def _sample(process: subprocess.Popen[bytes], measured: Measured) -> None:
 
 
 def _uss(process: psutil.Process, measured: Measured) -> int:
-    """Return a process's USS, noting its role."""
+    """Return a process's USS, and note its role."""
     try:
         title = " ".join(process.cmdline())
         for start, role in ROLES.items():

@@ -1,8 +1,8 @@
-"""One layer's decisions by moments against the published code's algorithm: `python -m benchmarks.speed`.
+"""Times one layer's decisions from moments against the published code's algorithm: `python -m benchmarks.speed`.
 
-Random correlated activations of 4096 tokens, 16 heads; hidden 1024 with 2816 channels, and twice as wide. Both sides
-start from the activations, make the same decisions (checked) and fit the recovery. The published method has no
-elimination; ours is measured against a plain product of the same size.
+It draws random correlated activations of 4096 tokens and 16 heads; hidden 1024 with 2816 channels, then twice as wide.
+Both sides start from the activations, make the same decisions (checked) and fit the recovery. The published method has
+no elimination, so ours is measured against a plain product of the same size.
 """
 
 import time
@@ -33,7 +33,7 @@ ATTENTION, MLP = LLAMA.branches
 
 @dataclass(frozen=True)
 class OneLayer:
-    """A model of one layer, as the paper's decisions read it."""
+    """A model of one layer, with the attributes that the paper's decisions read."""
 
     tensors: dict[str, torch.Tensor]
     num_units: int
@@ -44,7 +44,7 @@ class OneLayer:
         return self.tensors
 
     def shape(self, layer: int) -> LayerShape:
-        """Return the layer's numbers of heads; nothing asks for its channels."""
+        """Return the layer's head counts; nothing here reads its channels."""
         return LayerShape(self.num_units, self.num_units, 0, self.num_units)
 
 
@@ -62,7 +62,7 @@ def main(shapes: tuple[tuple[int, int], ...], tokens: int, heads: int, output: P
         rows.append(_measure_heads(hidden, heads, tokens))
         rows.append(_measure_channels(hidden, channels, tokens))
         rows.append(_measure_elimination(hidden, channels, tokens))
-    write_table(output, "One layer: by moments against the published algorithm", describe_machine(), rows)
+    write_table(output, "One layer: from moments against the published algorithm", describe_machine(), rows)
 
 
 def _measure_heads(hidden: int, heads: int, tokens: int) -> list[str]:
@@ -94,20 +94,20 @@ def _measure_channels(hidden: int, channels: int, tokens: int) -> list[str]:
 
 
 def _measure_elimination(hidden: int, channels: int, tokens: int) -> list[str]:
-    """Measure the whole elimination path against the machine's rate of products in float64."""
+    """Measure the whole elimination path against the machine's rate of float64 products."""
     moments = Moments.of(torch.from_numpy(_activations(channels, tokens)))
     projection = Projection.of(moments, torch.from_numpy(_weights(channels, hidden).T.copy()))
     seconds, _ = _timed(lambda: elimination.eliminate(projection, channels))
     square = torch.rand(channels, channels, dtype=torch.float64)
     product_seconds, _ = _timed(lambda: square @ square)
-    # A^-1, W W^T and the blocks' updates of both, over a set that shrinks to nothing: 1 + D / P + 2 products.
+    # A^-1, W W^T, and the block updates of both while the set shrinks to nothing: 1 + D / P + 2 products.
     work = 3 + hidden / channels
     share = work * product_seconds / seconds
     return [f"elimination of {channels} channels", "", figure(seconds), f"{share:.0%} of the GEMM rate"]
 
 
 def _observe(x_NP: np.ndarray, input_ND: np.ndarray) -> PackedObservation:
-    """Return what a worker sends of a branch's activations."""
+    """Return what a worker sends for a branch's activations."""
     observed = ObservationSum()
     observed.add(torch.from_numpy(x_NP), torch.from_numpy(input_ND))
     return observed.packed()

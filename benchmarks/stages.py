@@ -1,7 +1,7 @@
-"""Seconds per stage and peak memory of whole runs on one model: `python -m benchmarks.stages MODEL`.
+"""Measures seconds per stage and peak memory of whole runs on one model: `python -m benchmarks.stages MODEL`.
 
-Each run is a process of its own, as a user starts it, and includes starting Ray, its workers and MLflow. Memory is
-the USS of the run's processes, sampled: the largest one's peak, and the peak of their sum.
+Each run is its own process, as a user starts it, and includes the start of Ray, its workers and MLflow. Memory is the
+sampled USS of the run's processes: the peak of the largest one, and the peak of their sum.
 """
 
 import json
@@ -29,7 +29,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one command took, in all and by stage."""
+    """What one command took, in total and by stage."""
 
     measured: Measured
     stages: dict[str, float]
@@ -39,14 +39,16 @@ class Row:
 @click.argument("model", type=Path)
 @click.option("--calibration", required=True)
 @click.option("--evaluate", required=True)
-@click.option("--row", "chosen", type=click.Choice(ROWS), multiple=True, default=ROWS, help="Only this; repeatable.")
-@click.option("--warm-up/--no-warm-up", default=True, help="Whether a run comes first that no row is of.")
+@click.option(
+    "--row", "chosen", type=click.Choice(ROWS), multiple=True, default=ROWS, help="Only this row; repeatable."
+)
+@click.option("--warm-up/--no-warm-up", default=True, help="Whether to start with a run that is not measured.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/stages.md"))
 def main(model: Path, calibration: str, evaluate: str, chosen: Sequence[str], warm_up: bool, output: Path) -> None:
     """Run every command once, in order, and write the table."""
     with tempfile.TemporaryDirectory() as folder:
         commands = _commands(model, calibration, evaluate, Path(folder))
-        # The first run of a new MLflow store spends seconds on making it; none of the rows should.
+        # The first run with a new MLflow store spends seconds on creating it, which no row should count.
         if warm_up:
             _run(commands[ROWS[2]][0], Path(folder) / "warm-up")
         rows = {name: _run(*commands[name]) for name in ROWS if name in chosen}
@@ -54,7 +56,7 @@ def main(model: Path, calibration: str, evaluate: str, chosen: Sequence[str], wa
 
 
 def _commands(model: Path, calibration: str, evaluate: str, scratch: Path) -> dict[str, tuple[list[str], Path | None]]:
-    """Return the arguments and the output of every row; the last reads what the one before it wrote."""
+    """Return the arguments and the output of every row; the last row reads what the one before it writes."""
     store = f"--tracking-uri=sqlite:///{scratch}/mlflow.db"
     prune = ["prune", str(model), "--calibration", calibration, store]
     gram = [*prune, "--method=gram"]
@@ -74,13 +76,13 @@ def _commands(model: Path, calibration: str, evaluate: str, scratch: Path) -> di
 
 
 def _run(arguments: list[str], output: Path | None) -> Row:
-    """Run the command line; return what it took, and what it says of its stages."""
+    """Run the command line; return what it took, in total and by stage."""
     measured = run_slimllm([*arguments, *([f"--output={output}"] if output else [])])
     return Row(measured, _seconds(next(output.rglob("metrics.jsonl"))) if output else {})
 
 
 def _seconds(journal: Path) -> dict[str, float]:
-    """Return the seconds of every stage, which the journal has among the metrics of the whole run."""
+    """Return the seconds of every stage, from the journal's metrics of the whole run."""
     totals = [json.loads(line).get("metrics", {}) for line in journal.read_text().splitlines()]
     prefix = "seconds/"
     return {

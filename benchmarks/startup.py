@@ -1,9 +1,9 @@
-"""Seconds from the start of `slimllm prune` until its first layer is done: `python -m benchmarks.startup`.
+"""Measures the seconds from the start of `slimllm prune` until its first layer is done: `python -m benchmarks.startup`.
 
-Each run is the real command in a process of its own, on the built-in model, with a local Ray and an MLflow store that
-an earlier run made. It ends after the first layer. Stages overlap, so the table says when each was over, not how long
-it took. With `--checkout` given several times, runs of the checkouts take turns, so a machine that is busy slows all
-of them alike: compare the columns, not tables of different days.
+Each run is the real command in its own process, on the built-in model, with a local Ray and an MLflow store that an
+earlier run made. It ends after the first layer. Stages overlap, so the table says when each was over, not how long it
+took. Several checkouts (`--checkout`) take turns, so a busy machine slows all of them alike: compare the columns, not
+tables of different days.
 """
 
 import json
@@ -23,7 +23,7 @@ from benchmarks.machine import describe_machine, write_table
 
 HERE = Path(__file__).resolve().parents[1]
 MARKS = ("imports", "inputs", "Ray up", "MLflow run begun", "workers hold their data", "first layer")
-# What a solve's process imports: the module had another name once.
+# What a solve's process imports; the second name is that of older checkouts.
 SOLVE = """
 try:
     import slimllm_ops.module_solves
@@ -39,7 +39,7 @@ LONGEST_RUN = 600.0
 
 @dataclass(frozen=True)
 class Measured:
-    """A checkout, a folder for its runs, and the seconds that they took, by what was measured."""
+    """A checkout, a folder for its runs, and the seconds of each measurement by its name."""
 
     checkout: Path
     folder: Path
@@ -51,8 +51,8 @@ class Measured:
 
 
 @click.command()
-@click.option("--checkout", "checkouts", type=Path, multiple=True, help="Measure this one; repeatable. [this one]")
-@click.option("--runs", default=5, show_default=True, help="Runs of each checkout, after one that is not counted.")
+@click.option("--checkout", "checkouts", type=Path, multiple=True, help="Checkout to measure; repeatable. [this one]")
+@click.option("--runs", default=5, show_default=True, help="Runs of each checkout, after one that does not count.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/startup.md"))
 def main(checkouts: Sequence[Path], runs: int, output: Path) -> None:
     """Measure every checkout in turn, and write a table."""
@@ -91,7 +91,7 @@ def start_run(measured: Measured, run: int) -> dict[str, float]:
 
 
 def run_commands(measured: Measured) -> dict[str, float]:
-    """Return the seconds that each of COMMANDS takes as a whole."""
+    """Return the seconds that each of COMMANDS takes."""
     seconds = {}
     for name, arguments in COMMANDS.items():
         start = time.perf_counter()
@@ -101,7 +101,7 @@ def run_commands(measured: Measured) -> dict[str, float]:
 
 
 def run_python(measured: Measured, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a checkout's environment, with its packages and away from its files."""
+    """Run a checkout's Python, with the checkout's packages first, in the folder for its runs."""
     python = sys.executable if measured.checkout == HERE else measured.checkout / ".venv" / "bin" / "python"
     environment = {**os.environ, "PYTHONPATH": str(measured.checkout)}
     return subprocess.run(
@@ -116,13 +116,13 @@ def run_python(measured: Measured, *arguments: str) -> subprocess.CompletedProce
 
 
 def summary(measured: Measured, name: str) -> str:
-    """Return the minimum and the median of what was measured by a name."""
+    """Return the minimum and the median of a measurement."""
     seconds = measured.seconds.get(name)
     return f"{min(seconds):.1f} / {statistics.median(seconds):.1f}" if seconds else "-"
 
 
 def shown(checkout: Path) -> str:
-    """Return what a checkout is called in the table: its commit."""
+    """Return a checkout's name in the table: its commit."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or checkout.name

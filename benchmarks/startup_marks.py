@@ -1,8 +1,8 @@
-"""Runs `slimllm` in this process, notes when it reaches its first layer and the stages before it, and ends it there.
+"""Runs `slimllm` in this process, notes when each stage up to the first layer is over, and ends it there.
 
-`benchmarks/startup.py` runs this file by its path, in the environment of the checkout that it measures, so it imports
-nothing of its own checkout: `python -P startup_marks.py MARKS STARTED prune ...` writes to MARKS, as JSON, the seconds
-from STARTED, which is a UNIX time.
+`python -P startup_marks.py MARKS STARTED prune ...` writes to MARKS, as JSON, the seconds since STARTED, a UNIX time.
+`benchmarks/startup.py` runs this file by its path in the environment of the checkout that it measures, so this file
+imports nothing from its own checkout.
 """
 
 import json
@@ -21,12 +21,12 @@ marks: dict[str, float] = {}
 
 
 def note(mark: str) -> None:
-    """Note when something happens for the first time."""
+    """Note the time of a mark, the first time only."""
     marks.setdefault(mark, time.time() - STARTED)
 
 
 def note_return(owner: Any, name: str, mark: str) -> None:
-    """Replace a function by one that notes when it returns."""
+    """Wrap a function so that it notes when it returns."""
     function = getattr(owner, name)
 
     @wraps(function)
@@ -39,7 +39,7 @@ def note_return(owner: Any, name: str, mark: str) -> None:
 
 
 def stop_after_a_layer(owner: Any) -> None:
-    """Replace `Reporter.layers` by one that ends the run, as Ctrl-C does, when its first layer is done."""
+    """Wrap `Reporter.layers` so that it ends the run, as Ctrl-C does, when the first layer is done."""
     layers: Callable[..., Iterator[int]] = owner.layers
 
     @wraps(layers)
@@ -54,7 +54,7 @@ def stop_after_a_layer(owner: Any) -> None:
 
 
 def watch_pipeline(pipeline: ModuleType) -> None:
-    """Note that the pipeline is imported, and when it has its inputs."""
+    """Note when the pipeline is imported, and when it has its inputs."""
     note("imports")
     note_return(pipeline, "load_inputs", "inputs")
 
@@ -69,7 +69,7 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
 
 
 def main() -> None:
-    """Run the command line with the rest of the arguments."""
+    """Run the command line with the remaining arguments."""
     for name, hook in HOOKS.items():
         wrapt.register_post_import_hook(hook, name)
     sys.argv = ["slimllm", *sys.argv[3:]]

@@ -1,7 +1,7 @@
-"""When a run of `gram` observes and when it solves, by Ray's own trace: `python -m benchmarks.timeline`.
+"""Shows when a run of `gram` observes and when it solves, from Ray's own trace: `python -m benchmarks.timeline`.
 
-A random checkpoint of 8 layers, hidden 1024, one worker of one thread and so one core for solves. A layer is solved
-while the next is observed: the table says when, and how much of the solves lay beside observing.
+It prunes a random checkpoint of 8 layers, hidden 1024, with one worker of one thread, so one core is left for solves.
+A layer is solved while the next is observed: the table says when, and how much of the solving overlapped observing.
 """
 
 import tempfile
@@ -21,10 +21,9 @@ from orchestrator.config import PruneConfig
 from orchestrator.pipeline import prune
 
 COLUMNS = 72
-# What Ray's trace calls observing a branch, of which a layer has two.
-# What Ray's trace calls the steps of a module.
+# The names in Ray's trace of a module's two steps.
 OBSERVING, SOLVING = "{}, observe_dense", "eliminate_observed {}"
-# Ray's workers report what they ran every second.
+# The longest wait for the trace; Ray's workers report every second.
 TRACE_SECONDS = 20.0
 
 
@@ -36,7 +35,7 @@ class Span:
     stop: float
 
     def overlap(self, other: "Span") -> float:
-        """Return the seconds that both have."""
+        """Return the seconds that two spans share."""
         return max(0.0, min(self.stop, other.stop) - max(self.start, other.start))
 
 
@@ -47,7 +46,7 @@ class Span:
 @click.option("--heads", default=16)
 @click.option("--kv-heads", default=4)
 @click.option("--blocks", default=12, help="Blocks of tokens.")
-@click.option("--block-length", default=2048, help="Tokens of a block.")
+@click.option("--block-length", default=2048, help="Tokens per block.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/timeline.md"))
 def main(
     hidden: int,
@@ -92,11 +91,11 @@ def _prune(folder: Path, shape: Shape, blocks: int, block_length: int) -> None:
 
 
 def _trace(start: float, expected: dict[str, int]) -> dict[str, list[Span]]:
-    """Return when each function ran since `start`, in the order of its calls; wait until all calls are reported.
+    """Wait until Ray has reported all calls since `start`; return when each function ran, in order.
 
     Args:
         start: Seconds since the epoch.
-        expected: How often each function ran.
+        expected: The number of calls by function.
     """
     deadline = time.monotonic() + TRACE_SECONDS
     while True:
@@ -111,7 +110,7 @@ def _trace(start: float, expected: dict[str, int]) -> dict[str, list[Span]]:
 
 
 def _spans(events: list[dict[str, Any]], name: str) -> list[Span]:
-    """Return when a function ran, each time, in the order in which its calls were made."""
+    """Return when each call of a function ran, by start."""
     found = [event for event in events if event["cat"] == f"task::{name}"]
     return sorted((Span(e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in found), key=lambda span: span.start)
 
@@ -123,7 +122,7 @@ def _summary(observed: list[Span], solved: list[Span], begin: float) -> str:
     observing, solving, together = map(figure, (*seconds, end - begin))
     lines = [
         f"Observing took {observing} s, solving {solving} s, both together {together} s: "
-        f"{both / seconds[1]:.0%} of the solves lay beside observing.",
+        f"{both / seconds[1]:.0%} of the solving overlapped observing.",
         "",
         "```",
         f"observing  {_bar(observed, begin, end)}",
@@ -134,7 +133,7 @@ def _summary(observed: list[Span], solved: list[Span], begin: float) -> str:
 
 
 def _bar(spans: list[Span], begin: float, end: float) -> str:
-    """Return a line of characters, each as long as the others: the layer at work, or a dot."""
+    """Return a line of characters, each for an equal span of time: the layer at work, or a dot."""
     width = (end - begin) / COLUMNS
     line = ["."] * COLUMNS
     for number, span in enumerate(spans):

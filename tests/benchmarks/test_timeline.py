@@ -22,7 +22,7 @@ def test_every_layer_is_observed_before_it_is_solved(tmp_path: Path) -> None:
         assert mlp[0] <= mlp[1]
         before = observed[1]
     text = (tmp_path / "table.md").read_text()
-    summary = next(line for line in text.splitlines() if line.endswith("of the solves lay beside observing."))
+    summary = next(line for line in text.splitlines() if line.endswith("of the solving overlapped observing."))
     assert all(number > 0 for number in numbers(summary)[:3])
     for name in ("observing", "solving"):
         bar = next(line for line in text.splitlines() if line.startswith(name)).split()[1]
