@@ -126,20 +126,21 @@ def _prune_into(
     with (
         open_staging(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
         backend.session(verbose=reporter.verbose) as resources,
-        tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(backend, resources, staging)
         require_room(Intent(config, inputs, output, resources, workers), estimate_pruning, reporter)
         run_file = staging.directory / "pruning" / RUN_FILE
         write_run_file(run_file, "prune", config, inputs, workers)
         params = run_params(config, inputs, workers)
-        log_inputs(run, params, inputs)
-        run.log_artifacts(run_file, to="pruning")
-        link_with_job(run, reporter.warn)
         with (
-            open_targets(config, staging, inputs.source, run) as targets,
+            # The workers' processes start, and import torch, while this one connects to MLflow.
             open_context(backend, resources, workers, config, inputs, staging, reporter) as context,
+            tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
+            open_targets(config, staging, inputs.source, run) as targets,
         ):
+            log_inputs(run, params, inputs)
+            run.log_artifacts(run_file, to="pruning")
+            link_with_job(run, reporter.warn)
             _tell_resumed(context)
             _log_children(context, targets, run, params)
             _log_committed(context, targets)

@@ -96,7 +96,7 @@ def test_too_many_workers_for_the_cluster_are_not_waited_for_without_end(
     local_ray: None, gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement_module, "START_SECONDS", 1.0)
-    message = r"no room for 2 workers of 1000 CPUs and 0 GPUs within 1 s, .* free: .* lower --workers"
+    message = r"no room for 2 workers of 1000 CPUs and 0 GPUs within 1 s; .* free: .* lower --workers"
     with pytest.raises(ShardError, match=message), group_of(2, cpus=1000) as group:
         group.open_stream("a", Checkpoint.open(gqa_model), blocks_BT)
 
