@@ -1,9 +1,9 @@
 """Exports a uniform pruned model as a stock class, which loads without our code and which servers support.
 
-The family's own class is used if it accepts the shapes. Otherwise, models with Llama's structure are tried as Mistral,
-whose number of heads need not divide the hidden size, and as Granite, which has a bias in every projection. If a class
-expects a bias that the model does not have, it gets zeros. Nothing is converted: the tensors are those of the pruned
-model, except that each expert's tensors are written separately, as in checkpoints of stock classes.
+The family's own class is used if it accepts the shapes. Otherwise, a Llama is tried as a Mistral, whose number of heads
+need not divide the hidden size, and a model with Llama's structure as a Granite, which has a bias in every projection.
+If a class expects a bias that the model does not have, it gets zeros. Nothing is converted: the tensors are those of
+the pruned model, except that each expert's tensors are written separately, as in checkpoints of stock classes.
 """
 
 from dataclasses import dataclass
@@ -146,7 +146,7 @@ def _one_shape(source: Checkpoint) -> LayerShape:
     for layer, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise InputError(
-                f"layers 0 and {layer} of {source.directory} differ in shape, and a stock class has one for all: "
+                f"layers 0 and {layer} of {source.directory} differ in shape, and a stock class has one shape for all: "
                 f"prune with --uniform"
             )
     return shapes[0]

@@ -92,7 +92,7 @@ class Form:
         for layer, size in enumerate(sizes):
             if size != first:
                 raise InputError(
-                    f"layer {layer} has other numbers of heads or channels than layer 0: --uniform needs a model "
+                    f"layer {layer} and layer 0 have different numbers of heads or channels: --uniform needs a model "
                     f"whose layers are alike"
                 )
         number = len(sizes)

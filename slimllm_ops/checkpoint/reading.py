@@ -146,7 +146,7 @@ class Checkpoint(TensorIndex):
         return sha.hexdigest()
 
     def _slices(self, names: list[str]) -> Iterator[tuple[str, Any]]:
-        """Yield full names and slices that read only the header; each slice is valid until the next."""
+        """Yield tensors' full names and slices, reading only file headers; a slice is valid until the next one."""
         for file_name in sorted({self.files[name] for name in names}):
             with open_shard(self.directory / file_name) as file:
                 for name in [name for name in names if self.files[name] == file_name]:

@@ -144,7 +144,7 @@ def _check_sizes(described: dict[str, Any]) -> None:
     chosen = described.get("num_experts_per_tok", 1)
     for key in ("num_local_experts", "num_experts"):
         if chosen > described.get(key, chosen):
-            raise _wrong("num_experts_per_tok", chosen, f"{key} ({described[key]}) at most")
+            raise _wrong("num_experts_per_tok", chosen, f"at most {key} ({described[key]})")
 
 
 def _check_positions(described: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ def _check_positions(described: dict[str, Any]) -> None:
         for number in value if isinstance(value, list) else [value]:
             holds = _number(number) and 0 <= number <= 1e18 and (number > 0 or least == "from")
             if type(number) in (int, float) and not holds:
-                raise _wrong(key, number, f"a number {least} 0, to 1e18")
+                raise _wrong(key, number, f"a number {least} 0, up to 1e18")
 
 
 def _check_layers(described: dict[str, Any], family: Family) -> None:
@@ -174,7 +174,7 @@ def _check_layers(described: dict[str, Any], family: Family) -> None:
     if not given:
         return
     if described["model_type"] == family.model_type:
-        raise _wrong("model_type", described["model_type"], f"a pruned model, since there is {given[0]}")
+        raise _wrong("model_type", described["model_type"], f"a pruned model, since the config has {given[0]}")
     layers, whole_heads = described.get("num_hidden_layers"), described.get("num_attention_heads")
     whole_kv_heads = described.get("num_key_value_heads") or whole_heads
     bounds = {

@@ -51,7 +51,7 @@ class Experts:
 
     Attributes:
         router: The module that maps tokens (N, D) to logits, expert weights (N, k) and expert numbers (N, k).
-        activation: The module of the experts that is applied after the gate.
+        activation: The experts' activation module, applied to the output of the gate.
         number: The config's name for the number of experts.
         chosen: The config's name for the number of experts that a token is sent to.
     """

@@ -221,7 +221,7 @@ class PackedObservation:
         return observed if self.intercept else observed.about_zero()
 
     def split(self, tensor: Tensor) -> tuple[Tensor]:
-        """Return the stored tensor, all of it the only part's."""
+        """Return the stored tensor unsplit, for the only part."""
         return (tensor,)
 
     def parts(self, weight: Tensor) -> Iterator[Part]:
@@ -278,8 +278,8 @@ def require_count(found: int, num_tokens: int) -> None:
     """
     if found != num_tokens:
         raise MiscountError(
-            f"the moments are of {found} tokens where {num_tokens} were sent: "
-            f"a share of the data was lost or counted twice, which is a bug worth reporting"
+            f"the moments cover {found} tokens, but {num_tokens} were sent: "
+            f"some data was lost or counted twice, which is a bug worth reporting"
         )
 
 

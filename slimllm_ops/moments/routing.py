@@ -79,7 +79,7 @@ def project(routed: Routed, weight_EDS: Tensor, kept_ES: Tensor | None) -> Tenso
         x_nS = x_NkI[tokens_n, places_n]
         if kept_ES is not None:
             x_nS = x_nS[:, kept_ES[expert]]
-        # A token reaches an expert at most once, so `tokens_n` has no duplicates to lose.
+        # A token reaches an expert at most once, so `tokens_n` has no duplicates, and this adds every row.
         output_ND[tokens_n] += functional.linear(x_nS, weight_EDS[expert])
     return output_ND.unflatten(0, routed.x_bTkI.shape[:2])
 

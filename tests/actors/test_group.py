@@ -149,5 +149,5 @@ def test_moments_of_other_than_all_tokens_are_refused(
     shards.open_stream("a", checkpoint, blocks_BT, deciding=True)
     observed = shards.merge("a", LayerStream.observe, 0, checkpoint.family.mlp)
     shards._streams["a"] = replace(shards._streams["a"], num_tokens=blocks_BT.size + 1)
-    with pytest.raises(MiscountError, match=rf"layer 0, .* {blocks_BT.size} tokens where {blocks_BT.size + 1} were"):
+    with pytest.raises(MiscountError, match=rf"layer 0, .* {blocks_BT.size} tokens, but {blocks_BT.size + 1} were"):
         shards.decide("a", decide_channels, observed, 0, num_removed=3, keep_lowest=0.01)

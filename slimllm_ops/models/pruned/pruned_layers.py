@@ -79,7 +79,7 @@ class PrunedModelMixin:
 
 
 class PrunedExpertsMixin(PrunedModelMixin):
-    """The same for a mixture of experts, whose weights are three-dimensional parameters."""
+    """A pruned mixture of experts, whose expert weights are three-dimensional parameters."""
 
     mlp_names = LinearNames("mlp.experts", ("gate_up_proj",), "down_proj")
 

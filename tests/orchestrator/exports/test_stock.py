@@ -59,7 +59,7 @@ def test_the_tokenizer_comes_along(shared: Path, tmp_path: Path) -> None:
 def test_layers_that_differ_are_refused_and_nothing_is_left(gqa_model: Path, tmp_path: Path) -> None:
     done = export(pruned(gqa_model, tmp_path / "pruned", (20, 20, 24)))
     assert done.exit_code == 2
-    assert "differ in shape, and a stock class has one for all: prune with --uniform" in done.output
+    assert "differ in shape, and a stock class has one shape for all: prune with --uniform" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 

@@ -41,7 +41,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "not a number": ({"hidden_size": float("nan")}, "hidden_size is nan"),
     "an epsilon of nothing": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from 0 to 1"),
     "an infinite epsilon": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
-    "a rotation of nothing": ({"rope_theta": 0}, "rope_theta is 0, expected a number above 0, to 1e18"),
+    "a rotation of nothing": ({"rope_theta": 0}, "rope_theta is 0, expected a number above 0, up to 1e18"),
     "a rotation that is no number": ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
     "a rotation that is a list": ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
     "an unknown rotation": ({"rope_parameters": {"rope_type": "twist", "rope_theta": 1.0}}, "config.json is wrong"),

@@ -88,7 +88,7 @@ def test_a_merged_observation_keeps_its_choice_of_intercept() -> None:
 
 def test_moments_that_are_not_of_all_tokens_are_an_error() -> None:
     plain(0).require_tokens(50)
-    with pytest.raises(MiscountError, match=r"^the moments are of 50 tokens where 64 were sent: .* worth reporting$"):
+    with pytest.raises(MiscountError, match=r"^the moments cover 50 tokens, but 64 were sent: .* worth reporting$"):
         plain(0).require_tokens(64)
 
 

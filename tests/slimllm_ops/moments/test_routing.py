@@ -94,7 +94,7 @@ def test_an_expert_without_tokens_has_nothing_until_a_shard_brings_some() -> Non
 def test_moments_that_are_not_of_all_tokens_are_an_error() -> None:
     observed = summed(routed([[0, 2], [2, 0], [0, 2]]), 4)
     observed.require_tokens(3)
-    with pytest.raises(MiscountError, match=r"^the moments are of 3 tokens where 6 were sent"):
+    with pytest.raises(MiscountError, match=r"^the moments cover 3 tokens, but 6 were sent"):
         observed.require_tokens(6)
 
 
