@@ -211,7 +211,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
 
 
 def named(tracking: TrackingOptions, name: str) -> TrackingOptions:
-    """Return the options with a name for the run, if it has none; MLflow would invent one."""
+    """Return the options with this run name, unless they have one; without any, MLflow would invent one."""
     return replace(tracking, run_name=tracking.run_name or name)
 
 

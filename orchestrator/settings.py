@@ -159,7 +159,7 @@ def require(holds: bool, message: str) -> None:
 
 
 def setting(default: Any, help: str, group: str | None, commands: tuple[str, ...], **declared: Any) -> Any:
-    """Declare a setting as a field of a dataclass, in the place of `dataclasses.field`.
+    """Declare a setting as a field of a dataclass, in place of `dataclasses.field`.
 
     Args:
         default: The field's default.
