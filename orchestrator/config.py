@@ -1,4 +1,4 @@
-"""Every setting, declared once (docs/settings.md): the settings of `prune`, and those that `compare` adds."""
+"""Declares every setting once (docs/settings.md): the settings of `prune`, and those that `compare` adds."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ DEFAULT_SPARSITY = 0.2
 FRACTION = Check(lambda value: 0 < value < 1, "it must lie between 0 and 1, both excluded")
 AT_LEAST_ONE = Check(lambda value: value >= 1, "it must be at least 1")
 
-# Commands that take a setting.
+# Groups of commands that take a setting.
 COMPUTE = ("prune", "calibrate", "compare")
 EVERY = (*COMPUTE, "doctor")
 RECORD = ("prune", "compare", "log")
@@ -78,7 +78,7 @@ class PruneConfig:
     )
     moments: str | None = setting(
         None,
-        "Moments that `slimllm calibrate` kept, in a directory or at a URI; they replace the pass.",
+        "Moments that `slimllm calibrate` saved, a directory or a URI; they replace the pass over the text.",
         "What to remove",
         ("prune", "doctor"),
         methods=ONE_PASS,
@@ -145,14 +145,14 @@ class PruneConfig:
     samples: int = setting(128, "How many blocks to draw from a text.", "Data", EVERY, check=AT_LEAST_ONE)
     sequence_length: int = setting(
         2048,
-        "Tokens of a block, at most what the model takes.",
+        "Tokens per block, at most the model's maximum.",
         "Data",
         EVERY,
         check=Check(lambda value: value >= 2, "a block must have two tokens at least"),
     )
     seed: int = setting(
         0,
-        "Chooses the blocks of a text.",
+        "Seed that chooses the blocks of a text.",
         "Data",
         COMPUTE,
         check=Check(lambda value: 0 <= value < 2**63, "it must be at least 0, and less than 2^63"),
@@ -167,7 +167,7 @@ class PruneConfig:
         shown="builtin:heldout, if neither text nor moments are given",
     )
     workers: int | None = setting(
-        None, "How many Ray actors compute.", "Workers", EVERY, check=AT_LEAST_ONE, shown="one per GPU or per 4 cores"
+        None, "How many Ray actors to use.", "Workers", EVERY, check=AT_LEAST_ONE, shown="one per GPU or per 4 cores"
     )
     gpus_per_worker: float | None = setting(
         None,
@@ -179,11 +179,11 @@ class PruneConfig:
     )
     local: bool = setting(False, "Compute in this process, without Ray.", "Workers", COMPUTE, effect=Effect.ATTEMPT)
     offload: bool = setting(
-        False, "Hold hidden states in files in TMPDIR, not in memory.", "Workers", EVERY, effect=Effect.PLACE
+        False, "Keep hidden states in files in TMPDIR, not in memory.", "Workers", EVERY, effect=Effect.PLACE
     )
     shared_storage: bool = setting(
         False,
-        "Every node finds the driver's files at the same path, and reads weights itself.",
+        "All nodes see the driver's files at the same paths; each reads the weights itself.",
         "Workers",
         EVERY,
         effect=Effect.PLACE,
@@ -219,7 +219,7 @@ class PruneConfig:
         for name, one in declared(type(self)).items():
             value = getattr(self, name)
             if one.repeated:
-                # One value is the usual case, and may be given as such.
+                # One value, the usual case, may be given without a tuple.
                 value = (value,) if isinstance(value, str | int | float) else tuple(value)
                 object.__setattr__(self, name, value)
             one.require(value)
@@ -243,7 +243,7 @@ class PruneConfig:
         for name in ("pruned_layers", "alpha"):
             require(
                 not self.uniform or getattr(self, name) is None,
-                f"{name} says how layers differ, and uniform that they do not: give one of them",
+                f"{name} makes layers differ, and uniform makes them equal: give one of them",
             )
         for one in declared(PruneConfig).values():
             if one.is_set(self):
@@ -251,31 +251,31 @@ class PruneConfig:
 
     @property
     def in_one_pass(self) -> bool:
-        """Whether the method needs one pass over the dense model, and not one for every sparsity."""
+        """Whether one pass over the dense model serves every sparsity, instead of a pass for each."""
         return self.method in ONE_PASS
 
     @property
     def targets(self) -> tuple[float | None, ...]:
-        """The sparsities to meet: .2 by default, None where the paper's own ratio was given."""
+        """The sparsities to reach: .2 by default, None if the paper's ratio is given instead."""
         return (None,) if self.ratio is not None else self.sparsity or (DEFAULT_SPARSITY,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(PruneConfig):
-    """The settings of `compare`: those of `prune` that it takes, the methods that take part, and what is kept.
+    """The settings of `compare`: those of `prune` that it takes, the methods to compare, and whether to keep models.
 
-    `ratio`, `pruned_layers`, `alpha` and `keep_lowest` are for `slimllm`, which always takes part.
+    `ratio`, `pruned_layers`, `alpha` and `keep_lowest` apply to `slimllm`, which always takes part.
     """
 
     methods: tuple[str, ...] = setting(
         (), "Method to compare with slimllm; repeatable.", "What to remove", ("compare",), flag="--method", shown="all"
     )
-    keep_checkpoints: bool = setting(False, "Keep every model that was measured.", "Result", ("compare",))
+    keep_checkpoints: bool = setting(False, "Keep every pruned model.", "Result", ("compare",))
 
     def _check_command(self) -> None:
         require(
             not is_uri(self.output or ""),
-            f"output {self.output} is a URI, and a comparison is written to a directory: pass one, and copy it there",
+            f"output {self.output} is a URI, but a comparison needs a directory: pass one, and copy it to the URI",
         )
         require(len(set(self.methods)) == len(self.methods), "a method was given twice: give each once")
         require(self.method == "slimllm", "method is a setting of prune: a comparison takes methods")
@@ -287,7 +287,7 @@ class CompareConfig(PruneConfig):
 
 
 def read_config_file(path: Path, kind: type[PruneConfig] = PruneConfig) -> dict[str, Any]:
-    """Return the settings of a TOML file, with the names of a config's fields; dashes count as underscores.
+    """Read settings from a TOML file, by the names of the config's fields; dashes count as underscores.
 
     Raises:
         ConfigError: The file is missing, is not TOML, or holds an unknown key or a value of the wrong type.

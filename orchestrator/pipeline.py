@@ -1,4 +1,4 @@
-"""The story of a run, from a model and text to pruned checkpoints and their record."""
+"""Runs pruning from start to end: from a model and text to pruned checkpoints and their record."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,17 +40,17 @@ from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.errors import InputError
 from slimllm_ops.methods import METHODS
 
-# What whoever runs this can mend; everything else is a bug, or a machine that failed.
+# Errors that the user can fix; any other is a bug, or a machine that failed.
 USER_ERRORS = (ConfigError, DataError, InputError, ClusterError, TrackingError)
 
 Prune = Callable[[RunContext, list[Target]], None]
-# Methods that are no row of `METHODS`.
+# Methods that are not rows of `METHODS`.
 PRUNERS: dict[str, Prune] = {"slimllm": prune_layerwise}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedModel:
-    """One checkpoint that a run gave, a directory or a URI, and where MLflow has it (None: nowhere)."""
+    """A checkpoint that a run wrote, at a directory or a URI, and its ids in MLflow (None if it is not there)."""
 
     output: Path | str
     totals: Totals
@@ -59,15 +59,15 @@ class PrunedModel:
 
     @property
     def name(self) -> str:
-        """The last part of its place, which tells it from the others of a sweep."""
+        """The last part of the output's path, which tells the models of a sweep apart."""
         return str(self.output).rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """What a run gave: a model for every sparsity that was asked for; none where all was finished before.
+    """The result of a run: a model for every sparsity, or none if the run was finished before.
 
-    `log_command` is what gives MLflow what it lacks of the run; None where it has everything.
+    `log_command` is the command that logs what MLflow lacks of the run; None if it has everything.
     """
 
     output: Path | str
@@ -79,25 +79,30 @@ class PruneResult:
 
     @property
     def totals(self) -> Totals:
-        """The totals of the first model, the only one where one sparsity was asked for."""
+        """The totals of the first model, which is the only one for a single sparsity."""
         return self.models[0].totals
 
     @property
     def model_uri(self) -> str | None:
-        """The logged model's URI of the first model."""
+        """The first model's URI in MLflow."""
         return self.models[0].model_uri
 
 
 def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
-    """Prune a model as a config asks; the command line ends here too.
+    """Prune a model; `slimllm prune` calls this too.
+
+    If the run ends early, its results so far stay, and the same config with `resume` continues from them. If there are
+    none, nothing is left.
 
     Raises:
-        ConfigError, DataError, InputError, ClusterError, TrackingError: what was asked cannot be done as asked.
-        ShardError: workers were lost and not replaced.
-        DeliveryError: a store did not take the output, which is whole on this machine.
-        OSError: the disk is full, or something else that the machine refuses.
+        ConfigError, DataError, InputError, ClusterError, TrackingError: The settings cannot be met.
+        ShardError: Workers were lost and not replaced.
+        DeliveryError: A store did not take the output, which is complete on this machine.
+        OSError: The disk is full, or the machine refuses something else.
 
-    Whatever ends the run, what was solved waits for the same config with `resume`; where nothing was, nothing is left.
+    Example:
+        result = prune(PruneConfig(model="path/to/model", method="gram", sparsity=(0.2,)))
+        print(result.output, result.totals.perplexity)
     """
     reporter = reporter or Reporter()
     tracking = tracking_options(config)
@@ -121,7 +126,7 @@ def _prune_into(
     tracking: TrackingOptions,
     reporter: Reporter,
 ) -> PruneResult:
-    """Prune into a directory, which appears when it is whole; the result names the places where it goes."""
+    """Prune into a directory, which appears once it is complete; the result has the final places."""
     backend = backend_of(config)
     with (
         open_staging(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
@@ -162,20 +167,24 @@ def _prune_into(
 
 
 def pruner_of(method: str) -> Prune:
-    """Return how a method prunes: layer by layer, or as its row of `METHODS` says, a user's own among them."""
+    """Return a method's pruning function: layer by layer, or by its row of `METHODS`, which may be a user's own."""
     return PRUNERS[method] if method in PRUNERS else partial(prune_one_pass, METHODS[method])
 
 
 def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | str:
-    """Pass the calibration data through a model once and keep the moments, for `prune` with `moments`.
+    """Pass the calibration data through a model once and save the moments, for `prune` with `moments`.
 
     Returns:
-        Where they are: a directory or a URI.
+        The directory or URI of the moments.
 
     Raises:
-        ConfigError, DataError, InputError, ClusterError: what was asked cannot be done as asked; nothing is left.
-        ShardError: workers were lost and not replaced; what was solved waits for the same config with `resume`.
-        DeliveryError: a store did not take the output, which is whole on this machine.
+        ConfigError, DataError, InputError, ClusterError: The settings cannot be met; nothing is left.
+        ShardError: Workers were lost and not replaced; results so far stay, and `resume` continues from them.
+        DeliveryError: A store did not take the output, which is complete on this machine.
+
+    Example:
+        moments = calibrate(PruneConfig(model="path/to/model", method="gram"))
+        prune(PruneConfig(model="path/to/model", method="gram", moments=str(moments)))
     """
     reporter = reporter or Reporter()
     require_lasting_output(config.output)
@@ -203,7 +212,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
 
 
 def named(tracking: TrackingOptions, name: str) -> TrackingOptions:
-    """Return where a run is logged, with a name for it if it was given none: MLflow would invent one."""
+    """Return the options with this run name, unless they have one; without any, MLflow would invent one."""
     return replace(tracking, run_name=tracking.run_name or name)
 
 
@@ -218,40 +227,40 @@ def _finish(context: RunContext, target: Target, params: dict[str, object], outp
 
 
 def _tell_idle_experts(context: RunContext, target: Target) -> None:
-    """Say which experts no calibration token was sent to, so that nothing is known of their channels but weights."""
+    """Report experts that no calibration token reached, so that only the weights of their channels are known."""
     plans = enumerate(target.final.log.plans)
     idle = [(layer, plan.mlp.idle_experts) for layer, plan in plans if plan.mlp is not None and plan.mlp.idle_experts]
     if idle:
         first = f"layer {idle[0][0]}: {', '.join(map(str, idle[0][1][:8]))}"
         context.reporter.note(
             f"no calibration token reached {sum(len(experts) for _, experts in idle)} of the experts ({first} ...): "
-            f"they lost the channels of the smallest weights; calibrate on more text to know better"
+            f"they lost the channels with the smallest weights; calibrate on more text to reach them"
         )
 
 
 def _tell_resumed(context: RunContext) -> None:
-    """Say whether what was to be resumed is there."""
+    """Report whether a run that should resume has anything to resume."""
     if context.config.resume:
-        found = "going on from what is solved" if context.staging.resumed else "there is nothing to resume: beginning"
+        found = "continuing from earlier results" if context.staging.resumed else "there is nothing to resume: starting"
         context.reporter.note(f"{found} ({context.staging.directory})")
 
 
 def _log_children(context: RunContext, targets: list[Target], run: Run, params: dict[str, object]) -> None:
-    """Log in the runs of a sweep's models what they are made by: MLflow shows a run's own parameters alone."""
+    """Log the parameters and data in every run of a sweep: MLflow shows only a run's own parameters."""
     for target in targets:
         if target.run is not run:
             log_inputs(target.run, settings_of(params) | {"sparsity": target.sparsity}, context.inputs)
 
 
 def _log_committed(context: RunContext, targets: list[Target]) -> None:
-    """Log the layers that were committed just before an earlier process ended, and so were not."""
+    """Log the layers that an earlier process committed but did not log before it ended."""
     for target in targets:
         for layer, plan in enumerate(target.pruned.log.plans):
             context.log_layer(target.run, layer, plan)
 
 
 def tracking_options(config: PruneConfig) -> TrackingOptions:
-    """Return where a config's run is logged."""
+    """Return the tracking options of a config."""
     return TrackingOptions(
         experiment=config.experiment,
         tracking_uri=config.tracking_uri,

@@ -1,7 +1,7 @@
-"""How a setting is declared, and what derives from a declaration (docs/settings.md).
+"""Declares settings, and reads what derives from a declaration (docs/settings.md).
 
-A setting is a field of a config with a `Setting` beside it. Options, `--config` files, checks, the lists of each
-command, what `--resume` compares and docs/options.md all read that declaration. Nothing here knows a setting by name.
+A setting is a field of a config with a `Setting` in its metadata. Options, `--config` files, checks, each command's
+options, the values that `--resume` compares and docs/options.md all read it. Nothing here knows a setting by name.
 """
 
 import tomllib
@@ -16,21 +16,21 @@ from orchestrator.methods import Methods
 
 
 class ConfigError(ValueError):
-    """A setting is out of range, unknown, or contradicts another; the message says what to change."""
+    """A wrong setting: out of range, unknown, or in conflict with another; the message says what to change."""
 
 
 class Effect(Enum):
-    """What a setting changes, and so where its value is kept."""
+    """What a setting changes, which decides where its value is recorded."""
 
     RESULT = "the result: `--resume` needs the same value, and every record has it"
     INPUT = "the data: `--resume` compares digests of the files that it names, and every record has it"
-    PLACE = "where a run writes or how its workers share files: MLflow alone has it"
-    ATTEMPT = "one attempt at a run, and the next may differ: no record has it"
+    PLACE = "where a run writes or how its workers share files: only MLflow has it"
+    ATTEMPT = "one attempt at a run: the next may use another value, and no record has it"
 
 
 @dataclass(frozen=True)
 class Check:
-    """A condition that a value must meet, and the words for it: "it must be at least 1"."""
+    """A condition for a value, and the words for it: "it must be at least 1"."""
 
     holds: Callable[[Any], bool]
     must: str
@@ -41,17 +41,17 @@ class Setting:
     """The declaration of a setting.
 
     Attributes:
-        help: What it does, as `--help` and docs/options.md say it: one sentence.
-        group: The heading of `--help` that it stands under; None if it is the command's argument and no option.
+        help: What it does, in one sentence for `--help` and docs/options.md.
+        group: Its heading in `--help`; None if it is the command's argument and not an option.
         commands: The commands that take it.
         methods: The methods that take it; None for all.
         effect: What it changes.
-        check: What each value must meet.
-        choices: The values that there are; empty for any.
-        metavar: What stands for the value in help texts; by default it follows from the type.
-        shown: The default in help texts, where the value itself does not say it.
-        flag: The option, where it is not the name with dashes.
-        tags_models: Whether MLflow's model page shows it, if it is set.
+        check: The condition for each value.
+        choices: The allowed values; empty for any.
+        metavar: The placeholder for the value in help texts; by default it follows from the type.
+        shown: The default in help texts, if it is not the value itself.
+        flag: The option, if it is not the name with dashes.
+        tags_models: Whether MLflow's model page shows it when it is set.
         name: The field's name.
         annotation: The field's type.
         default: The field's default.
@@ -79,27 +79,27 @@ class Setting:
 
     @property
     def repeated(self) -> bool:
-        """Whether there may be several values."""
+        """Whether it takes several values."""
         return _kind_of(self.annotation)[1]
 
     @property
     def described_type(self) -> str:
-        """The type as messages name it."""
+        """The name of the type in messages."""
         return f"{self.kind.__name__}{', or a list of them' if self.repeated else ''}"
 
     @property
     def option(self) -> str:
-        """The option of the command line: "--keep-lowest"."""
+        """The option on the command line, such as "--keep-lowest"."""
         return self.flag or f"--{self.name.replace('_', '-')}"
 
     @property
     def placeholder(self) -> str | None:
-        """What stands for the value in help texts; None for a flag."""
+        """The placeholder for the value in help texts; None for a flag."""
         return self.metavar or {bool: None, int: "N", float: "F", str: "NAME"}[self.kind]
 
     @property
     def shown_default(self) -> str:
-        """The default as help texts show it: ".01"; nothing for flags and for what is left out."""
+        """The default in help texts, such as ".01"; empty for a flag and for a setting without a default."""
         if self.shown is not None:
             return self.shown
         if self.kind is bool or self.default in (None, ()):
@@ -107,23 +107,23 @@ class Setting:
         return f"{self.default:g}".replace("0.", ".", 1) if self.kind is float else str(self.default)
 
     def describe(self) -> str:
-        """Return what it does and which methods take it, without a full stop."""
+        """Return the help text and the methods that take the setting, without a full stop."""
         return self.help.removesuffix(".") + (f" ({self.methods.label})" if self.methods else "")
 
     def is_set(self, config: object) -> bool:
-        """Return whether a config has another value than the default."""
+        """Return whether a config's value differs from the default."""
         return bool(getattr(config, self.name) != self.default)
 
     def fits_type(self, value: Any) -> bool:
-        """Return whether a value read from a file has the type; a whole float may be written as an integer."""
+        """Return whether a value from a file has the right type; a whole float may be written as an integer."""
         items = value if self.repeated and isinstance(value, list) else [value]
         return all(type(item) is self.kind or (self.kind is float and type(item) is int) for item in items)
 
     def require(self, value: Any) -> None:
-        """Check a value's choices and range.
+        """Check a value against the choices and the condition.
 
         Raises:
-            ConfigError: It is not one of the choices, or out of range.
+            ConfigError: It is not one of the choices, or does not meet the condition.
         """
         for item in value if self.repeated else () if value is None else (value,):
             known = ", ".join(self.choices)
@@ -139,7 +139,7 @@ class Setting:
         """Check that a method takes the setting.
 
         Raises:
-            ConfigError: It does not.
+            ConfigError: The method does not take it.
         """
         if self.methods and not self.taken_by(method):
             ones = "that" if len(self.methods.names) == 1 else "one of them"
@@ -149,22 +149,22 @@ class Setting:
 
 
 def require(holds: bool, message: str) -> None:
-    """Refuse settings that do not hold.
+    """Check that a condition on the settings holds.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: It does not; the error has this message.
     """
     if not holds:
         raise ConfigError(message)
 
 
 def setting(default: Any, help: str, group: str | None, commands: tuple[str, ...], **declared: Any) -> Any:
-    """Declare a setting: the value of a dataclass's field, as `dataclasses.field` is.
+    """Declare a setting as a field of a dataclass, in place of `dataclasses.field`.
 
     Args:
         default: The field's default.
         help: What the setting does.
-        group: The heading that it stands under.
+        group: Its heading in `--help`.
         commands: The commands that take it.
         declared: The other attributes of `Setting`.
 
@@ -178,12 +178,12 @@ def setting(default: Any, help: str, group: str | None, commands: tuple[str, ...
 
 
 def declared(config: type) -> dict[str, Setting]:
-    """Return the settings of a config's class by name, in the order of their declarations."""
+    """Return the settings of a config class by name, in declaration order."""
     return {one.name: replace(one.metadata["setting"], name=one.name, annotation=one.type) for one in fields(config)}
 
 
 def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
-    """Return the values of a TOML file by the settings' names; dashes count as underscores.
+    """Read the values in a TOML file, by the names of settings; dashes count as underscores.
 
     Raises:
         ConfigError: The file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
@@ -195,8 +195,8 @@ def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}; pass a TOML file") from error
     except RecursionError as error:
-        raise ConfigError(f"config file {path} is nested too deeply: settings are names and values") from error
-    # Not only TOML's own: Python refuses numbers of very many digits.
+        raise ConfigError(f"config file {path} is nested too deeply: give each setting as NAME = VALUE") from error
+    # Not only TOML errors: Python also refuses numbers with very many digits.
     except ValueError as error:
         raise ConfigError(f"config file {path} is not TOML: {error}") from error
     settings = {key.replace("-", "_"): value for key, value in read.items()}
@@ -209,7 +209,7 @@ def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
 
 
 def _kind_of(annotation: Any) -> tuple[type, bool]:
-    """Return the type of one value, and whether there may be several: int of `int | None`, str of `tuple[str, ...]`."""
+    """Return the type of one value, and whether it is a tuple: int of `int | None`, str of `tuple[str, ...]`."""
     if isinstance(annotation, UnionType):
         annotation = next(one for one in get_args(annotation) if one is not NoneType)
     if get_origin(annotation) is tuple:

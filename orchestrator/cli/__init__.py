@@ -1,7 +1,7 @@
-"""The command line: `slimllm prune` and what comes beside it.
+"""Defines the command line: `slimllm prune` and the other commands.
 
-options.py has every option once, ending.py what commands say and exit with when they cannot go on; the other files
-have the commands.
+options.py declares every option once, and exit_codes.py turns errors into messages and exit codes. The other files
+hold the commands.
 """
 
 import click
@@ -15,9 +15,9 @@ from orchestrator.version import VERSION
 EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    workers, Ray's head, a disk or an upload failed; what is solved stays, --resume goes on
-  2    it cannot be done as asked; the line says what to change
-  130  Ctrl-C, 143 SIGTERM; --resume goes on
+  1    workers, Ray's head, a disk or an upload failed; results so far stay, --resume continues
+  2    the request cannot be met; the message says what to change
+  130  Ctrl-C, 143 SIGTERM; --resume continues
 """
 
 

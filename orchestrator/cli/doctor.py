@@ -1,4 +1,4 @@
-"""The command that looks before anyone runs: `doctor`."""
+"""Defines `doctor`, the command that checks everything before a run."""
 
 import sys
 from dataclasses import asdict
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @with_settings("doctor")
 @with_options("config", *TELLING)
 def doctor(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
-    """Say what a run would find: versions, Ray, nodes, memory for MODEL, tracking server, hub, disk.
+    """Check what a run would find: versions, Ray, nodes, memory for MODEL, tracking server, hub, disk.
 
-    Without MODEL, what does not need one. Exit code 0 if all is well, 2 if something is to be mended.
+    Without MODEL, skip the checks that need one. Exit code 0 if all is well, 2 if something needs fixing.
     """
     with exit_on_error(as_json=as_json, verbose=verbose):
         checks = _examine(configure(PruneConfig, config_file, flags), as_json)

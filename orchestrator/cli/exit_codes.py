@@ -1,4 +1,4 @@
-"""How commands end: what the user can mend in one line and code 2, what failed in 1, Ctrl-C in 130, SIGTERM in 143."""
+"""Turns errors into one line and an exit code: 2 if the user can fix it, 1 if not, 130 for Ctrl-C, 143 for SIGTERM."""
 
 import json
 import os
@@ -21,25 +21,25 @@ TERMINATED = 143
 
 
 class _AlreadyReported(SystemExit):
-    """The end of a process whose error was printed already."""
+    """The exit of a process that has already printed its error."""
 
 
 @contextmanager
 def exit_on_error(*, as_json: bool = False, verbose: bool = False) -> Iterator[None]:
-    """Run what is inside; end the process with a line and a code where it cannot go on.
+    """Run the block; on an error, print one line and exit with the error's code.
 
     Args:
-        as_json: whether stdout gets the error too, as an object with `error` and `exit_code`.
-        verbose: whether the traceback comes before the line.
+        as_json: Whether to print the error on stdout too, as an object with `error` and `exit_code`.
+        verbose: Whether to print the traceback before the line.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Its warnings are about configs (ids of special tokens, say) that pruning takes over as they are.
+    # transformers' warnings are about config entries, such as special token ids, that pruning copies unchanged.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     terminated = threading.Event()
 
     def terminate(signum: int, frame: object) -> NoReturn:
         terminated.set()
-        # The run ends as after Ctrl-C, its actors and its record too.
+        # The run, its actors and its record end as after Ctrl-C.
         raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, terminate)
@@ -55,14 +55,14 @@ def exit_on_error(*, as_json: bool = False, verbose: bool = False) -> Iterator[N
 
 
 def print_json(value: Any) -> None:
-    """Print a result for machines: one JSON object, without secrets; NaN is null, infinity "inf"."""
+    """Print a result as one JSON value without secrets; NaN becomes null, infinity "inf"."""
     from orchestrator.tracking.journal import json_value
 
     click.echo(json.dumps(json_value(value), allow_nan=False))
 
 
 def exit_with(text: str, code: int = REFUSED, *, as_json: bool = False) -> NoReturn:
-    """Say in one line why, without the secrets in it, and end the process."""
+    """Print the reason in one line, without its secrets, and exit."""
     line = masked(" ".join(text.split()))
     if as_json:
         click.echo(json.dumps({"error": line, "exit_code": code}))
@@ -71,19 +71,19 @@ def exit_with(text: str, code: int = REFUSED, *, as_json: bool = False) -> NoRet
 
 
 def _ending_of(error: BaseException, terminated: bool) -> tuple[str, int] | None:
-    """Return what is said of an error, and the code; None for a bug, and for an end that was meant."""
+    """Return an error's message and exit code; None for a bug and for an intended exit."""
     match error:
         case KeyboardInterrupt():
             return _with_notes("interrupted; no checkpoint was written", error), INTERRUPTED
         case _AlreadyReported():
             return None
-        # Where Ray waits for a worker, it puts a SystemExit of its own, with another code, in the place of ours.
+        # While Ray waits for a worker, it replaces our SystemExit with its own, which has another code.
         case SystemExit():
             return (_with_notes("terminated; no checkpoint was written", error), TERMINATED) if terminated else None
         case ConfigError():
             return _with_notes(str(error), error), REFUSED
-    # What else there is takes seconds to import, and a wrong setting is known before; so is, where Ray is imported
-    # already, what is wrong with a cluster.
+    # The other error classes take seconds to import. Wrong settings and cluster errors are found before that, so check
+    # for those first.
     from cluster import ClusterError
 
     if isinstance(error, ClusterError):
@@ -98,12 +98,12 @@ def _ending_of(error: BaseException, terminated: bool) -> tuple[str, int] | None
     if isinstance(error, ShardError | ReadBackError | MiscountError | DeliveryError):
         return _with_notes(str(error), error), FAILED
     if isinstance(error, OSError):
-        # A disk that is full or gone. The command line's own files are checked before, with messages of their own.
+        # The disk is full or gone. Files named on the command line are checked earlier, with their own messages.
         place = f" {error.filename}" if error.filename else ""
         return _with_notes(f"the system refused{place}: {error.strerror or error}", error), FAILED
     return None
 
 
 def _with_notes(text: str, error: BaseException) -> str:
-    """Return a message with what was noted on its error's way: what is kept, and how to go on."""
+    """Return a message with the notes added to its error: what is kept, and how to continue."""
     return "; ".join([text, *getattr(error, "__notes__", ())])

@@ -1,4 +1,4 @@
-"""The commands about jobs on a Ray cluster that runs: `submit`, `jobs list`, `jobs logs`, `jobs stop`."""
+"""Defines the commands for jobs on a running Ray cluster: `submit`, `jobs list`, `jobs logs`, `jobs stop`."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ from orchestrator.secrets import masked
 if TYPE_CHECKING:
     from cluster.jobs import JobServer, JobState
 
-# The cluster's own Python, since this machine's is not there.
+# The cluster's `python`: this machine's interpreter may not exist there.
 PROGRAM = ("python", "-m", "orchestrator")
 PACKAGES = ("actors", "cluster", "orchestrator", "slimllm_ops")
 EXAMPLES = """\b
@@ -35,22 +35,22 @@ address_option = click.option(
 )
 
 
-# What follows the first word of the command is the command's, with or without "--".
+# All words after the first one of COMMAND belong to COMMAND, with or without "--".
 @click.command(cls=Command, epilog=EXAMPLES, context_settings={"allow_interspersed_args": False})
 @address_option
 @click.option(
     "--working-dir",
     type=Path,
     metavar="DIR",
-    help="A folder that travels: the job runs in a copy of it, so that relative paths in COMMAND are of DIR. What "
-    "its .gitignore and .rayignore name stays here. Without it, paths are those of the cluster's head.",
+    help="A folder to upload: the job runs in a copy of it, and relative paths in COMMAND start there. Files that "
+    "its .gitignore and .rayignore name are not uploaded. Without it, paths are those of the cluster's head.",
 )
 @click.option(
     "--env",
     "environment",
     multiple=True,
     metavar="NAME[=VALUE]",
-    help="A variable for the job, by default as it is here; repeatable. Who may ask the job server can read it.",
+    help="A variable for the job, by default with its value here; repeatable. Users of the job server can read it.",
 )
 @click.option("--follow/--no-follow", default=True, help="Show the job's log until it ends. [--follow]")
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND ...")
@@ -63,9 +63,10 @@ def submit(
     follow: bool,
     words: tuple[str, ...],
 ) -> None:
-    """Run COMMAND, such as `prune ...`, as a job on a Ray cluster; exit as it does.
+    """Run COMMAND, such as `prune ...`, as a job on a Ray cluster, and exit with its exit code.
 
-    The code travels; the cluster's Python needs the packages that it imports. Ctrl-C stops the job or leaves it be.
+    slimllm uploads its code; the cluster's Python needs the packages that it imports. Ctrl-C stops the job or leaves it
+    running.
     """
     with exit_on_error():
         _require_command(ctx, words)
@@ -91,7 +92,7 @@ def jobs() -> None:
 @address_option
 @with_options("json")
 def list_jobs(address: str | None, as_json: bool) -> None:
-    """List the jobs that were submitted to the cluster, the last first."""
+    """List the jobs submitted to the cluster, newest first."""
     with exit_on_error(as_json=as_json):
         states = _connect(address).states()
     if as_json:
@@ -105,9 +106,9 @@ def list_jobs(address: str | None, as_json: bool) -> None:
 @jobs.command(cls=Command)
 @click.argument("job_id", metavar="ID")
 @address_option
-@click.option("--follow", is_flag=True, help="Until the job ends; then exit as it did.")
+@click.option("--follow", is_flag=True, help="Follow the log until the job ends, then exit with its exit code.")
 def logs(job_id: str, address: str | None, follow: bool) -> None:
-    """Print what job ID has printed."""
+    """Print the log of job ID."""
     with exit_on_error():
         server = _connect(address)
         if follow:
@@ -119,7 +120,7 @@ def logs(job_id: str, address: str | None, follow: bool) -> None:
 @click.argument("job_id", metavar="ID")
 @address_option
 def stop(job_id: str, address: str | None) -> None:
-    """Stop job ID, as SIGTERM stops a command: what is solved stays, and --resume goes on."""
+    """Stop job ID, as SIGTERM stops a command; its results so far stay, and --resume continues."""
     with exit_on_error():
         server = _connect(address)
         state = server.state(job_id)
@@ -130,15 +131,15 @@ def stop(job_id: str, address: str | None) -> None:
 
 
 def _require_command(ctx: click.Context, words: tuple[str, ...]) -> None:
-    """Refuse, before anything is sent, words that the job would refuse for not being a command's."""
+    """Refuse words that are not a valid command for a job, before sending anything."""
     root = ctx.find_root()
     assert isinstance(root.command, click.Group)
     known = {name: command for name, command in root.command.commands.items() if command not in (submit, jobs)}
     if (command := known.get(words[0])) is None:
-        raise ConfigError(f"{words[0]!r} is no command that a job can run: pass one of {', '.join(known)}")
+        raise ConfigError(f"{words[0]!r} is not a command that a job can run: pass one of {', '.join(known)}")
     asked = command.make_context(words[0], list(words[1:]), parent=root)
     if asked.params.get("address") is not None:
-        raise ConfigError(f"the job is on its cluster already: pass --address before {words[0]!r} alone")
+        raise ConfigError(f"the job is already on its cluster: pass --address before {words[0]!r} only")
 
 
 def _variable(asked: str) -> tuple[str, str]:
@@ -146,17 +147,17 @@ def _variable(asked: str) -> tuple[str, str]:
     if not name:
         raise ConfigError(f"--env {asked!r} names no variable: pass NAME or NAME=VALUE")
     if not given and name not in os.environ:
-        raise ConfigError(f"--env {name}: there is no such variable here: set it, or pass {name}=VALUE")
+        raise ConfigError(f"--env {name}: the variable is not set here: set it, or pass {name}=VALUE")
     return name, value if given else os.environ[name]
 
 
 def _warn(words: tuple[str, ...], variables: dict[str, str]) -> None:
-    """Say what may be a surprise: a secret that everybody can read, a tracking server that the job will not know."""
+    """Warn of a secret that others can read, and of a tracking server that the job will not use."""
     if masked(shlex.join(words)) != shlex.join(words):
-        click.echo("warning: the command holds a secret, and the job server shows commands: pass it by --env", err=True)
+        click.echo("warning: the command holds a secret, and the job server shows commands: pass it in --env", err=True)
     name = "MLFLOW_TRACKING_URI"
     if name in os.environ and name not in variables and not any(word.startswith("--tracking-uri") for word in words):
-        click.echo(f"warning: {name} is set here and the job will not have it: pass --env {name}", err=True)
+        click.echo(f"warning: {name} is set here, but the job will not have it: pass --env {name}", err=True)
 
 
 def _connect(address: str | None) -> "JobServer":
@@ -166,7 +167,7 @@ def _connect(address: str | None) -> "JobServer":
 
 
 def _folder(package: str) -> Path:
-    """Return where a package lies; to import it would take seconds."""
+    """Return a package's folder without importing the package, which would take seconds."""
     spec = find_spec(package)
     assert spec is not None, package
     assert spec.submodule_search_locations is not None, package
@@ -174,7 +175,7 @@ def _folder(package: str) -> Path:
 
 
 def _follow(server: "JobServer", job_id: str, address: str | None) -> NoReturn:
-    """Show a job's log to its end, and exit as the job does; Ctrl-C stops the job or leaves it."""
+    """Show a job's log to its end, and exit with the job's code; Ctrl-C stops the job or leaves it running."""
     from cluster.jobs import LostError
 
     seen, over = 0, False
@@ -185,20 +186,20 @@ def _follow(server: "JobServer", job_id: str, address: str | None) -> NoReturn:
                 click.echo(text, nl=False)
             over = True
         except LostError as error:
-            _leave(f"{error}; the job goes on if its cluster does", FAILED, job_id, address)
+            _leave(f"{error}; the job keeps running if its cluster does", FAILED, job_id, address)
         except KeyboardInterrupt:
             if not _wants_stop(job_id):
-                _leave(f"job {job_id} goes on", INTERRUPTED, job_id, address)
+                _leave(f"job {job_id} keeps running", INTERRUPTED, job_id, address)
             click.echo(f"stopping job {job_id}", err=True)
             server.stop(job_id)
         except SystemExit:
-            # SIGTERM is for this command, and not for the job.
-            _leave(f"job {job_id} goes on", TERMINATED, job_id, address)
+            # SIGTERM ends this command, not the job.
+            _leave(f"job {job_id} keeps running", TERMINATED, job_id, address)
     _exit_as(server.state(job_id))
 
 
 def _wants_stop(job_id: str) -> bool:
-    """Ask what Ctrl-C is for; where there is nobody to ask, or no answer, it is for this command alone."""
+    """Ask whether Ctrl-C should stop the job; without a terminal or an answer, it ends only this command."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     question = f"\njob {job_id}: stop the job, or detach and leave it running?"
@@ -214,12 +215,12 @@ def _leave(said: str, code: int, job_id: str, address: str | None) -> NoReturn:
 
 
 def _command(name: str, job_id: str, address: str | None) -> str:
-    """Return the command for a job that works where this one worked."""
+    """Return a `slimllm jobs` command for a job, with the same address."""
     return f"slimllm jobs {name} {job_id}" + (f" --address {shlex.quote(address)}" if address else "")
 
 
 def _exit_as(state: "JobState") -> NoReturn:
-    """Exit with the code of the job's own process, as a shell gives it."""
+    """Exit with the code of the job's own process, as a shell reports it."""
     click.echo(f"job {state.job_id}: {_ending(state)}", err=True)
     match state.status, state.exit_code:
         case "SUCCEEDED", _:
@@ -237,7 +238,7 @@ def _ending(state: "JobState") -> str:
     if state.status != "FAILED":
         return state.status
     if state.exit_code is None:
-        # It never began: there is no log that tells why.
+        # The job never started, so no log says why.
         return f"FAILED: {masked(state.message.strip()).splitlines()[0]}"
     if state.exit_code < 0:
         return f"FAILED, ended by {signal.Signals(-state.exit_code).name}"
@@ -258,7 +259,7 @@ def _described(state: "JobState") -> dict[str, Any]:
 
 
 def _words(state: "JobState") -> str:
-    """Return what was asked of slimllm; the whole command of another program's job."""
+    """Return the arguments of a slimllm job; for another program's job, the whole command."""
     return state.command.removeprefix(shlex.join(PROGRAM) + " ")
 
 

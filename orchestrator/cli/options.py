@@ -1,6 +1,7 @@
-"""The options of commands, under the headings that `--help` shows.
+"""Defines the options of all commands, under the headings that `--help` shows.
 
-Most are settings, and derive from their declarations in orchestrator/config.py. The others say how a command talks.
+Most options are settings, and derive from their declarations in orchestrator/config.py. The others (`GENERAL`) set
+where a command reads its options from and what it prints.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,13 @@ from orchestrator.settings import Setting, declared
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Options of the commands themselves. `GENERAL["json"]` is a decorator.
+# Options that are not settings, as decorators: `@GENERAL["json"]`.
 GENERAL: dict[str, Decorator] = {
     "config": click.option(
         "--config", "config_file", type=Path, metavar="FILE.toml", help="Read options from a file; flags win."
     ),
     "dry_run": click.option(
-        "--dry-run", is_flag=True, help="Say what the run would take, and stop before anything is computed."
+        "--dry-run", is_flag=True, help="Print what the run would take, and stop before computing anything."
     ),
     "json": click.option(
         "--json", "as_json", is_flag=True, help="Print the result, or the error, as one JSON object on stdout."
@@ -33,7 +34,7 @@ TELLING = ("json", "verbose")
 
 
 def settings_of(command: str) -> dict[str, Setting]:
-    """Return the settings that a command takes as options, by name, in the order of their declarations."""
+    """Return the settings that a command takes as options, by name, in declaration order."""
     known = declared(CompareConfig)
     return {name: one for name, one in known.items() if one.group is not None and command in one.commands}
 
@@ -49,7 +50,7 @@ def with_options(*names: str) -> Decorator:
 
 
 def option_of(setting: Setting) -> Decorator:
-    """Return a setting as an option. One that is left out is None or (), so that a config file's value stands."""
+    """Return a setting as an option; its default is None or (), so that a config file's value applies."""
     shown = f" [{setting.shown_default}]" if setting.shown_default else ""
     given: dict[str, Any] = {"help": f"{setting.describe()}.{shown}", "default": None}
     if setting.kind is bool:
@@ -76,10 +77,10 @@ def _groups() -> dict[str, dict[str, Decorator]]:
     return groups | {"Other": GENERAL}
 
 
-# Every option of `prune` by heading, and by name.
+# Every option of `prune`, by heading and by name.
 GROUPS = _groups()
 OPTIONS = {name: option for options in GROUPS.values() for name, option in options.items()}
-# The heading of an option in any command: those of `submit` and `export` too.
+# The heading of an option in any command, such as `--address` of `submit` and `--output` of `export`.
 HEADINGS = {one.option: str(one.group) for one in declared(CompareConfig).values()} | {
     f"--{name.replace('_', '-')}": "Other" for name in (*GENERAL, "help")
 }
@@ -89,10 +90,10 @@ class Command(click.Command):
     """A command whose help shows its options by group."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, those that no other command has first."""
+        """Write the options by heading, first those that only this command has."""
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Options", *GROUPS)}
         for parameter in self.get_params(ctx):
-            # The usage line shows arguments, and the text below says what they are.
+            # The usage line shows arguments, and the help text explains them.
             if not isinstance(parameter, click.Option):
                 continue
             if (record := parameter.get_help_record(ctx)) is not None:

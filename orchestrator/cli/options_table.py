@@ -1,6 +1,6 @@
-"""The tables of docs/options.md: every option of `slimllm prune`, as its `--help` has it.
+"""Writes the tables of docs/options.md: every option of `slimllm prune`, as its `--help` shows it.
 
-`make docs` runs this module, which writes the tables into the page, between two marks.
+`make docs` runs this module. It replaces the tables between the page's two marks.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ def render_tables() -> str:
 
 
 def with_tables(page: str) -> str:
-    """Return the text of the page with the tables that hold now in the place of those that it has."""
+    """Return the text of the page with its tables replaced by the current ones."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{render_tables()}\n\n{END}{rest.partition(END)[2]}"
 

@@ -1,4 +1,4 @@
-"""The commands about what was pruned, or can be: `log`, `export`, `families`."""
+"""Defines the commands for pruned models, and for models that can be pruned: `log`, `export`, `families`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.exports import Export
     from slimllm_ops.models.families import Family
 
-# What a checkpoint may be exported to.
+# The forms that a checkpoint can be exported to.
 EXPORTS = ("stock", "gguf")
 
 
@@ -27,7 +27,7 @@ EXPORTS = ("stock", "gguf")
 @with_settings("log")
 @with_options(*TELLING)
 def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
-    """Log a finished OUTPUT in MLflow, where the tracking server was not there or was lost; twice does nothing."""
+    """Log a finished OUTPUT in MLflow, if the tracking server was missing or lost; repeating this is harmless."""
     from orchestrator.tracking import log_output, where_to_look
 
     with exit_on_error(as_json=as_json, verbose=verbose), _here(output) as directory:
@@ -42,7 +42,7 @@ def log(output: str, as_json: bool, verbose: bool, **asked: Any) -> None:
 @click.command(cls=Command)
 @with_options("json")
 def families(as_json: bool) -> None:
-    """List the model families that can be pruned, and what of them."""
+    """List the model families that can be pruned, and what can be removed from each."""
     from slimllm_ops.models.families import FAMILIES
 
     units = {family.model_type: _units_of(family) for family in FAMILIES}
@@ -54,7 +54,7 @@ def families(as_json: bool) -> None:
 
 
 def _units_of(family: "Family") -> str:
-    channels = "channels" if family.mlp.reading.experts is None else "channels of each expert, as many of all"
+    channels = "channels" if family.mlp.reading.experts is None else "channels of each expert, the same number in all"
     whole = family.attention.reading.whole
     return f"{channels}; no heads, since {whole}" if whole else f"heads and {channels}"
 
@@ -66,13 +66,13 @@ def _units_of(family: "Family") -> str:
     "form",
     type=click.Choice(EXPORTS),
     required=True,
-    help="stock: a class of transformers; gguf: a file for llama.cpp.",
+    help="stock: for a class of transformers; gguf: a file for llama.cpp.",
 )
-@click.option("--output", "path", metavar="PATH", help="Where it goes. [beside OUTPUT, of its name]")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--output", "path", metavar="PATH", help="Where to write it. [next to OUTPUT, named after it]")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @with_options(*TELLING)
 def export(output: str, form: str, path: str | None, overwrite: bool, as_json: bool, verbose: bool) -> None:
-    """Write OUTPUT, a pruned checkpoint, in a form that another program loads."""
+    """Export OUTPUT, a pruned checkpoint, to a form that another program loads."""
     with exit_on_error(as_json=as_json, verbose=verbose):
         exported = _export(output, form, path, overwrite)
     if as_json:
@@ -86,14 +86,14 @@ def _export(output: str, form: str, path: str | None, overwrite: bool) -> "Expor
     from orchestrator.exports.stock import export_stock
 
     if is_uri(path or "") or (is_uri(output) and path is None):
-        raise ConfigError(f"what is exported is written on this machine, not to {path or output}: pass --output PATH")
+        raise ConfigError(f"exports are written on this machine, not to {path or output}: pass --output PATH")
     with _here(output) as directory:
         return {"stock": export_stock, "gguf": export_gguf}[form](directory, Path(path) if path else None, overwrite)
 
 
 @contextmanager
 def _here(output: str) -> Iterator[Path]:
-    """Give the directory of an output, brought here if it is in a store."""
+    """Open the directory of an output, after fetching it if it is in a store."""
     if not is_uri(output):
         yield Path(output)
         return

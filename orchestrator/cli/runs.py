@@ -1,4 +1,4 @@
-"""The commands that pass text through a model: `prune`, `calibrate`, `compare`."""
+"""Defines the commands that pass text through a model: `prune`, `calibrate`, `compare`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-# What takes seconds to import is imported by the commands; `--help` does not wait for it.
+# Commands import slow modules themselves, so that `--help` does not wait for them.
 from orchestrator.cli.exit_codes import exit_on_error, print_json
 from orchestrator.cli.options import TELLING, Command, with_options, with_settings
 from orchestrator.config import CompareConfig, PruneConfig, read_config_file
@@ -29,7 +29,7 @@ Examples:
 @with_settings("prune")
 @with_options("config", "dry_run", *TELLING)
 def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
-    """Prune MODEL, a directory, URI or hub id; without one, the built-in model."""
+    """Prune MODEL, a directory, URI or hub id; by default the built-in model."""
     run = _plan_pruning if dry_run else _prune
     with exit_on_error(as_json=as_json, verbose=verbose):
         run(configure(PruneConfig, config_file, flags), as_json=as_json, verbose=verbose)
@@ -40,7 +40,7 @@ def prune(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool,
 @with_settings("calibrate")
 @with_options("config", "dry_run", *TELLING)
 def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: bool, **flags: Any) -> None:
-    """Keep MODEL's moments, for `prune --moments` at any sparsity and by any one-pass method, with no forward pass."""
+    """Save MODEL's moments: `prune --moments` then needs no forward pass, for any sparsity and one-pass method."""
     run = _plan_calibration if dry_run else _calibrate
     with exit_on_error(as_json=as_json, verbose=verbose):
         run(configure(PruneConfig, config_file, flags | {"method": "gram"}), as_json=as_json, verbose=verbose)
@@ -51,13 +51,13 @@ def calibrate(config_file: Path | None, dry_run: bool, as_json: bool, verbose: b
 @with_settings("compare")
 @with_options("config", *TELLING)
 def compare(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) -> None:
-    """Compare methods on MODEL, at the same parameter count and from the same calibration data."""
+    """Compare methods on MODEL, with the same parameter count and calibration data."""
     with exit_on_error(as_json=as_json, verbose=verbose):
         _compare(configure(CompareConfig, config_file, flags), as_json=as_json, verbose=verbose)
 
 
 def configure(kind: type[Config], config_file: Path | None, flags: dict[str, Any]) -> Config:
-    """Return the settings of a file, if there is one, and of flags, which win."""
+    """Return the config from a file, if there is one, and from flags, which override it."""
     settings = read_config_file(config_file, kind) if config_file else {}
     return kind(**settings | {name: value for name, value in flags.items() if value not in (None, ())})
 
@@ -89,7 +89,7 @@ def _plan_calibration(config: PruneConfig, as_json: bool, verbose: bool) -> None
 
 
 def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
-    """Print a plan; what the run would be refused for ends this too, with the same line."""
+    """Print a plan; if the run would be refused, exit with the same message."""
     from orchestrator.cli.summary import describe_plan, print_plan
     from orchestrator.preflight.checks import refuse_certain_failure
     from orchestrator.progress import Reporter
@@ -99,7 +99,7 @@ def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
     elif plan is not None:
         print_plan(plan)
     if plan is not None:
-        # The object that was printed has the checks; another would make two of them.
+        # The JSON object above has the checks, so print no second object with the error.
         with exit_on_error(as_json=False):
             refuse_certain_failure(plan.checks, Reporter().warn)
 

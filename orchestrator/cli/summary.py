@@ -1,4 +1,4 @@
-"""What a run tells at its end: a short table and where everything is, or the same for machines."""
+"""Prints the result of a run as a short table with paths, and describes it for JSON."""
 
 import math
 from dataclasses import asdict
@@ -20,24 +20,24 @@ from orchestrator.tracking import JOURNAL_ONLY, how_to_log, where_to_look
 
 
 def print_summary(result: PruneResult, console: Console | None = None) -> None:
-    """Print what pruning changed, what it took, and the paths."""
+    """Print what pruning changed, how long it took, its memory, and the paths."""
     console = console or Console(highlight=False)
     if not result.models:
         _print_lines(console, [f"{result.output} is finished: there is nothing to resume"])
         return
     console.print(_of_one(result.totals) if len(result.models) == 1 else _of_several(result))
-    # Of several models, the last one's: what they share is in all of them.
+    # Of several models, take the last one's totals; every model's totals include the stages that they share.
     totals = result.models[-1].totals
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.seconds.items())
     peak = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in totals.peak_memory.items())
-    # A run from kept moments that measures no perplexity has no workers.
+    # A run from saved moments that measures no perplexity has no workers.
     lines = [f"seconds: {stages}", *([f"peak memory of a worker: {peak}"] if peak else []), *_places(result)]
     found = f"MLflow run {result.run_id}: {_logged_models(result)}"
     _print_lines(console, [*lines, *_of_mlflow(result, result.log_command, found)])
 
 
 def _of_one(totals: Totals) -> Table:
-    """Return what changed."""
+    """Return a table of what changed in one model."""
     table = Table()
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -52,7 +52,7 @@ def _of_one(totals: Totals) -> Table:
 
 
 def _of_several(result: PruneResult) -> Table:
-    """Return the models of a sweep, below each other."""
+    """Return a table with a row for each model of a sweep."""
     rows = sweep_rows({model.name: model.totals for model in result.models})
     table = Table()
     for heading in rows[0]:
@@ -72,13 +72,13 @@ def _logged_models(result: PruneResult) -> str:
 
 
 def describe_result(result: PruneResult) -> dict[str, Any]:
-    """Return what pruning gave as JSON has it: every model with its totals."""
+    """Return a result as values for JSON: every model with its totals."""
     models = [asdict(model) | {"totals": describe_totals(model.totals)} for model in result.models]
     return asdict(result) | {"finished_before": not result.models, "models": models}
 
 
 def describe_totals(totals: Totals) -> dict[str, Any]:
-    """Return the figures of a run by their names."""
+    """Return the figures of a run by name."""
     perplexity = {spec: {"before": before, "after": after} for spec, (before, after) in totals.perplexity.items()}
     return asdict(totals) | {"sparsity": totals.sparsity, "perplexity": perplexity}
 
@@ -94,7 +94,7 @@ def print_plan(plan: RunPlan, console: Console | None = None) -> None:
         sizes = [f"{size / 1e6:,.0f}" if size else "" for size in (stage.worker, stage.solve, stage.driver)]
         table.add_row(stage.name, *sizes, "" if stage.seconds is None else f"{stage.seconds:,.1f}")
     totals = [f"{size / 1e6:,.0f}" if size else "" for size in (estimate.worker, estimate.solve, estimate.driver)]
-    table.add_row("most, or in all", *totals, "" if estimate.seconds is None else f"{estimate.seconds:,.1f}")
+    table.add_row("maximum, or total", *totals, "" if estimate.seconds is None else f"{estimate.seconds:,.1f}")
     console.print(table)
     workers = plan.workers
     has = f"{workers.cpus_per_worker} CPUs and {workers.gpus_per_worker:g} GPUs"
@@ -108,24 +108,24 @@ def print_plan(plan: RunPlan, console: Console | None = None) -> None:
     disk = [readable(estimate.output), *(f"{readable(v)} {k}" for k, v in written.items() if v)]
     lines = [
         f"workers: {workers.num_workers}, of {has} each",
-        f"travels: {', '.join(travels)}",
+        f"transfers: {', '.join(travels)}",
         f"disk: {', '.join(disk)}",
         *(f"{check.name}: {check.found}" for check in plan.checks if check.ok),
         f"output: {plan.output}",
     ]
     _print_lines(
         console,
-        [*lines, "memory is likely within 30 %; seconds are a rough estimate, from the rate of a short product"],
+        [*lines, "memory is likely within 30 %; seconds are a rough estimate, from timing a short matrix product"],
     )
 
 
 def describe_plan(plan: RunPlan) -> dict[str, Any]:
-    """Return what a run would take as JSON has it."""
+    """Return what a run would take as values for JSON."""
     return asdict(plan) | {"estimate": plan.estimate.as_json()}
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print how the methods did, and the paths."""
+    """Print the results of the methods, and the paths."""
     console = console or Console(highlight=False)
     print_table(comparison.rows, console)
     found = f"MLflow run {comparison.run_id}, with a child for each model"
@@ -134,12 +134,12 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def _of_mlflow(result: PruneResult | Comparison, command: str | None, found: str) -> list[str]:
-    """Return what MLflow has and where to look at it; the last is a command to run where it lacks something."""
+    """Return lines on what MLflow has and where to look; if it lacks something, the last is a command to log it."""
     if command and result.tracking_uri == JOURNAL_ONLY:
         return ["MLflow was not used; to log this run later, run", command]
     if command:
-        return ["MLflow does not have all of this run; when its server answers again, log it by", command]
-    assert result.tracking_uri is not None, "a run that MLflow has was stored somewhere"
+        return ["MLflow does not have all of this run; when its server answers again, run", command]
+    assert result.tracking_uri is not None, "a run in MLflow has a tracking URI"
     return [found, f"to look at it: {where_to_look(result.tracking_uri, result.experiment_id, result.run_id)}"]
 
 

@@ -174,6 +174,6 @@ def test_a_job_whose_time_is_over_is_queued_again_and_goes_on(
     assert left_behind(tmp_path, job_id) == []
     assert submit(*arguments, SLURM_RESTART_COUNT="1").wait(timeout=SECONDS) == 0
     log = (tmp_path / "log").read_text()
-    assert "going on from what is solved" in log
+    assert "continuing from earlier results" in log
     assert (tmp_path / "out" / "config.json").is_file()
     assert left_behind(tmp_path, job_id) == []

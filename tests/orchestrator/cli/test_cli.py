@@ -161,7 +161,7 @@ class Story:
         process = self.attempt("--resume")
         _, stderr = process.communicate(timeout=180)
         assert process.returncode == 0, stderr
-        assert "\ngoing on from what is solved" in stderr
+        assert "\ncontinuing from earlier results" in stderr
         assert list(self.output.parent.iterdir()) == [self.output]
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_signals_end_leaves_no_process_and_is_resumed(
     assert not list(story.partial.rglob("*.partial"))
     assert run_status(story.uri, story.name) == "KILLED"
     code, stderr = story.end_by(signal.SIGKILL, 8, "--resume")
-    assert (code, [line.partition(" (")[0] for line in told(stderr)]) == (-9, ["going on from what is solved"])
+    assert (code, [line.partition(" (")[0] for line in told(stderr)]) == (-9, ["continuing from earlier results"])
     assert run_status(story.uri, story.name) == "RUNNING"
     story.finish()
     assert run_status(story.uri, story.name) == "FINISHED"

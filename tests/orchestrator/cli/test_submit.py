@@ -55,9 +55,12 @@ def job_of(said: str) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["prune", "--address", "head:6379"], "the job is on its cluster already: pass --address before 'prune' alone"),
-        (["--", "jobs", "list"], "'jobs' is no command that a job can run: pass one of prune, calibrate, compare, log"),
-        (["--env", "NOT_SET_ANYWHERE", "prune"], "--env NOT_SET_ANYWHERE: there is no such variable here"),
+        (["prune", "--address", "head:6379"], "the job is already on its cluster: pass --address before 'prune' only"),
+        (
+            ["--", "jobs", "list"],
+            "'jobs' is not a command that a job can run: pass one of prune, calibrate, compare, log",
+        ),
+        (["--env", "NOT_SET_ANYWHERE", "prune"], "--env NOT_SET_ANYWHERE: the variable is not set here"),
         (["--env", "=1", "prune"], "--env '=1' names no variable"),
         (["--address", "http://127.0.0.1:1", "prune"], "no Ray job server answers at http://127.0.0.1:1: check"),
         (["--address", "127.0.0.1:1", "prune"], "no Ray job server answers at http://127.0.0.1:1: check"),
@@ -208,7 +211,7 @@ def test_a_job_that_is_stopped_ends_its_run_and_the_next_job_goes_on_with_it(
     assert mlflow_run(tracking_uri, running["mlflow_run_id"]).info.status == "KILLED"
 
     stdout, stderr = head.run("submit", *words, "--resume")
-    assert "\ngoing on from what is solved" in stdout
+    assert "\ncontinuing from earlier results" in stdout
     again = head.state(job_of(stderr))
     assert again["mlflow_run_id"] == running["mlflow_run_id"]
     run = mlflow_run(tracking_uri, running["mlflow_run_id"])
@@ -244,7 +247,7 @@ def test_who_follows_a_job_may_go_and_come_back_and_stop_it(
     assert follower.returncode == 130
     assert stderr.splitlines() == [
         f"job {job_id} on {head.address}",
-        f"slimllm: job {job_id} goes on; to follow it: slimllm jobs logs {job_id} --follow; "
+        f"slimllm: job {job_id} keeps running; to follow it: slimllm jobs logs {job_id} --follow; "
         f"to stop it: slimllm jobs stop {job_id}",
     ]
     assert head.state(job_id)["status"] == "RUNNING"

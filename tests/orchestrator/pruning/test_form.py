@@ -50,5 +50,5 @@ def test_channels_that_make_no_whole_steps_are_refused(prune_model: PruneModel, 
 
 @pytest.mark.parametrize("setting", [{"alpha": 3.0}, {"pruned_layers": 2}])
 def test_what_makes_layers_differ_contradicts_uniform(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"says how layers differ, and uniform that they do not: give one of them"):
+    with pytest.raises(ConfigError, match=r"makes layers differ, and uniform makes them equal: give one of them"):
         PruneConfig(uniform=True, **setting)

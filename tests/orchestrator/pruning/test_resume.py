@@ -114,7 +114,7 @@ def test_whatever_happens_to_a_run_it_gives_the_same_bytes_and_one_run_in_mlflow
         assert not disturbed.to_come
         told = disturbed.told.getvalue()
         assert told.count("a worker died") == sum(happen is kill_a_worker for *_, happen in events)
-        assert told.count("going on from what is solved") == (number > 0)
+        assert told.count("continuing from earlier results") == (number > 0)
     found = content(output)
     assert sorted(found) == sorted(expected)
     assert [file for file in found if found[file] != expected[file]] == []

@@ -99,11 +99,11 @@ def test_names_that_leave_the_directory(store: Store, name: str) -> None:
 
 
 def test_what_cannot_go_to_a_store_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a URI, and a comparison is written to a directory: pass one"):
+    with pytest.raises(ConfigError, match="is a URI, but a comparison needs a directory: pass one"):
         CompareConfig(output="s3://bucket/comparison")
     for arguments in (["s3://bucket/x"], [str(tmp_path), "--output", "s3://bucket/x.gguf"]):
         result = run(["export", *arguments, "--to", "gguf"], code=2)
-        assert "what is exported is written on this machine, not to s3://bucket/x" in result.stderr
+        assert "exports are written on this machine, not to s3://bucket/x" in result.stderr
 
 
 def test_two_runs_on_one_machine_do_not_write_the_same(store: Store) -> None:
