@@ -2,8 +2,9 @@
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from slimllm_ops.allocate.budget import (
     spend_evenly,
 )
 from slimllm_ops.errors import InputError
+from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking
 
+T = TypeVar("T")
 Spend = Callable[[Sequence[Candidate], int], list[int]]
 
 RULES = (spend_by_error, spend_by_standard_score, spend_evenly, spend_by_depth)
@@ -43,6 +46,16 @@ def model(seed: int, layers: int = 4, heads: int = 4, channels: int = 40) -> lis
                 )
             )
     return candidates
+
+
+def paired(values: Sequence[T]) -> list[Pair[T]]:
+    """Return the values of each layer's modules as a pair."""
+    return [Pair(attention, mlp) for attention, mlp in zip(values[0::2], values[1::2], strict=True)]
+
+
+def flat(pairs: Iterable[Pair[T]]) -> list[T]:
+    """Return the values of all modules, layer by layer."""
+    return [value for pair in pairs for value in pair]
 
 
 def spent(candidates: Sequence[Candidate], removed: Sequence[int]) -> int:

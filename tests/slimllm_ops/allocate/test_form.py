@@ -18,15 +18,17 @@ from slimllm_ops.decide.least_squares import Refit, refit
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.errors import InputError
 from slimllm_ops.methods import METHODS
+from slimllm_ops.models.pair import Pair
 from slimllm_ops.module_solves import decide_module
 from slimllm_ops.moments.projection import Projection
 from slimllm_ops.moments.ranking import Ranking
+from tests.slimllm_ops.allocate.test_budget import flat, paired
 from tests.slimllm_ops.naive import observe, random_activations, random_decision
 
 UNIT, CHANNEL, BIAS = 640, 48, 16
 
 
-def candidates(layers: int = 4, heads: int = 4, channels: int = 40) -> list[Candidate]:
+def candidates(layers: int = 4, heads: int = 4, channels: int = 40) -> list[Pair[Candidate]]:
     rng = np.random.default_rng(0)
     made = []
     for layer in range(layers):
@@ -35,7 +37,7 @@ def candidates(layers: int = 4, heads: int = 4, channels: int = 40) -> list[Cand
             ranking = Ranking(tuple(rng.permutation(units).tolist()), tuple(costs.tolist()))
             made.append(Candidate(layer=layer, ranking=ranking, unit_parameters=parameters, bias_parameters=BIAS,
                                   output_variance=float(costs.sum()), stream_power=float(10 + 20 * layer)))  # fmt: skip
-    return made
+    return paired(made)
 
 
 def removed_parameters(spent: Sequence[int]) -> int:
@@ -46,8 +48,8 @@ def removed_parameters(spent: Sequence[int]) -> int:
 @pytest.mark.parametrize("multiple_of", [1, 2])
 @pytest.mark.parametrize("uniform", [False, True])
 def test_experts_give_as_many_channels_each(multiple_of: int, uniform: bool) -> None:
-    given = [replace(one, units_at_once=4 if number % 2 else 1) for number, one in enumerate(candidates())]
-    spent = Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_error, given, 6000)
+    given = [Pair(one.attention, replace(one.mlp, units_at_once=4)) for one in candidates()]
+    spent = flat(Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_error, given, 6000))
     assert all(count % (4 * multiple_of) == 0 for count in spent[1::2])
     assert 0 <= 6000 - removed_parameters(spent) < 4 * multiple_of * CHANNEL * (4 if uniform else 1)
 
@@ -57,8 +59,8 @@ def test_experts_give_as_many_channels_each(multiple_of: int, uniform: bool) -> 
 @pytest.mark.parametrize("fraction", [0.2, 0.4, 0.6])
 def test_a_budget_is_met_to_within_one_step(multiple_of: int, uniform: bool, fraction: float) -> None:
     given = candidates()
-    target = int(fraction * sum(one.num_units * one.unit_parameters for one in given))
-    spent = Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_error, given, target)
+    target = int(fraction * sum(one.num_units * one.unit_parameters for one in flat(given)))
+    spent = flat(Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_error, given, target))
     step = CHANNEL * multiple_of * (4 if uniform else 1)
     assert 0 <= target - removed_parameters(spent) < step + 4 * BIAS
     assert not any((40 - channels) % multiple_of for channels in spent[1::2])
@@ -69,7 +71,7 @@ def test_a_budget_is_met_to_within_one_step(multiple_of: int, uniform: bool, fra
 
 def test_a_free_form_spends_as_the_rule_does() -> None:
     given = candidates()
-    assert Form().spend(spend_by_error, given, 5000) == spend_by_error(given, 5000)
+    assert flat(Form().spend(spend_by_error, given, 5000)) == spend_by_error(flat(given), 5000)
 
 
 def test_a_uniform_budget_takes_the_kind_of_unit_that_costs_least_over_all_layers() -> None:
@@ -81,7 +83,7 @@ def test_a_uniform_budget_takes_the_kind_of_unit_that_costs_least_over_all_layer
         for layer in range(2)
         for ranking in free
     ]
-    assert Form(uniform=True).spend(spend_by_error, given, 20) == [1, 0, 1, 0]
+    assert Form(uniform=True).spend(spend_by_error, paired(given), 20) == [Pair(1, 0)] * 2
 
 
 def sizes(layers: int = 4, channels: int = 40) -> list[LayerSize]:
@@ -111,7 +113,9 @@ def test_channels_that_make_no_whole_steps_are_an_error() -> None:
 
 
 def test_layers_that_differ_cannot_be_made_alike() -> None:
-    with pytest.raises(InputError, match=r"layer 1 has other numbers .*--uniform needs a model whose layers are alike"):
+    with pytest.raises(
+        InputError, match=r"layer 1 and layer 0 have different numbers .*: --uniform needs a model"
+    ):
         Form(uniform=True).sizes([*sizes(1), *sizes(1, channels=36)])
 
 
