@@ -1,4 +1,4 @@
-"""Driving a run: `from orchestrator import prune, PruneConfig`; many methods: `compare, CompareConfig`."""
+"""Drives a run: `from orchestrator import prune, PruneConfig`; to compare methods, `compare, CompareConfig`."""
 
 from orchestrator.config import CompareConfig, PruneConfig
 
@@ -6,7 +6,7 @@ __all__ = ["CompareConfig", "PruneConfig", "compare", "prune"]
 
 
 def __getattr__(name: str) -> object:
-    # The pipeline imports torch and Ray: seconds that `slimllm --help` need not wait for.
+    # The pipeline imports torch and Ray, which takes seconds; `slimllm --help` need not wait for that.
     if name == "prune":
         from orchestrator.pipeline import prune
 

@@ -1,4 +1,4 @@
-"""`python -m orchestrator` is the command `slimllm`, for where the script is not on the path."""
+"""Runs the `slimllm` command as `python -m orchestrator`, in case the script is not on the path."""
 
 from orchestrator.cli import main
 

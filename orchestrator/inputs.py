@@ -1,4 +1,4 @@
-"""What a run starts from: the model's directory and its token blocks, found and checked before anything starts."""
+"""Finds and checks a run's inputs, the model's directory and its token blocks, before anything starts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICE
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration data a run rests on; the blocks themselves only where they pass the model in this run."""
+    """A run's calibration data; it includes the blocks only if they pass through the model in this run."""
 
     spec: str
     digest: str
@@ -35,17 +35,17 @@ class Calibration:
 
     @classmethod
     def of(cls, blocks: TokenBlocks) -> "Calibration":
-        """Describe blocks that are at hand."""
+        """Describe blocks, and include them."""
         num_blocks, block_length = blocks.input_ids_BT.shape
         return cls(blocks.spec, blocks.digest, num_blocks, block_length, blocks)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all."""
+        """The total number of tokens."""
         return self.num_blocks * self.block_length
 
     def describe(self) -> dict[str, Any]:
-        """Return all but the blocks, as a manifest has it."""
+        """Return everything except the blocks, as a manifest stores it."""
         return {name: getattr(self, name) for name in ("spec", "digest", "num_blocks", "block_length")}
 
 
@@ -63,7 +63,7 @@ class Inputs:
 
     def calibration_blocks(self) -> np.ndarray:
         """Return the calibration blocks (B, T), int32."""
-        assert self.calibration.blocks is not None, "moments that were kept stand for the blocks in this run"
+        assert self.calibration.blocks is not None, "this run uses stored moments instead of blocks"
         return self.calibration.blocks.input_ids_BT
 
 
@@ -71,10 +71,10 @@ def load_inputs(config: PruneConfig) -> Inputs:
     """Find the model, then its calibration and held-out blocks.
 
     Raises:
-        CheckpointError: the model is missing, broken or unknown.
-        InputError: the moments are not there or of something else, a sparsity is more than the model can give, or it is
-            to be refined and cannot be.
-        DataError: a specification of data does not give token blocks.
+        CheckpointError: The model is missing, broken or unknown.
+        InputError: The moments are missing or belong to something else, a sparsity is more than the model can give, or
+            refinement was requested for a model that cannot be refined.
+        DataError: A data spec does not give token blocks.
     """
     directory = resolve_model(config.model)
     with storage.naming_uri(config.model, directory, InputError):
@@ -106,7 +106,7 @@ def load_inputs(config: PruneConfig) -> Inputs:
 
 
 def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, moments: Path | None) -> Calibration:
-    """Load the calibration blocks; where moments were kept and no other pass is made, take what those rest on."""
+    """Load the calibration blocks; with stored moments and no refinement, only describe the moments' own data."""
     if moments is None:
         return Calibration.of(_load(config, source, config.calibration or BUILTIN_CALIBRATION))
     with storage.naming_uri(config.moments, moments, InputError):
@@ -118,36 +118,36 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, mome
         )
     if config.drop_layers and not manifest.get("drop_layers"):
         raise InputError(
-            f"the moments in {config.moments} do not say what each layer changes, by which layers are to be dropped: "
+            f"the moments in {config.moments} do not say what each layer changes, which --drop-layers needs: "
             f"run `slimllm calibrate --drop-layers`"
         )
     try:
         kept = Calibration(**manifest["calibration"])
     except TypeError as error:
         raise InputError(
-            f"the moments in {config.moments} do not say what data they are of ({error}): run `slimllm calibrate` again"
+            f"the moments in {config.moments} do not name their calibration data ({error}): run `slimllm calibrate`"
         ) from error
     if not config.refine:
         return kept
     blocks = Calibration.of(_load(config, source, config.calibration or kept.spec))
     if blocks.digest != kept.digest:
         raise InputError(
-            f"the moments in {config.moments} are of other calibration tokens ({kept.spec}, {kept.digest[:12]}) than "
-            f"those to refine on ({blocks.spec}, {blocks.digest[:12]}): pass the same --calibration"
+            f"the moments in {config.moments} are from other calibration tokens ({kept.spec}, {kept.digest[:12]}) "
+            f"than the refinement uses ({blocks.spec}, {blocks.digest[:12]}): pass the same --calibration"
         )
     return blocks
 
 
 def model_name(model: str | None) -> str:
-    """Return what a model is called in paths and runs."""
+    """Return the name of a model in paths and runs."""
     return BUILTIN_NAME if model is None else Path(model).resolve().name
 
 
 def resolve_model(model: str | None) -> Path:
-    """Return the directory of a model: the built-in one, a local one, or a URI's or hub id's, fetched if need be.
+    """Return the directory of a model: the built-in one, a local one, or one fetched from a URI or the hub.
 
     Raises:
-        CheckpointError: there is no such directory, and the store or the hub cannot give it.
+        CheckpointError: There is no such directory, and the store or the hub cannot provide it.
     """
     if model is None:
         return builtin.MODEL_DIR
@@ -159,26 +159,26 @@ def resolve_model(model: str | None) -> Path:
     path = Path(model)
     try:
         if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-            # Workers have working directories of their own.
+            # The path must be absolute: workers have other working directories.
             return path.expanduser().absolute()
-    # A RuntimeError where "~name" is nobody's home.
+    # Path.expanduser raises RuntimeError if "~name" is not a user's home.
     except (OSError, RuntimeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise CheckpointError(f"model {shown(model)} is no path that can be read ({reason}): check it") from error
+        raise CheckpointError(f"model {shown(model)} is not a readable path ({reason}): check it") from error
     try:
         return hub.download_model(model, DOWNLOADED)
     except hub.HubError as error:
         raise CheckpointError(
-            f"{model} is no directory here, and as a hub id it could not be had ({error}): "
+            f"{model} is not a local directory, and the hub could not provide it ({error}): "
             f"check the name and the network, or pass the directory of a downloaded model"
         ) from error
 
 
 def resolve_moments(moments: str | None) -> Path | None:
-    """Return the directory of moments that were kept, fetched if a URI names it.
+    """Return the directory of stored moments, fetched if it is a URI.
 
     Raises:
-        InputError: the store cannot give it.
+        InputError: The store cannot provide it.
     """
     if moments is None:
         return None
@@ -193,7 +193,7 @@ def resolve_moments(moments: str | None) -> Path | None:
 def _load_held_out(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
     blocks = _load(config, source, spec)
     if blocks.input_ids_BT.shape[1] < 2:
-        raise DataError(f"{spec} has blocks of one token: a perplexity is of what follows, and needs two at least")
+        raise DataError(f"{spec} has blocks of one token: perplexity needs at least two")
     return blocks
 
 

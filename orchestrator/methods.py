@@ -1,6 +1,6 @@
-"""The names of methods, for `--help` and checks that do not wait for torch.
+"""Lists the names of methods, for `--help` and for checks that should not wait for torch.
 
-`slimllm` goes layer by layer. All others are rows of slimllm_ops/methods.py and need one pass; a test compares them.
+`slimllm` works layer by layer. All others are rows of slimllm_ops/methods.py and need one pass; a test compares them.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Methods:
-    """Methods that take a setting.
+    """A group of methods that take a setting.
 
     Attributes:
-        label: What help texts call them.
-        names: Their names.
-        but: The one method that does not take it; then methods of a user's own take it too.
+        label: The group's name in help texts.
+        names: The methods' names.
+        but: The one method that does not take the setting; if given, user-defined methods take it too.
     """
 
     label: str
@@ -21,7 +21,7 @@ class Methods:
     but: str | None = None
 
     def __contains__(self, method: str) -> bool:
-        """Return whether a method is one of them."""
+        """Return whether a method belongs to the group."""
         return method != self.but if self.but else method in self.names
 
     def __str__(self) -> str:
@@ -38,10 +38,10 @@ GRAM = Methods("gram", ("gram",))
 
 
 def known_methods(asked: str) -> tuple[str, ...]:
-    """Return the names of all methods: with those of a user's own if the one that is asked for may be such."""
+    """Return the names of all methods; include user-defined ones only if `asked` is not a known name."""
     if asked in (known := PAPER.names + ONE_PASS.names):
         return known
-    # Only here is the registry worth the seconds of its import.
+    # The registry takes seconds to import, so import it only here.
     from slimllm_ops.methods import METHODS
 
     return PAPER.names + tuple(METHODS)

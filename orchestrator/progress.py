@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a bar on a terminal, plain lines elsewhere, and the seconds of every stage."""
+"""Reports a run's progress, as a bar on a terminal and as lines elsewhere, and times every stage."""
 
 import time
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from orchestrator.secrets import masked
 
-# Where lines are printed instead of a bar, one every so many seconds is enough.
+# The least time between two lines, if lines are printed instead of a bar.
 LINE_SECONDS = 10.0
 
 
 class Reporter:
-    """Shows the stage, the layer, the rate and the time left on `console`; keeps the seconds of each stage.
+    """A display of a run's stage, layer, rate and time left, which also keeps the seconds of each stage.
 
     Args:
-        console: where it is shown; stderr if it is not given.
-        verbose: whether details are printed too.
+        console: Where to print; stderr by default.
+        verbose: Whether to print details too.
     """
 
     def __init__(self, console: Console | None = None, *, verbose: bool = False) -> None:
@@ -27,17 +27,17 @@ class Reporter:
         self.seconds: dict[str, float] = {}
 
     def continued(self) -> "Reporter":
-        """Return another on the same console that goes on from this one's seconds, and leaves them as they are."""
+        """Return a new reporter on the same console that continues from a copy of this one's seconds."""
         reporter = Reporter(self.console, verbose=self.verbose)
         reporter.seconds |= self.seconds
         return reporter
 
     def note(self, text: str) -> None:
-        """Print a line, without secrets."""
+        """Print a line with its secrets masked."""
         self.console.print(masked(text), soft_wrap=True, markup=False)
 
     def detail(self, text: str) -> None:
-        """Print a line that only those want who look closely."""
+        """Print a line if the reporter is verbose."""
         if self.verbose:
             self.note(text)
 
@@ -47,7 +47,7 @@ class Reporter:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds spent inside to a stage."""
+        """Add the seconds spent in the block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -55,7 +55,7 @@ class Reporter:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def layers(self, stage: str, num_layers: int, tokens: int, first: int = 0) -> Iterator[int]:
-        """Yield the layers from the first in order, showing how far they are; `tokens` pass each of them."""
+        """Yield the layers from `first` on and show the progress; `tokens` pass through each of them."""
         if first == num_layers:
             return
         with self.timed(stage):

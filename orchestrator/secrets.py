@@ -1,7 +1,7 @@
-"""Text without the secrets in it, before it is printed, written to a file or told to a server.
+"""Masks the secrets in text before it is printed, written to a file or sent to a server.
 
-Three things are secret: what stands before the @ of an address, the values of an address's query, and the values of
-environment variables that are named as secrets are (HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD).
+Three things are secret: the part of an address before the @, the values of an address's query, and the values of
+environment variables with names like HF_TOKEN, AWS_SECRET_ACCESS_KEY or MLFLOW_TRACKING_PASSWORD.
 """
 
 import os
@@ -10,20 +10,20 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-# A password may itself hold "@", "/" or ":". A port is no password: of http://host:5000/a@b nothing is hidden.
+# A password may itself hold "@", "/" or ":". A port is not a password: nothing in http://host:5000/a@b is masked.
 _CREDENTIALS = re.compile(r"://(?:[^\s'\"<>/?#@:]*:(?!\d+(?:[/?#\s'\"]|$))[^\s'\"<>]*|[^\s'\"<>/?#]*)@")
-# Errors name a query without its address too: "Max retries exceeded with url: /?token=...".
+# Errors also show a query without its address: "Max retries exceeded with url: /?token=...".
 _QUERY = re.compile(r"\?[^\s'\"<>#]*")
 _QUERY_VALUE = re.compile(r"=[^&;]*")
 _SECRET_NAME = re.compile(
     r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY|ACCESS_KEY|STORAGE_KEY|CONNECTION_STRING)$", re.IGNORECASE
 )
-# Shorter values would be found in words that have nothing to do with them.
+# Shorter values would also match parts of unrelated words.
 _SHORTEST = 4
 
 
 def masked(text: str) -> str:
-    """Return a text with every secret in it replaced by ***."""
+    """Return a text with every secret replaced by ***."""
     for value in _secret_values():
         text = text.replace(value, MASK)
     text = _CREDENTIALS.sub(f"://{MASK}@", text)
@@ -31,7 +31,7 @@ def masked(text: str) -> str:
 
 
 def masked_all(value: Any) -> Any:
-    """Return a value of text, lists and mappings with every text in it masked; other values stay as they are."""
+    """Return a value with all text masked, also in nested lists and mappings; other values are unchanged."""
     match value:
         case str():
             return masked(value)
@@ -44,6 +44,6 @@ def masked_all(value: Any) -> Any:
 
 
 def _secret_values() -> list[str]:
-    """Return the values to hide, the longest first: one may be the beginning of another."""
+    """Return the values to mask, the longest first, because one may be the beginning of another."""
     values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
     return sorted(values, key=len, reverse=True)

@@ -1,5 +1,5 @@
-"""The name and the version of this package. Ray jobs carry the code without installing it, so both are in the code."""
+"""Holds the name and version of this package. They are in the code because Ray jobs use it without installing it."""
 
-# What pip installs. PyPI's `slimllm` is another project.
+# The name for pip. PyPI's `slimllm` is another project.
 DISTRIBUTION = "slimllm-prune"
 VERSION = "0.1.0"

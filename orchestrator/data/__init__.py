@@ -1,7 +1,7 @@
-"""Text or token files to token blocks: what calibration and held-out evaluation read.
+"""Reads text or token files into token blocks, for calibration and held-out evaluation.
 
 Shapes: B blocks of T tokens. A text is tokenised with the model's own tokenizer and cut into blocks that do
-not overlap (``text.py``); a table with an ``input_ids`` column holds blocks already, and is taken as it is.
+not overlap (``text.py``). A table with an ``input_ids`` column already holds blocks, which are used unchanged.
 """
 
 from pathlib import Path
@@ -18,21 +18,20 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
     """Load token blocks for a model.
 
     Args:
-        spec: ``builtin:calibration`` or ``builtin:heldout``; a ``.txt`` file; a ``.jsonl``, ``.parquet`` or
+        spec: The source: ``builtin:calibration`` or ``builtin:heldout``; a ``.txt`` file; a ``.jsonl``, ``.parquet`` or
             ``.arrow`` file with a ``text`` column; a ``.parquet`` or ``.arrow`` file with ``input_ids`` rows
-            (which win over a ``text`` column); the URI of such a file in a store (``s3://``, ``gs://``, ``hf://``);
-            or a dataset on the hub with a ``text`` column, ``name[:config[:split]]``, whose split is train where none
-            is given.
-        model_dir: Where the model's tokenizer is; not looked at for token files.
-        vocab_size: The model's, which bounds the token ids.
-        max_length: Tokens that the model takes in a sequence (``max_position_embeddings``).
+            (these take precedence over a ``text`` column); the URI of such a file in a store (``s3://``, ``gs://``,
+            ``hf://``); or a hub dataset with a ``text`` column, ``name[:config[:split]]`` (by default the train split).
+        model_dir: The directory with the model's tokenizer; unused for token files.
+        vocab_size: The model's vocabulary size; token ids must be below it.
+        max_length: The longest sequence that the model takes, in tokens (``max_position_embeddings``).
         options: How blocks are drawn from a text.
 
     Returns:
-        At least one block.
+        The blocks, at least one.
 
     Raises:
-        DataError: In one line, whatever is wrong with the source, the tokenizer or the tokens.
+        DataError: The source, the tokenizer or the tokens cannot be used; the message says why in one line.
     """
     path = local_file(spec)
     with storage.naming_uri(spec, path, DataError):

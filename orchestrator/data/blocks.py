@@ -1,4 +1,4 @@
-"""The values: how blocks are drawn, the blocks, their digest, and the file they are saved in."""
+"""Defines token blocks: how they are drawn, their digest, and the file they are saved in."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from orchestrator.config import PruneConfig
 
 
 class DataError(ValueError):
-    """The text or tokens asked for cannot be used: what was asked, what was found, what to do."""
+    """An unusable text or token source; the message says what was asked, what was found and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How blocks are drawn from a text; token files are taken whole.
+    """Options for drawing blocks from a text; token files are used whole.
 
     Attributes:
-        samples: Blocks to keep; a text that has fewer gives all of them.
-        sequence_length: Tokens per block, at most; a model that takes fewer shortens the blocks.
-        seed: Chooses the kept blocks.
+        samples: Number of blocks to keep; a text with fewer gives all of them.
+        sequence_length: Maximum tokens per block; a model with a lower limit shortens the blocks.
+        seed: Seed that chooses the kept blocks.
     """
 
     samples: int = PruneConfig.samples
@@ -36,14 +36,14 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Token blocks and where they come from.
+    """Token blocks and their source.
 
     Attributes:
-        spec: What was asked for.
-        input_ids_BT: int32, C-contiguous and read-only (it may be a memory-mapped file).
-        digest: sha256 of the shape and the bytes of ``input_ids_BT``, and of nothing else.
-        found: Blocks that were there to draw from; fewer than the samples asked means that all were taken.
-        source_digest: sha256 of the text read, whatever the tokenizer; None for token files.
+        spec: The source, as the user named it.
+        input_ids_BT: The token ids: int32, C-contiguous and read-only (possibly a memory-mapped file).
+        digest: sha256 of only the shape and the bytes of ``input_ids_BT``.
+        found: Number of blocks that were available; if there were fewer than ``samples``, all were taken.
+        source_digest: sha256 of the text that was read, independent of the tokenizer; None for token files.
     """
 
     spec: str
@@ -54,7 +54,7 @@ class TokenBlocks:
 
 
 def freeze(spec: str, ids_BT: np.ndarray, found: int, source_digest: str | None) -> TokenBlocks:
-    """Token blocks with their digest, which nobody can make untrue by writing to them."""
+    """Return read-only token blocks with their digest, so that no later write can invalidate it."""
     ids_BT = np.ascontiguousarray(ids_BT, dtype=np.int32)
     ids_BT.flags.writeable = False
     digest = hashlib.sha256("{}x{}\n".format(*ids_BT.shape).encode())
@@ -63,7 +63,7 @@ def freeze(spec: str, ids_BT: np.ndarray, found: int, source_digest: str | None)
 
 
 def check_fits(spec: str, ids_BT: np.ndarray, vocab_size: int, max_length: int) -> None:
-    """Raise unless a model with this vocabulary and sequence length takes the blocks."""
+    """Raise DataError unless a model with this vocabulary and sequence length can take the blocks."""
     length = ids_BT.shape[1]
     if length > max_length:
         raise DataError(f"{spec}: blocks of {length} tokens, the model takes {max_length}: cut them shorter")
@@ -81,18 +81,18 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
     """Write blocks as an Arrow IPC file that ``load_tokens`` maps into memory without a copy.
 
     Args:
-        blocks: What to write.
-        path: A file named ``*.arrow``; it appears whole or not at all.
+        blocks: The blocks to write.
+        path: A file named ``*.arrow``; it is written completely or not at all.
 
     Raises:
-        DataError: The file has another extension, by which it could not be read back.
+        DataError: The file has another extension, so it could not be read back.
     """
     if path.suffix != ".arrow":
         raise DataError(f"{path}: token blocks are saved as .arrow files: name it {path.stem}.arrow")
     values = pa.array(blocks.input_ids_BT.reshape(-1))
     rows = pa.FixedSizeListArray.from_arrays(values, blocks.input_ids_BT.shape[1])
     batch = pa.record_batch([rows], names=["input_ids"])
-    # Replaced, not overwritten: the blocks may be mapped from this very file, and truncating it kills.
+    # Replace the file, do not overwrite it: the blocks may be mapped from it, and truncating it kills the process.
     partial = path.with_name(path.name + ".partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)

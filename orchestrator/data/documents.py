@@ -1,4 +1,4 @@
-"""The documents of a source, one after the other, whatever the source."""
+"""Reads the documents of any source, one after the other."""
 
 import json
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from orchestrator.sources import hub
 
 
 def read_documents(spec: str, path: Path | None) -> Iterator[str]:
-    """The documents that the spec names, in their order; they are read as they are taken."""
+    """Return an iterator over the documents that the spec names, in order; it reads them lazily."""
     if path is None:
         return _builtin_documents(spec) if spec.startswith("builtin:") else _hub_documents(spec)
     return _jsonl_documents(path) if path.suffix == ".jsonl" else _table_documents(path)
 
 
 def _builtin_documents(spec: str) -> Iterator[str]:
-    # Imported here, so that what makes the built-in model may import this package.
+    # Imported here, so that the code that makes the built-in model can import this package.
     from orchestrator.builtin import calibration_text, heldout_text
 
     texts = {"builtin:calibration": calibration_text, "builtin:heldout": heldout_text}
@@ -44,17 +44,17 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
                 row = json.loads(line)
             except RecursionError as error:
                 raise DataError(f"{path}: line {number} is nested too deeply: drop it") from error
-            # Not only JSON's own: numbers of very many digits are refused by Python.
+            # More than JSON's own errors: Python refuses numbers with very many digits.
             except ValueError as error:
                 reason = getattr(error, "msg", error)
-                raise DataError(f"{path}: line {number} is not JSON ({reason}): mend or drop it") from error
+                raise DataError(f"{path}: line {number} is not JSON ({reason}): fix or drop it") from error
             if not isinstance(row, dict):
                 raise DataError(f'{path}: line {number} is not an object: write {{"text": ...}} on each line')
             yield _text_of(row, f"{path}: line {number}")
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    """The lines of a file, none of which may be longer than a document."""
+    """Yield the lines of a file; refuse a line that is longer than a document may be."""
     number = 0
     while line := file.readline(LONGEST_DOCUMENT + 1):
         number += 1
@@ -82,7 +82,7 @@ def _hub_documents(spec: str) -> Iterator[str]:
             yield _text_of(row, f"{spec}: row {number}")
     except hub.HubError as error:
         raise DataError(
-            f"{spec}: no file of this name, and no dataset that the Hugging Face hub gives "
+            f"{spec}: no such file, and the Hugging Face hub did not provide such a dataset "
             f"({error}): give a local file ({', '.join(SUFFIXES)}), or use builtin:calibration"
         ) from error
 
@@ -99,7 +99,7 @@ def _text_of(row: dict[str, Any], where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: 'text' has a lone surrogate, which is no character: drop it") from error
+        raise DataError(f"{where}: 'text' has a lone surrogate, which is not a character: drop it") from error
     return text
 
 

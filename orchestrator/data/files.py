@@ -1,4 +1,4 @@
-"""Files: which one a spec names, the columns of a table, and rows of token ids."""
+"""Finds the file that a spec names, and reads the columns of tables and rows of token ids."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -18,22 +18,22 @@ SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[^:]+))?(:(?P<split>[^:]+))?")
 _ROWS_PER_BATCH = 1024
 _BATCH_BYTES = 1 << 26
-# Of a table's token ids: 1 GB as they are held, and far more than a calibration takes.
+# Limit on the token ids of a table: 1 GB in memory, and far more than a calibration needs.
 MOST_IDS = 1 << 28
-# Of a document, in characters: what a tokenizer makes of it takes a hundred times as many bytes.
+# Limit on the characters of a document: its tokenized form takes a hundred times as many bytes.
 LONGEST_DOCUMENT = 1 << 25
 _MOST_NAMES = 10
 
 
 def local_file(spec: str) -> Path | None:
-    """The file that the spec names, a URI's as fetched; None for a built-in text and what can only be on the hub."""
+    """Return the local file, or the local copy of a URI's file; None for built-in texts and names of hub datasets."""
     if spec.startswith("builtin:"):
         return None
     return _fetched_file(spec) if storage.is_uri(spec) else _file_here(spec)
 
 
 def _fetched_file(uri: str) -> Path:
-    """The local copy of a file in a store."""
+    """Return the local copy of a file in a store."""
     try:
         _require_known_suffix(uri, Path(storage.name_of(uri)))
         path = storage.fetch_file(uri)
@@ -47,10 +47,10 @@ def _file_here(spec: str) -> Path | None:
     try:
         path = Path(spec).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
-    # A RuntimeError where "~name" is nobody's home.
+    # Path.expanduser raises RuntimeError if "~name" is not a user's home.
     except (OSError, RuntimeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise DataError(f"{shown(spec)}: no path that can be read ({reason}): check it") from error
+        raise DataError(f"{shown(spec)}: not a readable path ({reason}): check it") from error
     if is_directory:
         raise DataError(f"{spec!r} is a directory: name one file in it ({', '.join(SUFFIXES)})")
     if not exists:
@@ -64,7 +64,7 @@ def _file_here(spec: str) -> Path | None:
 
 def _require_known_suffix(spec: str, path: Path) -> None:
     if path.suffix not in SUFFIXES:
-        raise DataError(f"{spec}: files of type {path.suffix!r} are not known: use {', '.join(SUFFIXES)}")
+        raise DataError(f"{spec}: unknown file type {path.suffix!r}: use {', '.join(SUFFIXES)}")
 
 
 def _require_content(spec: str, path: Path) -> None:
@@ -74,31 +74,31 @@ def _require_content(spec: str, path: Path) -> None:
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Name the file that could not be read, in one line."""
+    """Turn any error in reading a file into a one-line DataError that names the file."""
     try:
         yield
     except DataError:
         raise
-    # Any: of a broken file pyarrow raises what the first thing that it stumbles over raises.
+    # Catch everything: for a broken file, pyarrow raises many kinds of errors.
     except Exception as error:
         kind = "UTF-8 text" if path.suffix in (".txt", ".jsonl") else f"a whole {path.suffix[1:]} file"
         raise DataError(f"{path}: not readable as {kind} ({error_line(error)}): write it again") from error
 
 
 def error_line(error: BaseException) -> str:
-    """Return the first line of what a library's error says."""
+    """Return the type and the first line of a library's error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shown(lines[0], 200)}" if lines else type(error).__name__
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Return the first of the names that were found, each cut to a readable length."""
+    """Return the first few names, each cut to a readable length."""
     names = list(names)
     return ", ".join(map(shown, names[:_MOST_NAMES])) + (", ..." if len(names) > _MOST_NAMES else "")
 
 
 def table_columns(path: Path) -> list[str]:
-    """The columns of a table; none for other files."""
+    """Return the names of a table's columns; an empty list for other files."""
     if path.suffix not in (".parquet", ".arrow"):
         return []
     with naming_file(path):
@@ -106,7 +106,7 @@ def table_columns(path: Path) -> list[str]:
 
 
 def read_column(path: Path, name: str) -> Iterator[pa.Array]:
-    """The arrays of one column of a table, batch by batch, mapped into memory where they are in Arrow."""
+    """Yield the arrays of one column of a table, batch by batch; Arrow files are mapped into memory."""
     with naming_file(path):
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
@@ -117,13 +117,13 @@ def read_column(path: Path, name: str) -> Iterator[pa.Array]:
             batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
         for batch in batches:
             array = batch.column(name)
-            # Offsets of a broken file may point anywhere: what follows them unchecked ends the process.
+            # Offsets of a broken file may point anywhere: following them unchecked crashes the process.
             array.validate(full=True)
             yield array
 
 
 def _rows_at_once(metadata: pq.FileMetaData) -> int:
-    """How many rows are read at once, so that they are few where they are large."""
+    """Return how many rows to read at once; fewer if they are large."""
     num_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     return max(1, min(_ROWS_PER_BATCH, _BATCH_BYTES * max(metadata.num_rows, 1) // max(num_bytes, 1)))
 
@@ -136,7 +136,7 @@ def _open_arrow(path: Path) -> pa.RecordBatchFileReader | pa.RecordBatchStreamRe
 
 
 def read_rows(path: Path) -> np.ndarray:
-    """The rows of ``input_ids``, without a copy where they are one uncompressed Arrow batch."""
+    """Return the rows of ``input_ids``, without a copy if they are one uncompressed Arrow batch."""
     arrays = _read_id_lists(path)
     rows = sum(len(array) for array in arrays)
     if not rows:
@@ -155,7 +155,7 @@ def read_rows(path: Path) -> np.ndarray:
 
 
 def _read_id_lists(path: Path) -> list[pa.Array]:
-    """The arrays of ``input_ids``, which are lists of integers, as many as memory should hold."""
+    """Return the arrays of ``input_ids``; refuse any that are not lists of integers, or too many for memory."""
     arrays, num_ids = [], 0
     for array in read_column(path, "input_ids"):
         kind = array.type
@@ -163,7 +163,7 @@ def _read_id_lists(path: Path) -> list[pa.Array]:
         if not is_list or not pa.types.is_integer(kind.value_type):
             raise DataError(f"{path}: 'input_ids' holds {shown(str(kind))}: store lists of integers, all of one length")
         arrays.append(array)
-        # Few bytes can stand for very many rows.
+        # A few bytes can encode very many rows.
         num_ids += len(array) + len(array.flatten())
         if num_ids > MOST_IDS:
             raise DataError(f"{path}: more than {MOST_IDS:,} token ids: give fewer rows")
@@ -175,5 +175,5 @@ def _check_no_nulls(path: Path, arrays: list[pa.Array]) -> None:
     for array in arrays:
         if array.null_count or array.flatten().null_count:
             row = next(n for n, row in enumerate(array.to_pylist(), start=first) if row is None or None in row)
-            raise DataError(f"{path}: row {row} of 'input_ids' is or holds null: drop or mend such rows")
+            raise DataError(f"{path}: row {row} of 'input_ids' is or holds null: drop or fix such rows")
         first += len(array)

@@ -1,10 +1,10 @@
-"""Text to token blocks, in bounded memory and time.
+"""Turns text into token blocks, in bounded memory and time.
 
-Special tokens are the tokenizer's default: with each document, as the model met documents in its training,
-and once for a whole ``.txt``, which is one running text. Nothing else is put between documents.
+Special tokens are the tokenizer's default. They are added to each document, as in the model's training, and once
+to a whole ``.txt``, which is one running text. Nothing else is put between documents.
 
-Only the first ``_POOL`` blocks for each one asked are read, so a source of any size takes the same time. A
-uniform random subset of them is kept (a reservoir: memory holds no more), in the order of the text.
+Only the first ``_POOL`` blocks per requested block are read, so a source of any size takes the same time. A
+uniform random subset of them is kept in the order of the text (a reservoir: memory holds no more).
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from orchestrator.data.documents import read_documents
 from orchestrator.data.files import error_line, naming_file
 
 _POOL = 16  # 128 blocks of 2048 are drawn from 4 million tokens: a broad choice, and 5 to 10 s of tokenising
-_PIECE_CHARACTERS = 1 << 16  # of a .txt; a tokenizer works on the pieces of a batch in parallel
+_PIECE_CHARACTERS = 1 << 16  # size of a piece of a .txt; tokenizers process a batch's pieces in parallel
 _BATCH_CHARACTERS = 1 << 20
 
 
 def read_text(
     spec: str, path: Path | None, model_dir: Path, length: int, options: TextOptions
 ) -> tuple[np.ndarray, int, str]:
-    """Blocks drawn from a text, how many there were to draw from, and the digest of the text read."""
+    """Return blocks drawn from a text, the number of available blocks, and the digest of the text read."""
     tokenizer = _load_tokenizer(spec, model_dir)
     text_hash = hashlib.sha256()
     if path is not None and path.suffix == ".txt":
@@ -49,7 +49,7 @@ def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
     remedy = "add its files, or give token blocks (input_ids in a .parquet or .arrow file), which need none"
     with _naming_tokenizer_failure(f"{spec} is text, and {model_dir} has no tokenizer that loads", remedy):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-        # Of many families a folder with no tokenizer files loads as an empty tokenizer, which drops every word.
+        # In many families, a folder without tokenizer files loads as an empty tokenizer, which drops every word.
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
     if empty:
         raise DataError(f"{spec} is text, and the tokenizer in {model_dir} has no vocabulary: {remedy}")
@@ -58,18 +58,18 @@ def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _naming_tokenizer_failure(what: str, remedy: str) -> Iterator[None]:
-    """Say in one line what a tokenizer could not do; its files are a stranger's, and may hold anything."""
+    """Turn any tokenizer error into a one-line DataError; the files are untrusted and may hold anything."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    # Any: Transformers raises a dozen kinds, and a panic of the Rust beneath is no Exception.
+    # Catch everything: Transformers raises a dozen kinds of errors, and a Rust panic is not an Exception.
     except BaseException as error:
         raise DataError(f"{what} ({error_line(error)}): {remedy}") from error
 
 
 def text_pieces(path: Path) -> Iterator[str]:
-    """A text in pieces which together are the text, blank lines included."""
+    """Yield pieces that together are the whole text, blank lines included."""
     rest = ""
     with naming_file(path), path.open(encoding="utf-8-sig") as file:
         while read := file.read(_PIECE_CHARACTERS):
@@ -82,13 +82,13 @@ def text_pieces(path: Path) -> Iterator[str]:
 
 
 def _last_line_start(text: str) -> int:
-    """Where the last line that starts with a word begins: tokens seldom reach over it, often over blanks."""
+    """Return where the last line that starts with a word begins: tokens seldom cross it, but often cross blanks."""
     end = len(text)
     while (newline := text.rfind("\n", 0, end)) >= 0:
         if newline + 1 < len(text) and not text[newline + 1].isspace():
             return newline + 1
         end = newline
-    return len(text) if len(text) >= _BATCH_CHARACTERS else 0  # a line without end is cut anywhere
+    return len(text) if len(text) >= _BATCH_CHARACTERS else 0  # an endless line is cut anywhere
 
 
 def _hash_texts(texts: Iterable[str], text_hash: Any, end: bytes) -> Iterator[str]:
@@ -100,16 +100,16 @@ def _hash_texts(texts: Iterable[str], text_hash: Any, end: bytes) -> Iterator[st
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, add_special_tokens: bool
 ) -> Iterator[np.ndarray]:
-    """The token ids of the texts in their order, one array for each batch of texts."""
+    """Yield the token ids of the texts in order, one array per batch of texts."""
     failed = f"the tokenizer in {tokenizer.name_or_path} cannot read the text"
     for batch in _batches(texts):
-        with _naming_tokenizer_failure(failed, "take its files from their source again"):
+        with _naming_tokenizer_failure(failed, "download its files again"):
             encoded = tokenizer(
                 batch,
                 add_special_tokens=add_special_tokens,
                 return_attention_mask=False,
                 return_token_type_ids=False,
-                verbose=False,  # else it warns of documents longer than the model's sequences
+                verbose=False,  # otherwise it warns about documents longer than the model's sequences
             )
             ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32)
         yield ids
@@ -129,7 +129,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def draw_blocks(spec: str, tokens: Iterable[np.ndarray], length: int, options: TextOptions) -> tuple[np.ndarray, int]:
-    """A random subset of the blocks of a stream of tokens, and how many there were to draw from."""
+    """Return a random subset of the blocks of a token stream, and the number of available blocks."""
     generator = np.random.default_rng(options.seed)
     kept: dict[int, tuple[int, np.ndarray]] = {}
     rest = np.empty(0, dtype=np.int32)

@@ -1,1 +1,1 @@
-"""Models and data from outside this machine: the Hugging Face hub and object stores."""
+"""Fetches models and data from outside this machine: the Hugging Face hub and object stores."""

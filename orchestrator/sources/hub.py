@@ -1,7 +1,7 @@
-"""What comes from the Hugging Face hub, whatever the hub does: answers wrongly, late, in part or never.
+"""Downloads from the Hugging Face hub, even when its answers are wrong, late, incomplete or missing.
 
-The hub's libraries wait for some answers without end, and for as long as a server tells them to, in threads that
-nobody can end. So they run in a process of their own (watched_process.py), which is ended when nothing comes from it.
+The hub's libraries wait for some answers forever, or for as long as a server tells them to, in threads that cannot be
+stopped. So they run in a child process (watched_process.py), which is killed if it produces nothing for a while.
 """
 
 import sys
@@ -21,54 +21,54 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 class HubError(RuntimeError):
-    """The hub did not give what was asked for; the message says why."""
+    """A failure to get something from the hub; the message says why."""
 
 
 def download_model(model: str, patterns: tuple[str, ...]) -> Path:
-    """Return the directory of a hub's model, downloaded if need be; a file is there only if it is whole.
+    """Return the local directory of a hub model, downloading it if needed; every file in it is complete.
 
     Raises:
-        HubError: the hub cannot give it, or nothing came for a while.
+        HubError: The hub cannot provide it, or nothing came for a while.
     """
     (directory,) = _ask("model", model, *patterns)
     return Path(directory)
 
 
 def dataset_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a hub's dataset as they are taken: the names of their columns, and of "text" the value.
+    """Yield the rows of a hub dataset lazily; every column but "text" has the value None.
 
     Raises:
-        HubError: the hub cannot give it, or nothing came for a while.
+        HubError: The hub cannot provide it, or nothing came for a while.
     """
     return _ask("dataset", name, config or "", split)
 
 
 def find_model(model: str, patterns: tuple[str, ...]) -> Path | None:
-    """Return the directory of a hub's model that was downloaded before; None if it was not. Asks no hub."""
+    """Return the directory of a hub model that was downloaded before, else None; never contact the hub."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(patterns), local_files_only=True))
-    # Any: a name that is no hub id, a cache that is broken.
+    # Catch everything: the name may not be a hub id, or the cache may be broken.
     except Exception:
         return None
 
 
 def size_of_model(model: str, patterns: tuple[str, ...]) -> int:
-    """Return the bytes that a download of a hub's model would be.
+    """Return the download size of a hub model in bytes.
 
     Raises:
-        HubError: the hub does not say.
+        HubError: The hub does not report it.
     """
     (size,) = _ask("size", model, *patterns)
     return int(size)
 
 
 def reach_hub() -> str:
-    """Return the hub's address, if it answers.
+    """Return the hub's address if the hub answers.
 
     Raises:
-        HubError: it does not, or the hub's libraries were told not to ask it.
+        HubError: It does not answer, or the hub's libraries are in offline mode.
     """
     (address,) = _ask("reach")
     return str(address)
@@ -81,14 +81,14 @@ def _ask(*arguments: str) -> Iterator[Any]:
         raise HubError(str(error)) from error
 
 
-# ---- In the process
+# ---- In the child process
 
 
 def _model(name: str, *patterns: str) -> None:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.file_download import repo_folder_name
 
-    # What is imported takes seconds, which are not the hub's.
+    # Imports take seconds, which must not count as the hub's.
     watched_process.give_sign_of_life()
     if not constants.HF_HUB_OFFLINE:
         # With no network, or no such model, this fails at once.
@@ -99,13 +99,13 @@ def _model(name: str, *patterns: str) -> None:
 
 
 def _report_growth(directory: Path) -> None:
-    """Give a sign of life for every second in which a directory grew."""
+    """Give a sign of life for each second in which a directory grew."""
     before = 0
     while True:
         time.sleep(1)
         try:
             size = sum(path.lstat().st_size for path in directory.rglob("*"))
-        except OSError:  # one was renamed meanwhile
+        except OSError:  # a file was renamed meanwhile
             continue
         if size != before:
             watched_process.give_sign_of_life()
@@ -139,18 +139,18 @@ def _reach() -> None:
 
     watched_process.give_sign_of_life()
     if constants.HF_HUB_OFFLINE:
-        raise ConnectionError("HF_HUB_OFFLINE is set: only what was downloaded before is found")
+        raise ConnectionError("HF_HUB_OFFLINE is set: only earlier downloads can be used")
     try:
         with urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS):
             pass
     except HTTPError as error:
-        # Whatever it says of its front page, it is there.
+        # Any other status shows that the server is there.
         if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise
     watched_process.write(given=constants.ENDPOINT)
 
 
-# What the process is asked for, by its first argument.
+# What the child process can be asked for, by its first argument.
 ANSWERS: dict[str, Callable[..., None]] = {"model": _model, "dataset": _dataset, "size": _size, "reach": _reach}
 
 

@@ -1,7 +1,7 @@
-"""A module run in a process of its own, which is ended when nothing comes from it: what may wait without end, may not.
+"""Runs a module in a child process and kills it if it produces nothing for N seconds.
 
-The process (`python -m MODULE ARGUMENTS`) writes lines of JSON: {"given": what was asked for} or {"failed": why}; an
-empty line is a sign of life.
+The child (`python -m MODULE ARGUMENTS`) writes lines of JSON: {"given": a result} or {"failed": a reason}. An empty
+line is a sign of life.
 """
 
 import json
@@ -16,14 +16,14 @@ from typing import Any
 
 
 class WatchedProcessError(RuntimeError):
-    """The process did not give what was asked for; the message says why."""
+    """A failure of the child process; the message says why."""
 
 
 def ask(module: str, *arguments: str, stalled_seconds: float) -> Iterator[Any]:
-    """Yield what a module's process gives, as it gives it; the process ends with whoever reads.
+    """Yield the results of a module's child process as they come; the process ends when the reader stops.
 
     Raises:
-        WatchedProcessError: it failed, ended early, or nothing came for so many seconds.
+        WatchedProcessError: The process failed, ended early, or produced nothing for `stalled_seconds`.
     """
     with _start(module, arguments) as process:
         for line in _lines(process, stalled_seconds):
@@ -39,7 +39,7 @@ def ask(module: str, *arguments: str, stalled_seconds: float) -> Iterator[Any]:
 
 @contextmanager
 def _start(module: str, arguments: tuple[str, ...]) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a module in a process, and end it with this block; it imports nothing from the directory it is run in."""
+    """Run a module in a child process while the block lasts; it imports nothing from the working directory."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
@@ -70,31 +70,31 @@ def _lines(process: "subprocess.Popen[bytes]", stalled_seconds: float) -> Iterat
         yield from lines
 
 
-# ---- In the process
+# ---- In the child process
 
 
 def write(**said: object) -> None:
-    """Write what is given, or why it failed."""
-    # What JSON has no word for is no text either.
+    """Write a result (`given`) or a reason (`failed`) as a line of JSON."""
+    # A value that JSON cannot represent is not text: a list with its type's name replaces it.
     sys.stdout.write(json.dumps(said, default=lambda value: [type(value).__name__]) + "\n")
     sys.stdout.flush()
 
 
 def give_sign_of_life() -> None:
-    """Say that something came."""
+    """Write an empty line, to show that something came."""
     os.write(sys.stdout.fileno(), b"\n")
 
 
 def answer(do: Callable[..., None], *arguments: str) -> None:
-    """Do what was asked; write why where it fails."""
+    """Call a function with the arguments; if it fails, write why."""
     try:
         do(*arguments)
-    # Any: libraries that talk to servers have changed their HTTP library, and with it what reaches their callers.
+    # Catch everything: these libraries have changed their HTTP library before, and with it the errors they raise.
     except Exception as error:
         write(failed=error_line(error))
 
 
 def error_line(error: BaseException) -> str:
-    """Return an error's type and the first line of its text."""
+    """Return an error's type and the first line of its message."""
     reason = next(iter(str(error).strip().splitlines()), "")[:200]
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__

@@ -28,7 +28,7 @@ def test_a_directory_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-this-name/model"])
 def test_a_path_that_cannot_be_looked_at(path: str) -> None:
-    with pytest.raises(CheckpointError, match=r"is no path that can be read .*: check it"):
+    with pytest.raises(CheckpointError, match=r"is not a readable path .*: check it"):
         resolve_model(path)
 
 

@@ -1,14 +1,14 @@
-"""Models, data and outputs in the stores that fsspec knows, by URI: s3://, gs://, hf:// and others.
+"""Reads and writes the stores that fsspec knows by URI: s3://, gs://, hf:// and others.
 
-What is read is fetched into a cache on this machine, and an output is uploaded when it is whole; all between works on
-local files. The stores' libraries run in a process of their own (process.py), which is ended when nothing comes from
-it. This module imports none of them.
+Models and data are fetched into a cache on this machine, and an output is uploaded when it is complete. Everything in
+between works on local files. The stores' libraries run in a child process (process.py), which is killed if it produces
+nothing for a while. This module imports none of them.
 
 CACHE/fetched/DIGEST OF THE URI/
-    lock                    whoever fetches holds it
-    blobs/TOKEN             a file, whole; the token tells its version in the store
-    DIGEST OF TOKENS/NAME   what the URI names: links to blobs, which never change
-CACHE/outputs/DIGEST OF THE URI/NAME    an output that is on its way (output/destination.py)
+    lock                    held by the process that fetches
+    blobs/TOKEN             a complete file; the token identifies its version in the store
+    DIGEST OF TOKENS/NAME   the file or directory that the URI names: links to blobs, which never change
+CACHE/outputs/DIGEST OF THE URI/NAME    an output before it is uploaded (output/destination.py)
 """
 
 import hashlib
@@ -25,23 +25,23 @@ from orchestrator.secrets import masked
 from orchestrator.sources import watched_process
 
 STALLED_SECONDS = 60.0
-# Of a file that is on its way there are no signs of life while a part of it (50 MB, or all of it) is sent.
+# An upload gives no sign of life while it sends a part of a file (50 MB, or the whole file).
 UPLOAD_STALLED_SECONDS = 600.0
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class StorageError(RuntimeError):
-    """A store did not give or take what was asked; the message says what, why, and what to do."""
+    """A failure to read or write a store; the message says what failed, why, and what to do."""
 
 
 def is_uri(place: object) -> bool:
-    """Return whether a place is named by a URI rather than a path."""
+    """Return whether a place is a URI rather than a path."""
     return _URI.match(str(place)) is not None
 
 
 @contextmanager
 def naming_uri(place: str | None, copy: Path | None, *errors: type[Exception]) -> Iterator[None]:
-    """Let errors about a local copy name the URI that it was fetched from; errors about other places stay."""
+    """Name the URI instead of its local copy in errors; leave errors about other places unchanged."""
     try:
         yield
     except errors as error:
@@ -51,7 +51,7 @@ def naming_uri(place: str | None, copy: Path | None, *errors: type[Exception]) -
 
 
 def name_of(uri: str) -> str:
-    """Return what the last part of a URI calls it; an address's query is no part of its name."""
+    """Return the name that a URI ends with, without its query."""
     parts = urlsplit(uri)
     name = Path(parts.path).name or parts.netloc.rpartition("@")[2]
     if name in ("", ".", ".."):
@@ -60,66 +60,66 @@ def name_of(uri: str) -> str:
 
 
 def cache_directory() -> Path:
-    """Return where local copies are: `slimllm` in XDG_CACHE_HOME, by default ~/.cache."""
+    """Return the directory of local copies: `slimllm` in XDG_CACHE_HOME, by default ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "slimllm"
 
 
 def outgoing_directory(uri: str) -> Path:
-    """Return the local directory in which an output is made that goes to a URI: the same for every attempt."""
+    """Return the local directory where an output for a URI is built: the same one for every attempt."""
     return cache_directory() / "outputs" / _digest(uri) / name_of(uri)
 
 
 def fetch_file(uri: str) -> Path:
-    """Return a local copy of a file, which is fetched unless its version in the store is here already.
+    """Return a local copy of a file, and fetch it unless the store's version is already here.
 
     Raises:
-        StorageError: there is no such file, or the store does not give it.
+        StorageError: There is no such file, or the store does not provide it.
     """
     return Path(_ask("fetch_file", uri, cache=_fetch_cache(uri), name=name_of(uri)))
 
 
 def fetch_directory(uri: str, patterns: tuple[str, ...] = ("*",)) -> Path:
-    """Return a local copy of a directory's files whose names match a pattern; what is here already is not fetched.
+    """Return a local copy of a directory's files whose names match a pattern, and fetch only those not yet here.
 
     Raises:
-        StorageError: there is no such directory, a name in it leaves it, or the store does not give it.
+        StorageError: There is no such directory, a name in it leads outside, or the store does not provide it.
     """
     return Path(_ask("fetch_directory", uri, cache=_fetch_cache(uri), name=name_of(uri), patterns=patterns))
 
 
 def read_text(uri: str, name: str) -> str | None:
-    """Return the text of a small file of a directory; None if there is no such file.
+    """Return the text of a small file in a directory; None if there is no such file.
 
     Raises:
-        StorageError: the store does not say.
+        StorageError: The store cannot be read.
     """
     return _ask("read_text", uri, name=name)
 
 
 def require_writable(uri: str, overwrite: bool) -> None:
-    """Refuse a directory that holds something, unless that may be overwritten, or that cannot be written to.
+    """Refuse a directory that cannot be written to, or that is not empty and may not be overwritten.
 
     Raises:
-        StorageError: it does, or it cannot.
+        StorageError: The directory is refused.
     """
     _ask("require_writable", uri, overwrite=overwrite)
 
 
 def upload_directory(uri: str, directory: Path, last: str, overwrite: bool) -> None:
-    """Make a URI's directory the same as a local one; the file `last`, which says that it is whole, comes last.
+    """Make a URI's directory identical to a local one; upload `last`, the file that marks it complete, at the end.
 
     Raises:
-        StorageError: it holds what is not of this directory and may not be overwritten, or the store does not take it.
+        StorageError: It holds other files and may not be overwritten, or the store rejects the upload.
     """
     asked = {"directory": str(directory), "last": last, "overwrite": overwrite}
     _ask("upload_directory", uri, stalled_seconds=UPLOAD_STALLED_SECONDS, **asked)
 
 
 def upload_file(uri: str, file: Path, name: str) -> None:
-    """Put a file into a URI's directory.
+    """Upload a file into a URI's directory.
 
     Raises:
-        StorageError: the store does not take it.
+        StorageError: The store rejects the upload.
     """
     _ask("upload_file", uri, stalled_seconds=UPLOAD_STALLED_SECONDS, file=str(file), name=name)
 

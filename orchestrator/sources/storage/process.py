@@ -1,7 +1,7 @@
-"""What talks to a store, in a process of its own: `python -m orchestrator.sources.storage.process OPERATION URI JSON`.
+"""Talks to a store in a child process: `python -m orchestrator.sources.storage.process OPERATION URI JSON`.
 
-Files are opened by fsspec's filesystem of the URI's scheme, with the credentials and the endpoint that its library
-finds in the environment.
+fsspec's filesystem for the URI's scheme opens the files, with the credentials and the endpoint that its library finds
+in the environment.
 """
 
 import fcntl
@@ -24,47 +24,47 @@ from fsspec.callbacks import Callback
 
 from orchestrator.sources import watched_process
 
-# The extras of this package that bring what a scheme needs.
+# The extra of this package that installs the library of each scheme.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-# A connection that is dead is tried again before the process counts as stalled. Files travel side by side, not parts.
+# A dead connection is retried before the process counts as stalled. Files are sent in parallel, parts of them are not.
 _S3 = {
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 15, "retries": {"max_attempts": 2}},
     "max_concurrency": 1,
 }
 OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
-# What stores call that by which they tell versions of a file apart.
+# The keys by which stores identify a file's version, reduced to lower-case letters and digits.
 VERSIONS = {
     *("etag", "md5hash", "crc32c", "contentmd5", "digest", "blobid", "xethash"),
     *("generation", "lastmodified", "updated", "mtime", "modified"),
 }
 MAX_TRANSFERS = 4
-# Written and removed, to know before a run begins that its output can be written.
+# Written and removed before a run begins, to check that its output can be written.
 WRITE_TEST = ".slimllm"
 
 
 class RefusedError(Exception):
-    """What was asked cannot be done; the message names the URI."""
+    """A request that cannot be fulfilled; the message names the URI."""
 
 
 class Signs(Callback):
-    """A sign of life for what is transferred, once a second at most."""
+    """A callback that gives a sign of life during transfers, once a second at most."""
 
     last = 0.0
 
     def relative_update(self, inc: int = 1) -> None:
-        """Note that bytes came."""
+        """Note that bytes were transferred."""
         if inc and time.monotonic() - self.last > 1:
             self.last = time.monotonic()
             watched_process.give_sign_of_life()
 
 
 class Store:
-    """A directory or file of a store: what the URI names."""
+    """A directory or file in a store, named by a URI."""
 
     def __init__(self, uri: str) -> None:
         self.uri, scheme = uri, uri.partition("://")[0].lower()
         if scheme not in fsspec.available_protocols():
-            raise RefusedError(f"{uri}: no store is of type {scheme}: use s3://, gs://, hf:// or another of fsspec's")
+            raise RefusedError(f"{uri}: unknown store type {scheme}: use s3://, gs://, hf:// or another of fsspec's")
         try:
             self.files, self.root = fsspec.url_to_fs(uri, **OPTIONS.get(scheme, {}))
         except ImportError as error:
@@ -72,11 +72,11 @@ class Store:
             remedy = f"pip install -e '.[{extra}]' in slimllm's checkout" if extra else str(error)
             raise RefusedError(f"{uri}: {scheme}:// needs a package that is not installed: {remedy}") from error
         self.root = self.root.rstrip("/")
-        # What is imported takes seconds, which are not the store's.
+        # Imports take seconds, which must not count as the store's.
         watched_process.give_sign_of_life()
 
     def find(self) -> dict[str, dict[str, Any]]:
-        """Return what is said of every file under the root, by its name there; the root itself, a file, is ''."""
+        """Return the store's details of each file under the root, by relative name; '' if the root is a file itself."""
         self.files.invalidate_cache()
         found = self.files.find(self.root, detail=True)
         infos = {name: info for name, info in found.items() if info["type"] == "file"}
@@ -84,17 +84,17 @@ class Store:
         return {name: info for name, info in named.items() if name != WRITE_TEST}
 
     def place(self, name: str) -> str:
-        """Return where a file under the root is."""
+        """Return the location of a file under the root."""
         return f"{self.root}/{name}"
 
     def download(self, place: str, info: dict[str, Any], to: Path) -> None:
-        """Bring a file here, where it is whole or is not."""
+        """Download a file, completely or not at all."""
         partial = to.with_name(f"{to.name}.partial")
         try:
             self.files.get_file(place, str(partial), callback=Signs())
             size = partial.stat().st_size
             if info["size"] is not None and info["size"] != size:
-                raise RefusedError(f"{self.uri}: {size:,} of {info['size']:,} bytes of {place} came: try again")
+                raise RefusedError(f"{self.uri}: got {size:,} of {info['size']:,} bytes of {place}: try again")
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(to)
@@ -103,7 +103,7 @@ class Store:
             raise
 
     def upload(self, file: Path, name: str) -> None:
-        """Put a local file under the root."""
+        """Upload a local file under the root."""
         self.files.put_file(str(file), self.place(name), callback=Signs())
         watched_process.give_sign_of_life()
 
@@ -112,7 +112,7 @@ class Store:
 
 
 def fetch_file(uri: str, *, cache: str, name: str) -> str:
-    """Return where the local copy of a file is."""
+    """Return the path of a file's local copy."""
     store = Store(uri)
     info = store.files.info(store.root)
     if info["type"] != "file":
@@ -121,16 +121,16 @@ def fetch_file(uri: str, *, cache: str, name: str) -> str:
 
 
 def fetch_directory(uri: str, *, cache: str, name: str, patterns: list[str]) -> str:
-    """Return where the local copy of a directory is."""
+    """Return the path of a directory's local copy."""
     store = Store(uri)
     found = store.find()
     if "" in found:
         raise RefusedError(f"{uri} is a file: pass the directory that it is in")
     if not found:
-        raise RefusedError(f"{uri}: there is nothing: check the URI")
+        raise RefusedError(f"{uri}: nothing found: check the URI")
     chosen = {each: info for each, info in found.items() if any(fnmatch(each, pattern) for pattern in patterns)}
     if not chosen:
-        raise RefusedError(f"{uri}: none of its {len(found)} files is one of {', '.join(patterns)}: check the URI")
+        raise RefusedError(f"{uri}: none of its {len(found)} files matches {', '.join(patterns)}: check the URI")
     for each in chosen:
         _require_inside(uri, each)
     named = {f"{name}/{each}": (store.place(each), info) for each, info in chosen.items()}
@@ -138,7 +138,7 @@ def fetch_directory(uri: str, *, cache: str, name: str, patterns: list[str]) -> 
 
 
 def read_text(uri: str, *, name: str) -> str | None:
-    """Return the text of a small file."""
+    """Return the text of a small file; None if there is no such file."""
     store = Store(uri)
     try:
         return store.files.cat_file(store.place(name)).decode()
@@ -147,18 +147,18 @@ def read_text(uri: str, *, name: str) -> str | None:
 
 
 def _require_inside(uri: str, name: str) -> None:
-    """Refuse names by which a file would be written elsewhere, or under another name than it has."""
+    """Refuse a name that would put the file elsewhere, or give it another name."""
     if PurePosixPath(name).as_posix() != name or name.startswith("/") or {"..", "."} & set(name.split("/")):
-        raise RefusedError(f"{uri}: the name of {name!r} in it leaves the directory: rename or remove it there")
+        raise RefusedError(f"{uri}: the name {name!r} leads outside the directory: rename or remove it there")
 
 
 def _fetch(store: Store, wanted: dict[str, tuple[str, dict[str, Any]]], cache: Path) -> Path:
-    """Return the directory that has the files by their local names, each a link to a blob; fetch what is not here.
+    """Return a directory with links to the files' blobs; download the missing blobs.
 
     Args:
-        store: where they come from.
-        wanted: a file's place in the store and what is said of it, by its local name.
-        cache: the URI's own directory.
+        store: The store to download from.
+        wanted: Each file's location in the store and the store's details of it, by its local name.
+        cache: The URI's own cache directory.
     """
     tokens = {name: _token(place, info) for name, (place, info) in wanted.items()}
     directory = cache / _digest(sorted(tokens.items()))
@@ -176,7 +176,7 @@ def _fetch(store: Store, wanted: dict[str, tuple[str, dict[str, Any]]], cache: P
 
 
 def _token(place: str, info: dict[str, Any]) -> str:
-    """Return what tells a version of a file from others; where the store has no word for that, nothing is the same."""
+    """Return a token for a version of a file; if the store does not report versions, every token is new."""
     said = {key: str(value) for key, value in info.items() if _letters_of(key) in VERSIONS and value is not None}
     return _digest([place, info["size"], sorted(said.items()) or uuid.uuid4().hex])
 
@@ -191,11 +191,11 @@ def _digest(value: Any) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Wait for whoever fetches the same; they end when nothing comes to them."""
+    """Hold a lock on the URI's cache; another process that holds it cannot stall forever, as it is watched too."""
     with path.open("w") as file:
         while True:
             with suppress(BlockingIOError):
-                # The system lets go of it when the process ends, however it ends.
+                # The system releases the lock when the process ends, however it ends.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             watched_process.give_sign_of_life()
@@ -204,7 +204,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _run_concurrently(do: Callable[[str], None], names: list[str]) -> None:
-    """Do something of every name, a few at a time; the first error ends it."""
+    """Call a function for each name, a few at a time; stop at the first error."""
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         futures = [pool.submit(do, name) for name in names]
         try:
@@ -219,12 +219,12 @@ def _run_concurrently(do: Callable[[str], None], names: list[str]) -> None:
 
 
 def require_writable(uri: str, *, overwrite: bool) -> None:
-    """Refuse what is taken, and what cannot be written to."""
+    """Refuse a directory that is taken or cannot be written to."""
     store = Store(uri)
     if found := store.find():
         _require_overwrite(uri, len(found), overwrite)
     store.files.pipe_file(store.place(WRITE_TEST), f"{socket.gethostname()} {time.time()}".encode())
-    # Some may write and not delete; then it stays, and counts as nothing.
+    # Some credentials may write but not delete; then the file stays, and is ignored.
     with suppress(Exception):
         store.files.rm_file(store.place(WRITE_TEST))
 
@@ -237,16 +237,16 @@ def _require_overwrite(uri: str, num_files: int, overwrite: bool) -> None:
 
 
 def upload_directory(uri: str, *, directory: str, last: str, overwrite: bool) -> None:
-    """Upload a directory, remove what is not of it, and then say that it is whole."""
+    """Upload a directory, remove all other files, and then mark it complete."""
     store, source = Store(uri), Path(directory)
     files = {str(path.relative_to(source)): path for path in sorted(source.rglob("*")) if path.is_file()}
     there = store.find()
     stale = [name for name in there if name not in files]
-    # What an earlier attempt at this upload left is its own, and so is the same output.
+    # Files of an earlier attempt at this upload, or of the same output, may be replaced.
     if stale or (last in there and store.files.cat_file(store.place(last)) != files[last].read_bytes()):
         _require_overwrite(uri, len(there), overwrite)
     if last in there:
-        # From here on what is there is not whole.
+        # From here on the directory is incomplete.
         store.files.rm_file(store.place(last))
     _run_concurrently(lambda name: store.upload(files[name], name), [name for name in files if name != last])
     for name in stale:
@@ -257,12 +257,12 @@ def upload_directory(uri: str, *, directory: str, last: str, overwrite: bool) ->
 
 
 def upload_file(uri: str, *, file: str, name: str) -> None:
-    """Put one file into the directory."""
+    """Upload one file into the directory."""
     Store(uri).upload(Path(file), name)
 
 
 def _require_there(store: Store, files: dict[str, Path]) -> None:
-    """Raise unless the store has the files, of their sizes, and no others."""
+    """Raise unless the store has all the files with their sizes."""
     sizes = {name: info["size"] for name, info in store.find().items()}
     for name, path in files.items():
         if sizes.get(name) != path.stat().st_size:
@@ -279,9 +279,7 @@ def _run_operation(operation: str, uri: str, asked: str) -> None:
     except RefusedError as error:
         watched_process.write(failed=str(error))
     except FileNotFoundError as error:
-        watched_process.write(
-            failed=f"{uri}: there is nothing of this name ({watched_process.error_line(error)}): check the URI"
-        )
+        watched_process.write(failed=f"{uri}: not found ({watched_process.error_line(error)}): check the URI")
     except Exception as error:
         why = watched_process.error_line(error)
         watched_process.write(

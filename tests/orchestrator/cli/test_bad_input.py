@@ -30,8 +30,8 @@ def test_broken_data_are_known_before_ray_starts(
 @pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-this-name/x.txt"])
 def test_paths_that_cannot_be_looked_at(cli: Cli, model: Path, token_file: Path, path: str) -> None:
-    cli.fails("no path that can be read .*: check it", path, "--calibration", token_file)
-    cli.fails("no path that can be read .*: check it", model, "--calibration", path)
+    cli.fails("not a readable path .*: check it", path, "--calibration", token_file)
+    cli.fails("not a readable path .*: check it", model, "--calibration", path)
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -109,7 +109,7 @@ def test_a_ray_address_that_does_not_answer(cli: Cli, model: Path, token_file: P
     for address, said in {
         free: "no Ray answers at .* start one there",
         "nonsense": "is not host:port",
-        web_server: "is no Ray for us .*check --address",
+        web_server: "is not a Ray that we can use .*check --address",
     }.items():
         cli.fails(said, model, "--calibration", token_file, "--address", address)
 
@@ -117,7 +117,7 @@ def test_a_ray_address_that_does_not_answer(cli: Cli, model: Path, token_file: P
 @pytest.mark.usefixtures("no_ray")
 def test_blocks_of_one_token_measure_nothing(cli: Cli, model: Path, token_file: Path, tmp_path: Path) -> None:
     table(input_ids=[[1], [2]])(tmp_path / "one.parquet")
-    said = "one.parquet has blocks of one token: .* needs two"
+    said = "one.parquet has blocks of one token: .* needs at least two"
     cli.fails(said, model, "--calibration", token_file, "--evaluate", tmp_path / "one.parquet")
 
 

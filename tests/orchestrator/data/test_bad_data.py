@@ -31,11 +31,11 @@ def test_options_are_checked_when_made() -> None:
         ("a/b/absent", "no such file"),
         ("", "is a directory"),
         ("folder", "'folder' is a directory"),
-        ("notes.csv", r"type '.csv' .* use .txt, .jsonl, .parquet, .arrow"),
+        ("notes.csv", r"unknown file type '.csv': use .txt, .jsonl, .parquet, .arrow"),
         ("zero.parquet", "the file is empty"),
         ("builtin:other", "use builtin:calibration or builtin:heldout"),
-        ("x" * 5000, "no path that can be read .*too long.*: check it"),
-        ("~nobody-of-this-name/x.txt", "no path that can be read .*home.*: check it"),
+        ("x" * 5000, "not a readable path .*too long.*: check it"),
+        ("~nobody-of-this-name/x.txt", "not a readable path .*home.*: check it"),
     ],
 )
 def test_specs_that_name_nothing(
@@ -194,7 +194,7 @@ def test_lists_that_share_their_values_are_refused(tmp_path: Path, load: Callabl
 
 
 TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
-    "no unknown token": ({"unk_token": "<none>", "vocab": {"w1": 0}}, "cannot read the text .*: take its files"),
+    "no unknown token": ({"unk_token": "<none>", "vocab": {"w1": 0}}, "cannot read the text .*: download its files"),
     "ids beyond all numbers": (
         {"vocab": {"<unk>": 2**32 - 1, "w1": 2**32 - 2}},
         "cannot read the text .*OverflowError|token id",

@@ -136,7 +136,7 @@ def test_files_come_whole_by_their_uris(server: Hub, tmp_path: Path, monkeypatch
     path = local_file("hf://datasets/me/tiny/train.jsonl")
     assert path is not None
     assert path.read_bytes() == server.files["train.jsonl"]
-    with pytest.raises(CheckpointError, match=r"^model hf://me/none: there is nothing of this name \("):
+    with pytest.raises(CheckpointError, match=r"^model hf://me/none: not found \("):
         resolve_model("hf://me/none")
 
 
@@ -157,13 +157,13 @@ def test_a_hub_that_fails(server: Hub, monkeypatch: pytest.MonkeyPatch, fails: s
     assert time.monotonic() - start < 40
     assert str(raised.value).isprintable()
     if (fails, about) != ("garbage", "files"):
-        assert "me/tiny is no directory here, and as a hub id it could not be had (" in str(raised.value)
+        assert "me/tiny is not a local directory, and the hub could not provide it (" in str(raised.value)
         assert not list(tmp_path.glob("home/hub/models--me--tiny/snapshots/*/model.safetensors"))
 
 
 def test_a_model_that_is_not_there(server: Hub) -> None:
     with pytest.raises(
-        CheckpointError, match=r"me/none .* could not be had \(RepositoryNotFoundError: .*check the name"
+        CheckpointError, match=r"me/none .* could not provide it \(RepositoryNotFoundError: .*check the name"
     ):
         resolve_model("me/none")
 
@@ -191,7 +191,7 @@ def test_a_hub_that_does_not_answer_the_doctor(server: Hub, monkeypatch: pytest.
 def test_a_dataset_of_a_hub_that_fails(server: Hub, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     server.fails, server.about = fails, "files"
     monkeypatch.setattr(hub, "STALLED_SECONDS", 10.0)
-    with pytest.raises(DataError, match=r"me/tiny: no file of this name, and no dataset .*give a local file"):
+    with pytest.raises(DataError, match=r"me/tiny: no such file, and the .* hub did not provide .*give a local file"):
         list(read_documents("me/tiny", None))
 
 

@@ -24,13 +24,13 @@ NOWHERE = f"s3://{BUCKET}/nowhere"
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["s3://none/m"], "model s3://none/m: there is nothing of this name (FileNotFoundError: The specified bucket"),
-        ([NOWHERE], f"model {NOWHERE}: there is nothing: check the URI"),
+        (["s3://none/m"], "model s3://none/m: not found (FileNotFoundError: The specified bucket"),
+        ([NOWHERE], f"model {NOWHERE}: nothing found: check the URI"),
         (["s3://"], "model s3:// names nothing: pass the URI of a directory or a file in it"),
-        (["no-such://a/b"], "model no-such://a/b: no store is of type no-such: use s3://, gs://, hf://"),
-        (["--evaluate", f"{NOWHERE}.txt"], f"{NOWHERE}.txt: there is nothing of this name"),
-        (["--output", "s3://none/x"], "s3://none/x: there is nothing of this name (FileNotFoundError: The specified"),
-        (["--method", "gram", "--moments", NOWHERE], f"moments {NOWHERE}: there is nothing: check the URI"),
+        (["no-such://a/b"], "model no-such://a/b: unknown store type no-such: use s3://, gs://, hf://"),
+        (["--evaluate", f"{NOWHERE}.txt"], f"{NOWHERE}.txt: not found"),
+        (["--output", "s3://none/x"], "s3://none/x: not found (FileNotFoundError: The specified"),
+        (["--method", "gram", "--moments", NOWHERE], f"moments {NOWHERE}: nothing found: check the URI"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_said_in_one_line(store: Store, arguments: list[str], says: str) -> None:
@@ -93,7 +93,7 @@ def test_names_that_leave_the_directory(store: Store, name: str) -> None:
     folder = f"names/{abs(hash(name))}"
     store.client.put_object(Bucket=BUCKET, Key=f"{folder}/config.json", Body=b"{}")
     store.client.put_object(Bucket=BUCKET, Key=f"{folder}/{name}", Body=b"{}")
-    with pytest.raises(CheckpointError, match=rf"the name of '{name}' in it leaves the directory: rename or remove it"):
+    with pytest.raises(CheckpointError, match=rf"the name '{name}' leads outside the directory: rename or remove it"):
         resolve_model(f"s3://{BUCKET}/{folder}")
     assert not list(storage.cache_directory().rglob("out.json"))
 
