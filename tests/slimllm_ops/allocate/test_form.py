@@ -113,9 +113,7 @@ def test_channels_that_make_no_whole_steps_are_an_error() -> None:
 
 
 def test_layers_that_differ_cannot_be_made_alike() -> None:
-    with pytest.raises(
-        InputError, match=r"layer 1 and layer 0 have different numbers .*: --uniform needs a model"
-    ):
+    with pytest.raises(InputError, match=r"layer 1 and layer 0 have different numbers .*: --uniform needs a model"):
         Form(uniform=True).sizes([*sizes(1), *sizes(1, channels=36)])
 
 
