@@ -103,7 +103,7 @@ class Footprint:
         return self.layers + self.moments + self.decision
 
     def passing(self) -> "Footprint":
-        """Return what a stream needs that runs layers without observing them."""
+        """Return the footprint of a stream that runs layers without observing them."""
         return replace(self, moments=0, decision=0)
 
     def likely_peak(self, held_tokens: int, tokens_at_once: int) -> int:

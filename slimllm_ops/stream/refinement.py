@@ -108,7 +108,7 @@ class RefinementStream:
 
     @torch.inference_mode()
     def observe_targets(self, layer: int, branch: Branch) -> PackedObservation:
-        """Run a branch in both streams, in the dense one to its end; return joint moments of [x_S, t] (N, S + D)."""
+        """Run a branch, and finish it in the dense stream; return the joint moments of [x_S, t] (N, S + D)."""
         self._kept_inputs = self.pruned.store()
         return self.pruned.require_finite(_summed(self._targets(layer, branch)), layer, branch)
 
