@@ -1,4 +1,4 @@
-"""What tests share: small models on disk, tokens for them, one local Ray and one MLflow store for the session."""
+"""Shared fixtures: small models on disk, tokens for them, one local Ray and one MLflow store per session."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""A Python where none of this project can be imported, as it is for whoever receives a pruned model."""
+"""Runs programs in a Python that cannot import this project, like that of a user who receives a pruned model."""
 
 import tempfile
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""A Python process that imports what programs need once, and runs each program in a fork of itself.
+"""Starts a Python process with the needed packages imported, and runs each program in a fork of it.
 
-To import torch, transformers and Ray takes seconds on an idle machine. In a fork it takes none, and nothing that one
-program does is left for the next.
+Importing torch, transformers and Ray takes seconds, even on an idle machine. A fork has them already, and leaves
+nothing behind for the next program.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The sdist and the wheel hold what users need, and the wheel works where nothing else of a checkout is."""
+"""The sdist and the wheel contain what users need, and the wheel works without a checkout."""
 
 import os
 import shutil

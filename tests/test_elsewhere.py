@@ -1,4 +1,4 @@
-"""What tests rely on that run programs in forks of one process, and where this project is not."""
+"""Programs run in forks of one process, and cannot import this project where tests rely on that."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which package may import which: the house of the design, checked on the sources."""
+"""Packages import only what the design allows; checked on the sources."""
 
 import ast
 import sys

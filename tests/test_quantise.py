@@ -1,4 +1,4 @@
-"""The example of docs/quantise.md runs as it stands there, on the built-in model, and does what the page says."""
+"""The example in docs/quantise.md runs as written, on the built-in model, and does what the page says."""
 
 import os
 import re

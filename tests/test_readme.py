@@ -1,4 +1,4 @@
-"""Every command of the README runs as it stands there, on a tiny model and less text than it would take."""
+"""Every command in the README runs as written, on a tiny model and with less text."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The files of the repository agree with one another: the name, the version, and what is checked before a commit."""
+"""The repository's files agree on the name, the version, and the checks before a commit."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""A small random model of every family, with norms and biases that are not those of a fresh model."""
+"""Builds a small random model of every family, with norms and biases that differ from a fresh model's."""
 
 from pathlib import Path
 from typing import Any

@@ -1,1 +1,1 @@
-"""Hidden states on their way through a model, a layer at a time."""
+"""Runs hidden states through a model, one layer at a time."""

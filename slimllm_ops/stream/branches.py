@@ -1,10 +1,10 @@
-"""One branch of a decoder layer, from the states it reads to what it adds to the residual stream.
+"""Runs one branch of a decoder layer, from the states it reads to what it adds to the residual stream.
 
-A branch runs with its output projection left out, so that it returns X, the projection's input. Its output, dense or
-pruned, is then X[:, S] W + b, with no second forward pass. An MLP of experts runs in the same way
-(`slimllm_ops.moments.routing`), but apart from its router and its activation it runs code of this package.
+A branch runs without its output projection, so it returns X, the projection's input. Its output, dense or pruned, is
+then X[:, S] W + b, without a second forward pass. An MLP of experts works the same way: its router and activation are
+the model's own, and the rest is code of this package (`slimllm_ops.moments.routing`).
 
-Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an output projection, S of them kept; E
+Shapes: b blocks in a batch, T tokens in a block, D hidden size, P inputs of an output projection, S of them kept, E
 experts.
 """
 
@@ -25,29 +25,29 @@ from slimllm_ops.moments.routing import Routed, RoutedStates, RoutedSum, project
 from slimllm_ops.moments.states import States, StateStore
 from slimllm_ops.stream.weights import ModelWeights
 
-# A norm's gain below this fraction of its largest passes nothing on.
+# A norm blocks the dims whose gain is below this fraction of its largest gain.
 SMALLEST_GAIN = 1e-3
 
-# What enters the output projection: X (b, T, P), or `Routed` for experts.
+# The input of the output projection: X (b, T, P), or `Routed` with experts.
 X = TypeVar("X")
 Taken = TypeVar("Taken", contravariant=True)
 
 
 class Sum(Protocol[Taken]):
-    """An observation of batches as they come."""
+    """A running sum of observations of a branch over batches."""
 
     def add(self, x: Taken, inputs: Tensor, /) -> None:
-        """Add what enters the output projection, and what entered the branch (b, T, D)."""
+        """Add the inputs of the output projection and of the branch itself (b, T, D)."""
 
     def add_powers(self, output: float, added: float) -> None:
-        """Add the summed squares of the output, and of what of it is added to the stream."""
+        """Add sums of squares of the projection's output, and of what the branch added to the stream."""
 
     def packed(self) -> Observed:
         """Return the observation of all tokens so far."""
 
 
 class Held(Protocol[X]):
-    """What enters the output projection, batch by batch, until a decision is made."""
+    """The inputs of the output projection, one per batch, kept until a decision is made."""
 
     def append(self, x: X, /) -> None:
         """Add a batch."""
@@ -59,9 +59,9 @@ class LayerBranch(ABC, Generic[X]):
     """A branch of a layer, with its weights.
 
     Args:
-        weights: The model.
-        layer: The number of the layer.
-        branch: Which branch.
+        weights: The model's weights.
+        layer: The layer's number.
+        branch: The branch of that layer.
     """
 
     def __init__(self, weights: ModelWeights, layer: int, branch: Branch) -> None:
@@ -72,44 +72,44 @@ class LayerBranch(ABC, Generic[X]):
 
     @abstractmethod
     def begin_sum(self) -> Sum[X]:
-        """Return an observation of no tokens yet."""
+        """Return a sum without tokens."""
 
     @abstractmethod
     def begin_states(self, store: StateStore) -> Held[X]:
-        """Return a holder, empty yet, of what enters the output projection."""
+        """Return an empty store for the inputs of the output projection."""
 
     @abstractmethod
     def run(self, normalised: Tensor) -> X:
-        """Return what enters the output projection, from the branch's input (b, T, D)."""
+        """Return the output projection's input for the branch's input (b, T, D)."""
 
     @abstractmethod
     def projected(self, decision: Decision | None) -> Callable[[X], Tensor]:
-        """Return what maps the output projection's input to its output (b, T, D), dense or as decided."""
+        """Return a function from the projection's input to its output (b, T, D), pruned if there is a decision."""
 
     @torch.inference_mode()
     def normalise(self, hidden: Tensor) -> Tensor:
-        """Return the branch's input (b, T, D) from the residual stream's states (b, T, D)."""
+        """Return the branch's input (b, T, D) for states of the residual stream (b, T, D)."""
         norm = self._branch.reading.norm
         return hidden if norm is None else self._loaded().get_submodule(norm)(hidden)
 
     @torch.inference_mode()
     def contribution(self, output: Tensor) -> Tensor:
-        """Return what the branch adds to the residual stream (b, T, D), from the output of its output projection."""
+        """Return what the branch adds to the residual stream (b, T, D) for its output projection's output (b, T, D)."""
         if (norm := self._branch.reading.output_norm) is not None:
             output = self._loaded().get_submodule(norm)(output)
         return output if self._multiplier == 1 else output * self._multiplier
 
     @torch.inference_mode()
     def change_of_output(self, output: Tensor, change: Tensor) -> Tensor:
-        """Return by how much the output must change for the contribution to change by `change`, all (b, T, D).
+        """Return the change of the output that changes the contribution by `change`, all (b, T, D).
 
-        Exact but for a norm of the output, an RMS norm in all families that have one: its divisor is held.
+        This is exact unless the output has a norm, an RMS norm in all such families: its divisor is held constant.
         """
         change = change / self._multiplier
         if (norm := self._branch.reading.output_norm) is None:
             return change
         gain_D = self._loaded().get_submodule(norm)(torch.ones_like(output[0, 0]))
-        # A dim that the norm takes away cannot be changed through it.
+        # A dim that the norm blocks cannot be changed through it.
         passes_D = gain_D.abs() > SMALLEST_GAIN * gain_D.abs().max()
         rms = output.float().square().mean(dim=-1, keepdim=True).sqrt().to(output)
         return torch.where(passes_D, change / torch.where(passes_D, gain_D, 1.0), 0.0) * rms
@@ -123,16 +123,16 @@ class PlainBranch(LayerBranch[Tensor]):
     """A branch with one output projection."""
 
     def begin_sum(self) -> ObservationSum:
-        """Return an observation of no tokens yet."""
+        """Return a sum without tokens."""
         return ObservationSum()
 
     def begin_states(self, store: StateStore) -> States:
-        """Return an empty store of X."""
+        """Return an empty store for X."""
         return store()
 
     @torch.inference_mode()
     def run(self, normalised: Tensor) -> Tensor:
-        """Return X (b, T, P) from the branch's input (b, T, D)."""
+        """Return X (b, T, P) for the branch's input (b, T, D)."""
         module, branch = self._loaded(), self._branch
         if branch.reading.activation is not None:
             (name,) = branch.inputs
@@ -144,7 +144,7 @@ class PlainBranch(LayerBranch[Tensor]):
         return output[0] if isinstance(output, tuple) else output
 
     def projected(self, decision: Decision | None) -> Callable[[Tensor], Tensor]:
-        """Return what maps X (b, T, P) to the output (b, T, D), dense or as decided."""
+        """Return a function from X (b, T, P) to the output (b, T, D), pruned if there is a decision."""
         projection = cast(nn.Linear, self._loaded().get_submodule(self._branch.output))
         weight_DS: Tensor = projection.weight
         bias_D: Tensor | None = projection.bias
@@ -156,19 +156,19 @@ class PlainBranch(LayerBranch[Tensor]):
 
 
 class ExpertsBranch(LayerBranch[Routed]):
-    """An MLP of experts, each with an output projection of its own."""
+    """An MLP of experts, each with its own output projection."""
 
     def begin_sum(self) -> RoutedSum:
-        """Return an observation of no tokens yet."""
+        """Return a sum without tokens."""
         checkpoint = self._weights.checkpoint
         return RoutedSum(checkpoint.family.num_experts(checkpoint.config))
 
     def begin_states(self, store: StateStore) -> RoutedStates:
-        """Return an empty store of X and of the experts that it belongs to."""
+        """Return an empty store for X and the numbers of its experts."""
         return RoutedStates(store)
 
     def run(self, normalised: Tensor) -> Routed:
-        """Return what enters the experts' output projections, from the branch's input (b, T, D)."""
+        """Return the inputs of the experts' output projections for the branch's input (b, T, D)."""
         module, read = self._loaded(), self._branch.reading.experts
         assert read is not None, "a branch without experts has one output projection"
         (gate_up,) = self._branch.inputs
@@ -176,7 +176,7 @@ class ExpertsBranch(LayerBranch[Routed]):
         return route(module.get_submodule(read.router), module.get_parameter(gate_up), activation, normalised)
 
     def projected(self, decision: Decision | None) -> Callable[[Routed], Tensor]:
-        """Return what maps the experts' X to the output (b, T, D), dense or as decided."""
+        """Return a function from the experts' X to the output (b, T, D), pruned if there is a decision."""
         weight_EDS: Tensor = self._loaded().get_parameter(self._branch.output)
         kept_ES: Tensor | None = None
         if decision is not None:
@@ -185,14 +185,14 @@ class ExpertsBranch(LayerBranch[Routed]):
 
 
 def layer_branch(weights: ModelWeights, layer: int, branch: Branch) -> LayerBranch[Any]:
-    """Return a branch of a layer, ready to run: the one place that asks whether it has experts."""
+    """Return a branch of a layer, ready to run; only this function checks whether it has experts."""
     kind = ExpertsBranch if branch.has_experts else PlainBranch
     return kind(weights, layer, branch)
 
 
 @contextmanager
 def _without(module: nn.Module, name: str) -> Iterator[None]:
-    """Let a module return the input of one of its parts, the last that it runs."""
+    """Skip the last part that a module runs, so that the module returns that part's input."""
     part = getattr(module, name)
     setattr(module, name, nn.Identity())
     try:

@@ -1,16 +1,18 @@
-"""What a worker needs, in bytes, by what it holds: why memory grows with neither the depth of a model nor its tokens.
+"""Computes how many bytes a worker needs, from what it holds.
 
-    two layers (one in use, the next read ahead)
-    moments of one module: their running sum, and the copy that travels
-    a decision, where the worker makes it: the covariance, and products of it with weights
-    states: the residual stream of every token, and X, a branch's activations, where they wait for a decision
-    activations of one micro-batch
+Only the states grow with the number of tokens, and nothing grows with the model's depth. A worker holds:
 
-Of a mixture of experts, the moments are of every expert, a decision is about one after the other, and X is what the
-experts of a token, k of them, make of it.
+    two layers: the current one, and the next one, which is read ahead
+    the moments of one module: their running sum, and the copy that is sent
+    a decision, if the worker makes it: the covariance, and its products with weights
+    states: the residual stream of every token, and X, a branch's activations, if they wait for a decision
+    the activations of one micro-batch
 
-Micro-batches are sized by these sums, which bound what is taken: not all of it is alive at once. What a worker will
-likely take is less: a decision is made when a micro-batch's activations are gone, of which fewer are alive at once.
+In a mixture of experts, moments cover every expert, decisions are made for one expert at a time, and X holds the
+activations of each token's k experts.
+
+The sum of these is an upper bound, since not all of them are alive at once; micro-batches are sized by it. The likely
+peak is lower: a decision is made after a micro-batch's activations are freed, and fewer of those are alive at once.
 
 Shapes: D hidden size, P the larger input of an output projection.
 """
@@ -23,24 +25,24 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import TRIANGLE_BLOCKS, accumulation_dtype
 from slimllm_ops.stream.weights import compute_dtype
 
-# Tensors of a micro-batch that are alive at once in a branch: (tokens, P) in the MLP, (tokens, D) in the attention.
+# Tensors of a micro-batch that may be alive at once in a branch: (tokens, P) in the MLP, (tokens, D) in attention.
 WIDE_ACTIVATIONS, NARROW_ACTIVATIONS = 5, 8
-# Those of them that were seen alive at once (benchmarks/results/memory.md): in the MLP, and in the attention.
+# How many of each were measured alive at once (benchmarks/results/memory.md), in the MLP and in attention.
 LIKELY_MLP, LIKELY_ATTENTION = (3, 3), (0, 8)
-# A solve was seen to hold so many matrices P x P at its peak, beside the weight in float32 and in the dtype of sums.
+# P x P matrices at the measured peak of a solve, which also holds the weight in float32 and in the dtype of sums.
 SOLVE_SQUARES = 6
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one stream through a model takes."""
+    """The bytes that one stream through a model needs."""
 
     layers: int
     moments: int
     decision: int
     states_per_token: int
     activations_per_token: int
-    # A layer as stored, while it is read.
+    # One layer in its stored dtype, while it is read.
     stored_layer: int
     likely_activations_per_token: int
 
@@ -48,13 +50,13 @@ class Footprint:
     def of(
         cls, checkpoint: Checkpoint, device: torch.device, *, deciding: bool, measures_change: bool = False
     ) -> "Footprint":
-        """Return what a stream takes on a device.
+        """Return what a stream needs on a device.
 
         Args:
-            checkpoint: the model that it passes.
-            device: where it computes.
-            deciding: whether its worker decides, so that a branch's activations wait for the decision.
-            measures_change: whether what enters a layer is held, to see what the layer changes.
+            checkpoint: The model.
+            device: Where the layers run.
+            deciding: Whether the worker makes decisions, so that a branch's activations wait for one.
+            measures_change: Whether to keep the states that enter a layer, to measure what the layer changes.
         """
         values, sums = compute_dtype(device).itemsize, accumulation_dtype(device).itemsize
         hidden, widths = checkpoint.config.hidden_size, _widths(checkpoint)
@@ -62,9 +64,9 @@ class Footprint:
         family, config = checkpoint.family, checkpoint.config
         experts, chosen = family.num_experts(config), family.experts_per_token(config)
         widest, entering = max(widths), max(attention, chosen * mlp)
-        # Where there are experts, it is held which of them a token was sent to.
+        # With experts, the numbers of each token's experts are held too.
         routes = torch.int64.itemsize * chosen if family.mlp.has_experts else 0
-        # The MLP of a parallel layer reads what entered the layer, which is held beside the residual stream.
+        # The MLP of a parallel layer reads the layer's input, which is held in addition to the residual stream.
         held = 2 if measures_change or family.is_parallel(config) else 1
         names = [checkpoint.layer_names(layer) for layer in range(checkpoint.num_layers)]
         largest = max(map(checkpoint.num_parameters, names))
@@ -81,7 +83,7 @@ class Footprint:
 
     @classmethod
     def of_refinement(cls, dense: Checkpoint, pruned: Checkpoint, device: torch.device) -> "Footprint":
-        """Return what the dense and the pruned stream take side by side, with the joint moments of their states."""
+        """Return what the dense and the pruned stream need side by side, with the joint moments of their states."""
         one, other = (cls.of(model, device, deciding=model is pruned) for model in (dense, pruned))
         hidden, sums = dense.config.hidden_size, accumulation_dtype(device).itemsize
         joint = max(max(_widths(pruned)) + hidden, 2 * hidden)
@@ -97,48 +99,48 @@ class Footprint:
 
     @property
     def fixed(self) -> int:
-        """What does not depend on tokens."""
+        """The bytes that do not depend on the number of tokens."""
         return self.layers + self.moments + self.decision
 
     def passing(self) -> "Footprint":
-        """Return what a stream takes that passes layers and observes nothing."""
+        """Return the footprint of a stream that runs layers without observing them."""
         return replace(self, moments=0, decision=0)
 
     def likely_peak(self, held_tokens: int, tokens_at_once: int) -> int:
-        """Return the bytes that a worker will likely take above its libraries.
+        """Return the bytes that a worker will likely need on top of its libraries.
 
         Args:
-            held_tokens: tokens whose states are held in memory.
-            tokens_at_once: tokens of a micro-batch.
+            held_tokens: The number of tokens whose states are in memory.
+            tokens_at_once: The number of tokens in a micro-batch.
         """
         working = max(self.decision, self.likely_activations_per_token * tokens_at_once)
         held = self.layers + self.stored_layer + self.moments + self.states_per_token * held_tokens
         return held + working
 
     def tokens_at_once(self, free: int, held_tokens: int) -> int:
-        """Return how many tokens a micro-batch may have, where `free` bytes are there and so many tokens are held."""
+        """Return how many tokens a micro-batch may have, given the free bytes and the number of tokens in memory."""
         return (free - self.fixed - self.states_per_token * held_tokens) // self.activations_per_token
 
 
 def solve_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
-    """Return what a solve of the widest module takes above its libraries: of experts, one after the other."""
+    """Return the bytes that a solve of the widest module, or expert, needs on top of its libraries."""
     sums, width = accumulation_dtype(device).itemsize, max(_widths(checkpoint))
     return sums * SOLVE_SQUARES * width**2 + (sums + torch.float32.itemsize) * width * checkpoint.config.hidden_size
 
 
 def moment_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
-    """Return what the moments of one layer's modules are, as they travel and are kept."""
+    """Return the bytes of the moments of one layer's modules, as they are sent and stored."""
     sums, (attention, mlp) = accumulation_dtype(device).itemsize, _widths(checkpoint)
     return _triangle(attention, sums) + checkpoint.family.num_experts(checkpoint.config) * _triangle(mlp, sums)
 
 
 def _triangle(width: int, itemsize: int) -> int:
-    """Return the bytes of a square's upper triangle in block rows."""
+    """Return the bytes of a square matrix's upper triangle, stored in block rows."""
     return itemsize * width**2 * (TRIANGLE_BLOCKS + 1) // (2 * TRIANGLE_BLOCKS)
 
 
 def _widths(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Return the largest numbers of inputs of an attention's output projection, and of an MLP's, or of an expert's."""
+    """Return the width of the widest output projection in attention, and in MLPs or their experts."""
     shapes = [checkpoint.layer_shapes(layer) for layer in range(checkpoint.num_layers)]
     attention, mlp = checkpoint.family.attention.output_weight, checkpoint.family.mlp.output_weight
     return max(one[attention][-1] for one in shapes), max(one[mlp][-1] for one in shapes)

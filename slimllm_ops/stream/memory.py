@@ -1,4 +1,4 @@
-"""The memory of this process and its machine: giving back what was freed, and asking what is free."""
+"""Returns freed memory to the system, and reports how much is free."""
 
 import ctypes
 import os
@@ -14,10 +14,10 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def return_large_blocks() -> None:
-    """Let blocks of 128 KiB and more go back to the system as soon as they are freed; nothing without glibc.
+    """Return blocks of 128 KiB or more to the system as soon as they are freed; do nothing without glibc.
 
-    By itself, glibc keeps freed blocks of up to 32 MiB, scattered over its heap, so that a process seems to grow with
-    every layer of a model though it holds one. Larger blocks, those of wide models, are mapped anew either way.
+    By default, glibc keeps freed blocks of up to 32 MiB, scattered over its heap, so a process seems to grow with every
+    layer of a model, though it holds only one. Larger blocks, as in wide models, are newly mapped either way.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -26,7 +26,7 @@ def return_large_blocks() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a GPU, or in this machine or container for a CPU."""
+    """Return the free bytes of a GPU, or for a CPU, of this machine or container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_free_of_machine(), _free_of_container())
@@ -40,7 +40,7 @@ def _free_of_machine() -> int:
 
 
 def _free_of_container() -> int:
-    """Return what a container's limit leaves (cgroup v2); without a limit, more than any machine has."""
+    """Return the bytes left under a container's limit (cgroup v2), or `sys.maxsize` without a limit."""
     limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if not limit.exists() or not limit.read_text().strip().isdigit():
         return sys.maxsize

@@ -1,4 +1,4 @@
-"""Opening streams: the two kinds that shards hold, each from the place where it computes and its token ids."""
+"""Opens the two kinds of streams that shards hold, from token ids and the place where they run."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from slimllm_ops.stream.refinement import RefinementStream
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where a stream computes, and what holds its states."""
+    """The device that a stream runs on, and the kind of store that holds its states."""
 
     device: torch.device
     store: StateStore = list
@@ -25,11 +25,11 @@ def open_stream(
     """Embed batches of token ids as the input of a model's first layer.
 
     Args:
-        place: Where the layers run.
+        place: Where the layers run, and what holds the states.
         ids: Token ids, each (b, T), int64.
         checkpoint: The model.
-        measures_change: Whether to hold what enters a layer, to measure what the layer changes.
-        intercept: Whether fits to its moments have an intercept.
+        measures_change: Whether to keep the states that enter a layer, to measure what the layer changes.
+        intercept: Whether recovery may fit an intercept.
     """
     return LayerStream(checkpoint, ids, place.device, place.store, measures_change=measures_change, intercept=intercept)
 
@@ -37,10 +37,10 @@ def open_stream(
 def open_refinement(
     place: Workplace, ids: list[Tensor], dense: Checkpoint, pruned: Checkpoint, origins: tuple[int, ...]
 ) -> RefinementStream:
-    """Embed batches of token ids in the dense and in the pruned model, side by side.
+    """Embed batches of token ids in the dense and in the pruned model, as two streams that run side by side.
 
     Args:
-        place: Where the layers run.
+        place: Where the layers run, and what holds the states.
         ids: Token ids, each (b, T), int64.
         dense: The dense model.
         pruned: The pruned model.

@@ -1,14 +1,14 @@
-"""How many operations a run is, and how many a processor makes in a second: what seconds can be told from beforehand.
+"""Counts a run's operations and measures a processor's rate, so that a run's time can be estimated beforehand.
 
 For each token and layer:
 
-    forward      2 (weights that the token passes) + 2 T D        attention over half a block of T tokens
-    moments      P^2 of every module                              of a product X^T X, a triangle is made
+    forward      2 (weights that the token uses) + 2 T D          attention over half a block of T tokens
+    moments      P^2 of every module                              only a triangle of X^T X is computed
 
 For each module:
 
-    elimination  2 P^3 (3 + D / P)                                gram: inverse, gram, and their updates
-    refit        P^3 / 3 + 6 P^2 D                                gram: a factor, images of the covariance
+    elimination  2 P^3 (3 + D / P)                                gram: inverse, W W^T, and their updates
+    refit        P^3 / 3 + 6 P^2 D                                gram: a Cholesky factor, products C W
     decision     10 D^3 + 2 P^2 D                                 slimllm: an eigen-decomposition, C W
 
 Shapes: T tokens of a block, D hidden size, P inputs of an output projection.
@@ -23,23 +23,23 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import accumulation_dtype
 from slimllm_ops.stream.weights import compute_dtype
 
-# What observing reaches of the rate of a plain product, and what solves reach of it in the dtype of sums: measured
-# (benchmarks/results/one_process.md).
+# Measured rates as fractions of a plain product's rate (benchmarks/results/one_process.md): of observing, and of
+# solves in the dtype of sums.
 OBSERVING_SHARE, SOLVING_SHARE = 0.60, 0.35
-# The products by which a rate is measured: tens of milliseconds.
+# The size and number of the products that measure a rate; they take tens of milliseconds.
 RATE_SIZE, RATE_TIMES = {"cpu": 512, "cuda": 4096}, 4
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second of plain products: in the dtype that layers compute in, and in that of sums and solves."""
+    """Operations per second of plain matrix products: in the dtype of layers, and in the dtype of sums and solves."""
 
     products: float
     solves: float
 
     @classmethod
     def measure(cls, device: torch.device) -> "Rates":
-        """Measure the rates here, in this process's threads."""
+        """Measure the rates on a device, with this process's threads."""
         size = RATE_SIZE[device.type]
         dtypes = compute_dtype(device), accumulation_dtype(device)
         return cls(*(rate_of_products(device, dtype, size, RATE_TIMES) for dtype in dtypes))
@@ -47,7 +47,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class LayerOperations:
-    """Operations of one decoder layer: of a token, but for `elimination`, `refit` and `decision`, of both modules."""
+    """The operations of one decoder layer: per token in `forward` and `moments`, once per layer in the others."""
 
     forward: float
     moments: float
@@ -82,17 +82,17 @@ def forward_operations(parameters: float, block_length: int, hidden: int) -> flo
 
 
 def moment_operations(width: int) -> float:
-    """Return the operations per token of a module's moments, of which a triangle is made."""
+    """Return the operations per token of a module's moments; only a triangle is computed."""
     return width**2
 
 
 def elimination_operations(width: int, hidden: int) -> float:
-    """Return the operations of an elimination of all of a module's units."""
+    """Return the operations of eliminating all of a module's units."""
     return 2 * width**3 * (3 + hidden / width)
 
 
 def refit_operations(width: int, hidden: int) -> float:
-    """Return the operations of a refit of a module's kept units."""
+    """Return the operations of refitting a module's kept units."""
     return width**3 / 3 + 6 * width**2 * hidden
 
 

@@ -1,8 +1,8 @@
-"""Hidden states that pass through a model one layer at a time, with only that layer's weights in memory.
+"""Runs hidden states through a model one layer at a time, with only that layer's weights in memory.
 
-Each branch runs once per layer and batch (`slimllm_ops.stream.branches`), be it observed, pruned or both.
+Each branch runs once per layer and batch (`slimllm_ops.stream.branches`), whether it is observed, pruned or both.
 
-Shapes: b blocks of a batch, T tokens of a block, D hidden size, P inputs of an output projection, V vocabulary.
+Shapes: b blocks in a batch, T tokens in a block, D hidden size, P inputs of an output projection, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ from slimllm_ops.moments.sums import DensePass, Mean
 from slimllm_ops.stream.branches import Held, LayerBranch, layer_branch
 from slimllm_ops.stream.weights import ModelWeights
 
-# Tokens whose logits are computed at once: a vocabulary of 128k in float32 is then 0.5 GB.
+# Logits are computed for this many tokens at once: 0.5 GB in float32 for a vocabulary of 128k.
 LOGIT_TOKENS = 1024
-# The read-back of a checkpoint compares the states of this many first tokens: causal, so they need no others.
+# Read-back compares the states of this many first tokens; attention is causal, so they depend on no later ones.
 PROBED_TOKENS = 64
 
 Seen = TypeVar("Seen", bound=Observed)
@@ -35,12 +35,12 @@ class LayerStream:
     """The hidden states of batches of token blocks, on their way through a checkpoint.
 
     Args:
-        checkpoint: The model that they pass.
+        checkpoint: The model.
         batches: Token ids, each (b, T), int64.
-        device: Where the layers run: on the CPU in float32, on a GPU in bfloat16.
-        store: Makes what holds the batches' states; by default a list, in the device's memory.
-        measures_change: Whether to hold the states that enter a layer, to measure what it changes.
-        intercept: Whether recoveries from what `observe` returns may fit an intercept.
+        device: Where the layers run, in float32 on a CPU and in bfloat16 on a GPU.
+        store: Returns an empty store for the batches' states; by default a list, in the device's memory.
+        measures_change: Whether to keep the states that enter a layer, to measure what the layer changes.
+        intercept: Whether recovery from the moments that `observe` returns may fit an intercept.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LayerStream:
 
     @property
     def family(self) -> Family:
-        """The checkpoint's family."""
+        """The checkpoint's model family."""
         return self.checkpoint.family
 
     @property
@@ -76,11 +76,11 @@ class LayerStream:
         return self._weights.dtype
 
     def shape(self, layer: int) -> LayerShape:
-        """Return what a layer's branches are made of."""
+        """Return the shape of a layer's branches."""
         return layer_shape(self.checkpoint.config, layer)
 
     def weights(self, layer: int) -> dict[str, Tensor]:
-        """Return a layer's tensors by their names in it, in the precision that it computes in."""
+        """Return a layer's tensors by their names in the layer, in the dtype that it computes in."""
         return dict(self._weights.load(layer).named_parameters())
 
     def branch(self, layer: int, branch: Branch) -> LayerBranch[Any]:
@@ -89,7 +89,7 @@ class LayerStream:
 
     @torch.inference_mode()
     def forward(self, layer: int) -> Mean:
-        """Pass a whole layer; return the cosine between its input and output, summed over tokens."""
+        """Run a whole layer; return the cosine similarity of its input and output, summed over tokens."""
         module, call = self._weights.load(layer), self._weights.call(layer)
         total, count = 0.0, 0
         for index, before in enumerate(self.hidden):
@@ -103,7 +103,7 @@ class LayerStream:
 
     @torch.inference_mode()
     def observe(self, layer: int, branch: Branch) -> Observed:
-        """Run a branch up to its output projection, hold what came out until `apply`, and return its moments."""
+        """Run a branch up to its output projection, keep the result until `apply`, and return its moments."""
         run = self.branch(layer, branch)
         seen, self._branch_inputs = run.begin_sum(), run.begin_states(self.store)
         for normalised, x_bTP in self._run(layer, branch, run):
@@ -113,10 +113,10 @@ class LayerStream:
 
     @torch.inference_mode()
     def observe_dense(self, layer: int, branch: Branch) -> DensePass:
-        """Pass a dense branch; return its moments, and the norms of the states that result.
+        """Run a dense branch; return its moments, and the norms of the resulting states.
 
-        The moments are kept for any use, so they have an intercept until they are read. Nothing is held but the
-        residual stream, and what entered the layer where its change is measured.
+        These moments allow an intercept, whatever they are used for later. Only the residual stream is held, and the
+        layer's input if its change is measured.
         """
         run = self.branch(layer, branch)
         seen, power, change = run.begin_sum(), Mean(0.0, 0), Mean(0.0, 0)
@@ -136,7 +136,7 @@ class LayerStream:
 
     @torch.inference_mode()
     def forward_pruned(self, layer: int, plan: LayerPlan) -> None:
-        """Pass a layer as a plan leaves it, with nothing observed."""
+        """Run a layer as a plan prunes it, without observing it."""
         if plan.dropped:
             return
         for branch, decision in ((self.family.attention, plan.attention), (self.family.mlp, plan.mlp)):
@@ -147,10 +147,10 @@ class LayerStream:
 
     @torch.inference_mode()
     def apply(self, layer: int, branch: Branch, decision: Decision | None) -> Mean:
-        """Add the observed branch's output, pruned by `decision` or dense, to the residual stream.
+        """Add the observed branch's output to the residual stream, pruned if there is a decision.
 
         Returns:
-            The squared norm of the states that result, summed over tokens.
+            The squared norm of the resulting states, summed over tokens.
         """
         run, power = self.branch(layer, branch), Mean(0.0, 0)
         project = run.projected(decision)
@@ -162,14 +162,14 @@ class LayerStream:
     def entering(self, layer: int, branch: Branch) -> States:
         """Return the states that a branch of the current layer reads.
 
-        They are the residual stream's, except for the MLP of a parallel layer, which reads what the attention reads:
-        there they are noted when the layer is first asked for.
+        These are the residual stream's states, except in the MLP of a parallel layer, which reads what the attention
+        reads. A parallel layer's input is saved when this is first called for the layer.
         """
         return self._entered_by(layer) if self._parallel else self.hidden
 
     @torch.inference_mode()
     def negative_log_likelihood(self) -> Mean:
-        """Return the next tokens' negative log-likelihood, once every layer is passed."""
+        """Return the negative log-likelihood of the next tokens, after the last layer has run."""
         total, count = 0.0, 0
         with self._weights.head():
             for hidden, ids in zip(self.hidden, self.batches, strict=True):
@@ -185,16 +185,16 @@ class LayerStream:
         return self.hidden[0][0, :PROBED_TOKENS].float().cpu().numpy()
 
     def probed_ids(self) -> np.ndarray:
-        """Return the ids (T',) of the tokens that `probe` shows."""
+        """Return the ids (T',) of the tokens whose states `probe` returns."""
         return self.batches[0][0, :PROBED_TOKENS].numpy()
 
     def close(self) -> None:
-        """Give everything back now."""
+        """Free all memory now."""
         self._weights.close()
         self.hidden, self._branch_inputs, self._entered = [], [], None
 
     def require_finite(self, observed: Seen, layer: int, branch: Branch) -> Seen:
-        """Return an observation that is free of NaN and infinity.
+        """Return an observation, after checking that it is free of NaN and infinity.
 
         Raises:
             NonFiniteError: It is not; the message names the layer and module.
@@ -204,26 +204,26 @@ class LayerStream:
         return observed
 
     def _run(self, layer: int, branch: Branch, run: LayerBranch[Any]) -> Iterator[tuple[Tensor, Any]]:
-        """Run a branch up to its output projection; yield its input (b, T, D), and X (b, T, P), or `Routed`."""
+        """Run a branch up to its output projection; yield its input (b, T, D), and X (b, T, P) or `Routed`."""
         for hidden in self.entering(layer, branch):
             normalised = run.normalise(hidden)
             yield normalised, run.run(normalised)
 
     def _add(self, index: int, added: Tensor) -> Mean:
-        """Add what a branch adds to a batch's states; return their squared norm, summed over tokens."""
+        """Add a branch's contribution to a batch's states; return their new squared norm, summed over tokens."""
         hidden = self.hidden[index] + added
         self.hidden[index] = hidden
         return _summed_power(hidden)
 
     def _entered_by(self, layer: int) -> States:
-        """Return the states that entered a layer, noted when it is first asked for them."""
+        """Return the states that entered a layer, saved on the first call for that layer."""
         if self._entered is None or self._entered[0] != layer:
             self._entered = (layer, self._held(iter(self.hidden)))
         return self._entered[1]
 
     @torch.inference_mode()
     def _held(self, batches: Iterator[Tensor]) -> States:
-        """Return a store of the batches' states."""
+        """Return a store that holds the batches' states."""
         states = self.store()
         for batch in batches:
             states.append(batch)
@@ -237,7 +237,7 @@ class LayerStream:
 
 
 def _spans(states_BTD: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut states and targets into parts of no more tokens than logits are computed of at once."""
+    """Split states and targets into parts of at most `LOGIT_TOKENS` tokens."""
     blocks = max(1, LOGIT_TOKENS // states_BTD.shape[1])
     for states_bTD, targets_bT in zip(states_BTD.split(blocks), targets_BT.split(blocks), strict=True):
         yield from zip(states_bTD.split(LOGIT_TOKENS, dim=1), targets_bT.split(LOGIT_TOKENS, dim=1), strict=True)
@@ -249,7 +249,7 @@ def _power(states: Tensor) -> float:
 
 
 def _summed_power(states_bTD: Tensor) -> Mean:
-    """Return the squared norm of a batch's states."""
+    """Return the squared norm of a batch's states, summed over tokens."""
     return Mean(_power(states_bTD), states_bTD.shape[0] * states_bTD.shape[1])
 
 

@@ -1,7 +1,7 @@
-"""Reading back what was written: does the checkpoint compute what the run computed?
+"""Reads a written checkpoint back, and checks that it computes what the run computed.
 
-Each written layer is given the hidden states that entered that layer in the run, and its output is compared with
-the states that left it. Errors do not add up over layers, so one layer's rounding is all that may be seen.
+Each written layer gets the hidden states that entered that layer in the run, and its output is compared with the
+states that left it in the run. So errors do not add up over layers: only the rounding of one layer is allowed.
 
 Shapes: T tokens, D hidden size.
 """
@@ -15,7 +15,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import ReadBackError
 from slimllm_ops.stream.passes import LayerStream
 
-# A layer is right if its error is below so many roundings of the stored dtype, and of a sum in float32.
+# A layer may be off by this many roundings of the coarser dtype, stored or computed in, and by a sum in float32.
 ROUNDINGS = 4
 SUMMATION = 1e-4
 
@@ -23,22 +23,22 @@ SUMMATION = 1e-4
 def read_back(
     checkpoint: Checkpoint, ids_T: np.ndarray, states_TD: Sequence[np.ndarray], computed_in: torch.dtype
 ) -> float:
-    """Compare every written layer with the states seen in the run; return the largest relative error.
+    """Compare every written layer with the states of the run; return the largest relative error.
 
     Args:
-        checkpoint: what was written.
-        ids_T: the tokens that the states belong to.
-        states_TD: hidden states before the first layer and after each.
-        computed_in: the dtype that the run computed in.
+        checkpoint: The written checkpoint.
+        ids_T: The ids of the tokens that the states belong to.
+        states_TD: The hidden states before the first layer and after each layer.
+        computed_in: The dtype that the run computed in.
 
     Raises:
-        ReadBackError: a layer differs by more than rounding.
+        ReadBackError: The embedding or a layer differs by more than rounding.
     """
     tolerance = ROUNDINGS * max(torch.finfo(checkpoint.dtype).eps, torch.finfo(computed_in).eps) + SUMMATION
     ids = torch.from_numpy(ids_T.astype(np.int64))[None]
     stream = LayerStream(checkpoint, [ids], torch.device("cpu"))
     expected = [torch.from_numpy(state_TD.copy())[None] for state_TD in states_TD]
-    # A state is rounded after each branch: beside a large state, a small addition is seen less sharply.
+    # A state is rounded after each branch, so a small addition to a large state is known less precisely.
     rounding = torch.finfo(computed_in).eps
     worst = _require_close(stream.hidden[0], expected[0], expected[0], "the embedding", tolerance, rounding)
     for layer in range(checkpoint.num_layers):
@@ -59,12 +59,12 @@ def _require_close(
     tolerance: float,
     rounding: float,
 ) -> float:
-    """Return the error relative to what was added; it is 0 where nothing was added and nothing differs."""
+    """Check that rounding explains the error; return it relative to what was added, or 0 if nothing was added."""
     error, scale = float((found - expected).norm()), float(added.norm())
     allowed = tolerance * scale + rounding * float(expected.norm())
     if not error <= allowed:
         raise ReadBackError(
-            f"{described} as written differs by {error:.2g} from what the run computed, where rounding "
-            f"explains {allowed:.2g}: the disk is at fault, or this is a bug worth reporting"
+            f"{described} as written differs by {error:.2g} from what the run computed, and rounding "
+            f"explains only {allowed:.2g}: the disk is at fault, or this is a bug worth reporting"
         )
     return error / scale if scale else 0.0

@@ -1,21 +1,21 @@
-r"""A second pass that corrects a pruned model towards the dense stream, layer by layer.
+r"""Corrects a pruned model towards the dense one in a second pass, layer by layer.
 
-Two streams run side by side, the dense model's states h and the pruned one's h'. For each branch, with u and u' the
+Two streams run side by side: the dense model's states h and the pruned model's h'. For each branch, with u and u' the
 two streams' normalised inputs,
 
-    align    M = I + (U'^T U' + d I)^-1 U'^T (U - U'),     folded into the projections into the branch: W_in M^T
+    align    M = I + (U'^T U' + d I)^-1 U'^T (U - U'),     folded into the branch's input projections: W_in M^T
     refit    t = X W + m ((h_after - h'_before) - X W)
              W_new = W_S + (C_SS + d I)^-1 (C_St - C_SS W_S),     bias = E t - E x_S^T W_new
 
-so that the branch sees what it saw in the dense model as nearly as a linear map allows, and its output brings the
-residual stream back to the dense one's. X is the dense branch run on the pruned stream's input, x_S the pruned and
-aligned branch's. A module that stayed whole has no bias: it is refitted with moments that are not centred.
+The alignment brings the branch's input as close to the dense one as a linear map can. The refit makes its output bring
+the residual stream back to the dense one. X comes from the dense branch on the pruned stream's input, x_S from the
+pruned and aligned branch. A module that was not pruned has no bias: it is refitted with uncentred moments.
 
-Everything is rounded as it will be stored before it is used, so that later layers correct what rounding costs, and
-so that what is written is what the run computed with: a layer that is passed again from its file gives the same bits.
+Tensors are rounded to the stored dtype before they are used. So later layers correct the rounding too, and the run
+computes with what it writes: running a layer again from its file gives the same bits.
 
-m = .75 and the full alignment were the best constants over all models tried (docs/method.md); m = 1 overfits where
-calibration tokens are few.
+m = .75 and the full alignment were the best constants over all models tried (docs/method.md); m = 1 overfits when
+there are few calibration tokens.
 
 Shapes: N tokens, D hidden size, S kept inputs of an output projection.
 """
@@ -38,20 +38,20 @@ from slimllm_ops.stream.passes import LayerStream
 
 MIX = 0.75
 
-# A branch's new tensors by their names in the layer: float32, but rounded as the checkpoint stores them.
+# A branch's new tensors by their names in the layer: float32 arrays, rounded to the checkpoint's dtype.
 Refined = dict[str, np.ndarray]
 
 
 def require_refinable(family: Family) -> None:
-    """Refuse a family whose branches are not one output projection each.
+    """Refuse a family with more than one output projection in a branch.
 
     Raises:
-        InputError: its MLP has one for every expert.
+        InputError: The family's MLP has one output projection per expert.
     """
     if family.mlp.has_experts:
         raise InputError(
-            f"{family.name} models cannot be refined, since that corrects one output projection of a branch, and their "
-            f"MLPs have one for every expert: leave refinement out"
+            f"{family.name} models cannot be refined, since refinement corrects one output projection per branch, and "
+            f"their MLPs have one per expert: leave refinement out"
         )
 
 
@@ -59,9 +59,9 @@ class RefinementStream:
     """The dense and the pruned model's hidden states over the same blocks.
 
     Args:
-        dense: the dense model's.
-        pruned: the pruned model's; layers are numbered as in it.
-        origins: which dense layer each of the pruned ones is; those between are passed by `forward_dropped`.
+        dense: The dense model's stream.
+        pruned: The pruned model's stream; layer numbers are the pruned model's.
+        origins: The dense layer that each pruned layer comes from; `forward_dropped` runs those in between.
     """
 
     def __init__(self, dense: LayerStream, pruned: LayerStream, origins: Sequence[int]) -> None:
@@ -78,10 +78,10 @@ class RefinementStream:
 
     @torch.inference_mode()
     def solve_alignment(self, observed: PackedObservation, layer: int, branch: Branch) -> Refined:
-        """Return the pruned branch's input projections with the alignment folded in, W_in M^T.
+        """Return the pruned branch's input projections with the alignment folded in: W_in M^T.
 
         Args:
-            observed: The joint moments that `observe_inputs` returned, of all shards.
+            observed: The joint moments from `observe_inputs`, merged over all shards.
             layer: The pruned layer.
             branch: The branch.
         """
@@ -93,31 +93,31 @@ class RefinementStream:
 
     @torch.inference_mode()
     def align(self, aligned: Refined, layer: int) -> None:
-        """Give a branch of the pruned stream its aligned input projections."""
+        """Put aligned input projections into a branch of the pruned stream."""
         self._replace(layer, self._tensors(aligned))
 
     def forward_refined(self, layer: int, refined: Checkpoint) -> None:
-        """Pass a refined layer in both streams, observing nothing."""
+        """Run a refined layer in both streams, without observing it."""
         self.forward_dropped(self._origins[layer])
         self._replace(layer, refined.read_layer(layer))
         self.pruned.forward_pruned(layer, LayerPlan())
 
     def forward_dropped(self, layer: int) -> None:
-        """Pass a dense layer in the dense stream alone."""
+        """Run a dense layer in the dense stream only."""
         self._dense.forward_pruned(layer, LayerPlan())
 
     @torch.inference_mode()
     def observe_targets(self, layer: int, branch: Branch) -> PackedObservation:
-        """Run the branch in both streams, the dense one passing it; return the joint moments of [x_S, t] (N, S + D)."""
+        """Run a branch, and finish it in the dense stream; return the joint moments of [x_S, t] (N, S + D)."""
         self._kept_inputs = self.pruned.store()
         return self.pruned.require_finite(_summed(self._targets(layer, branch)), layer, branch)
 
     @torch.inference_mode()
     def solve_refit(self, observed: PackedObservation, layer: int, branch: Branch) -> Refined:
-        """Return a branch's new output projection: weight (D, S), and bias (D,) where it has one.
+        """Return a branch's new output projection: the weight (D, S), and the bias (D,) if it has one.
 
         Args:
-            observed: The joint moments that `observe_targets` returned, of all shards.
+            observed: The joint moments from `observe_targets`, merged over all shards.
             layer: The pruned layer.
             branch: The branch.
         """
@@ -129,7 +129,7 @@ class RefinementStream:
 
     @torch.inference_mode()
     def apply(self, refitted: Refined, layer: int, branch: Branch) -> None:
-        """Add the refitted branch's output to the pruned stream; the dense stream has passed it already."""
+        """Add the refitted branch's output to the pruned stream; the dense stream already has its own."""
         tensors = {name: tensor.to(self.pruned.dtype) for name, tensor in self._tensors(refitted).items()}
         weight_DS, bias_D = tensors[branch.output_weight], tensors.get(branch.output_bias)
         run = self.pruned.branch(layer, branch)
@@ -147,19 +147,19 @@ class RefinementStream:
         return self.pruned.probed_ids()
 
     def close(self) -> None:
-        """Give both streams' memory back."""
+        """Free both streams' memory."""
         self._dense.close()
         self.pruned.close()
 
     def _replace(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Give the pruned layer other tensors, by name."""
+        """Overwrite tensors of a pruned layer, by name."""
         weights = self.pruned.weights(layer)
         with torch.inference_mode():
             for name, tensor in tensors.items():
                 weights[name].copy_(tensor)
 
     def _tensors(self, refined: Refined) -> dict[str, Tensor]:
-        # Received arrays are read-only views of shared memory.
+        # Received arrays are read-only views of shared memory, so copy them.
         return {name: torch.from_numpy(array.copy()).to(self.pruned.device) for name, array in refined.items()}
 
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -189,7 +189,7 @@ def solve_alignment(moments: Moments) -> Tensor:
     """Return M (D, D) from the joint moments of [u', u - u'].
 
     Raises:
-        SolveError: the pruned stream's moments cannot be factorised.
+        SolveError: The pruned stream's moments cannot be factorised.
     """
     second = moments.about_zero().covariance_PP
     size = len(second) // 2
@@ -204,12 +204,12 @@ def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[T
     """Return the new weight (S, D) and bias (D,) from the joint moments of [x_S, t].
 
     Args:
-        moments: of x_S beside t.
-        weight_SD: the weight that the ridge holds the new one to.
-        with_bias: whether the projection has a bias, and so whether the moments are centred.
+        moments: The joint moments of x_S and t.
+        weight_SD: The current weight; the ridge pulls the new one towards it.
+        with_bias: Whether the projection has a bias; if so, the moments are centred.
 
     Raises:
-        SolveError: the kept inputs' moments cannot be factorised.
+        SolveError: The kept inputs' moments cannot be factorised.
     """
     kept = len(weight_SD)
     joint = (moments if with_bias else moments.about_zero()).covariance_PP
@@ -224,7 +224,7 @@ def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[T
 
 
 def _summed(batches: Iterable[Tensor]) -> PackedObservation:
-    """Return the moments of the rows of all batches (b, T, ...), one after the other."""
+    """Return the moments of the rows of all batches (b, T, ...)."""
     seen = ObservationSum()
     for batch in batches:
         seen.add(batch.flatten(0, 1), batch.flatten(0, 1))

@@ -1,9 +1,9 @@
-"""A model's weights, one layer at a time: the only place that loads them and gives their memory back.
+"""Loads a model's weights one layer at a time, and frees them; no other module does either.
 
 The model is built without weights, so that its own code runs: its masks, rotary tables and modules. A layer's weights
-are read when the layer is first asked for, and released when another one is.
+are loaded when the layer is first used, and freed when another layer is.
 
-Shapes: b blocks of a batch, T tokens of a block, D hidden size, V vocabulary.
+Shapes: b blocks in a batch, T tokens in a block, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 class ModelWeights:
-    """A model of which one layer at a time has weights.
+    """A model with the weights of one layer at a time.
 
     Args:
         checkpoint: The model.
-        device: Where its layers run.
+        device: Where the layers run.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class ModelWeights:
         return cast(nn.ModuleList, self._model.get_submodule(self.checkpoint.family.layers))
 
     def load(self, layer: int) -> nn.Module:
-        """Return a layer with its weights; the layer before gives its memory back."""
+        """Return a layer with its weights, and free those of the layer before."""
         module = self.layers[layer]
         if self._loaded != layer:
             self._release_layer()
@@ -56,22 +56,22 @@ class ModelWeights:
         return module
 
     def call(self, layer: int) -> dict[str, Any]:
-        """Return the keyword arguments that the model gives a layer: masks and rotary tables, noted by `embed`."""
+        """Return the keyword arguments that the model gives a layer: masks and rotary tables, recorded by `embed`."""
         return self._calls[layer]
 
     @torch.inference_mode()
     def embed(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the input of the first layer for batches of ids (b, T), and note how the model calls each layer."""
+        """Yield the first layer's input for each batch of ids (b, T), and record how the model calls each layer."""
         table_VD = self._load_embeddings()
         embedding = cast(nn.Embedding, self._model.get_input_embeddings())
         with _recorded(self.layers) as calls:
             for ids in batches:
-                # The table stays as it is stored; only this batch's rows take the precision of the layers.
+                # The table keeps its stored dtype; only this batch's rows are converted to the dtype of the layers.
                 used, positions = ids.unique(return_inverse=True)
                 embedding.weight = nn.Parameter(self._place(table_VD[used]), requires_grad=False)
                 positions = positions.to(self.device)
                 if not self._calls:
-                    # One block's masks and rotary tables serve batches of any number of blocks of that length.
+                    # Masks and rotary tables of one block work for any number of blocks of that length.
                     self._model.base_model(input_ids=positions[:1], use_cache=False)
                     self._calls = [call for _, call in calls]
                 calls.clear()
@@ -82,13 +82,13 @@ class ModelWeights:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Load what follows the layers, for `logits`, and release it at the end."""
+        """Load what `logits` needs after the layers, and free it at the end."""
         self._release_layer()
         modules = self._load_outside()
         head = self._model.get_output_embeddings()
         tied = self.checkpoint.config.tie_word_embeddings
         self._load_module(head, self._name_of(self._model.get_input_embeddings() if tied else head))
-        # `logits` replaces what the layers return, so any ids will do, and one row is table enough for them.
+        # `logits` replaces what the layers return, so any ids will do, and a table of one row is enough.
         embedding = cast(nn.Embedding, self._model.get_input_embeddings())
         embedding.weight = nn.Parameter(torch.zeros_like(head.weight[:1]), requires_grad=False)
         try:
@@ -98,13 +98,13 @@ class ModelWeights:
                 _release(module)
 
     def logits(self, states_bTD: Tensor) -> Tensor:
-        """Return the logits (b, T, V) of states after the last layer, by the model's own norm, head and scale."""
+        """Return the logits (b, T, V) of states after the last layer, from the model's own norm, head and scale."""
         with _answered(self.layers, states_bTD):
             ids = torch.zeros(states_bTD.shape[:2], dtype=torch.int64, device=self.device)
             return self._model(input_ids=ids, use_cache=False).logits
 
     def close(self) -> None:
-        """Give everything back now: modules refer to each other in circles, which Python frees when it likes."""
+        """Free all memory now; modules refer to each other in cycles, which Python would free at some later time."""
         self._release_layer()
         self._reader.close()
 
@@ -114,15 +114,15 @@ class ModelWeights:
         self._loaded = None
 
     def _load_embeddings(self) -> Tensor:
-        """Load what is outside the layers, but for the head; return the table of embeddings (V, D), as stored."""
+        """Load what is outside the layers, except the head; return the embedding table (V, D) in its stored dtype."""
         embedding = cast(nn.Embedding, self._model.get_input_embeddings())
-        # The id that it names need not be among the rows of a batch, and only gradients depend on it.
+        # The padding id may be missing from a batch's rows, and only gradients depend on it.
         embedding.padding_idx = None
         self._load_outside()
         return self.checkpoint.read_module(self._name_of(embedding))["weight"]
 
     def _load_outside(self) -> list[nn.Module]:
-        """Load what is outside the layers, but for embeddings and head: norms, tables of positions."""
+        """Load what is outside the layers, except embeddings and head: norms and position tables."""
         apart = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         loaded = []
         for name in self.checkpoint.outside():
@@ -133,7 +133,7 @@ class ModelWeights:
         return loaded
 
     def _load_module(self, module: nn.Module, name: str) -> None:
-        """Load a module outside the layers with the tensors of that name."""
+        """Load a module outside the layers from the tensors stored under its name."""
         tensors = self.checkpoint.read_module(name)
         _assign(module, {key: self._place(tensor) for key, tensor in tensors.items()})
 
@@ -141,25 +141,25 @@ class ModelWeights:
         return next(name for name, one in self._model.named_modules() if one is module)
 
     def _place(self, tensor: Tensor) -> Tensor:
-        """Bring a tensor to the device, in the precision that layers compute in."""
+        """Move a tensor to the device, in the dtype that layers compute in."""
         return tensor.to(self.device, self.dtype)
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a module its weights, which fit it: an open checkpoint has the shapes of its config."""
+    """Give a module its weights; they fit, since an open checkpoint has the shapes of its config."""
     # Old checkpoints also store tables (`rotary_emb.inv_freq`) that the model now computes.
     module.load_state_dict({name: tensors[name] for name in module.state_dict()}, assign=True)
 
 
 def _release(module: nn.Module) -> None:
-    """Give the memory of a module's weights back; buffers, which the model computed, stay."""
+    """Free a module's weights; keep its buffers, which the model computed."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Build the model without weights; buffers such as rotary tables are real."""
+    """Build the model without weights, but with real buffers, such as rotary tables."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
     model.tie_weights()
@@ -168,7 +168,7 @@ def _build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
 
 @contextmanager
 def _recorded(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Let every layer note its input and keyword arguments, and pass the input on unchanged."""
+    """Make every layer record its input and keyword arguments, and return its input unchanged."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 
     def record(hidden: Tensor, **call: Any) -> Tensor:
@@ -186,7 +186,7 @@ def _recorded(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, An
 
 @contextmanager
 def _answered(layers: nn.ModuleList, states: Tensor) -> Iterator[None]:
-    """Let the last layer return the given states, and the others pass on their input."""
+    """Make the last layer return the given states, and the others their input."""
 
     def answer(hidden: Tensor, **call: Any) -> Tensor:
         return states

@@ -1,4 +1,4 @@
-"""What `test_memory.py` runs in processes of their own: one pass of one shard, and the peak of its memory."""
+"""Runs one pass of one shard and measures its peak memory; `test_memory.py` starts it in its own processes."""
 
 import json
 import threading

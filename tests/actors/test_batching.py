@@ -1,4 +1,4 @@
-"""Batches are the blocks in order, of a size that does not depend on the workers."""
+"""Batches are the blocks in order, and their size does not depend on the number of workers."""
 
 import numpy as np
 import pytest

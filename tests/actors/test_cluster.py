@@ -1,6 +1,6 @@
-"""On a cluster of three nodes: work is spread, weights reach nodes by themselves, and a run is what it is on one.
+"""A cluster of three nodes: work is spread, weights reach nodes without shared storage, and results match one node's.
 
-The cluster runs in a process of its own, since this one is connected to the Ray of the other tests.
+The cluster runs in its own process, since this one is connected to the Ray of the other tests.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A group of shards computes what one shard computes, and refuses what does not fit."""
+"""A group of shards computes what one shard computes, and rejects input that does not fit."""
 
 import pickle
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A worker's memory grows neither with the depth of a model nor, but for the hidden states, with its tokens."""
+"""A worker's memory does not grow with a model's depth, and only hidden states grow with the number of tokens."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run's share of the cluster, and the processes that its solves run in."""
+"""A solve runs in the process of the solve before it."""
 
 import os
 import time

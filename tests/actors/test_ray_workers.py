@@ -1,4 +1,4 @@
-"""Workers on a real Ray: they compute what this process computes, and a loss is noticed and replaced."""
+"""Workers on a real Ray compute what this process computes, and a lost worker is noticed and replaced."""
 
 import os
 import shutil

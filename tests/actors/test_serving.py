@@ -1,4 +1,4 @@
-"""Weights that a server reads are those on the disk, and whoever asks it opens no file."""
+"""A server returns the weights that are on disk, and its clients open no file."""
 
 from pathlib import Path
 from typing import NoReturn

@@ -1,8 +1,8 @@
-"""What `test_cluster.py` runs in a process of its own: a cluster of three nodes, used as the driver uses one.
+"""Runs a cluster of three nodes for `test_cluster.py`, in its own process, and uses it as the driver does.
 
     python -m tests.actors.three_nodes MODEL TOKENS SCRATCH
 
-Prints what it saw as JSON.
+Prints its observations as JSON.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Running a benchmark's command in this process, and reading the table that it writes."""
+"""Runs a benchmark's command in this process, and reads the table that it writes."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The start-up benchmark times the real command until its first layer."""
+"""The start-up benchmark measures the time from the real command to its first layer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""How many workers a cluster has room for, and which Ray a run is connected to."""
+"""How many workers fit on a cluster, and which Ray a run connects to."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs of the whole pipeline on the session's Ray and MLflow store; stores and servers for tests of tracking."""
+"""Fixtures that run the whole pipeline on the session's Ray and MLflow store, and stores and servers for tracking."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What tests of jobs share: a cluster's head with a token, a terminal to type at, a proxy that can be cut."""
+"""Helpers for tests of jobs: a cluster head with a token, a terminal to type in, and a proxy that can be cut off."""
 
 import fcntl
 import json

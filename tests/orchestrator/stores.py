@@ -1,4 +1,4 @@
-"""A store on this machine: moto's S3 behind HTTP, which can be told to go wrong in the ways that stores do."""
+"""Runs a store on this machine, moto's S3 over HTTP, which can be told to fail as real stores do."""
 
 import threading
 import time

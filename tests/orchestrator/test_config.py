@@ -1,4 +1,4 @@
-"""A run's settings: what is refused, what a file may hold, and what stands where nothing was said."""
+"""A run's settings: which are refused, what a file may contain, and the defaults."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
-"""Broken files by the thousand: a model or data directory opens, or is refused by an error for the user.
+"""Thousands of broken files: a model or data directory either opens, or is refused with an error for the user.
 
-The search is the same in every run. `SLIMLLM_FUZZ=20` makes it so many times as long.
+The search is the same in every run. `SLIMLLM_FUZZ=20` makes it 20 times as long.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Whole runs on a real small model, against what the authors' published code decided, computed and lost."""
+"""Whole runs on a real small model match the decisions, values and losses of the authors' published code."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a run starts from: which model is meant, and how its data are cut for the workers."""
+"""The inputs of a run: how a model is named and found, and how data are loaded for it."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Secrets that a command is given, in a URI or in the environment, are in nothing that it leaves."""
+"""Secrets in a URI or in the environment of a command appear in nothing that it writes."""
 
 import sys
 import traceback

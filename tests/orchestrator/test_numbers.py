@@ -1,4 +1,4 @@
-"""Models and data at the edge of what can be computed: what comes out is finite and loads, or the layer is named."""
+"""Models and data at the limits of floating point: the output is finite and loads, or the error names the layer."""
 
 import json
 import math

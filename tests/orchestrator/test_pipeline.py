@@ -1,4 +1,4 @@
-"""Whole runs on a real local Ray and a real MLflow store: what they leave, and that it is right."""
+"""Whole runs on a real local Ray and a real MLflow store: what they write, and that it is correct."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is shown while a run goes: a bar on a terminal, lines elsewhere."""
+"""Progress of a run: a bar on a terminal, lines elsewhere."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What is secret in a text is hidden, what only looks like it stays."""
+"""Secrets in a text are hidden, and text that only looks like a secret is kept."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One declaration is an option, a key of a file, a check, and a place in the records."""
+"""One declaration defines an option, a key of a file, a check, and an entry in the records."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What tests of tracking share: a server in a process of its own, and a run with one of everything."""
+"""Helpers for tests of tracking: a server in its own process, and a run that logs one thing of each kind."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""Random models of every build of a Llama, and of every family; their norms and biases are random too."""
+"""Random models of every Llama build and of every family, with random norms and biases."""
 
 from collections.abc import Callable
 from pathlib import Path

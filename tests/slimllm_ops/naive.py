@@ -1,7 +1,9 @@
-"""The paper's equations over raw activations, as slow and plain as they read: what the fast code is compared with.
+"""Computes the paper's equations over raw activations, slowly and literally, as a reference for the fast code.
 
-Everything is float64 NumPy, and nothing here uses moments. Shapes: N tokens, P inputs of an output projection,
-D hidden size, H units (heads, or KV groups with all their query heads), S inputs kept.
+Everything is float64 NumPy, and nothing here uses moments.
+
+Shapes: N tokens, P inputs of an output projection, D hidden size, H units (heads, or KV groups with all their query
+heads), S inputs kept.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and errors name them."""
+"""Files appear complete or not at all, and errors name them."""
 
 import errno
 from pathlib import Path

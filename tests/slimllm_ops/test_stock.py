@@ -1,4 +1,4 @@
-"""A uniform pruned model is a model of a stock class, to the last bit."""
+"""A uniform pruned model equals a model of a stock class, to the last bit."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the files of cluster/deploy have in common: where they are, and the commands of slimllm that stand in them."""
+"""Helpers for tests of cluster/deploy: the paths of its files, and the slimllm commands in them."""
 
 import json
 import re

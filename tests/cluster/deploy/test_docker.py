@@ -1,4 +1,4 @@
-"""The Dockerfile: that it is one, that what it copies is there, and that it installs what is pinned."""
+"""The Dockerfile is valid, the files that it copies exist, and it installs the pinned packages."""
 
 import fnmatch
 import subprocess

@@ -1,4 +1,4 @@
-"""docs/cluster.md: the commands of slimllm in it are commands, and the files that it names are there."""
+"""The slimllm commands in docs/cluster.md are valid, and the files that it names exist."""
 
 import re
 

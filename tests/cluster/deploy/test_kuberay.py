@@ -1,4 +1,4 @@
-"""The manifests against what the API server says of them, against each other, and against how workers are placed."""
+"""The manifests satisfy the API server's schema, and match one another and the placement of workers."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""The cluster launcher's file against Ray's own validator, and against how slimllm places workers."""
+"""The cluster launcher's file passes Ray's own validator, and matches the placement of workers."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""The Slurm script, run: with a real Ray of two nodes on loopback, and stand-ins for Slurm's own two commands.
+"""The Slurm script runs, with a real Ray of two nodes on loopback and stand-ins for two Slurm commands.
 
-The stand-ins do what the commands do as far as one machine goes: `srun` runs a command as often as it is asked for
-tasks and passes a SIGTERM on, `scontrol` tells the names of nodes and notes what it is told.
+The stand-ins do what the commands do, as far as one machine allows: `srun` runs a command once per task and forwards
+SIGTERM; `scontrol` prints the names of nodes and records its arguments.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Models, tokenizers and data that are broken, what must be said of each, and the command line that says it."""
+"""Broken models, tokenizers and data, the error that each must give, and the command line that gives it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What tests of bad input share: the command line, a model to break, and the last run in MLflow."""
+"""Fixtures for tests of bad input: the command line, a model to break, and the last run in MLflow."""
 
 import shutil
 from collections.abc import Callable

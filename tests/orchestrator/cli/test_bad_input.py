@@ -1,6 +1,7 @@
-"""What a user gets wrong: one line that says what and what to do, exit code 2, and nothing left behind.
+"""User errors end with one line that says what is wrong and what to do, with exit code 2, and leave nothing behind.
 
-In the process of the tests, with their Ray; what is known before Ray starts is checked with Ray made unusable.
+Commands run in the tests' own process, with its Ray. Errors that can be found before Ray starts are tested with Ray
+made unusable.
 """
 
 import http.server

@@ -1,4 +1,4 @@
-"""A model or a tokenizer that is broken: one line says so, before Ray starts where that can be known."""
+"""A broken model or tokenizer is reported in one line, before Ray starts if possible."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command as it is run: in processes of its own, with files, signals and a cluster that is not ours."""
+"""The real command, run in its own processes, with files, signals and a cluster that somebody else started."""
 
 import os
 import signal

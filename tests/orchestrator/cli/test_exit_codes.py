@@ -1,4 +1,4 @@
-"""What commands leave for machines, results and errors, and what they tell who wants to know more."""
+"""Commands report results and errors to machines as JSON and exit codes, and print more with `--verbose`."""
 
 import json
 import os

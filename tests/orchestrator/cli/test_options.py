@@ -1,4 +1,4 @@
-"""What `--help` shows: every option once, under its group."""
+"""`--help` shows every option once, under its group."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The tables of docs/options.md are those that the declarations give."""
+"""The tables in docs/options.md match the declarations."""
 
 import re
 

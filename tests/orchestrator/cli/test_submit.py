@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster that somebody else runs, with a token, through the commands as they are run."""
+"""The real commands run jobs on somebody else's Ray cluster, with a token."""
 
 import os
 import shutil

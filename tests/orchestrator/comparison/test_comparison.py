@@ -1,4 +1,4 @@
-"""Comparisons on a random model, on real local Ray and a real MLflow store."""
+"""Comparisons of a random model, on a real local Ray and a real MLflow store."""
 
 import csv
 import io

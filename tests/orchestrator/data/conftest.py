@@ -1,7 +1,7 @@
-"""What tests of data share: a model's tokenizer, and the loader of blocks for it.
+"""Fixtures for tests of data: a model's tokenizer, and the loader of blocks for it.
 
-The tokenizer made here gives a word "wN" the id N + 3, a line break 2, a document's start 1, and all else 0,
-so that what a source must give can be written down without a tokenizer.
+The tokenizer gives the word "wN" the id N + 3, a line break 2, the start of a document 1, and everything else 0. So the
+expected output of a source can be written down without a tokenizer.
 """
 
 from collections.abc import Callable

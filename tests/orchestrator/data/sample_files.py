@@ -1,4 +1,4 @@
-"""Files of text and tokens, and the blocks that a naive reference makes of them."""
+"""Files of text and tokens, and the blocks that a naive reference makes from them."""
 
 import json
 from collections.abc import Sequence

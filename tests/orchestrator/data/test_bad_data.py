@@ -1,4 +1,4 @@
-"""Text, tables and tokenizers that cannot be used: one line says why, and what to do."""
+"""Unusable text, tables and tokenizers are reported in one line that says why, and what to do."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Text from a dataset on the hub: a server that speaks as much of its protocol as a dataset of one file needs."""
+"""Text is read from a dataset on a stand-in hub, which supports only what a dataset of one file needs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Text becomes the token blocks that a naive reference makes of it."""
+"""Text becomes the same token blocks as in a naive reference."""
 
 import hashlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Rows of token ids are taken as they are, and blocks that are saved come back the same."""
+"""Rows of token ids are used unchanged, and saved blocks are read back unchanged."""
 
 import tracemalloc
 from collections.abc import Callable

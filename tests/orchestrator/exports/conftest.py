@@ -1,4 +1,4 @@
-"""What tests of GGUF files share: the packages that read and run them, and a pruned checkpoint."""
+"""Fixtures for tests of GGUF files: the packages that read and run them, and a pruned checkpoint."""
 
 from pathlib import Path
 from typing import Any

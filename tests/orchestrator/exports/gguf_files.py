@@ -1,4 +1,4 @@
-"""Pruned checkpoints of every build, and what llama.cpp and transformers make of them."""
+"""Pruned checkpoints of every build, and the outputs of llama.cpp and transformers for them."""
 
 import inspect
 import json

@@ -1,6 +1,6 @@
-"""What llama.cpp loads from an export computes what transformers does, and holds the tensors that it had.
+"""llama.cpp computes from an exported file what transformers computes, and the file holds the original tensors.
 
-Reading a file back needs the package `gguf`, running it `llama-cpp-python`: pip install -e '.[gguf-test]'.
+Reading files needs the package `gguf`, and running them `llama-cpp-python`: pip install -e '.[gguf-test]'.
 """
 
 import weakref

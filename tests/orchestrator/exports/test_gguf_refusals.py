@@ -1,4 +1,4 @@
-"""`slimllm export --to gguf` on a terminal: where the file goes, and what is refused."""
+"""`slimllm export --to gguf` in a terminal: where it writes the file, and what it refuses."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""llama.cpp cuts text into the tokens that transformers does; a tokenizer that it does not know is refused."""
+"""llama.cpp tokenizes text as transformers does, and an unknown tokenizer is refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The output directory: whole or not there at all, and beside it only what a resumed run goes on from."""
+"""The output directory is complete or absent; beside it lies only what `--resume` needs."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Whether a run fits is known before it begins: what certainly does not is refused, what may not is said."""
+"""Before a run starts, it is refused if it certainly does not fit, and warned about if it might not."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`slimllm doctor` looks at everything that a run needs, says what to mend, and leaves everything as it was."""
+"""`slimllm doctor` checks everything that a run needs, says what to fix, and changes nothing."""
 
 import json
 import re

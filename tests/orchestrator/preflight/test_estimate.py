@@ -1,4 +1,4 @@
-"""What a run is told to take beforehand is what it then takes: memory, disk, stages; and no more work than is asked."""
+"""Estimates of memory and disk space match what a run uses, and cover only the stages that were asked for."""
 
 import os
 import threading

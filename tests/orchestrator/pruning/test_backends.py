@@ -1,4 +1,4 @@
-"""A run in this process gives what a run on Ray gives, and needs neither Ray nor MLflow."""
+"""A run in this process gives the same result as a run on Ray, and needs neither Ray nor MLflow."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Whole layers as a third unit of the budget, by whole runs: what goes, what is left of it, and that it loads."""
+"""Whole runs that drop layers: which layers go, how the rest is pruned, and that the model loads."""
 
 import io
 from collections.abc import Callable

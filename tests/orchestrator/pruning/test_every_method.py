@@ -1,4 +1,4 @@
-"""`prune` takes every method that `compare` knows, and does the same by it."""
+"""`prune` accepts every method of `compare`, and prunes the same units with it."""
 
 import io
 from pathlib import Path

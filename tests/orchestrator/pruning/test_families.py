@@ -1,4 +1,4 @@
-"""The contract of a family: what each does once it is pruned, by both methods and any number of shards."""
+"""Every family can be pruned by both methods with any number of shards, and meets the same contract."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models of a form that was asked for, by whole runs: alike layers, channels by multiples, no new biases."""
+"""Whole runs with a requested form: equal layers, channels in multiples, no new biases."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""`gram` through the whole pipeline, on real Ray, with a real MLflow store."""
+"""`gram` in the whole pipeline, on a real Ray and a real MLflow store."""
 
 import io
 import json

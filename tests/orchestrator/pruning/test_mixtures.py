@@ -1,4 +1,4 @@
-"""A mixture of experts from the command's config to its record, where some experts get no calibration token."""
+"""A mixture of experts from the command's config to its record, with some experts that get no calibration tokens."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A pruned model is a model like any other: it is pruned again, by either method, and what both runs keep composes."""
+"""A pruned model can be pruned again, by either method, and the kept units of the two runs compose."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

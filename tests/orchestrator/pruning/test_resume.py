@@ -1,4 +1,4 @@
-"""Runs that lose workers or end early, on the session's Ray: what comes of them is what an undisturbed run gives."""
+"""Runs that lose workers or stop early, on the session's Ray, give the result of an undisturbed run."""
 
 import io
 import os

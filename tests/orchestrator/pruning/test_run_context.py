@@ -1,4 +1,4 @@
-"""A stage that loses workers is attempted again, as long as something is committed in between."""
+"""A stage that loses workers is retried as long as it commits something between losses."""
 
 import io
 from pathlib import Path

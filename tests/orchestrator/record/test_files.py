@@ -1,4 +1,4 @@
-"""What a run leaves beside the weights: the same bytes each time, wherever it goes."""
+"""The files that a run writes beside the weights have the same bytes each time, wherever the run writes them."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which settings a record has, and which `--resume` compares: named one by one, since a mistake would be silent."""
+"""Which settings a record has, and which `--resume` compares; named one by one, since a mistake would be silent."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run's settings in its output: the run is repeated from them to the same bytes."""
+"""A run's output contains its settings, and running them again gives the same bytes."""
 
 import io
 import tomllib

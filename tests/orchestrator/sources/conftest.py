@@ -1,4 +1,4 @@
-"""What tests of stores share: a store of this machine, and commands that name it."""
+"""Fixtures for tests of object stores: a store on this machine, and commands that use it."""
 
 import json
 import os

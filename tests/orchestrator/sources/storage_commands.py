@@ -1,4 +1,4 @@
-"""Commands that read from and write to a store, whose secrets nothing may tell."""
+"""Commands that read from and write to a store, whose secrets must not appear anywhere."""
 
 from pathlib import Path
 

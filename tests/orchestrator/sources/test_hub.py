@@ -1,4 +1,4 @@
-"""A hub on this machine that does whatever hubs do: what was asked for comes whole, or a line says why not, soon."""
+"""A local hub that fails as real hubs do: a request is fully served, or one line soon says why it was not."""
 
 import hashlib
 import http.server

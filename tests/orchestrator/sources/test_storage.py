@@ -1,4 +1,4 @@
-"""Models, data and outputs by s3://, on a store of this machine: what is fetched, uploaded and taken up again."""
+"""Models, data and outputs at s3:// addresses, on a local store: fetched, uploaded and resumed."""
 
 import json
 import sqlite3

@@ -1,4 +1,4 @@
-"""`--tracking-uri none`: a run that only its journal records, and that MLflow can be told of later."""
+"""`--tracking-uri none` records a run in its journal only, and MLflow can be updated from it later."""
 
 import io
 import json

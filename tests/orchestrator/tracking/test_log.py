@@ -1,4 +1,4 @@
-"""`slimllm log`: what MLflow missed of a run, because its server was down, died or hung, is logged from the output."""
+"""`slimllm log` logs from the output what MLflow missed because its server was down, died or hung."""
 
 import os
 import signal

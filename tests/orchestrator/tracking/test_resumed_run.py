@@ -1,4 +1,4 @@
-"""A run whose process was killed goes on in MLflow, from its journal, and has nothing twice."""
+"""A run whose process was killed continues in MLflow from its journal, and logs nothing twice."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A sweep in a real tracking server: `mlflow server` as a team runs it, a database behind it and artifacts proxied."""
+"""A sweep on a real `mlflow server` as a team runs it, with a database and proxied artifacts."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Runs against a real SQLite store and a real MLflow server; nothing of MLflow is replaced."""
+"""Runs with a real SQLite store and a real MLflow server; no part of MLflow is mocked."""
 
 import os
 import signal

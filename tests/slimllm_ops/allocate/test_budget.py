@@ -1,4 +1,4 @@
-"""How a budget is spent: exactly, within bounds, and where the rule says."""
+"""A budget is spent exactly, within bounds, and where the rule says."""
 
 import heapq
 import math

@@ -1,4 +1,4 @@
-"""A budget that is spent on a form: alike layers, channels by steps, no biases."""
+"""A budget with a form: equal layers, channels in steps, no biases."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Whole layers beside heads and channels: the budget is met, and what goes is what costs least."""
+"""A budget of whole layers, heads and channels is met by removing what costs least."""
 
 from collections.abc import Sequence
 from dataclasses import replace

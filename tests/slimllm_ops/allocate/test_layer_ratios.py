@@ -1,4 +1,4 @@
-"""Layer budgets: the paper's formula by hand, a target met to within a channel, and bounds that others make up for."""
+"""Layer ratios match the paper's formula, meet the target to within a channel, and make up for layers at a bound."""
 
 import math
 import random

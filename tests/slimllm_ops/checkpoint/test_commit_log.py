@@ -1,4 +1,4 @@
-"""The log of what is solved: opened again, it goes on exactly where it ended."""
+"""The commit log, when opened again, continues exactly where it ended."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Moments on disk: what is read is what was written, and what cannot be read says what to do."""
+"""Moments on disk are read as they were written, and errors for unreadable ones say what to do."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reading checkpoints: what safetensors itself reads, and an error for every way in which one can be broken."""
+"""Checkpoints are read as safetensors reads them, and every kind of broken one gives an error."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A stored weight travels by itself: it reads what the checkpoint reads, and needs no transformers for it."""
+"""A stored weight can be sent on its own, reads what its checkpoint reads, and does not need transformers."""
 
 import pickle
 import subprocess

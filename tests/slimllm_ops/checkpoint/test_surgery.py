@@ -1,4 +1,4 @@
-"""Surgery takes whole rows and columns out of a layer's tensors, and nothing else."""
+"""Surgery removes whole rows and columns of a layer's tensors, and changes nothing else."""
 
 from pathlib import Path
 

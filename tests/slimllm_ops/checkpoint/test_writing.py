@@ -1,4 +1,4 @@
-"""What is written is a checkpoint that plain transformers loads, and that computes what the masked dense model does."""
+"""Plain transformers loads a written checkpoint, which computes what the masked dense model computes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Channels from moments, against raw activations and the general eigenvalue problem."""
+"""Channels chosen from moments match raw activations and the general eigenvalue problem."""
 
 import numpy as np
 import pytest

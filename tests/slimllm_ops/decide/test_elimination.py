@@ -1,10 +1,10 @@
-"""Backward elimination against trials of every unit, one by one, with least squares over raw activations.
+"""Backward elimination matches trials of every unit, one by one, with least squares over raw activations.
 
-Removing the inputs R, with the rest refitted, leaves of the ridge's objective
+When the inputs R are removed and the rest refitted, the ridge's objective
 
     L(R) = min over V with V_R = 0 of  |X_c (W - V)|^2 / N  +  d |W - V|^2,      X_c the centred inputs,
 
-and L(R) = tr( W_R^T (A_RR)^-1 W_R ), A = (C + d I)^-1. A removal's cost is the rise of L: costs add up to L.
+is L(R) = tr( W_R^T (A_RR)^-1 W_R ), A = (C + d I)^-1. A removal's cost is the increase of L, so costs add up to L.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""What is decided of experts, against each one's raw activations; what becomes of one that no token reaches."""
+"""Decisions about experts match each one's raw activations, and an expert without tokens is handled."""
 
 import json
 from collections.abc import Sequence

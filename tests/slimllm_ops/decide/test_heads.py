@@ -1,4 +1,4 @@
-"""Heads from covariances, against the correlations of raw outputs."""
+"""Heads chosen from covariances match the correlations of raw outputs."""
 
 import numpy as np
 import pytest

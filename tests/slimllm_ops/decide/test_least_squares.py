@@ -1,4 +1,4 @@
-"""The refit of the kept inputs, against NumPy's least squares over raw activations."""
+"""The refit of the kept inputs matches NumPy's least squares over raw activations."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a layer of a model becomes, decided from the stream's observation, against raw activations of the model."""
+"""Decisions about a layer from the stream's observation match raw activations of the model."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Plans are values: they are written and read back without loss, and say which rows stay."""
+"""Plans are values: they are written and read back without loss, and give the rows to keep."""
 
 import json
 from pathlib import Path

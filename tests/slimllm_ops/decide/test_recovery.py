@@ -1,4 +1,4 @@
-"""The line of every output dim, against polynomial fits of raw outputs."""
+"""The line fitted to every output dim matches polynomial fits of raw outputs."""
 
 import numpy as np
 import pytest

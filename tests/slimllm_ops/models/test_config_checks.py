@@ -1,4 +1,4 @@
-"""Configs of strangers: every number that memory follows from is bounded, whatever else is in the file."""
+"""In untrusted configs, every number that determines memory is bounded, whatever else is in the file."""
 
 import json
 import shutil

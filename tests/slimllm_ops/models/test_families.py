@@ -1,4 +1,4 @@
-"""The table of families names what transformers has, and tells what it does not know."""
+"""The table of families matches transformers, and reports what it does not know."""
 
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig

@@ -1,4 +1,4 @@
-"""Pruned models are transformers models like any other: shapes by layer, caches that shrink, saving and loading."""
+"""Pruned models behave like any transformers model: shapes per layer, smaller caches, saving and loading."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Importing slimllm is enough to load pruned models, and imports none of transformers' modelling code by itself."""
+"""Importing slimllm is enough to load pruned models, and does not itself import transformers' modelling code."""
 
 import subprocess
 import sys

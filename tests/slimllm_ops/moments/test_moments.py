@@ -1,4 +1,4 @@
-"""Moments of shards are the moments of all tokens together, and survive their travels bit for bit."""
+"""Merged moments of shards are the moments of all tokens, and are sent without losing a bit."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Both kinds of observation keep to one protocol: what a plain branch leaves, and what experts leave."""
+"""Observations of plain branches and of experts follow one protocol."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Orders of removal."""
+"""The order in which units are removed."""
 
 import torch
 

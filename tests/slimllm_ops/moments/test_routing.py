@@ -1,4 +1,4 @@
-"""What is observed of experts is of the tokens that were sent to each, and of those alone."""
+"""Each expert's observation covers exactly the tokens that were sent to it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""States in a file are those that were put there, one at a time in memory, and no file is left behind."""
+"""States in a file are read as they were written, one at a time in memory, and no file is left behind."""
 
 from pathlib import Path
 

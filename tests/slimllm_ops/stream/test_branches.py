@@ -1,4 +1,4 @@
-"""A branch runs once, without its output projection, and shows what enters that."""
+"""A branch runs once, without its output projection, and returns that projection's input."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is free is what the machine has, or less where a container's limit leaves less."""
+"""Free memory is the machine's, or less if a container's limit leaves less."""
 
 import sys
 from pathlib import Path

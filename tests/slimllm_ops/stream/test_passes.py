@@ -1,4 +1,4 @@
-"""Hidden states that pass a model layer by layer are those of the whole model, each branch being run once."""
+"""Hidden states that run layer by layer equal those of the whole model, and each branch runs once."""
 
 import shutil
 from pathlib import Path

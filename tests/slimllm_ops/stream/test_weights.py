@@ -1,4 +1,4 @@
-"""One layer at a time has weights: they are read once and ahead of time, and given back."""
+"""One layer at a time has weights: they are read once and ahead of time, and freed afterwards."""
 
 import threading
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a whole model computes in one call, for comparison with a stream."""
+"""Computes a whole model's results in one call, for comparison with a stream."""
 
 from pathlib import Path
 from typing import Any

@@ -1,12 +1,12 @@
-"""Make schema.json from a release of KubeRay: what its RayJob resource definition says, without the pods.
+"""Makes schema.json from a KubeRay release: its RayJob resource definition, without the schema of pods.
 
     curl -sLO https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/\
 helm-chart/kuberay-operator/crds/ray.io_rayjobs.yaml
     python reduce.py ray.io_rayjobs.yaml v1.7.0 > schema.json
 
-A RayJob holds a whole RayCluster, so one file has both. Of the definition's megabyte nearly all is Kubernetes' own
-schema of a pod, once for each kind of pod: pods are checked by kubernetes-validate instead. Descriptions go, what our
-manifests have no use for goes, and what the API server would silently drop (an unknown field) becomes an error.
+A RayJob contains a whole RayCluster, so one file covers both. Nearly all of the definition's megabyte is Kubernetes'
+own schema of a pod, repeated for each kind of pod; kubernetes-validate checks pods instead. Descriptions and whatever
+our manifests do not use are removed. An unknown field, which the API server would silently drop, becomes an error.
 """
 
 import json
