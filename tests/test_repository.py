@@ -21,7 +21,7 @@ def texts() -> Iterator[tuple[Path, str]]:
     paths = [ROOT / page for page in PAGES]
     paths += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     for path in paths:
-        if path.suffix not in (".pyc", ".safetensors"):
+        if path.suffix not in (".png", ".pyc", ".safetensors"):
             yield path.relative_to(ROOT), path.read_text()
 
 
