@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from orchestrator import pipeline
 from orchestrator.pipeline import PruneResult
+from orchestrator.pruning import finish
 from orchestrator.tracking.journal import Journal
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.surgery import prune_layer
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_was_written_wrong_is_an_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read_back = pipeline.read_back
+    read_back = finish.read_back
 
     def spoil(checkpoint: Checkpoint, *args: Any) -> float:
         name = "model.layers.1.mlp.down_proj.weight"
@@ -297,7 +297,7 @@ def test_a_checkpoint_that_was_written_wrong_is_an_error(
         save_file(tensors, path, metadata={"format": "pt"})
         return read_back(checkpoint, *args)
 
-    monkeypatch.setattr(pipeline, "read_back", spoil)
+    monkeypatch.setattr(finish, "read_back", spoil)
     with pytest.raises(ReadBackError, match="layer 1 as written differs"):
         prune_model(gqa_model, output=str(tmp_path / "out"), run_name="spoilt", tracking_uri=tracking_uri)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,6 @@ from mlflow import MlflowClient
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator import pipeline
 from tests.orchestrator.cli.broken_inputs import Cli
 
 
@@ -21,12 +20,12 @@ def cli(tmp_path: Path, tracking_uri: str) -> Cli:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever comes as far as Ray fails with something else than a line for the user."""
+    """Fail a run that gets as far as Ray, with something else than a line for the user."""
 
     def session(*arguments: object) -> None:
         raise AssertionError("Ray was reached")
 
-    monkeypatch.setattr(pipeline, "session", session)
+    monkeypatch.setattr("cluster.session.session", session)
 
 
 @pytest.fixture
