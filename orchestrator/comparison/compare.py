@@ -112,6 +112,10 @@ def compare(
     Raises:
         ConfigError, DataError, InputError, ClusterError, TrackingError: The settings cannot be met; nothing is left
             behind.
+
+    Example:
+        comparison = compare(CompareConfig(model="path/to/model", sparsity=(0.2,)))
+        print(comparison.rows)
     """
     reporter = reporter or Reporter()
     chosen = choose(config.methods) if chosen is None else chosen

@@ -84,7 +84,7 @@ class RunContext:
             if losses > MAX_LOSSES:
                 raise ShardError(f"{loss} It was the {losses}th loss with nothing solved between") from loss
             self.shards.lose()
-            self.reporter.warn(f"{loss} The run goes on from what is solved, once it has workers again")
+            self.reporter.warn(f"{loss} The run continues from earlier results once it has workers again")
 
     def log_layer(self, run: Run, layer: int, plan: LayerPlan) -> None:
         """Log a layer's decisions once; print them in a verbose run."""

@@ -52,7 +52,7 @@ def test_losses_are_survived_as_long_as_something_is_committed_between(
             stage()
     assert finished == bool(progress)
     assert len(tried) == attempts
-    assert printed.getvalue().count("goes on from what is solved") == attempts - 1
+    assert printed.getvalue().count("continues from earlier results") == attempts - 1
 
 
 def test_other_errors_end_the_stage(inputs: Inputs) -> None:
