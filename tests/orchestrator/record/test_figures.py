@@ -167,7 +167,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 
 def test_importing_and_drawing_leave_pyplot_alone(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from orchestrator import figures as f;"
+        "import sys; from pathlib import Path; from orchestrator.record import figures as f;"
         "assert 'matplotlib' not in sys.modules;"
         f"f.draw_perplexity_over_sparsity({{'a': [(0.1, 2.0)]}}, 1.0, Path({str(tmp_path / 'p.png')!r}));"
         "assert 'matplotlib.pyplot' not in sys.modules"
