@@ -105,7 +105,7 @@ def deep_model(make_llama: Callable[..., Path]) -> Path:
 
 def told(stderr: str) -> list[str]:
     """What was said but for progress."""
-    progress = ("estimate: ", "layer similarities: ", "pruning: ")
+    progress = ("estimate: ", "layer similarities: ", "pruning: ", "replaying: ")
     return [line for line in stderr.splitlines() if not line.startswith(progress)]
 
 
