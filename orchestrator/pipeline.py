@@ -146,17 +146,7 @@ def _prune_into(
             log_inputs(run, params, inputs)
             run.log_artifacts(run_file, to="pruning")
             link_with_job(run, reporter.warn)
-            _tell_resumed(context)
-            _log_children(context, targets, run, params)
-            _log_committed(context, targets)
-            pruner_of(config.method)(context, targets)
-            models = [
-                _finish(context, target, params, output.place_of(target.directory.relative_to(staging.directory)))
-                for target in targets
-            ]
-            if len(models) > 1:
-                totals = {model.name: model.totals for model in models}
-                log_sweep(run, staging.directory, config.method, totals)
+            models = _prune_targets(context, targets, run, params, output)
         return PruneResult(
             output=output.place,
             models=tuple(models),
@@ -164,6 +154,23 @@ def _prune_into(
             experiment_id=run.experiment_id,
             run_id=run.run_id,
         )
+
+
+def _prune_targets(
+    context: RunContext, targets: list[Target], run: Run, params: dict[str, object], output: Destination
+) -> list[PrunedModel]:
+    """Prune, finish and log every target, and a summary of several."""
+    _tell_resumed(context)
+    _log_children(context, targets, run, params)
+    _log_committed(context, targets)
+    pruner_of(context.config.method)(context, targets)
+    staged = context.staging.directory
+    models = [
+        _finish(context, target, params, output.place_of(target.directory.relative_to(staged))) for target in targets
+    ]
+    if len(models) > 1:
+        log_sweep(run, staged, context.config.method, {model.name: model.totals for model in models})
+    return models
 
 
 def pruner_of(method: str) -> Prune:
