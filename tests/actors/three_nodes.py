@@ -30,6 +30,7 @@ from cluster.session import session
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.pipeline import prune
+from orchestrator.preflight import checks
 from orchestrator.preflight.checks import inspect_cluster
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -52,10 +53,12 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
             for shared in (False, True):
                 plan = plan_workers(resources, NODES, None, shared_storage=shared)
                 seen[f"weights_travel, {shared}"] = plan.weights_travel
-            found = inspect_cluster(resources, plan, "cpu").states
-            seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             inputs = load_inputs(PruneConfig(**common))
             seen |= use_parts(inputs)
+            # By now every node has a process that has imported torch.
+            checks.PROBE_SECONDS = 60.0
+            found = inspect_cluster(resources, plan, "cpu").states
+            seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             # Connected already: the processes of solves stay from one run to the next.
             common |= {"tracking_uri": "none", "sparsity": (0.3,)}
             prune(PruneConfig(**common, output=f"{scratch}/gram", method="gram"))
