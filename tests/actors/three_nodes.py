@@ -56,7 +56,7 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
             inputs = load_inputs(PruneConfig(**common))
             seen |= use_parts(inputs)
             # By now every node has a process that has imported torch.
-            checks.PROBE_SECONDS = 60.0
+            checks.NODE_SECONDS = 60.0
             found = inspect_cluster(resources, plan, "cpu").states
             seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             # Connected already: the processes of solves stay from one run to the next.
