@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import NonFiniteError, SolveError
+from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.moments import Moments
 from slimllm_ops.stream.passes import LayerStream
-from slimllm_ops.stream.refinement import MIX, RefinementStream, solve_alignment, solve_refit
+from slimllm_ops.stream.refinement import MIX, Refined, RefinementStream, solve_alignment, solve_refit
 
 CPU = torch.device("cpu")
 
@@ -43,12 +45,17 @@ def test_an_aligned_projection_does_what_aligning_its_input_does(streams: tuple[
     torch.manual_seed(0)
     branch = dense.checkpoint.family.mlp
     weights = {name: pruned.weights(1)[name].clone() for name in branch.input_weights}
-    size = dense.checkpoint.config.hidden_size
-    alignment, x = torch.randn(size, size), torch.randn(9, size)
-    aligned = RefinementStream(dense, pruned, range(3)).aligned(1, branch, alignment)
+    pruned.hidden[0] = pruned.hidden[0] + torch.randn_like(pruned.hidden[0])
+    refinement = RefinementStream(dense, pruned, range(3))
+    observed = refinement.observe_inputs(1, branch)
+    alignment = solve_alignment(observed.moments.unpack()).float()
+    assert not torch.allclose(alignment, torch.eye(len(alignment)), atol=0.1)
+    aligned = refinement.solve_alignment(observed, 1, branch)
     assert aligned.keys() == weights.keys()
+    x = torch.randn(9, len(alignment))
     for name, weight in weights.items():
-        torch.testing.assert_close(x @ aligned[name].T, (x @ alignment) @ weight.T, rtol=1e-4, atol=1e-4)
+        found = x @ torch.from_numpy(aligned[name]).T
+        torch.testing.assert_close(found, (x @ alignment) @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -101,6 +108,15 @@ def test_states_that_overflow_are_named_by_layer_and_module(streams: tuple[Layer
             observe(0, branch)
 
 
+def refine_branch(refinement: RefinementStream, layer: int, branch: Branch) -> Refined:
+    """Align and refit a branch as a run does; return its new tensors."""
+    aligned = refinement.solve_alignment(refinement.observe_inputs(layer, branch), layer, branch)
+    refinement.align(aligned, layer)
+    refitted = refinement.solve_refit(refinement.observe_targets(layer, branch), layer, branch)
+    refinement.apply(refitted, layer, branch)
+    return aligned | refitted
+
+
 def test_a_model_that_is_the_dense_one_is_left_as_it_is(
     streams: tuple[LayerStream, LayerStream], gqa_model: Path
 ) -> None:
@@ -110,13 +126,15 @@ def test_a_model_that_is_the_dense_one_is_left_as_it_is(
     for layer in range(dense.checkpoint.num_layers):
         before = {name: weight.clone() for name, weight in pruned.weights(layer).items()}
         for branch in (family.attention, family.mlp):
-            alignment = solve_alignment(refinement.observe_inputs(layer, branch).moments.unpack())
+            observed = refinement.observe_inputs(layer, branch)
+            alignment = solve_alignment(observed.moments.unpack())
             torch.testing.assert_close(alignment, torch.eye(len(alignment)).double(), rtol=0, atol=1e-5)
-            refinement.replace(layer, refinement.aligned(layer, branch, alignment))
-            moments = refinement.observe_targets(layer, branch).moments.unpack()
-            weight, _ = solve_refit(moments, pruned.weights(layer)[branch.output_weight].T, with_bias=False)
-            torch.testing.assert_close(weight.T.float(), before[branch.output_weight], rtol=1e-3, atol=1e-4)
-            refinement.apply(layer, branch, weight.T, None)
+            refinement.align(refinement.solve_alignment(observed, layer, branch), layer)
+            refitted = refinement.solve_refit(refinement.observe_targets(layer, branch), layer, branch)
+            assert refitted.keys() == {branch.output_weight}
+            weight_DS = torch.from_numpy(refitted[branch.output_weight])
+            torch.testing.assert_close(weight_DS, before[branch.output_weight], rtol=1e-3, atol=1e-4)
+            refinement.apply(refitted, layer, branch)
     torch.testing.assert_close(pruned.hidden[0], dense.hidden[0], rtol=1e-3, atol=1e-3)
 
 
@@ -130,17 +148,13 @@ def test_after_a_layer_that_was_dropped_the_stream_is_brought_back_to_the_dense_
     writer.finish(plans)
     dense, pruned = (LayerStream(model, [ids], CPU) for model in (checkpoint, Checkpoint.open(tmp_path)))
     refinement = RefinementStream(dense, pruned, (0, 2))
-    refinement.forward_refined(0, checkpoint.read_layer(0))
+    refinement.forward_refined(0, checkpoint)
     assert torch.equal(pruned.hidden[0], dense.hidden[0])
     refinement.forward_dropped(1)
     lost = float((pruned.hidden[0] - dense.hidden[0]).norm())
     assert lost
     for branch in (checkpoint.family.attention, checkpoint.family.mlp):
-        alignment = solve_alignment(refinement.observe_inputs(1, branch).moments.unpack())
-        refinement.replace(1, refinement.aligned(1, branch, alignment))
-        moments = refinement.observe_targets(1, branch).moments.unpack()
-        weight, _ = solve_refit(moments, pruned.weights(1)[branch.output_weight].T, with_bias=False)
-        refinement.apply(1, branch, weight.T, None)
+        refine_branch(refinement, 1, branch)
     expected = LayerStream(checkpoint, [ids], CPU)
     for layer in range(3):
         expected.forward(layer)
@@ -159,21 +173,17 @@ def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
     )
     family = checkpoint.family
     tensors = checkpoint.read_layer(0)
+    for stream in (first, again):
+        stream.pruned.hidden[0] = stream.pruned.hidden[0] * 1.1
     for branch in (family.attention, family.mlp):
-        alignment = solve_alignment(first.observe_inputs(0, branch).moments.unpack())
-        aligned = first.aligned(0, branch, alignment.float() * 1.1)
-        assert {tensor.dtype for tensor in aligned.values()} == {dtype}
-        first.replace(0, aligned)
-        moments = first.observe_targets(0, branch).moments.unpack()
-        weight, _ = solve_refit(moments, first.pruned.weights(0)[branch.output_weight].T, with_bias=False)
-        refitted = {branch.output_weight: weight.T.to(dtype)}
-        first.apply(0, branch, refitted[branch.output_weight].float(), None)
-        tensors |= aligned | refitted
-    writer = CheckpointWriter(checkpoint, tmp_path)
-    writer.write_tensors(0, tensors)
-    written = load_file(next(tmp_path.glob("*.safetensors")))
-    prefix = checkpoint.layer_prefix(0)
-    again.forward_refined(0, {name.removeprefix(prefix): tensor for name, tensor in written.items()})
+        solved = refine_branch(first, 0, branch)
+        rounded = {name: torch.from_numpy(array).to(dtype) for name, array in solved.items()}
+        for name, array in solved.items():
+            assert np.array_equal(rounded[name].float().numpy(), array), f"{name} is not rounded to {dtype}"
+        tensors |= rounded
+    CheckpointWriter(checkpoint, tmp_path).write_tensors(0, tensors)
+    (path,) = tmp_path.glob("*.safetensors")
+    again.forward_refined(0, replace(checkpoint, directory=tmp_path, files=dict.fromkeys(load_file(path), path.name)))
     assert torch.equal(again.pruned.hidden[0], first.pruned.hidden[0])
     assert not torch.equal(again.pruned.hidden[0], again._dense.hidden[0])
 
