@@ -131,6 +131,7 @@ def _prune_into(
     with (
         open_staging(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
         backend.session(verbose=reporter.verbose) as resources,
+        tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(backend, resources, staging)
         require_room(Intent(config, inputs, output, resources, workers), estimate_pruning, reporter)
@@ -138,9 +139,8 @@ def _prune_into(
         write_run_file(run_file, "prune", config, inputs, workers)
         params = run_params(config, inputs, workers)
         with (
-            # The workers' processes start, and import torch, while this one connects to MLflow.
+            # The workers' processes start, and import torch, while this one logs to MLflow.
             open_context(backend, resources, workers, config, inputs, staging, reporter) as context,
-            tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
             open_targets(config, staging, inputs.source, run) as targets,
         ):
             log_inputs(run, params, inputs)
