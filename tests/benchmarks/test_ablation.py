@@ -7,6 +7,7 @@ from tests.benchmarks.tables import require_positive, run
 
 
 # A trained model: a random one may lose nothing by pruning, and then there is no gap to be a fraction of.
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_every_step_has_a_row(tmp_path: Path, shared: Path) -> None:
     table = run(main, tmp_path, "stories260k-mha", "--ratio=0.55", f"--shared={shared}")

@@ -45,6 +45,7 @@ def test_a_driver_is_killed_at_its_moment_and_what_outlives_it_is_told(
     killed, problems = kill_driver(attempt, None)
     assert (killed, problems) == ("driver", ["1 processes lived on"])
     assert attempt.end()[0] == -9
+    psutil.wait_procs([child], timeout=10)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert not attempt.reaches(1000, 0.0)
 
