@@ -139,7 +139,7 @@ def test_what_the_doctor_stumbles_over_is_a_line_too(doctor: Doctor, monkeypatch
 
     for module, name, line in (
         (diagnosis, "requires", "versions"),
-        (diagnosis, "look_at", "Ray"),
+        (diagnosis, "inspect_cluster", "Ray"),
         (diagnosis, "reach_store", "tracking"),
         (hub, "reach_hub", "hub"),
     ):

@@ -89,16 +89,16 @@ def sampled() -> Iterator[dict[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def baseline(prune_model: Callable[..., PruneResult], mha_model: Path) -> int:
+def baseline(prune_on_ray: Callable[..., PruneResult], mha_model: Path) -> int:
     """What a worker takes on a model of next to nothing: its libraries."""
     with sampled() as peaks:
-        prune_model(mha_model)
+        prune_on_ray(mha_model)
     return peaks["worker"]
 
 
 @pytest.mark.parametrize("method", ["slimllm", "gram"])
 def test_the_estimate_is_what_a_run_takes(
-    prune_model: Callable[..., PruneResult],
+    prune_on_ray: Callable[..., PruneResult],
     model: Path,
     tokens: Path,
     tracking_uri: str,
@@ -110,7 +110,7 @@ def test_the_estimate_is_what_a_run_takes(
     assert plan is not None
     estimate = plan.estimate
     with sampled() as peaks:
-        result = prune_model(model, **settings)
+        result = prune_on_ray(model, **settings)
     assert estimate.worker == pytest.approx(peaks["worker"], rel=WITHIN)
     # The libraries are more than half of it: what is above them is told as well.
     assert estimate.worker - LIBRARIES == pytest.approx(peaks["worker"] - baseline, rel=WITHIN)
