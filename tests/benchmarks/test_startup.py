@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.startup import HERE, MARKS, Measured, start_run, summary
 
 
+@pytest.mark.slow
 def test_a_run_is_timed_until_its_first_layer_and_ends_there(tmp_path: Path) -> None:
     measured = Measured(HERE, tmp_path)
     seconds = start_run(measured, 0)
