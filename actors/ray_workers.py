@@ -65,8 +65,8 @@ class RayWorkers:
         return len(self._actors)
 
     def call(self, worker: int, label: str, method: Callable[..., R], *arguments: Any) -> Reference[R]:
-        """Call a method of one actor without waiting."""
-        return getattr(self._actors[worker], method.__name__).options(name=label).remote(*arguments)
+        """Call a method of one actor without waiting; the name of the process begins with `ray::Shard`."""
+        return getattr(self._actors[worker], method.__name__).options(name=f"Shard: {label}").remote(*arguments)
 
     def call_all(self, method: Callable[[Shard], R]) -> list[R]:
         """Call a method of every actor; return the results in the order of the actors."""

@@ -22,7 +22,7 @@ from orchestrator.pipeline import prune
 
 COLUMNS = 72
 # The names in Ray's trace of a module's two steps.
-OBSERVING, SOLVING = "{}, observe_dense", "eliminate_observed {}"
+OBSERVING, SOLVING = "Shard: {}, observe_dense", "eliminate_observed {}"
 # The longest wait for the trace; Ray's workers report every second.
 TRACE_SECONDS = 20.0
 
