@@ -62,7 +62,7 @@ class SharedStream:
 class ShardGroup:
     """Shards that are called together; a context manager that ends their workers.
 
-    The workers start with `begin`, or with the first stream, so a run that opens no stream need not start any.
+    The workers start with the first stream, so a run that opens no stream starts none.
 
     Args:
         workers: Where the shards live.
@@ -101,10 +101,6 @@ class ShardGroup:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def begin(self) -> None:
-        """Let the workers start, and do not wait: their processes import torch meanwhile."""
-        self._workers.begin()
 
     def close(self) -> None:
         """End the workers, and all streams with them."""

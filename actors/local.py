@@ -47,9 +47,6 @@ class LocalWorkers:
         """The device that workers and solves compute on."""
         return torch.device(self._device)
 
-    def begin(self) -> None:
-        """Do nothing: there are no processes to start."""
-
     def start(self) -> int:
         """Make the shards unless they are there; return how many there are."""
         if not self._shards:

@@ -41,7 +41,6 @@ class Placement:
         self._gpus = gpus_per_worker
         self._note = note
         self._group: Any = None
-        self._reserved = False
 
     @property
     def worker_cpus(self) -> float:
@@ -54,7 +53,6 @@ class Placement:
 
     def solve_options(self) -> dict[str, Any]:
         """Return a solve's options for Ray: its resources, from any bundle that has them free."""
-        self.wait()
         return self._options(self.cpus_per_worker - self.worker_cpus, -1)
 
     def __enter__(self) -> "Placement":
@@ -65,36 +63,32 @@ class Placement:
         # If the head is gone, Ray would ask it for a minute and then end this process.
         if self._group is not None and head_answers():
             remove_placement_group(self._group)
-        self._group, self._reserved = None, False
+        self._group = None
 
-    def wait(self) -> None:
-        """Wait until the bundles are reserved.
+    def _options(self, cpus: float, bundle: int) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self._reserved(), placement_group_bundle_index=bundle)
+        return {"num_cpus": cpus, "num_gpus": self._gpus / 2, "scheduling_strategy": strategy}
+
+    def _reserved(self) -> Any:
+        """Return the bundles; reserve them on the first call.
 
         Raises:
             ShardError: The cluster did not give them in time.
         """
-        if self._reserved:
-            return
-        group = self._requested()
-        asked = f"{self.num_workers} workers of {self.cpus_per_worker} CPUs and {self._gpus:g} GPUs"
-        self._reserved = group.wait(min(NOTE_SECONDS, START_SECONDS))
-        if not self._reserved:
-            self._note(f"waiting for up to {START_SECONDS:.0f} s for room for {asked}: another run has it")
-            self._reserved = group.wait(START_SECONDS)
-        if not self._reserved:
-            raise ShardError(
-                f"the cluster gave no room for {asked} within {START_SECONDS:.0f} s; "
-                f"{ray.available_resources()} are free: wait for other runs to end, or lower --workers or "
-                f"--gpus-per-worker"
-            )
-
-    def _options(self, cpus: float, bundle: int) -> dict[str, Any]:
-        strategy = PlacementGroupSchedulingStrategy(self._requested(), placement_group_bundle_index=bundle)
-        return {"num_cpus": cpus, "num_gpus": self._gpus / 2, "scheduling_strategy": strategy}
-
-    def _requested(self) -> Any:
-        """Return the bundles; ask for them on the first call. Ray may not have reserved them yet."""
         if self._group is None:
             bundle = {"CPU": float(self.cpus_per_worker)} | ({"GPU": self._gpus} if self._gpus else {})
-            self._group = placement_group([bundle] * self.num_workers, strategy="SPREAD")
+            group = placement_group([bundle] * self.num_workers, strategy="SPREAD")
+            asked = f"{self.num_workers} workers of {self.cpus_per_worker} CPUs and {self._gpus:g} GPUs"
+            placed = group.wait(min(NOTE_SECONDS, START_SECONDS))
+            if not placed:
+                self._note(f"waiting for up to {START_SECONDS:.0f} s for room for {asked}: another run has it")
+                placed = group.wait(START_SECONDS)
+            if not placed:
+                remove_placement_group(group)
+                raise ShardError(
+                    f"the cluster gave no room for {asked} within {START_SECONDS:.0f} s; "
+                    f"{ray.available_resources()} are free: wait for other runs to end, or lower --workers or "
+                    f"--gpus-per-worker"
+                )
+            self._group = group
         return self._group

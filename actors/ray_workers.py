@@ -37,17 +37,11 @@ class RayWorkers:
         self._note = note
         self._actors: list[Any] = []
         self._lost = False
-        self._started = False
 
     @property
     def device(self) -> torch.device:
         """The device that workers and solves compute on."""
         return torch.device(self._placement.device)
-
-    def begin(self) -> None:
-        """Ask Ray for the actors, without waiting for them; after a loss, `start` asks."""
-        if not self._actors and not self._lost:
-            self._actors = self._submit_actors()
 
     def start(self) -> int:
         """Start the actors and wait until they are placed, unless they run; return how many there are.
@@ -55,13 +49,11 @@ class RayWorkers:
         Raises:
             ShardError: They were not placed in time; after a loss, none was.
         """
-        if not self._started and self._lost:
+        if not self._actors and self._lost:
             self._start_some()
-        elif not self._started:
-            self.begin()
-            self._placement.wait()
+        elif not self._actors:
+            self._actors = self._submit_actors()
             get_in_order([actor.peak_memory.remote() for actor in self._actors], START_SECONDS)
-        self._started = True
         return len(self._actors)
 
     def call(self, worker: int, label: str, method: Callable[..., R], *arguments: Any) -> Reference[R]:
@@ -102,7 +94,7 @@ class RayWorkers:
         """End the actors."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors, self._started = [], False
+        self._actors = []
 
     def _start_some(self) -> None:
         """Start all actors that can be placed within half a minute; wait longer while there are none."""

@@ -31,9 +31,6 @@ class Workers(Protocol):
     def device(self) -> torch.device:
         """The device that workers and solves compute on."""
 
-    def begin(self) -> None:
-        """Ask for the workers unless they are lost, without waiting for them."""
-
     def start(self) -> int:
         """Start the workers unless they run already; return how many there are."""
 

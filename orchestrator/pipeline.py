@@ -139,7 +139,6 @@ def _prune_into(
         write_run_file(run_file, "prune", config, inputs, workers)
         params = run_params(config, inputs, workers)
         with (
-            # The workers' processes start, and import torch, while this one logs to MLflow.
             open_context(backend, resources, workers, config, inputs, staging, reporter) as context,
             open_targets(config, staging, inputs.source, run) as targets,
         ):

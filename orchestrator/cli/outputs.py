@@ -54,7 +54,7 @@ def families(as_json: bool) -> None:
 
 
 def _units_of(family: "Family") -> str:
-    channels = "channels" if family.mlp.reading.experts is None else "channels of each expert, the same number in all"
+    channels = "channels of each expert, the same number in all" if family.mlp.has_experts else "channels"
     whole = family.attention.reading.whole
     return f"{channels}; no heads, since {whole}" if whole else f"heads and {channels}"
 

@@ -136,7 +136,7 @@ def open_context(
     staging: Staging,
     reporter: Reporter,
 ) -> Iterator[RunContext]:
-    """Hold a run's workers, as many as the cluster has room for; a new run asks for them at once."""
+    """Hold a run's workers, as many as the cluster has room for; they start with their first stream."""
     return_large_blocks()
     with (
         backend.workers(plan, find_room(resources, plan), note=reporter.note) as (workers, deliver),
@@ -149,8 +149,5 @@ def open_context(
             settle=staging.settled.once,
         ) as shards,
     ):
-        # A run from kept moments needs no workers, nor does one that is nearly finished.
-        if inputs.calibration.blocks is not None and not staging.resumed:
-            shards.begin()
         pool = SolverPool(workers, deliver(inputs.source), solve_threads(plan.cpus_per_worker))
         yield RunContext(config, inputs, shards, pool, staging, reporter)

@@ -62,7 +62,7 @@ def _layer_metrics(source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str,
         metrics |= {"cosine": plan.similarity, "ratio": plan.ratio}
     if plan.relative_change is not None:
         metrics["relative_change"] = plan.relative_change
-    if plan.mlp is not None and source.family.mlp.reading.experts is not None:
+    if plan.mlp is not None and source.family.mlp.has_experts:
         metrics["idle_experts"] = len(plan.mlp.idle_experts)
     return metrics
 
