@@ -22,6 +22,8 @@ from slimllm_ops.stream.weights import compute_dtype
 
 # Host memory of a worker's libraries, measured on a worker with a tiny model (benchmarks/memory.py).
 LIBRARIES = 344_000_000
+# The same of a solve's process, which imports torch but not transformers.
+SOLVE_LIBRARIES = 195_000_000
 # Memory of the libraries that the driver loads later: MLflow's uploads, matplotlib (benchmarks/results/memory.md).
 LATER_LIBRARIES = 200_000_000
 # Workers import torch and transformers before they answer.
@@ -202,7 +204,7 @@ def _stage(
     likely = max(footprint.likely_peak(held, at_once), outside)
     return Stage(
         name=name,
-        worker=_library_memory(work) + likely,
+        worker=_library_memory(work, LIBRARIES) + likely,
         required=footprint.fixed + footprint.states_per_token * held + footprint.activations_per_token * text.length,
         solve=solve,
         driver=_driver_memory(work),
@@ -225,13 +227,13 @@ def _spilled_bytes(work: Workload) -> int:
     return footprint.states_per_token * _tokens_per_worker(work, work.calibration)
 
 
-def _library_memory(work: Workload) -> int:
+def _library_memory(work: Workload, on_cpu: int) -> int:
     # The GPU memory that CUDA takes for each process is not known beforehand, and not counted.
-    return LIBRARIES if work.device.type == "cpu" else 0
+    return on_cpu if work.device.type == "cpu" else 0
 
 
 def _solve_memory(work: Workload) -> int:
-    return _library_memory(work) + solve_bytes(work.source, work.device)
+    return _library_memory(work, SOLVE_LIBRARIES) + solve_bytes(work.source, work.device)
 
 
 def _driver_memory(work: Workload) -> int:
