@@ -48,7 +48,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Case:
-    """What to kill, in a run of which method, and when: after a fraction of the files is solved, plus a delay."""
+    """A case: a run's method, the process to kill, and the moment, a fraction of the solved files plus a delay."""
 
     kind: str
     method: str

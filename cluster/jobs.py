@@ -122,7 +122,7 @@ class JobServer:
         """Return the state of a job.
 
         Raises:
-            ClusterError: There is no such job.
+            ClusterError: The job does not exist.
             LostError: The server no longer answers.
         """
         with self._as_cluster_errors(job_id=job_id):
@@ -149,7 +149,7 @@ class JobServer:
             seen: The number of characters of the log to skip, because they were seen before.
 
         Raises:
-            ClusterError: There is no such job.
+            ClusterError: The job does not exist.
             LostError: The server no longer answers; the job may still be running.
         """
         over = self.state(job_id).is_over
@@ -174,7 +174,7 @@ class JobServer:
         """Ask a job to stop, as SIGTERM asks a process; do nothing if it has ended.
 
         Raises:
-            ClusterError: There is no such job.
+            ClusterError: The job does not exist.
             LostError: The server no longer answers.
         """
         with self._as_cluster_errors(job_id=job_id):
