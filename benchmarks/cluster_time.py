@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.one_process import prune_timed, rates_of, write_tokens
-from benchmarks.random_model import Shape, write_model
+from benchmarks.random_model import Shape, shape_options, write_model
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stream.operations import (
     OBSERVING_SHARE,
@@ -106,23 +106,15 @@ def slimllm_seconds(shape: Shape, parts: Parts) -> float:
 
 
 @click.command()
-@click.option("--hidden", default=1024, help="Of the model measured here, like the next five options.")
-@click.option("--intermediate", default=2816)
-@click.option("--layers", default=3)
-@click.option("--heads", default=16)
-@click.option("--kv-heads", default=4)
-@click.option("--blocks", default=4, help="Blocks of 2048 tokens.")
+@shape_options(Shape(hidden=1024, intermediate=2816, layers=3, heads=16, kv_heads=4), "the model measured here")
+@click.option("--blocks", default=4, help="Blocks of 2048 tokens, for the same model.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/cluster_time.md"))
 @click.option("--products", default=H100.products / 1e12, help="bfloat16 TFLOP/s of a GPU.")
 @click.option("--solves", default=H100.solves / 1e12, help="float32 TFLOP/s of a GPU.")
 @click.option("--merges", default=H100.merges / 1e9, help="GB/s through a merge.")
 @click.option("--reading", default=H100.reading / 1e9, help="GB/s of weights to a worker.")
 def main(
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
+    shape: Shape,
     blocks: int,
     output: Path,
     products: float,
@@ -133,12 +125,11 @@ def main(
     """Check the formula on this machine, and write what it predicts for a cluster."""
     rates = replace(H100, products=products * 1e12, solves=solves * 1e12, merges=merges * 1e9, reading=reading * 1e9)
     rows = [["run", "observing", "reducing", "solving", "deciding", "gram, s", "slimllm, s", "measured, s"]]
-    small = Shape(hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, kv_heads=kv_heads)
-    rows.append(_check(small, blocks))
-    for name, shape in (("7B", SEVEN), ("70B", SEVENTY)):
+    rows.append(_check(shape, blocks))
+    for name, large in (("7B", SEVEN), ("70B", SEVENTY)):
         for workers in (1, 8, 32):
-            parts = parts_of(shape, BLOCKS * BLOCK, workers, rates)
-            rows.append(_row(f"{name} on {workers} GPU(s), assumed", shape, workers, parts, ""))
+            parts = parts_of(large, BLOCKS * BLOCK, workers, rates)
+            rows.append(_row(f"{name} on {workers} GPU(s), assumed", large, workers, parts, ""))
     title = f"Predicted time: seconds per layer and in total, {BLOCKS} x {BLOCK} tokens on GPUs"
     write_table(output, title, describe_machine(), rows)
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from actors import local
 from actors.local import Held, LocalWorkers
 from benchmarks.machine import describe_machine, write_table
-from benchmarks.random_model import Shape, write_model
+from benchmarks.random_model import Shape, shape_options, write_model
 from orchestrator import PruneConfig, prune
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -80,28 +80,19 @@ class TimedWorkers(LocalWorkers):
 
 
 @click.command()
-@click.option("--hidden", default=4096)
-@click.option("--intermediate", default=11008)
-@click.option("--layers", default=32)
-@click.option("--heads", default=32)
-@click.option("--kv-heads", default=32)
+@shape_options(Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32))
 @click.option("--blocks", default=128, help="Blocks of 2048 tokens.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--model", type=Path, help="A checkpoint instead of a random one.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/one_process.md"))
 def main(
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
+    shape: Shape,
     blocks: int,
     device: str,
     model: Path | None,
     output: Path,
 ) -> None:
     """Run both methods once and write the table."""
-    shape = Shape(hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, kv_heads=kv_heads)
     place, rows = torch.device(device), [["step", "seconds", "of the rate of a plain product"]]
     rates = rates_of(place)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +106,10 @@ def main(
             rows += rows_of(name, seconds, operations_of(source, blocks * BLOCK, place), rates)
             rows.append([f"{name}: peak memory, GB", _peak(place), ""])
     plain = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.2f}" for dtype, rate in rates.items())
-    size = f"hidden {hidden}, {layers} layers, intermediate {intermediate}, {heads} heads, {kv_heads} KV heads"
+    size = (
+        f"hidden {shape.hidden}, {shape.layers} layers, intermediate {shape.intermediate}, {shape.heads} heads, "
+        f"{shape.kv_heads} KV heads"
+    )
     title = f"One process on {device}: {model or size}, {blocks} x {BLOCK} tokens"
     write_table(output, title, f"{describe_machine()}; plain products at {plain} TFLOP/s", rows)
 

@@ -3,8 +3,11 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
+import click
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,6 +15,14 @@ from transformers import LlamaConfig
 
 from slimllm_ops.checkpoint.tensor_index import INDEX
 
+# The options of a shape, and what they are.
+SIZES = {
+    "hidden": "Hidden size",
+    "intermediate": "Intermediate size",
+    "layers": "Decoder layers",
+    "heads": "Attention heads",
+    "kv_heads": "Key/value heads",
+}
 # Draws a matrix with the given rows and columns.
 Matrix = Callable[[int, int], Tensor]
 
@@ -47,6 +58,23 @@ class Shape:
             dtype="bfloat16",
             architectures=["LlamaForCausalLM"],
         )
+
+
+def shape_options(default: Shape, of: str = "the model") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a shape; it gets the shape as its argument `shape`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_shape(**arguments: Any) -> None:
+            sizes = {name: arguments.pop(name) for name in SIZES}
+            command(shape=Shape(**sizes), **arguments)
+
+        for name in reversed(SIZES):
+            flag, described = f"--{name.replace('_', '-')}", f"{SIZES[name]} of {of}."
+            with_shape = click.option(flag, default=getattr(default, name), help=described)(with_shape)
+        return with_shape
+
+    return decorate
 
 
 def write_model(directory: Path, shape: Shape, device: str = "cpu") -> Path:

@@ -15,7 +15,7 @@ import ray
 
 from benchmarks.local_ray import local_ray
 from benchmarks.machine import describe_machine, figure, write_table
-from benchmarks.random_model import Shape, write_model
+from benchmarks.random_model import Shape, shape_options, write_model
 from benchmarks.random_tokens import write_tokens
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import prune
@@ -40,27 +40,18 @@ class Span:
 
 
 @click.command()
-@click.option("--hidden", default=1024)
-@click.option("--intermediate", default=2816)
-@click.option("--layers", default=8)
-@click.option("--heads", default=16)
-@click.option("--kv-heads", default=4)
+@shape_options(Shape(hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=4))
 @click.option("--blocks", default=12, help="Blocks of tokens.")
 @click.option("--block-length", default=2048, help="Tokens per block.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/timeline.md"))
 def main(
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
+    shape: Shape,
     blocks: int,
     block_length: int,
     output: Path,
 ) -> None:
     """Run once and write the table."""
-    shape = Shape(hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, kv_heads=kv_heads)
-    modules = [f"layer {layer}, {module}" for layer in range(layers) for module in ("self_attn", "mlp")]
+    modules = [f"layer {layer}, {module}" for layer in range(shape.layers) for module in ("self_attn", "mlp")]
     observing, solving = ([form.format(one) for one in modules] for form in (OBSERVING, SOLVING))
     with local_ray(num_cpus=2), tempfile.TemporaryDirectory() as folder:
         start = time.time()
@@ -69,11 +60,11 @@ def main(
     observed, solved = ([trace[name][0] for name in names] for names in (observing, solving))
     begin = min(span.start for span in observed)
     rows = [["layer", "observed, s", "attention solved, s", "MLP solved, s"]]
-    for layer in range(layers):
+    for layer in range(shape.layers):
         whole = Span(observed[2 * layer].start, observed[2 * layer + 1].stop)
         spans = (whole, solved[2 * layer], solved[2 * layer + 1])
         rows.append([str(layer), *(f"{span.start - begin:.2f} to {span.stop - begin:.2f}" for span in spans)])
-    title = f"Timeline of gram: hidden {hidden}, {layers} layers, {blocks} x {block_length} tokens"
+    title = f"Timeline of gram: hidden {shape.hidden}, {shape.layers} layers, {blocks} x {block_length} tokens"
     write_table(output, title, describe_machine(), rows, _summary(observed, solved, begin))
 
 
