@@ -14,10 +14,7 @@ from pathlib import Path
 
 import click
 
-import actors
-import slimllm_ops
 from benchmarks.machine import describe_machine, write_table
-from cluster.session import session
 from orchestrator.comparison.compare import Comparison, compare
 from orchestrator.comparison.contestants import LAYER_BY_LAYER, REFINED, Contestant, one_pass
 from orchestrator.config import CompareConfig
@@ -150,9 +147,9 @@ def measure(setting: Setting, contestants: Sequence[Contestant], shared: Path, w
         alpha=setting.alpha,
         calibration=str(tokens / f"{setting.tokens}.calibration.parquet"),
         evaluate=(str(tokens / f"{setting.tokens}.heldout.parquet"),),
-        workers=1,
+        local=True,
         output=str(work / f"{setting.model}-{setting.ratio:g}"),
-        tracking_uri=f"sqlite:///{work / 'mlflow.db'}",
+        tracking_uri="none",
     )
     return compare(config, chosen=contestants)
 
@@ -185,7 +182,7 @@ def main(models: tuple[str, ...], ratios: tuple[float, ...], shared: Path, outpu
         )
     start = time.perf_counter()
     columns: dict[Setting, Comparison] = {}
-    with tempfile.TemporaryDirectory() as work, session(None, (actors, slimllm_ops)):
+    with tempfile.TemporaryDirectory() as work:
         for setting in settings:
             named = rows()
             columns[setting] = measure(setting, [contestant for _, contestant in named], shared, Path(work))

@@ -92,7 +92,7 @@ def _cases(methods: Sequence[str], forms: Sequence[str]) -> list[tuple[str, str]
 
 
 def _prune(folder: Path, name: str, settings: dict[str, Any]) -> PruneResult:
-    return prune(PruneConfig(output=str(folder / name), tracking_uri=f"sqlite:///{folder}/mlflow.db", **settings))
+    return prune(PruneConfig(output=str(folder / name), local=True, tracking_uri="none", **settings))
 
 
 def _perplexities(result: PruneResult) -> list[tuple[float, float]]:

@@ -62,17 +62,18 @@ def test_a_file_that_the_server_does_not_find_is_named(seen: dict[str, Any]) -> 
 
 
 # That of the paper's method lost a node on its way.
-@pytest.mark.usefixtures("seen", "local_ray")
+@pytest.mark.usefixtures("seen")
 @pytest.mark.parametrize("method", ["slimllm", "gram"])
-def test_a_run_on_three_nodes_writes_what_one_node_writes(
-    scratch: Path, tmp_path: Path, gqa_model: Path, token_file: Path, tracking_uri: str, method: str
+def test_a_run_on_three_nodes_writes_what_one_process_writes(
+    scratch: Path, tmp_path: Path, gqa_model: Path, token_file: Path, method: str
 ) -> None:
     prune(
         PruneConfig(
             model=str(gqa_model),
             calibration=str(token_file),
             workers=3,
-            tracking_uri=tracking_uri,
+            local=True,
+            tracking_uri="none",
             output=str(tmp_path / "out"),
             method=method,
             sparsity=(0.3,),

@@ -21,7 +21,7 @@ Peaks = Callable[..., int]
 ROOT = Path(__file__).parents[2]
 SHALLOW, DEEP = 3, 12
 BLOCK = 256
-FEW, MANY = 16, 160
+FEW, MANY = 16, 80
 WAYS = ["deciding", pytest.param("dense", marks=pytest.mark.slow)]
 
 

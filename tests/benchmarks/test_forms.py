@@ -1,13 +1,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from benchmarks.forms import main
 from tests.benchmarks.tables import require_positive, run
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_forms_are_compared_and_exported(tmp_path: Path, make_llama: Callable[..., Path], token_file: Path) -> None:
     model = make_llama(intermediate_size=64, num_hidden_layers=2)
     inputs = (f"--model={model}", f"--calibration={token_file}", f"--evaluate={token_file}", "--sparsity=0.3")

@@ -12,12 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from mlflow import MlflowClient
 from rich.console import Console
 
 from orchestrator import PruneConfig
 from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
+from orchestrator.pruning import backends
+from orchestrator.record import figures
 from tests.forks import Forks
 from tests.orchestrator.tracked import IMPORTS, TrackingServer, serving
 
@@ -27,15 +30,21 @@ PruneModel = Callable[..., PruneResult]
 
 @pytest.fixture(scope="session")
 def prune_model(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PruneModel:
-    """Prune a model by a third in this process, with a journal and no MLflow, unless told otherwise."""
+    """Prune a model by a third in this process, with a journal and no MLflow, unless told otherwise.
 
-    def run(model: Path, **settings: Any) -> PruneResult:
+    Figures are composed, and not rendered unless a test asks for it: that takes a third of a run's time.
+    """
+
+    def run(model: Path, rendered: bool = False, **settings: Any) -> PruneResult:
         defaults = {"calibration": str(token_file), "tracking_uri": "none", "local": True}
         if "ratio" not in settings:
             defaults["sparsity"] = 0.33
         output = tmp_path_factory.mktemp("run") / "pruned"
         config = PruneConfig(**{"model": str(model), "output": str(output), **defaults, **settings})
-        return prune(config, Reporter(Console(file=io.StringIO())))
+        with pytest.MonkeyPatch.context() as patch:
+            if not rendered:
+                patch.setattr(figures, "_save", lambda figure, path: path.write_bytes(b""))
+            return prune(config, Reporter(Console(file=io.StringIO())))
 
     return run
 
@@ -45,9 +54,16 @@ def prune_on_ray(local_ray: None, prune_model: PruneModel) -> PruneModel:
     """The same on the session's Ray, on one worker."""
 
     def run(model: Path, **settings: Any) -> PruneResult:
-        return prune_model(model, **{"local": False, "workers": 1, **settings})
+        return prune_model(model, **{"local": False, "workers": 1, "rendered": True, **settings})
 
     return run
+
+
+@pytest.fixture
+def cpus_of_ray(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a local run have as many CPUs as the session's Ray: it computes with as many threads, to the same bits."""
+    cpus = int(ray.cluster_resources()["CPU"])
+    monkeypatch.setattr(backends.os, "sched_getaffinity", lambda process: set(range(cpus)))
 
 
 @pytest.fixture(scope="session")

@@ -186,6 +186,8 @@ class Terminal:
         os.close(its_end)
 
     def type(self, text: str) -> None:
+        """Type a text once the command waits for it: Python's readline misses a Ctrl-C that comes before."""
+        wait_for(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING)
         os.write(self._end, text.encode())
 
     def read_to(self, text: str) -> str:

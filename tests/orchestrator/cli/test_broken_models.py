@@ -46,7 +46,6 @@ def test_a_broken_tokenizer_is_known_before_ray_starts(cli: Cli, model: Path, tm
     cli.fails(said, model, "--calibration", tmp_path / "x.txt")
 
 
-@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("damage", DAMAGED_MODELS)
 def test_a_damaged_model_is_found_by_the_workers(
     cli: Cli, model: Path, token_file: Path, last_run: Callable[[], Any], damage: str
@@ -54,5 +53,15 @@ def test_a_damaged_model_is_found_by_the_workers(
     spoil, said = DAMAGED_MODELS[damage]
     spoil(model)
     data = ["--calibration", token_file, *(["--evaluate", token_file] if damage == "logits overflow" else [])]
-    cli.fails(said, model, *data, "--workers", 1, "--run-name", damage, with_progress=True)
+    cli.fails(said, model, *data, "--local", "--run-name", damage, with_progress=True)
     assert (last_run().info.run_name, last_run().info.status) == (damage, "FAILED")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_a_worker_on_ray_finds_is_the_same_line(
+    cli: Cli, model: Path, token_file: Path, last_run: Callable[[], Any]
+) -> None:
+    spoil, said = DAMAGED_MODELS["nan in a layer"]
+    spoil(model)
+    cli.fails(said, model, "--calibration", token_file, "--workers", 1, "--run-name", "on Ray", with_progress=True)
+    assert (last_run().info.run_name, last_run().info.status) == ("on Ray", "FAILED")

@@ -31,10 +31,9 @@ def told(result: Result) -> Any:
 
 @pytest.fixture(scope="module")
 def data(token_file: Path, held_out_file: Path) -> list[object]:
-    return ["--calibration", token_file, "--evaluate", held_out_file, "--workers", 1]
+    return ["--calibration", token_file, "--evaluate", held_out_file, "--local"]
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_a_run_is_told_as_json(gqa_model: Path, data: list[object], tracking_uri: str, tmp_path: Path) -> None:
     words = ["--method", "gram", "--sparsity", 0.2, "--sparsity", 0.4, "--tracking-uri", tracking_uri]
     result = run("prune", gqa_model, *data, *words, "--output", tmp_path / "out", "--json")
@@ -56,7 +55,6 @@ def test_a_run_is_told_as_json(gqa_model: Path, data: list[object], tracking_uri
     assert told(again)["finished_before"]
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_moments_and_comparisons_are_told_as_json(gqa_model: Path, data: list[object], tmp_path: Path) -> None:
     calibrated = run("calibrate", gqa_model, *data[:2], *data[4:], "--output", tmp_path / "moments", "--json")
     assert told(calibrated) == {"moments": str(tmp_path / "moments")}
@@ -127,7 +125,6 @@ def test_sigterm_is_told_wherever_it_comes(wait: Callable[[Any], object], capsys
     assert capsys.readouterr().err == "slimllm: terminated; no checkpoint was written\n"
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_who_wants_to_know_more_is_told_of_every_layer(gqa_model: Path, data: list[object], tmp_path: Path) -> None:
     where = ["--tracking-uri", "none", "--output", tmp_path / "out"]
     result = run("prune", gqa_model, *data, *where, "--verbose")

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def passes() -> list[tuple[str, int, str]]:
 
 
 @pytest.fixture(scope="session")
-def everything(run_comparison: Compare, passes: list[tuple[str, int, str]]) -> Iterator[Comparison]:
+def everything(run_comparison: Compare, passes: list[tuple[str, int, str]]) -> Comparison:
     """All methods and one of a user's own, at two sparsities."""
 
     # Defined in here, it travels to the workers by value, as from a user's own script.
@@ -105,7 +105,7 @@ def everything(run_comparison: Compare, passes: list[tuple[str, int, str]]) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "mine", Method("mine", keep_the_first, spend_evenly, leave, "a user", "all"))
         patch.setattr(ShardGroup, "merge", count)
-        yield run_comparison(sparsity=SPARSITIES)
+        return run_comparison(sparsity=SPARSITIES)
 
 
 def test_every_method_takes_part_at_every_sparsity_and_the_dense_model_comes_first(everything: Comparison) -> None:

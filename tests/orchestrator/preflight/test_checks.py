@@ -5,6 +5,7 @@ import re
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,19 +169,25 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(gqa_model: Path, token_file: Path, tmp_path: Path, local_ray: None) -> Run:
-    """Prune a small model by the command line."""
+def run(gqa_model: Path, token_file: Path, tmp_path: Path) -> Run:
+    """Prune a small model by the command line, in this process."""
 
-    def invoke(*options: str, command: str = "prune") -> Result:
-        place = ["--output", str(tmp_path / "parent" / "out"), "--calibration", str(token_file), "--workers", "1"]
+    def invoke(*options: str, command: str = "prune", backend: tuple[str, ...] = ("--local",)) -> Result:
+        place = ["--output", str(tmp_path / "parent" / "out"), "--calibration", str(token_file)]
         tracking = ["--tracking-uri", "none"] if command == "prune" else []
-        return CliRunner().invoke(main, [command, str(gqa_model), *place, *tracking, *options])
+        return CliRunner().invoke(main, [command, str(gqa_model), *place, *backend, *tracking, *options])
 
     return invoke
 
 
-def test_a_run_tells_its_estimate_before_it_begins(run: Run) -> None:
-    result = run("--verbose")
+@pytest.fixture
+def run_on_ray(local_ray: None, run: Run) -> Run:
+    """The same on the session's Ray, on one worker."""
+    return partial(run, backend=("--workers", "1"))
+
+
+def test_a_run_tells_its_estimate_before_it_begins(run_on_ray: Run) -> None:
+    result = run_on_ray("--verbose")
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("layer similarities"))

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 
 from orchestrator.pipeline import PruneResult
-from orchestrator.pruning import backends
 from tests.conftest import content
 
 # `slimllm` where neither can be imported.
@@ -22,7 +20,8 @@ main()
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+# One worker is the simpler case, and takes as long.
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     "settings", [{"method": "slimllm"}, {"method": "gram"}, {"method": "gram", "refine": True}], ids=str
 )
@@ -33,12 +32,9 @@ def test_the_same_bytes_as_on_ray_with_as_many_shards(
     held_out_file: Path,
     settings: dict[str, object],
     workers: int,
-    monkeypatch: pytest.MonkeyPatch,
+    cpus_of_ray: None,
 ) -> None:
-    # Both are told of as many CPUs, and compute with as many threads.
-    cpus = int(ray.cluster_resources()["CPU"])
-    monkeypatch.setattr(backends.os, "sched_getaffinity", lambda process: set(range(cpus)))
-    asked = settings | {"workers": workers, "evaluate": (str(held_out_file),)}
+    asked = settings | {"workers": workers, "rendered": True, "evaluate": (str(held_out_file),)}
     local, on_ray = (content(run(gqa_model, **asked).output) for run in (prune_model, prune_on_ray))
     assert local.keys() == on_ray.keys()
     assert [name for name in local if local[name] != on_ray[name]] == []

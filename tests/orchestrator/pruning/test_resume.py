@@ -96,9 +96,10 @@ def partial_of(output: Path) -> Path:
     "method", ["gram", *(pytest.param(method, marks=pytest.mark.slow) for method in ("slimllm", "refine"))]
 )
 def test_whatever_happens_to_a_run_it_gives_the_same_bytes_and_one_run_in_mlflow(
-    run: Run, tmp_path: Path, method: str, tracking_uri: str
+    run: Run, cpus_of_ray: None, tmp_path: Path, method: str, tracking_uri: str
 ) -> None:
-    run(tmp_path / "undisturbed", method)
+    # Nothing happens to this one on Ray either: what a worker does, this process does (test_backends.py).
+    run(tmp_path / "undisturbed", method, local=True)
     expected = content(tmp_path / "undisturbed")
     output, name = tmp_path / "a" / "out", f"disturbed {method}"
     for number, events in enumerate(ATTEMPTS[method]):
@@ -146,7 +147,7 @@ def require_one_run(uri: str, name: str, num_models: int) -> None:
 def test_what_was_asked_must_be_asked_again(run: Run, tmp_path: Path, gqa_model: Path, held_out_file: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(output, "gram", Disturbed([("calibrating", 2, interrupt)]))
+        run(output, "gram", Disturbed([("calibrating", 2, interrupt)]), local=True)
     for settings, named in (
         ({"sparsity": 0.3}, "sparsity"),
         ({"model": str(gqa_model)}, "model_digest"),
@@ -154,18 +155,18 @@ def test_what_was_asked_must_be_asked_again(run: Run, tmp_path: Path, gqa_model:
         ({"workers": 3}, "workers"),
     ):
         with pytest.raises(ConfigError, match=rf"had other settings \(.*{named}"):
-            run(output, "gram", resume=True, **settings)
+            run(output, "gram", resume=True, local=True, **settings)
     assert (partial_of(output) / ".work" / "solved" / "moments" / "layer-00001.safetensors").exists()
 
 
 def test_calibration_goes_on_too(
-    model: Path, token_file: Path, local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, token_file: Path, cpus_of_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def moments(name: str, *events: Event, **settings: Any) -> Path:
         config = {"model": str(model), "calibration": str(token_file), "workers": 1, "output": str(tmp_path / name)}
         return calibrate(PruneConfig(**config | settings), Disturbed(list(events)))
 
-    expected = content(moments("undisturbed"))
+    expected = content(moments("undisturbed", local=True))
     with pytest.raises(KeyboardInterrupt):
         moments("out", ("calibrating", 1, kill_a_worker), ("calibrating", 3, interrupt))
     assert content(moments("out", resume=True)) == expected
@@ -174,10 +175,11 @@ def test_calibration_goes_on_too(
 
 def test_a_disk_that_is_full_keeps_what_is_solved(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "out"
+    settings: dict[str, Any] = {"method": "slimllm", "sparsity": 0.2, "local": True}
     with pytest.raises(OSError, match="File too large") as raised, files_of_at_most(20_000):
-        run(output, "slimllm", Disturbed([]), sparsity=0.2)
+        run(output, **settings)
     assert "--resume" in raised.value.__notes__[0]
     assert not output.exists()
-    run(output, "slimllm", resume=True, sparsity=0.2)
-    run(tmp_path / "undisturbed", "slimllm", sparsity=0.2)
+    run(output, resume=True, **settings)
+    run(tmp_path / "undisturbed", **settings)
     assert content(output) == content(tmp_path / "undisturbed")

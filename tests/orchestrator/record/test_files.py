@@ -44,7 +44,7 @@ def test_a_second_run_of_the_papers_method_gives_the_same_bytes(
 def test_a_second_run_of_gram_gives_the_same_bytes(
     prune_model: Callable[..., PruneResult], gqa_model: Path, held_out_file: Path, tracking_uri: str
 ) -> None:
-    asked: dict[str, Any] = {"method": "gram", "refine": True, "evaluate": (str(held_out_file),)}
+    asked: dict[str, Any] = {"method": "gram", "refine": True, "rendered": True, "evaluate": (str(held_out_file),)}
     # Where MLflow is told and where it is not.
     logged = ELSEWHERE | {"tracking_uri": tracking_uri}
     first, second = (prune_model(gqa_model, **asked, **places) for places in ({}, logged))

@@ -108,7 +108,6 @@ def test_the_variable_means_the_same(monkeypatch: pytest.MonkeyPatch, journal: P
     assert not TrackingOptions(tracking_uri="sqlite:///mlflow.db").journal_only
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_a_registered_model_needs_mlflow(gqa_model: Path, token_file: Path, tmp_path: Path) -> None:
     config = PruneConfig(
         model=str(gqa_model),
@@ -116,6 +115,7 @@ def test_a_registered_model_needs_mlflow(gqa_model: Path, token_file: Path, tmp_
         output=str(tmp_path / "out"),
         tracking_uri="none",
         register="tiny",
+        local=True,
     )
     with pytest.raises(TrackingError, match="register"):
         prune(config)

@@ -236,7 +236,6 @@ def test_a_server_that_hangs_holds_up_no_run(
     assert_everything_logged(MlflowClient(server.store), logged.run_id)
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
     gqa_model: Path,
     token_file: Path,
@@ -258,7 +257,7 @@ def test_a_real_run_whose_server_dies_goes_on_and_is_completed(
 
     monkeypatch.setattr(progress, "Reporter", Killing)
     output = tmp_path / "out"
-    asked = ["--method", "gram", "--sparsity", ".2", "--sparsity", ".4", "--workers", "1", "--calibration", token_file]
+    asked = ["--method", "gram", "--sparsity", ".2", "--sparsity", ".4", "--local", "--calibration", token_file]
     places = ["--output", output, "--tracking-uri", server.address, "--register", "tiny", "--run-name", "sweep"]
     places += ["--experiment", "died"]
     result = CliRunner().invoke(main, ["prune", *map(str, (gqa_model, *asked, *places))])

@@ -99,7 +99,6 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
 @pytest.fixture(scope="module")
 def sweep(
     server: str,
-    local_ray: None,
     gqa_model: Path,
     token_file: Path,
     held_out_file: Path,
@@ -107,7 +106,7 @@ def sweep(
 ) -> Sweep:
     """Two sparsities, registered, on a server alone."""
     output = tmp_path_factory.mktemp("sweep") / "pruned"
-    data = ["--calibration", token_file, "--evaluate", held_out_file, "--workers", "1"]
+    data = ["--calibration", token_file, "--evaluate", held_out_file, "--local"]
     # Not in the experiment that a local run has made in this store: its files would not go through the server.
     places = ["--output", output, "--experiment", "served"]
     printed = run_line("prune", {"MODEL": gqa_model, "NAME": "tiny"}, server, *data, *places)

@@ -1,12 +1,13 @@
 """Importing slimllm is enough to load pruned models, and does not itself import transformers' modelling code."""
 
-import subprocess
-import sys
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from slimllm_ops.models.families import FAMILIES, Family, family_named
+from tests.forks import Forks
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[3]
@@ -17,12 +18,22 @@ print(*sorted({name.split(".")[2] for name in modules} - {"auto"}))
 """
 
 
-def run(program: str, *arguments: str | Path) -> str:
-    """What a Python process of its own prints."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Run a program in a process that has imported torch, and neither transformers nor slimllm; return what it prints."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    forks = Forks("import torch", environment, tmp_path_factory.mktemp("registration"))
+
+    def printed(program: str) -> str:
+        ended = forks.run(program)
+        assert ended.code == 0, ended.stderr[-2000:]
+        return ended.stdout.strip()
+
+    yield printed
+    forks.close()
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +55,11 @@ def pruned_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("module", ["slimllm_ops", "slimllm_ops.module_solves", "slimllm_ops.stream.passes"])
-def test_importing_slimllm_loads_no_modelling_code(module: str) -> None:
+def test_importing_slimllm_loads_no_modelling_code(run: Run, module: str) -> None:
     assert run(f"import {module}\n{LOADED}") == ""
 
 
-def test_a_solve_needs_no_transformers() -> None:
+def test_a_solve_needs_no_transformers(run: Run) -> None:
     assert run("import sys, slimllm_ops.module_solves\nprint('transformers' in sys.modules)") == "False"
 
 
@@ -61,17 +72,19 @@ def test_a_solve_needs_no_transformers() -> None:
     ],
     ids=["slimllm first", "transformers first", "between"],
 )
-def test_pruned_models_load_without_remote_code_in_any_order_of_imports(imports: str, pruned_qwen: Path) -> None:
-    load = """
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
+def test_pruned_models_load_without_remote_code_in_any_order_of_imports(
+    run: Run, imports: str, pruned_qwen: Path
+) -> None:
+    load = f"""
+model = AutoModelForCausalLM.from_pretrained({str(pruned_qwen)!r}, trust_remote_code=False)
 print(type(model).__module__, model.model.layers[1].mlp.down_proj.in_features)
 """
-    printed = run(f"import sys\n{imports}\n{load}\n{LOADED}", pruned_qwen).splitlines()
+    printed = run(f"{imports}\n{load}\n{LOADED}").splitlines()
     # The family that was asked for, and no other.
     assert printed == ["slimllm_ops.models.pruned.pruned_qwen2 9", "qwen2"]
 
 
-def test_a_class_that_is_imported_by_its_file_is_known_too() -> None:
+def test_a_class_that_is_imported_by_its_file_is_known_too(run: Run) -> None:
     program = """
 from slimllm_ops.models.pruned.pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,7 +95,7 @@ assert type(AutoConfig.for_model("pruned_llama")) is PrunedLlamaConfig
     run(program)
 
 
-def test_a_config_is_made_by_name_before_its_class_is_imported() -> None:
+def test_a_config_is_made_by_name_before_its_class_is_imported(run: Run) -> None:
     program = """
 import slimllm_ops
 from transformers import AutoConfig
