@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 
 from orchestrator.cli import main, runs
 from orchestrator.config import PruneConfig
+from orchestrator.pipeline import PruneResult
 from slimllm_ops.decide.plan import Plan
 from tests.conftest import content
 
@@ -171,12 +172,9 @@ def story(deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(deep_model: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    process = start(deep_model, "--calibration", token_file, "--tracking-uri", "none", "--output", output)
-    _, stderr = process.communicate(timeout=180)
-    assert process.returncode == 0, stderr
-    return output
+def undisturbed(prune_model: Callable[..., PruneResult], deep_model: Path) -> Path:
+    """The same without Ray, which gives the same bytes (test_backends.py)."""
+    return prune_model(deep_model, sparsity=(), rendered=True).output
 
 
 def test_a_run_that_signals_end_leaves_no_process_and_is_resumed(

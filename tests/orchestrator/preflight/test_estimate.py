@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -28,7 +29,7 @@ from slimllm_ops.moments.moments import MomentSum
 from slimllm_ops.stream.footprint import moment_bytes
 from slimllm_ops.stream.operations import Rates
 
-SHAPE = Shape(hidden=512, intermediate=2048, layers=3, heads=8, kv_heads=4, vocabulary=500)
+SHAPE = Shape(hidden=512, intermediate=1024, layers=3, heads=8, kv_heads=4, vocabulary=500)
 BLOCKS, LENGTH = 64, 256
 WITHIN = 0.3
 
@@ -67,8 +68,12 @@ def sampled() -> Iterator[dict[str, int]]:
     stop = threading.Event()
 
     def sample() -> None:
+        listed, at = running(), time.monotonic()
         while not stop.wait(0.02):
-            for process in running():
+            # Listing reads every process of the machine.
+            if time.monotonic() > at + 0.2:
+                listed, at = running(), time.monotonic()
+            for process in listed:
                 try:
                     title = titled(process)
                     role = "worker" if title.startswith("ray::Shard") else "solve"

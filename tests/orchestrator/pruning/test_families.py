@@ -39,6 +39,12 @@ def runs(prune_model: Callable[..., PruneResult], dense: dict[str, Path]) -> Run
     return {name: prune_model(model, method="gram") for name, model in dense.items()}
 
 
+@pytest.fixture(scope="module")
+def papers_runs(prune_model: Callable[..., PruneResult], dense: dict[str, Path]) -> Runs:
+    """Every family pruned by `slimllm` on one shard."""
+    return {name: prune_model(model, method="slimllm") for name, model in dense.items()}
+
+
 def plans_of(run: PruneResult) -> tuple[LayerPlan, ...]:
     return Plan.read(Path(run.output) / "pruning" / "plan.json").layers
 
@@ -70,9 +76,14 @@ def test_a_third_is_gone_and_what_is_left_is_what_the_plan_says(family: Family, 
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("method", ["slimllm", "gram"])
 def test_any_number_of_shards_gives_the_same_model(
-    name: str, method: str, runs: Runs, dense: dict[str, Path], prune_model: Callable[..., PruneResult]
+    name: str,
+    method: str,
+    runs: Runs,
+    papers_runs: Runs,
+    dense: dict[str, Path],
+    prune_model: Callable[..., PruneResult],
 ) -> None:
-    one = runs[name] if method == "gram" else prune_model(dense[name], method=method)
+    one = {"gram": runs, "slimllm": papers_runs}[method][name]
     three = prune_model(dense[name], method=method, workers=3)
     for layer, other in zip(plans_of(one), plans_of(three), strict=True):
         for decision, same in ((layer.attention, other.attention), (layer.mlp, other.mlp)):
@@ -85,11 +96,9 @@ def test_any_number_of_shards_gives_the_same_model(
 
 
 @each_family
-def test_the_paper_takes_heads_wherever_they_can_go(
-    family: Family, dense: dict[str, Path], prune_model: Callable[..., PruneResult]
-) -> None:
+def test_the_paper_takes_heads_wherever_they_can_go(family: Family, papers_runs: Runs) -> None:
     # Its ratios are those of heads and channels alike.
-    plans = plans_of(prune_model(dense[family.name], method="slimllm"))
+    plans = plans_of(papers_runs[family.name])
     assert any(layer.attention for layer in plans) != bool(family.attention.reading.whole)
     assert any(layer.mlp for layer in plans)
 

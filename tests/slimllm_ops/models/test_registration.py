@@ -23,7 +23,7 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Run a program in a process that has imported torch, and neither transformers nor slimllm; return what it prints."""
+    """Run a program in a process that has imported torch alone, and return what it prints."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     forks = Forks("import torch", environment, tmp_path_factory.mktemp("registration"))
 
