@@ -233,8 +233,8 @@ class ShardGroup:
         return self._workers.get([reference])[0]
 
     def peak_memory(self) -> dict[str, int]:
-        """Return the highest peak of any worker, in bytes, for the host and for the GPU."""
-        peaks = self._workers.call_all(Shard.peak_memory)
+        """Return the highest peak of any worker that is not lost, in bytes, for the host and for the GPU."""
+        peaks = self._workers.call_living(Shard.peak_memory)
         return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
 
     def _submit(self, name: str, step: Callable[..., R], arguments: Arguments) -> list[Reference[R]]:

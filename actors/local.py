@@ -61,6 +61,10 @@ class LocalWorkers:
         """Call a method of every shard."""
         return [method(shard) for shard in self._shards]
 
+    def call_living(self, method: Callable[[Shard], R]) -> list[R]:
+        """Call a method of every shard: none can be lost."""
+        return self.call_all(method)
+
     def solve(self, label: str, function: Callable[..., R], *arguments: Any) -> Held[R]:
         """Run a function now."""
         return Held(_with_threads(solve_threads(self._cpus), function, *map(_value_of, arguments)))

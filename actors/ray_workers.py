@@ -64,6 +64,13 @@ class RayWorkers:
         """Call a method of every actor; return the results in the order of the actors."""
         return get_in_order([getattr(actor, method.__name__).remote() for actor in self._actors])
 
+    def call_living(self, method: Callable[[Shard], R]) -> list[R]:
+        """Call a method of every actor; leave out those that are lost or do not answer within half a minute."""
+        calls = [getattr(actor, method.__name__).remote() for actor in self._actors]
+        return [
+            ray.get(call) for call, answers in zip(calls, which_answer(calls, REPLACE_SECONDS), strict=True) if answers
+        ]
+
     def solve(self, label: str, function: Callable[..., R], *arguments: Any) -> Reference[R]:
         """Run a pure function as a task; Ray runs it again if its node is lost."""
         options = self._placement.solve_options()

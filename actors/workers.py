@@ -47,6 +47,9 @@ class Workers(Protocol):
     def call_all(self, method: Callable[[Shard], R]) -> list[R]:
         """Call a method of every worker's `Shard`; return the results in the order of the workers."""
 
+    def call_living(self, method: Callable[[Shard], R]) -> list[R]:
+        """Call a method of every worker's `Shard`, and leave out workers that are lost; wait half a minute at most."""
+
     def solve(self, label: str, function: Callable[..., R], *arguments: Any) -> Reference[R]:
         """Run a pure function where a processor is free, without waiting; arguments as in `call`."""
 

@@ -118,5 +118,7 @@ def test_a_worker_that_is_killed_is_told_of_at_once_and_closing_ends_the_others(
         os.kill(mine[1].pid, signal.SIGKILL)
         with pytest.raises(ShardError, match=r"a worker died: .*; was its node lost, or out of memory\?"):
             group.each("a", LayerStream.forward, 0)
+        # A run that is otherwise done must not fail here.
+        assert group.peak_memory()["host"] > 0
     _, alive = psutil.wait_procs(mine, timeout=20)
     assert not alive

@@ -1,6 +1,6 @@
 """Runs a cluster of three nodes for `test_cluster.py`, in its own process, and uses it as the driver does.
 
-    python -m tests.actors.three_nodes MODEL TOKENS SCRATCH
+    python -m tests.actors.three_nodes MODEL TOKENS OUTPUT METHOD
 
 Prints its observations as JSON.
 """
@@ -40,8 +40,8 @@ from slimllm_ops.stream.passes import LayerStream
 NODES = 3
 
 
-def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
-    """Use the cluster in parts, then for a whole run, then for one that loses a node."""
+def main(model: str, tokens: str, output: str, method: str) -> dict[str, Any]:
+    """Use the cluster in parts, then for a run that loses a node."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     for _ in range(NODES - 1):
         cluster.add_node(num_cpus=4)
@@ -61,12 +61,11 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
             seen["looked at"] = [isinstance(state, NodeState) and state.rates is not None for state in found]
             # Connected already: the processes of solves stay from one run to the next.
             common |= {"tracking_uri": "none", "sparsity": (0.3,)}
-            prune(PruneConfig(**common, output=f"{scratch}/gram", method="gram"))
             lost = cluster.list_all_nodes()[-1]
             losing = Losing(lambda: cluster.remove_node(lost, allow_graceful=False))
             # A node that is gone for good need not be waited for as long as one that may come back.
             ray_workers.REPLACE_SECONDS = 10.0
-            prune(PruneConfig(**common, output=f"{scratch}/slimllm", method="slimllm"), losing)
+            prune(PruneConfig(**common, output=output, method=method), losing)
             seen["told"] = losing.told.getvalue()
     finally:
         cluster.shutdown()
@@ -74,7 +73,7 @@ def main(model: str, tokens: str, scratch: str) -> dict[str, Any]:
 
 
 class Losing(Reporter):
-    """Tells a string, and lets a node be lost when the second layer is pruned."""
+    """Tells a string, and lets a node be lost when the second layer is observed."""
 
     def __init__(self, lose: Callable[[], None]) -> None:
         self.told = io.StringIO()
@@ -84,7 +83,7 @@ class Losing(Reporter):
     def layers(self, stage: str, num_layers: int, tokens: int, first: int = 0) -> Iterator[int]:
         """Yield the layers."""
         for layer in super().layers(stage, num_layers, tokens, first):
-            if stage == "pruning" and layer == 1 and first == 0:
+            if stage in ("pruning", "calibrating") and layer == 1 and first == 0:
                 self._lose()
             yield layer
 

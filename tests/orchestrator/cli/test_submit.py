@@ -174,7 +174,12 @@ def test_a_job_ends_as_the_command_does_and_mlflow_and_ray_name_each_other(
     ("words", "said"),
     [
         (["--sparsity", "1.2", "--output", "/nowhere"], "slimllm: sparsity is 1.2: it must lie between 0 and 1"),
-        ([], "slimllm: the output would be in the job's copy of --working-dir, which Ray deletes"),
+        # Nothing but its line is new (test_a_job_in_a_copy_of_a_folder_keeps_nothing_there).
+        pytest.param(
+            [],
+            "slimllm: the output would be in the job's copy of --working-dir, which Ray deletes",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_job_that_is_refused_says_so_here_and_gives_its_exit_code(
