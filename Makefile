@@ -16,7 +16,7 @@ demo: install
 
 # A file's tests run in one process, so that they share what they started.
 test: install
-	$(BIN)/pytest -m 'not slow' -n 3 --dist loadfile --durations=20 tests
+	$(BIN)/pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests
 
 # What repeats, on another model, method or signal, what `make test` shows on one, and what takes longest.
 slow: install

@@ -61,7 +61,7 @@ def main(shape: tuple[int, ...] | None, method: str, blocks: int, offload: bool,
         for case in cases:
             rows.append(bench.row(*case))
             # Write after each case, so that a later failure loses nothing.
-            write_table(output, "Peak memory (USS) by depth, width and tokens", describe_machine(), rows)
+            write_table(output, "Peak private memory by depth, width and tokens", describe_machine(), rows)
 
 
 class Bench:

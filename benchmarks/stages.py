@@ -1,7 +1,7 @@
 """Measures seconds per stage and peak memory of whole runs on one model: `python -m benchmarks.stages MODEL`.
 
 Each run is its own process, as a user starts it, and includes the start of Ray, its workers and MLflow. Memory is the
-sampled USS of the run's processes: the peak of the largest one, and the peak of their sum.
+sampled private memory of the run's processes: the peak of the largest one, and the peak of their sum.
 """
 
 import json

@@ -19,8 +19,12 @@ from cluster.session import LOCAL_RAY
 from tests.elsewhere import Elsewhere
 
 SHARED = Path(__file__).parents[2] / "shared"
-# Ray gives its processes half a minute to start. A busy machine needs more; every process that tests start inherits it.
+# Every process that tests start inherits these. Ray gives its processes half a minute to start: too little here.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+# Ray's workers give way to other processes: they would wait for all tests that run beside theirs.
+os.environ.setdefault("RAY_worker_niceness", "0")
+# Threads that wait for each other over a tiny product take longer than one.
+torch.set_num_threads(1)
 
 
 FIRST_RUN = """

@@ -28,6 +28,12 @@ ROOT = Path(__file__).parents[2]
 PruneModel = Callable[..., PruneResult]
 
 
+def save_nothing(figure: object, path: Path) -> None:
+    """Leave an empty file in place of a figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
 @pytest.fixture(scope="session")
 def prune_model(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PruneModel:
     """Prune a model by a third in this process, with a journal and no MLflow, unless told otherwise.
@@ -43,7 +49,7 @@ def prune_model(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         config = PruneConfig(**{"model": str(model), "output": str(output), **defaults, **settings})
         with pytest.MonkeyPatch.context() as patch:
             if not rendered:
-                patch.setattr(figures, "_save", lambda figure, path: path.write_bytes(b""))
+                patch.setattr(figures, "_save", save_nothing)
             return prune(config, Reporter(Console(file=io.StringIO())))
 
     return run

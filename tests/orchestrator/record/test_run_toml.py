@@ -32,7 +32,8 @@ WORKERS: dict[str, Any] = {"workers": 2, "gpus_per_worker": 0.0}
 def test_a_run_is_repeated_from_its_file_to_the_same_bytes(
     method: str, prune_model: PruneModel, gqa_model: Path, held_out_file: Path, tmp_path: Path
 ) -> None:
-    first = prune_model(gqa_model, evaluate=(str(held_out_file),), **CASES[method], **WORKERS)
+    evaluate = (str(held_out_file),)
+    first = prune_model(gqa_model, rendered=True, evaluate=evaluate, **CASES[method], **WORKERS)
     run_file = first.output / "pruning" / "run.toml"
     words = ["prune", "--config", str(run_file), "--output", str(tmp_path / "again")]
     words += ["--local", "--tracking-uri", "none"]

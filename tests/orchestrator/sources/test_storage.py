@@ -27,7 +27,7 @@ def test_a_run_by_uris_uploads_what_a_local_run_writes(
     remote_run: dict[str, object], store: Store, uris: dict[str, str], prune_model: PruneModel
 ) -> None:
     held_out = (uris["held_out"], uris["by_password"])
-    local = prune_model(uris["model"], calibration=uris["calibration"], evaluate=held_out)
+    local = prune_model(uris["model"], rendered=True, calibration=uris["calibration"], evaluate=held_out)
     there = store.content("pruned/tiny")
     assert there == content(Path(local.output))
     assert remote_run["output"] == OUTPUT
