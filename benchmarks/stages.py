@@ -42,12 +42,16 @@ class Row:
 @click.option(
     "--row", "chosen", type=click.Choice(ROWS), multiple=True, default=ROWS, help="Only this row; repeatable."
 )
+@click.option("--local", is_flag=True, help="Run without Ray, in one process.")
 @click.option("--warm-up/--no-warm-up", default=True, help="Whether to start with a run that is not measured.")
 @click.option("--output", type=Path, default=Path("benchmarks/results/stages.md"))
-def main(model: Path, calibration: str, evaluate: str, chosen: Sequence[str], warm_up: bool, output: Path) -> None:
+def main(
+    model: Path, calibration: str, evaluate: str, chosen: Sequence[str], local: bool, warm_up: bool, output: Path
+) -> None:
     """Run every command once, in order, and write the table."""
     with tempfile.TemporaryDirectory() as folder:
-        commands = _commands(model, calibration, evaluate, Path(folder))
+        backend = ["--local"] if local else []
+        commands = _commands(model, [*backend, "--calibration", calibration], evaluate, Path(folder))
         # The first run with a new MLflow store spends seconds on creating it, which no row should count.
         if warm_up:
             _run(commands[ROWS[2]][0], Path(folder) / "warm-up")
@@ -55,10 +59,10 @@ def main(model: Path, calibration: str, evaluate: str, chosen: Sequence[str], wa
     write_table(output, f"Stages of whole runs on {model.name}", describe_machine(), _table(rows))
 
 
-def _commands(model: Path, calibration: str, evaluate: str, scratch: Path) -> dict[str, tuple[list[str], Path | None]]:
+def _commands(model: Path, common: list[str], evaluate: str, scratch: Path) -> dict[str, tuple[list[str], Path | None]]:
     """Return the arguments and the output of every row; the last row reads what the one before it writes."""
     store = f"--tracking-uri=sqlite:///{scratch}/mlflow.db"
-    prune = ["prune", str(model), "--calibration", calibration, store]
+    prune = ["prune", str(model), *common, store]
     gram = [*prune, "--method=gram"]
     moments = f"{scratch}/moments"
     return {
@@ -67,7 +71,8 @@ def _commands(model: Path, calibration: str, evaluate: str, scratch: Path) -> di
         ROWS[2]: (gram, scratch / "c"),
         ROWS[3]: ([*gram, *FIVE], scratch / "d"),
         ROWS[4]: ([*gram, "--refine"], scratch / "e"),
-        ROWS[5]: (["calibrate", str(model), "--calibration", calibration, f"--output={moments}"], None),
+        ROWS[5]: (["calibrate", str(model), *common, f"--output={moments}"], None),
+        # It starts no worker.
         ROWS[6]: (
             ["prune", str(model), "--method=gram", f"--moments={moments}", "--sparsity=.4", store],
             scratch / "f",

@@ -34,7 +34,8 @@ def test_a_command_leaves_no_secret(
     database = f"{server.store}?password={IN_URI}"
     output = tmp_path / "out"
     places = ["--output", output, "--tracking-uri", served, "--register", "tiny"]
-    pruned = run_slimllm(forks, "prune", gqa_model, "--calibration", token_file, *places, "--run-name", f"at {served}")
+    asked = ["--calibration", token_file, "--local", "--run-name", f"at {served}"]
+    pruned = run_slimllm(forks, "prune", gqa_model, *asked, *places)
     assert pruned.code == 0, pruned.stderr
     logged = run_slimllm(forks, "log", output, "--tracking-uri", database, "--experiment", "database")
     assert logged.code == 0, logged.stderr

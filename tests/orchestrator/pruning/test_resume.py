@@ -160,15 +160,15 @@ def test_what_was_asked_must_be_asked_again(run: Run, tmp_path: Path, gqa_model:
 
 
 def test_calibration_goes_on_too(
-    model: Path, token_file: Path, cpus_of_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def moments(name: str, *events: Event, **settings: Any) -> Path:
-        config = {"model": str(model), "calibration": str(token_file), "workers": 1, "output": str(tmp_path / name)}
+        config = {"model": str(model), "calibration": str(token_file), "local": True, "output": str(tmp_path / name)}
         return calibrate(PruneConfig(**config | settings), Disturbed(list(events)))
 
-    expected = content(moments("undisturbed", local=True))
+    expected = content(moments("undisturbed"))
     with pytest.raises(KeyboardInterrupt):
-        moments("out", ("calibrating", 1, kill_a_worker), ("calibrating", 3, interrupt))
+        moments("out", ("calibrating", 3, interrupt))
     assert content(moments("out", resume=True)) == expected
     assert content(moments("out", resume=True)) == expected
 

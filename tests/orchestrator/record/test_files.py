@@ -32,12 +32,14 @@ def assert_same_but_for_the_journals(first: Path, second: Path) -> None:
 
 def test_a_second_run_of_the_papers_method_gives_the_same_bytes(
     gqa_run: PruneResult,
-    prune_on_ray: Callable[..., PruneResult],
+    prune_model: Callable[..., PruneResult],
+    cpus_of_ray: None,
     gqa_model: Path,
     held_out_file: Path,
     tracking_uri: str,
 ) -> None:
-    again = prune_on_ray(gqa_model, evaluate=(str(held_out_file),), tracking_uri=tracking_uri, **ELSEWHERE)
+    evaluate = (str(held_out_file),)
+    again = prune_model(gqa_model, rendered=True, evaluate=evaluate, tracking_uri=tracking_uri, **ELSEWHERE)
     assert_same_but_for_the_journals(gqa_run.output, again.output)
 
 
