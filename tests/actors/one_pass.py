@@ -64,6 +64,6 @@ def pass_layer(shard: ShardGroup, checkpoint: Checkpoint, way: str, ids: np.ndar
         heads = shard.get(shard.decide("a", decide_heads, observed, layer, num_removed=1))
         shard.each("a", LayerStream.apply, layer, attention, heads)
         observed = shard.merge("a", LayerStream.observe, layer, mlp)
-        channels = shard.get(shard.decide("a", decide_channels, observed, layer, num_removed=300, keep_lowest=0.01))
+        channels = shard.get(shard.decide("a", decide_channels, observed, layer, num_removed=150, keep_lowest=0.01))
         shard.each("a", LayerStream.apply, layer, mlp, channels)
     shard.close_stream("a")

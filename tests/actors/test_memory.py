@@ -58,7 +58,7 @@ def measured(forks: Forks, model: Path, way: str, blocks: int, *options: str) ->
 
 
 def shape_of(layers: int) -> Shape:
-    return Shape(hidden=512, intermediate=1408, layers=layers, heads=8, kv_heads=4, vocabulary=500)
+    return Shape(hidden=512, intermediate=704, layers=layers, heads=8, kv_heads=4, vocabulary=500)
 
 
 @pytest.fixture(scope="module")

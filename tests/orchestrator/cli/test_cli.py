@@ -158,8 +158,8 @@ class Story:
         return process.returncode, stderr
 
     def finish(self) -> None:
-        """Resume it, to its end."""
-        process = self.attempt("--resume")
+        """Resume it without Ray, to its end."""
+        process = self.attempt("--resume", "--local")
         _, stderr = process.communicate(timeout=180)
         assert process.returncode == 0, stderr
         assert "\ncontinuing from earlier results" in stderr

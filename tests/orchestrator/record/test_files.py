@@ -39,7 +39,7 @@ def test_a_second_run_of_the_papers_method_gives_the_same_bytes(
     tracking_uri: str,
 ) -> None:
     evaluate = (str(held_out_file),)
-    again = prune_model(gqa_model, rendered=True, evaluate=evaluate, tracking_uri=tracking_uri, **ELSEWHERE)
+    again = prune_model(gqa_model, rendered=True, evaluate=evaluate, tracking_uri=tracking_uri, workers=1, **ELSEWHERE)
     assert_same_but_for_the_journals(gqa_run.output, again.output)
 
 
