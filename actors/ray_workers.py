@@ -62,14 +62,13 @@ class RayWorkers:
 
     def call_all(self, method: Callable[[Shard], R]) -> list[R]:
         """Call a method of every actor; return the results in the order of the actors."""
-        return get_in_order([getattr(actor, method.__name__).remote() for actor in self._actors])
+        return get_in_order(self._call_each(method))
 
     def call_living(self, method: Callable[[Shard], R]) -> list[R]:
         """Call a method of every actor; leave out those that are lost or do not answer within half a minute."""
-        calls = [getattr(actor, method.__name__).remote() for actor in self._actors]
-        return [
-            ray.get(call) for call, answers in zip(calls, which_answer(calls, REPLACE_SECONDS), strict=True) if answers
-        ]
+        calls = self._call_each(method)
+        answers = which_answer(calls, REPLACE_SECONDS)
+        return [ray.get(call) for call, answered in zip(calls, answers, strict=True) if answered]
 
     def solve(self, label: str, function: Callable[..., R], *arguments: Any) -> Reference[R]:
         """Run a pure function as a task; Ray runs it again if its node is lost."""
@@ -102,6 +101,9 @@ class RayWorkers:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+
+    def _call_each(self, method: Callable[[Shard], Any]) -> list[Any]:
+        return [getattr(actor, method.__name__).remote() for actor in self._actors]
 
     def _start_some(self) -> None:
         """Start all actors that can be placed within half a minute; wait longer while there are none."""

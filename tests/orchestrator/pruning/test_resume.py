@@ -159,16 +159,25 @@ def test_what_was_asked_must_be_asked_again(run: Run, tmp_path: Path, gqa_model:
     assert (partial_of(output) / ".work" / "solved" / "moments" / "layer-00001.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("workers", "killed"),
+    [
+        ({"local": True}, []),
+        # As a run by gram loses a worker above.
+        pytest.param({"workers": 1}, [("calibrating", 1, kill_a_worker)], marks=pytest.mark.slow),
+    ],
+    ids=["local", "on Ray"],
+)
 def test_calibration_goes_on_too(
-    model: Path, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, token_file: Path, local_ray: None, tmp_path: Path, workers: dict[str, Any], killed: list[Event]
 ) -> None:
     def moments(name: str, *events: Event, **settings: Any) -> Path:
-        config = {"model": str(model), "calibration": str(token_file), "local": True, "output": str(tmp_path / name)}
+        config = {"model": str(model), "calibration": str(token_file), "output": str(tmp_path / name)} | workers
         return calibrate(PruneConfig(**config | settings), Disturbed(list(events)))
 
     expected = content(moments("undisturbed"))
     with pytest.raises(KeyboardInterrupt):
-        moments("out", ("calibrating", 3, interrupt))
+        moments("out", *killed, ("calibrating", 3, interrupt))
     assert content(moments("out", resume=True)) == expected
     assert content(moments("out", resume=True)) == expected
 
