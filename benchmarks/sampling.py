@@ -53,22 +53,27 @@ def run_slimllm(arguments: list[str]) -> Measured:
 
 def _sample(process: subprocess.Popen[bytes], measured: Measured) -> None:
     while process.poll() is None:
-        sizes = {one.pid: _private_bytes(one, measured) for one in _family(process.pid)}
+        sizes = {one.pid: _look_at(one, measured) for one in _family(process.pid)}
         for pid, size in sizes.items():
             measured.peaks[pid] = max(measured.peaks.get(pid, 0), size)
         measured.together = max(measured.together, sum(sizes.values()))
         time.sleep(SAMPLING_SECONDS)
 
 
-def _private_bytes(process: psutil.Process, measured: Measured) -> int:
+def private_memory(process: psutil.Process) -> int:
+    """Return the bytes that are a process's alone."""
+    memory = process.memory_info()
+    return memory.rss - memory.shared
+
+
+def _look_at(process: psutil.Process, measured: Measured) -> int:
     """Return a process's private memory, and note its role."""
     try:
         title = " ".join(process.cmdline())
         for start, role in ROLES.items():
             if title.startswith(start):
                 measured.roles[process.pid] = role
-        memory = process.memory_info()
-        return memory.rss - memory.shared
+        return private_memory(process)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return 0
 

@@ -10,6 +10,7 @@ import psutil
 
 from actors.group import ShardGroup
 from actors.local import LocalWorkers
+from benchmarks.sampling import private_memory
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.stream.passes import LayerStream
@@ -27,7 +28,7 @@ class Peak:
 
     def _sample(self) -> None:
         while True:
-            self.size = max(self.size, private_memory())
+            self.size = max(self.size, private_memory(psutil.Process()))
             time.sleep(0.005)
 
 
@@ -40,15 +41,9 @@ def main(model: str, way: str, blocks: str, length: str, *options: str) -> None:
     ids = np.random.default_rng(0).integers(0, 500, size=(int(blocks), int(length))).astype(np.int32)
     # The first product and the first solve load libraries and buffers of theirs: not what grows.
     pass_layer(shard, checkpoint, way, ids[:1], range(1))
-    before, peak = private_memory(), Peak()
+    before, peak = private_memory(psutil.Process()), Peak()
     pass_layer(shard, checkpoint, way, ids, range(checkpoint.num_layers))
     print(json.dumps({"peak": peak.size - before}))
-
-
-def private_memory() -> int:
-    """Return the bytes that are this process's alone; USS would be as good, and takes the system ten times as long."""
-    memory = psutil.Process().memory_info()
-    return memory.rss - memory.shared
 
 
 def pass_layer(shard: ShardGroup, checkpoint: Checkpoint, way: str, ids: np.ndarray, layers: range) -> None:

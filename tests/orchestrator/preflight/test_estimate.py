@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks.random_model import Shape, write_model
+from benchmarks.sampling import private_memory
 from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import PruneResult
@@ -78,9 +79,7 @@ def sampled() -> Iterator[dict[str, int]]:
                     title = titled(process)
                     role = "worker" if title.startswith("ray::Shard") else "solve"
                     if process.pid not in others and title.startswith(("ray::Shard", "ray::eliminate", "ray::decide")):
-                        # USS would be as good, and takes the system ten times as long.
-                        memory = process.memory_info()
-                        peaks[role] = max(peaks[role], memory.rss - memory.shared)
+                        peaks[role] = max(peaks[role], private_memory(process))
                 except psutil.Error:
                     continue
 

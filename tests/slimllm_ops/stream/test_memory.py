@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.sampling import private_memory
 from slimllm_ops.stream import memory
 
 CPU = torch.device("cpu")
@@ -35,15 +36,11 @@ def test_a_containers_limit_counts(container: Path, used: int, free: int) -> Non
 def test_large_blocks_go_back_when_they_are_freed() -> None:
     memory.return_large_blocks()
     process = psutil.Process()
-
-    def private() -> int:
-        return process.memory_info().rss - process.memory_info().shared
-
-    before = private()
+    before = private_memory(process)
     # Each below glibc's own limit of 32 MiB, and a small one kept behind each, so that no heap could shrink.
     held = [(torch.ones(5 << 20), torch.ones(100)) for _ in range(10)]
-    assert private() - before > 9 * (20 << 20)
+    assert private_memory(process) - before > 9 * (20 << 20)
     kept = [small for _, small in held]
     del held
-    assert private() - before < 20 << 20
+    assert private_memory(process) - before < 20 << 20
     assert len(kept) == 10
