@@ -6,17 +6,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.session import LOCAL_RAY
 from tests.elsewhere import Elsewhere
+from tests.forked_workers.server import forked_workers
 
 SHARED = Path(__file__).parents[2] / "shared"
 # Every process that tests start inherits these. Ray gives its processes half a minute to start: too little here.
@@ -25,6 +26,13 @@ os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Threads that wait sleep. By default they spin, which costs the tests beside them a third of their time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let every Ray that these tests start fork its workers."""
+    serving = ExitStack()
+    os.environ.update(serving.enter_context(forked_workers()))
+    config.add_cleanup(serving.close)
 
 
 FIRST_RUN = """
@@ -54,6 +62,16 @@ def content(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
+def shard_processes() -> list[psutil.Process]:
+    """The processes of all shards that run for these tests."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith("ray::Shard"):
+                found.append(process)
+    return found
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models, data and recorded decisions beside the checkout; tests that need it may skip."""
@@ -69,6 +87,12 @@ def local_ray() -> Iterator[None]:
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def whole_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a Ray that the test starts run workers that import everything themselves, as users' do."""
+    monkeypatch.delenv("SLIMLLM_FORKED_WORKERS")
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +127,7 @@ def tracking_uri(first_run: tuple[Path, str], tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Save a small random Llama and return its directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(dtype: torch.dtype = torch.float32, max_shard_size: str = "50GB", **settings: object) -> Path:
         defaults: dict[str, object] = {

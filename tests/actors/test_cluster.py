@@ -38,7 +38,8 @@ def see(outputs: Path, model: Path, tokens: Path, method: str) -> dict[str, Any]
     words = map(str, (model, tokens, outputs / method, method))
     command = [sys.executable, "-m", "tests.actors.three_nodes", *words]
     # Loopback only: the token that authentication wants would be written to the home folder.
-    environment = os.environ | LOCAL_RAY | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
+    environment = os.environ | LOCAL_RAY | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -22,6 +22,7 @@ from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import CheckpointError
 from slimllm_ops.stream.passes import LayerStream
+from tests.conftest import shard_processes
 
 
 @contextmanager
@@ -101,19 +102,13 @@ def test_too_many_workers_for_the_cluster_are_not_waited_for_without_end(
         group.open_stream("a", Checkpoint.open(gqa_model), blocks_BT)
 
 
-def workers() -> list[psutil.Process]:
-    """The processes of all shards that this process's Ray runs."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.is_running() and " ".join(child.cmdline()).startswith("ray::Shard")]
-
-
 def test_a_worker_that_is_killed_is_told_of_at_once_and_closing_ends_the_others(
     local_ray: None, gqa_model: Path, blocks_BT: np.ndarray
 ) -> None:
-    others = {process.pid for process in workers()}
+    others = {process.pid for process in shard_processes()}
     with group_of(2) as group:
         group.open_stream("a", Checkpoint.open(gqa_model), blocks_BT)
-        mine = [process for process in workers() if process.pid not in others]
+        mine = [process for process in shard_processes() if process.pid not in others]
         assert len(mine) == 2
         os.kill(mine[1].pid, signal.SIGKILL)
         with pytest.raises(ShardError, match=r"a worker died: .*; was its node lost, or out of memory\?"):

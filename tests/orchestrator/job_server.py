@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from orchestrator.version import DISTRIBUTION
+from tests.forked_workers.server import FOLDER
 from tests.forks import Forks, slimllm
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,8 @@ def distribution_of_others(name):
     return distribution(name)
 importlib.metadata.distribution = distribution_of_others
 """.replace("DISTRIBUTION", DISTRIBUTION)
+# Python imports only one module of this name, so the head's runs the other one (tests/forked_workers).
+THEN_ASK_FOR_A_FORK = f"import runpy; runpy.run_path({str(FOLDER / 'sitecustomize.py')!r})"
 
 
 def plain_environment() -> dict[str, str]:
@@ -91,7 +94,8 @@ class Head:
         """The process of the job that writes this output."""
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
-            for process in psutil.Process(self.process.pid).children(recursive=True):
+            # A worker of Ray starts it, and workers are forks: it does not descend from the head.
+            for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
                     if process.cmdline()[1:3] == ["-m", "orchestrator"] and str(output) in process.cmdline():
                         return process
@@ -134,7 +138,7 @@ def started_head(folder: Path) -> Iterator[Head]:
     """A cluster's head for as long as the context lasts; its token and its own log lie in the folder."""
     (folder / "token").write_text("0123456789abcdef" * 4)
     (folder / "python").mkdir()
-    (folder / "python" / "sitecustomize.py").write_text(WITHOUT_SLIMLLM)
+    (folder / "python" / "sitecustomize.py").write_text(WITHOUT_SLIMLLM + THEN_ASK_FOR_A_FORK)
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     of_head = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(folder / "python")}
     there = plain_environment() | token | of_head

@@ -84,11 +84,11 @@ def run_status(uri: str, name: str) -> str:
     return run.info.status
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
+def start(*arguments: object, **variables: str) -> "subprocess.Popen[str]":
     # A session of its own, so that a signal to its process group is what Ctrl-C on a terminal is.
     return subprocess.Popen(
         [SLIMLLM, "prune", *map(str, arguments)],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -127,7 +127,8 @@ class Story:
 
     def attempt(self, *more: object) -> "subprocess.Popen[str]":
         places = ["--tracking-uri", self.uri, "--run-name", self.name, "--output", self.output]
-        return start(*self.arguments, *places, *more)
+        # Forks would not descend from the command, and this test is about all processes that do.
+        return start(*self.arguments, *places, *more, SLIMLLM_FORKED_WORKERS="")
 
     @property
     def partial(self) -> Path:

@@ -186,7 +186,7 @@ def test_a_job_that_is_refused_says_so_here_and_gives_its_exit_code(
     head: Head, tmp_path: Path, words: list[str], said: str
 ) -> None:
     stdout, stderr = head.run("submit", "--working-dir", tmp_path, "prune", *words, code=2)
-    assert stdout.splitlines()[-1].startswith(said)
+    assert stdout.splitlines()[-1].startswith(said), head.log_file(job_of(stderr)).read_text()
     assert stderr.splitlines()[-1] == f"job {job_of(stderr)}: FAILED, exit code 2"
 
 

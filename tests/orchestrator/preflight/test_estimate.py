@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from orchestrator.config import PruneConfig
 from orchestrator.pipeline import PruneResult
 from orchestrator.preflight.dry_run import plan_pruning
 from orchestrator.preflight.estimate import Estimate
-from orchestrator.preflight.stages import LIBRARIES, estimate_calibration, estimate_pruning
+from orchestrator.preflight.stages import LIBRARIES, SOLVE_LIBRARIES, estimate_calibration, estimate_pruning
 from orchestrator.preflight.workload import Text, Workload
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import MomentSum
 from slimllm_ops.stream.footprint import moment_bytes
 from slimllm_ops.stream.operations import Rates
+from tests.conftest import shard_processes
 
 SHAPE = Shape(hidden=512, intermediate=1024, layers=3, heads=8, kv_heads=4, vocabulary=500)
 BLOCKS, LENGTH = 64, 256
@@ -61,11 +62,7 @@ def sampled() -> Iterator[dict[str, int]]:
     """Samples the private memory of this process's workers and solves; the largest of each, by what they are."""
     peaks = {"worker": 0, "solve": 0}
     # Workers of another run may be about to end. A solve's process may be one that stayed.
-    others = set()
-    for process in running():
-        with suppress(psutil.Error):
-            if titled(process).startswith("ray::Shard"):
-                others.add(process.pid)
+    others = {process.pid for process in shard_processes()}
     stop = threading.Event()
 
     def sample() -> None:
@@ -119,7 +116,9 @@ def test_the_estimate_is_what_a_run_takes(
     # The libraries are more than half of it: what is above them is told as well.
     assert estimate.worker - LIBRARIES == pytest.approx(peaks["worker"] - baseline, rel=WITHIN)
     if method == "gram":
-        assert estimate.solve == pytest.approx(peaks["solve"], rel=WITHIN)
+        # Both are forks here, and so a solve has a worker's libraries. tests/benchmarks/test_memory.py runs whole ones.
+        above = peaks["solve"] - baseline
+        assert estimate.solve == pytest.approx(SOLVE_LIBRARIES + above, rel=WITHIN)
     written = sum(path.stat().st_size for path in result.output.rglob("*") if path.is_file())
     assert estimate.output == pytest.approx(written, rel=WITHIN)
     # Stages are those of the run, by its own names.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
@@ -16,7 +15,7 @@ from orchestrator import PruneConfig
 from orchestrator.config import ConfigError
 from orchestrator.pipeline import PruneResult, calibrate, prune
 from orchestrator.progress import Reporter
-from tests.conftest import content, files_of_at_most
+from tests.conftest import content, files_of_at_most, shard_processes
 
 Run = Callable[..., PruneResult]
 # What happens when a stage has reached a layer.
@@ -35,8 +34,7 @@ def interrupt() -> None:
 
 
 def kill_a_worker() -> None:
-    shards = [one for one in psutil.Process().children(recursive=True) if "ray::Shard" in " ".join(one.cmdline())]
-    os.kill(shards[0].pid, signal.SIGKILL)
+    os.kill(shard_processes()[0].pid, signal.SIGKILL)
 
 
 # What happens in each attempt at a run; all but the last are interrupted.

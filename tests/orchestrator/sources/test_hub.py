@@ -149,7 +149,7 @@ def test_files_come_whole_by_their_uris(server: Hub, tmp_path: Path, monkeypatch
 )
 def test_a_hub_that_fails(server: Hub, monkeypatch: pytest.MonkeyPatch, fails: str, about: str, tmp_path: Path) -> None:
     server.fails, server.about = fails, about
-    monkeypatch.setattr(hub, "STALLED_SECONDS", 5.0)
+    monkeypatch.setattr(hub, "STALLED_SECONDS", 3.0)
     start = time.monotonic()
     with pytest.raises(CheckpointError) as raised:
         # What looks whole, but is not, is found when it is opened.
@@ -182,7 +182,7 @@ def test_the_doctor_asks_for_sizes_and_downloads_nothing(server: Hub, tmp_path: 
 @pytest.mark.parametrize("fails", ["500", "hang"])
 def test_a_hub_that_does_not_answer_the_doctor(server: Hub, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     server.fails, server.about = fails, "files"
-    monkeypatch.setattr(hub, "STALLED_SECONDS", 5.0)
+    monkeypatch.setattr(hub, "STALLED_SECONDS", 3.0)
     check = doctor.check_hub(PruneConfig(model="me/tiny"), found=False)
     assert (check.ok, check.remedy) == (False, "repair the network, or give paths in place of me/tiny")
 
@@ -190,7 +190,7 @@ def test_a_hub_that_does_not_answer_the_doctor(server: Hub, monkeypatch: pytest.
 @pytest.mark.parametrize("fails", ["500", "hang"])
 def test_a_dataset_of_a_hub_that_fails(server: Hub, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     server.fails, server.about = fails, "files"
-    monkeypatch.setattr(hub, "STALLED_SECONDS", 10.0)
+    monkeypatch.setattr(hub, "STALLED_SECONDS", 6.0)
     with pytest.raises(DataError, match=r"me/tiny: no such file, and the .* hub did not provide .*give a local file"):
         list(read_documents("me/tiny", None))
 

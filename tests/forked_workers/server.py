@@ -1,0 +1,97 @@
+"""Runs Ray's workers as forks of one process that has imported torch and transformers.
+
+A worker that imports them itself takes five seconds of CPU time, and the tests start hundreds of workers. The server
+does not import Ray, because Ray reads settings from the environment at import, such as the authentication mode.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+@contextmanager
+def forked_workers() -> Iterator[dict[str, str]]:
+    """Serve forks while the context lasts; yield the environment variables that make Ray use them."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        address = f"{folder}/socket"
+        listener.bind(address)
+        listener.listen(128)
+        command = [sys.executable, __file__, str(listener.fileno())]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True)
+        # Only the server holds it now. If the server dies, requests fail at once.
+        listener.close()
+        path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
+        try:
+            yield {"SLIMLLM_FORKED_WORKERS": address, "PYTHONPATH": path}
+        finally:
+            server.communicate(timeout=60)
+
+
+def serve(listener: socket.socket) -> None:
+    """Fork for each worker that asks, until stdin closes because the tests have ended."""
+    # Nobody waits for the forks: the system removes those that have ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        worker, _ = listener.accept()
+        # Import at the first request: a run of a few tests may need no worker.
+        _import_what_workers_import()
+        if os.fork() == 0:
+            listener.close()
+            _become(worker)
+        worker.close()
+
+
+def _import_what_workers_import() -> None:
+    import aiohttp
+    import jsonschema
+    import psutil
+    import pyarrow
+    import requests
+    import transformers.generation
+    import yaml
+    from transformers import LlamaForCausalLM
+
+    assert "ray" not in sys.modules
+    del aiohttp, jsonschema, psutil, pyarrow, requests, transformers, yaml, LlamaForCausalLM
+    # The garbage collector leaves these objects alone from now on, and so the forks share their memory.
+    gc.freeze()
+
+
+def _become(worker: socket.socket) -> None:
+    """Continue as the process that asks: with its program, files, folder and environment."""
+    # If a worker dies, Ray kills its process group, which must not be the server's.
+    os.setpgrp()
+    text, streams, _, _ = socket.recv_fds(worker, 1 << 16, 3)
+    while more := worker.recv(1 << 16):
+        text += more
+    asked = json.loads(text)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.argv[:] = asked["words"]
+    sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    # Python does so when it starts: a head of a cluster has a module of its own for it (job_server.py).
+    importlib.import_module("sitecustomize")
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit()
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
