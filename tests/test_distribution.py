@@ -15,8 +15,9 @@ from orchestrator.version import DISTRIBUTION, VERSION
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("actors", "cluster", "orchestrator", "slimllm_ops")
 NAME = f"{DISTRIBUTION.replace('-', '_')}-{VERSION}"
-# What a checkout has and git does not: the environment, outputs of runs, earlier builds.
-NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "build", "dist", "mlruns", "mlflow.db", "pruned", "comparisons")
+# A checkout has more than git does: the environment and caches anywhere, outputs of builds and runs at the top.
+CACHES = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+OUTPUTS = {"build", "dist", "mlruns", "mlflow.db", "pruned", "comparisons"}
 METADATA = """
 from importlib.metadata import metadata, requires, version
 from orchestrator.version import DISTRIBUTION
@@ -41,12 +42,17 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def not_source(folder: str, names: list[str]) -> set[str]:
+    """Return the names in a folder of the checkout that a build does not need."""
+    return CACHES(folder, names) | (OUTPUTS if Path(folder) == ROOT else set())
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an sdist of a copy of the checkout, and the wheel made from that sdist."""
     folder = tmp_path_factory.mktemp("built")
     # A build writes into the folder that it builds, and takes up files that an earlier build left there.
-    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    shutil.copytree(ROOT, folder / "source", ignore=not_source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, folder / "source", cwd=folder)
     return folder
 

@@ -1,6 +1,7 @@
 """The repository's files agree on the name, the version, and the checks before a commit."""
 
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,3 +58,9 @@ def test_what_is_checked_before_a_commit_and_on_github_is_what_ci_checks() -> No
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     assert steps == [f"bash {CHECKS.relative_to(ROOT)}"]
+
+
+def test_git_ignores_no_file_of_the_repository() -> None:
+    # Ruff skips what git ignores, and `git add` leaves out a new file beside it.
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
