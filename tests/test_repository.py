@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
 from orchestrator.version import DISTRIBUTION, VERSION
@@ -63,4 +64,7 @@ def test_what_is_checked_before_a_commit_and_on_github_is_what_ci_checks() -> No
 def test_git_ignores_no_file_of_the_repository() -> None:
     # Ruff skips what git ignores, and `git add` leaves out a new file beside it.
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ignored.returncode:
+        pytest.skip(f"needs a checkout of git: {ignored.stderr.strip()}")
+    assert ignored.stdout == ""
