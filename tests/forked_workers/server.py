@@ -20,6 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+WORKERS_IMPORT = (
+    *("aiohttp", "jsonschema", "psutil", "pyarrow", "requests", "yaml"),
+    *("transformers.generation", "transformers.models.llama.modeling_llama"),
+)
 
 
 @contextmanager
@@ -55,17 +59,9 @@ def serve(listener: socket.socket) -> None:
 
 
 def _import_what_workers_import() -> None:
-    import aiohttp
-    import jsonschema
-    import psutil
-    import pyarrow
-    import requests
-    import transformers.generation
-    import yaml
-    from transformers import LlamaForCausalLM
-
+    for name in WORKERS_IMPORT:
+        importlib.import_module(name)
     assert "ray" not in sys.modules
-    del aiohttp, jsonschema, psutil, pyarrow, requests, transformers, yaml, LlamaForCausalLM
     # The garbage collector leaves these objects alone from now on, and so the forks share their memory.
     gc.freeze()
 
@@ -87,7 +83,9 @@ def _become(worker: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.argv[:] = asked["words"]
     sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    # Python does so when it starts: a head of a cluster has a module of its own for it (job_server.py).
+    # Python does so when it starts. The server may have imported one itself, and a cluster's head has another
+    # (job_server.py).
+    sys.modules.pop("sitecustomize", None)
     importlib.import_module("sitecustomize")
     runpy.run_path(sys.argv[0], run_name="__main__")
     sys.exit()
