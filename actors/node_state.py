@@ -9,6 +9,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from tempfile import gettempdir
 
@@ -116,10 +117,12 @@ def _rates(device: str, threads: int) -> Rates:
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of the packages that workers compute with; "" for a missing one."""
-    return {name: _version(name) for name in PACKAGES}
+    return {name: installed_version(name) for name in PACKAGES}
 
 
-def _version(package: str) -> str:
+@cache
+def installed_version(package: str) -> str:
+    """Return the version of a package, or "" if it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -7,6 +7,7 @@ environment variables with names like HF_TOKEN, AWS_SECRET_ACCESS_KEY or MLFLOW_
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 MASK = "***"
@@ -15,9 +16,8 @@ _CREDENTIALS = re.compile(r"://(?:[^\s'\"<>/?#@:]*:(?!\d+(?:[/?#\s'\"]|$))[^\s'\
 # Errors also show a query without its address: "Max retries exceeded with url: /?token=...".
 _QUERY = re.compile(r"\?[^\s'\"<>#]*")
 _QUERY_VALUE = re.compile(r"=[^&;]*")
-_SECRET_NAME = re.compile(
-    r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY|ACCESS_KEY|STORAGE_KEY|CONNECTION_STRING)$", re.IGNORECASE
-)
+# How the names of secret variables end, in capitals.
+_SECRET_ENDINGS = ("TOKEN", "PASSWORD", "PASSWD", "SECRET", "API_KEY", "ACCESS_KEY", "STORAGE_KEY", "CONNECTION_STRING")
 # Shorter values would also match parts of unrelated words.
 _SHORTEST = 4
 
@@ -45,5 +45,11 @@ def masked_all(value: Any) -> Any:
 
 def _secret_values() -> list[str]:
     """Return the values to mask, the longest first, because one may be the beginning of another."""
-    values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
+    values = {value for name, value in os.environ.items() if _is_secret(name) and len(value) >= _SHORTEST}
     return sorted(values, key=len, reverse=True)
+
+
+@cache
+def _is_secret(name: str) -> bool:
+    """Return whether the variables of this name are secret; every line that is printed asks this for every variable."""
+    return name.upper().endswith(_SECRET_ENDINGS)

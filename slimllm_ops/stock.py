@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.writing import CheckpointWriter
@@ -20,6 +20,7 @@ from slimllm_ops.errors import InputError, ReadBackError
 from slimllm_ops.models.config_checks import PER_LAYER_FLAGS, PER_LAYER_SIZES
 from slimllm_ops.models.families import LayerShape, layer_shape
 from slimllm_ops.models.pruned.pruned_layers import WHOLE_CHANNELS
+from slimllm_ops.models.skeleton import build_on_meta
 from slimllm_ops.stream.passes import LayerStream
 
 # The number of tokens on which both models are compared bit by bit.
@@ -221,9 +222,7 @@ def _fitted(source: Checkpoint, config: PretrainedConfig) -> StockForm:
     Raises:
         InputError: The shapes or tensors do not match.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    model.tie_weights()
+    model = build_on_meta(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     held = source.shapes([name for name in source.files if not name.startswith(f"{source.family.layers}.")])
     for layer in range(source.num_layers):

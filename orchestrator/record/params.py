@@ -4,11 +4,10 @@ Each setting's declaration decides which it belongs to (`Effect` in orchestrator
 """
 
 import platform
-from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from actors.node_state import installed_version
 from cluster import WorkerPlan
 from orchestrator.config import CompareConfig, PruneConfig
 from orchestrator.inputs import Inputs
@@ -64,11 +63,8 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on; Ray and MLflow may be missing."""
-    found = {"slimllm": VERSION}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    found = {package: installed_version(package) for package in PACKAGES}
+    return {"slimllm": VERSION} | {package: version for package, version in found.items() if version}
 
 
 def _versions() -> dict[str, str]:

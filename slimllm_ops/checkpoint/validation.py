@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from slimllm_ops.checkpoint.tensor_index import TensorIndex, open_shard
 from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.models.config_checks import wrong_config
@@ -39,7 +37,7 @@ def require_fit(index: TensorIndex) -> None:
     Raises:
         CheckpointError: A tensor is missing or does not match; the message names it.
     """
-    model = _build_on_meta(index.directory, index.config)
+    model = _model_of(index.directory, index.config)
     # `named_parameters` lists a tied weight once, as the checkpoint may store it under one of its names only.
     for name, parameter in model.named_parameters():
         for held, _ in index.stored_parts(name, tuple(parameter.shape)):
@@ -74,15 +72,12 @@ def _require_stored(
         )
 
 
-def _build_on_meta(directory: Path, config: "PretrainedConfig") -> "PreTrainedModel":
-    """Build the model that a config describes on the meta device, without allocating its weights."""
-    from transformers import AutoModelForCausalLM
+def _model_of(directory: Path, config: "PretrainedConfig") -> "PreTrainedModel":
+    """Build the model that a config describes, without weights."""
+    from slimllm_ops.models.skeleton import build_on_meta
 
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        model.tie_weights()
+        return build_on_meta(config)
     # Any exception: whatever makes a layer's constructor fail comes from the config.
     except Exception as error:
         raise wrong_config(directory, error) from error
-    return model

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimllm_ops.checkpoint.layer_reader import LayerReader
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.models.skeleton import build_skeleton
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -36,7 +35,7 @@ class ModelWeights:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = compute_dtype(device)
-        self._model = _build_skeleton(checkpoint)
+        self._model = build_skeleton(checkpoint.config)
         self._reader = LayerReader(checkpoint, self._place)
         self._calls: list[dict[str, Any]] = []
         self._loaded: int | None = None
@@ -156,14 +155,6 @@ def _release(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-
-def _build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Build the model without weights, but with real buffers, such as rotary tables."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
-    model.tie_weights()
-    return model.eval()
 
 
 @contextmanager
