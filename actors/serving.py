@@ -20,6 +20,7 @@ from torch import Tensor
 from actors.group import Delivery
 from actors.waiting import CALL_SECONDS
 from slimllm_ops.checkpoint.reading import Checkpoint, StoredWeight, read_tensors
+from slimllm_ops.checkpoint.tensor_index import Place
 
 # The layer in use and the next one, of at most two models. A worker that comes later reads them again.
 KEPT_READS = 4
@@ -36,18 +37,18 @@ class WeightServer:
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, ray.ObjectRef] = OrderedDict()
 
-    def locate(self, directory: Path, files: dict[str, str]) -> list[ray.ObjectRef]:
+    def locate(self, directory: Path, files: dict[str, Place]) -> list[ray.ObjectRef]:
         """Return a reference to packed tensors by name, in a list: Ray would fetch a bare one.
 
         Args:
             directory: The checkpoint's directory on this node.
-            files: For each tensor's name, the file that holds it.
+            files: The place of each tensor, by its name.
 
         Raises:
             CheckpointError: A file is missing or broken.
         """
         # Refining replaces a layer's file, so the time of change is part of the key.
-        times = tuple(_modified(directory / file) for file in sorted(set(files.values())))
+        times = tuple(_modified(directory / file) for file in sorted({place.file for place in files.values()}))
         key = (directory, tuple(files), times)
         reference = self._kept.get(key)
         if reference is None:
@@ -117,8 +118,8 @@ def _modified(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def _fetch(server: Any, directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
-    """Return tensors as stored, by name, from a server; `files` says which file holds each."""
+def _fetch(server: Any, directory: Path, files: dict[str, Place]) -> dict[str, Tensor]:
+    """Return tensors as stored, by name, from a server; `files` says where each is stored."""
     (located,) = ray.get(server.locate.remote(directory, files), timeout=CALL_SECONDS)
     return {name: _unpack(packed) for name, packed in ray.get(located, timeout=CALL_SECONDS).items()}
 

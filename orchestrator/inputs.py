@@ -1,5 +1,6 @@
 """Finds and checks a run's inputs, the model's directory and its token blocks, before anything starts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ class Inputs:
         return self.calibration.blocks.input_ids_BT
 
 
-def load_inputs(config: PruneConfig) -> Inputs:
-    """Find the model, then its calibration and held-out blocks.
+def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
+    """Find the model, then its calibration and held-out blocks; warn of what the user may not expect.
 
     Raises:
         CheckpointError: The model is missing, broken or unknown.
@@ -79,6 +80,8 @@ def load_inputs(config: PruneConfig) -> Inputs:
     directory = resolve_model(config.model)
     with storage.naming_uri(config.model, directory, InputError):
         source = Checkpoint.open(directory)
+    for warning in source.warnings:
+        warn(warning)
     if config.refine:
         require_refinable(source.family)
     form = Form(

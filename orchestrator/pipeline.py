@@ -108,7 +108,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     tracking = tracking_options(config)
     require_lasting_output(config.output, tracking)
     with reporter.timed("inputs"):
-        inputs = load_inputs(config)
+        inputs = load_inputs(config, reporter.warn)
     tracking = named(tracking, f"{inputs.name}-{config.method}-{sparsity_label(config)}")
     output = checkpoints_output(config, inputs.name)
     if config.resume and finish_delivery(output, what_is_asked(config, inputs), config.overwrite, reporter.note):
@@ -194,7 +194,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
     """
     reporter = reporter or Reporter()
     require_lasting_output(config.output)
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, reporter.warn)
     output, asked = moments_output(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and finish_delivery(output, asked, config.overwrite, reporter.note):
         reporter.note(f"{output.place} is finished: there is nothing to resume")

@@ -121,7 +121,7 @@ def compare(
     chosen = choose(config.methods) if chosen is None else chosen
     tracking = tracking_options(config)
     require_lasting_output(config.output, tracking)
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, reporter.warn)
     chosen = exclude_unrefinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")

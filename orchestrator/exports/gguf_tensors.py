@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.errors import CheckpointError
 from slimllm_ops.models.families import LayerShape
 
 # llama.cpp's names of the modules of a layer, and of those outside the layers.
@@ -38,8 +37,6 @@ IN_LAYER = {
 }
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ROPE_FREQS = "rope_freqs.weight"
-# Loaders recompute it; old checkpoints store it in each layer.
-COMPUTED = "self_attn.rotary_emb.inv_freq"
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float32}
 
@@ -87,9 +84,7 @@ def list_parts(checkpoint: Checkpoint, shapes: list[LayerShape], factors: Tensor
         heads = {"self_attn.q_proj": shape.num_attention_heads, "self_attn.k_proj": shape.num_key_value_heads}
         named = {name.removeprefix(prefix): f"blk.{layer}." for name in sorted(checkpoint.layer_names(layer))}
         yield Part(_entries(checkpoint, prefix, named, IN_LAYER, heads), partial(checkpoint.read_layer, layer))
-    # A tied head that is stored anyway is a copy of the embedding.
-    tied = checkpoint.config.tie_word_embeddings
-    for module in (module for module in checkpoint.outside() if not (tied and module == "lm_head")):
+    for module in checkpoint.outside():
         names = sorted(name for name in checkpoint.files if name.rpartition(".")[0] == module)
         named = {name.removeprefix(f"{module}."): "" for name in names}
         outside = {"": OUTSIDE[module]}
@@ -107,19 +102,12 @@ def _entries(
         named: The rest of each name there, and the start of its name in the file.
         modules: llama.cpp's name of each module.
         heads: The number of heads of the modules that RoPE rotates.
-
-    Raises:
-        CheckpointError: llama.cpp has no place for a tensor.
     """
     shapes = checkpoint.shapes([prefix + name for name in named])
     dtypes = checkpoint.dtypes([prefix + name for name in named])
     entries = []
     for name, start in named.items():
-        if name == COMPUTED:
-            continue
         module, _, kind = name.rpartition(".")
-        if module not in modules:
-            raise CheckpointError(f"{checkpoint.directory} holds {prefix}{name}, which llama.cpp has no place for")
         shape = shapes[prefix + name]
         dtype = STORED[dtypes[prefix + name]] if len(shape) > 1 else torch.float32
         entries.append(Entry(f"{start}{modules[module]}.{kind}", name, shape, dtype, heads.get(module, 0)))

@@ -101,7 +101,8 @@ def find_model(model: str) -> tuple[Checkpoint | None, Check]:
             "model", False, _error_text(error), "" if isinstance(error, ValueError) else "check the name"
         )
     shape = f"{source.config.model_type}, {source.num_layers} layers of hidden size {source.config.hidden_size}"
-    return source, Check("model", True, f"{directory}: {shape}, {readable(source.num_bytes())}")
+    found = "; ".join([f"{directory}: {shape}, {readable(source.num_bytes())}", *source.warnings])
+    return source, Check("model", True, found)
 
 
 def check_tracking(config: PruneConfig) -> Check:

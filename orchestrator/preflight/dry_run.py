@@ -73,7 +73,7 @@ def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> 
 def _plan_run(
     config: PruneConfig, reporter: Reporter, place: Callable[[PruneConfig, str], Destination], estimating: Estimating
 ) -> RunPlan | None:
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, reporter.warn)
     output, asked = place(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and is_whole(output, asked):
         reporter.note(f"{output.place} is finished: there is nothing to resume")

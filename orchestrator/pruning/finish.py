@@ -4,7 +4,7 @@ from orchestrator.pruning.refine import refine_model
 from orchestrator.pruning.run_context import RunContext
 from orchestrator.pruning.targets import Target
 from orchestrator.record.totals import Totals, count_totals
-from slimllm_ops.stream.read_back import read_back
+from slimllm_ops.stream.read_back import read_back, require_outside_unchanged
 
 
 def complete(context: RunContext, target: Target) -> Totals:
@@ -14,6 +14,7 @@ def complete(context: RunContext, target: Target) -> Totals:
         refine_model(context, target, pruned)
         pruned = target.refined.finish()
     with context.reporter.timed("read back"):
+        require_outside_unchanged(context.inputs.source, pruned)
         probe = target.final.log.probe()
         error = read_back(pruned, probe.ids_T, probe.states_TD, context.shards.compute_dtype)
     name = str(target.directory.relative_to(context.staging.directory))

@@ -3,15 +3,22 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimllm_ops.checkpoint.tensor_index import TensorIndex, locate_tensors, open_shard
-from slimllm_ops.checkpoint.validation import require_fit, require_layers
+from slimllm_ops.checkpoint.resolution import (
+    locate_tensors,
+    tell_of_files,
+    tell_of_unused,
+    tie_as_stored,
+    used_places,
+)
+from slimllm_ops.checkpoint.tensor_index import Place, TensorIndex, open_shard
+from slimllm_ops.checkpoint.validation import model_of, require_fit, require_layers
 from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.models.config_checks import read_config
 from slimllm_ops.models.families import family_of
@@ -24,14 +31,14 @@ class StoredWeight:
 
     Attributes:
         directory: The checkpoint's directory.
-        files: The file of each tensor that makes up the weight, by the tensor's full name.
+        files: The place of each tensor that makes up the weight, by the tensor's full name.
         prefix: The prefix of the tensors' names.
         split: The layout that merges the tensors into the weight; None if a single tensor is the weight.
         num_experts: The number of experts that the tensors belong to.
     """
 
     directory: Path
-    files: dict[str, str]
+    files: dict[str, Place]
     prefix: str
     split: Stored | None
     num_experts: int
@@ -60,11 +67,18 @@ class Checkpoint(TensorIndex):
         """
         directory = Path(directory)
         config = read_config(directory)
-        checkpoint = cls(directory, config, family_of(config), locate_tensors(directory))
-        # `require_fit` builds the model that the config describes, so first check that all its layers exist.
-        require_layers(checkpoint)
-        require_fit(checkpoint)
-        return checkpoint
+        family = family_of(config)
+        found = cls(directory, config, family, locate_tensors(directory, family))
+        # First check that all layers exist, and then build the model that the config describes.
+        require_layers(found)
+        model = model_of(directory, config)
+        used = used_places(found, model)
+        checkpoint = cls(directory, config, family, used)
+        warnings = [*tell_of_files(directory), *tell_of_unused(found, used, model)]
+        if untied := list(tie_as_stored(checkpoint, model.all_tied_weights_keys)):
+            model = model_of(directory, config)
+        require_fit(checkpoint, model)
+        return replace(checkpoint, warnings=(*warnings, *untied))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,9 +92,8 @@ class Checkpoint(TensorIndex):
         Raises:
             NonFiniteError: A weight is NaN or infinite.
         """
-        stored = self.stored_name(f"{module}.").removesuffix(".")
-        tensors = self.read([name for name in self.files if name.rpartition(".")[0] == stored])
-        return self._require_finite(tensors, f"{stored}.", module)
+        tensors = self.read([name for name in self.files if name.rpartition(".")[0] == module])
+        return self._require_finite(tensors, f"{module}.", module)
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Return a layer's stored tensors, by the names in the model's class, relative to the layer.
@@ -134,23 +147,26 @@ class Checkpoint(TensorIndex):
 
     def num_bytes(self) -> int:
         """Return the size of the weight files."""
-        return sum((self.directory / name).stat().st_size for name in set(self.files.values()))
+        return sum((self.directory / name).stat().st_size for name in self._file_names())
 
     def digest(self) -> str:
         """Return the SHA-256 of the weight files, in the order of their names."""
         sha = hashlib.sha256()
-        for file_name in sorted(set(self.files.values())):
+        for file_name in self._file_names():
             with (self.directory / file_name).open("rb") as file:
                 while chunk := file.read(1 << 24):
                     sha.update(chunk)
         return sha.hexdigest()
 
+    def _file_names(self) -> list[str]:
+        return sorted({place.file for place in self.files.values()})
+
     def _slices(self, names: list[str]) -> Iterator[tuple[str, Any]]:
         """Yield tensors' full names and slices, reading only file headers; a slice is valid until the next one."""
-        for file_name in sorted({self.files[name] for name in names}):
+        for file_name in sorted({self.files[name].file for name in names}):
             with open_shard(self.directory / file_name) as file:
-                for name in [name for name in names if self.files[name] == file_name]:
-                    yield name, file.get_slice(name)
+                for name in [name for name in names if self.files[name].file == file_name]:
+                    yield name, file.get_slice(self.files[name].name)
 
     def _require_finite(self, tensors: dict[str, Tensor], prefix: str, described: str) -> dict[str, Tensor]:
         """Return tensors without the prefix in their names, after checking that all are finite."""
@@ -171,17 +187,17 @@ class Checkpoint(TensorIndex):
         return held
 
 
-def read_tensors(directory: Path, files: dict[str, str]) -> dict[str, Tensor]:
-    """Return stored tensors, given the file in a directory that holds each name.
+def read_tensors(directory: Path, files: dict[str, Place]) -> dict[str, Tensor]:
+    """Return stored tensors by name, given each one's place in a directory.
 
     Raises:
         CheckpointError: A file is missing or broken.
     """
     tensors = {}
-    for file_name in sorted(set(files.values())):
+    for file_name in sorted({place.file for place in files.values()}):
         with open_shard(directory / file_name) as file:
-            for name in files:
-                if files[name] == file_name:
+            for name, place in files.items():
+                if place.file == file_name:
                     # Copy, so that the mapped file's pages do not stay in this process's memory.
-                    tensors[name] = file.get_tensor(name).clone()
+                    tensors[name] = file.get_tensor(place.name).clone()
     return tensors

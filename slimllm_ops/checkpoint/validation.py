@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimllm_ops.checkpoint.tensor_index import TensorIndex, open_shard
-from slimllm_ops.errors import CheckpointError, shown
+from slimllm_ops.errors import CheckpointError
 from slimllm_ops.models.config_checks import wrong_config
 
 # Processes that only read weights import this module too, and importing transformers takes seconds.
@@ -31,32 +31,29 @@ def require_layers(index: TensorIndex) -> None:
             )
 
 
-def require_fit(index: TensorIndex) -> None:
+def require_fit(index: TensorIndex, model: "PreTrainedModel") -> None:
     """Check that tensor names, shapes and dtypes match the model that the config describes.
+
+    Args:
+        index: The tensors.
+        model: The model, without weights.
 
     Raises:
         CheckpointError: A tensor is missing or does not match; the message names it.
     """
-    model = _model_of(index.directory, index.config)
-    # `named_parameters` lists a tied weight once, as the checkpoint may store it under one of its names only.
+    # `named_parameters` lists a tied weight once, as the index does.
     for name, parameter in model.named_parameters():
         for held, _ in index.stored_parts(name, tuple(parameter.shape)):
             if held not in index.files:
                 described, key = index.place_of(held)
                 raise CheckpointError(f"{described} has no {key}: the checkpoint is incomplete")
-    modules = {name for name, _ in model.named_modules() if name}
-    if unknown := [name for name in index.outside() if name not in modules]:
-        raise CheckpointError(
-            f"{index.directory} holds tensors of {shown(unknown[0]) or 'no module'}, which a "
-            f"{index.config.model_type} model does not have: save it again with transformers' save_pretrained"
-        )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored_shapes = (one for name, shape in shapes.items() for one in index.stored_parts(name, shape))
     expected = {name: shape for name, shape in stored_shapes if name in index.files}
-    for file_name in sorted({index.files[name] for name in expected}):
+    for file_name in sorted({index.files[name].file for name in expected}):
         with open_shard(index.directory / file_name) as file:
-            for name in [name for name in expected if index.files[name] == file_name]:
-                stored = file.get_slice(name)
+            for name in [name for name in expected if index.files[name].file == file_name]:
+                stored = file.get_slice(index.files[name].name)
                 _require_stored(index, name, stored.get_dtype(), tuple(stored.get_shape()), expected[name])
 
 
@@ -72,8 +69,12 @@ def _require_stored(
         )
 
 
-def _model_of(directory: Path, config: "PretrainedConfig") -> "PreTrainedModel":
-    """Build the model that a config describes, without weights."""
+def model_of(directory: Path, config: "PretrainedConfig") -> "PreTrainedModel":
+    """Build the model that a config describes, without weights.
+
+    Raises:
+        CheckpointError: Transformers cannot build it.
+    """
     from slimllm_ops.models.skeleton import build_on_meta
 
     try:

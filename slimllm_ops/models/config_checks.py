@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LARGEST_CONFIG = 1 << 24
+WHOLE = "model.safetensors"
 
 # The bounds of every integer that determines a size, far beyond any existing model.
 SIZES = {
@@ -51,8 +52,20 @@ PER_LAYER_KINDS = ("layer_types", "no_rope_layers")
 PER_LAYER_FLAGS = ("attention_output_bias_per_layer", "mlp_output_bias_per_layer")
 # Settings that change how a model is built or stored, in ways that no family here supports.
 UNSUPPORTED = {
-    "quantization_config": "its weights are quantised: pass the model in bfloat16, float16 or float32",
+    "transformers_weights": f"its weights have a name of their own: rename them to {WHOLE} and remove the setting",
     "per_layer_config": "its layers differ in ways that are not supported",
+}
+
+
+# Where a config describes quantised weights; the second is an older name of compressed-tensors.
+QUANTISED = ("quantization_config", "compression_config")
+# How to restore quantised weights with transformers, by scheme. Other schemes cannot be undone.
+_BY_CONFIG = "load it with transformers and quantization_config={}(dequantize=True), and save it with save_pretrained"
+RESTORED_BY = {
+    "bitsandbytes": "load it with transformers, and save what its dequantize() returns with save_pretrained",
+    "compressed-tensors": _BY_CONFIG.format("CompressedTensorsConfig"),
+    "fp8": _BY_CONFIG.format("FineGrainedFP8Config"),
+    "mxfp4": _BY_CONFIG.format("Mxfp4Config"),
 }
 
 
@@ -105,6 +118,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
 
 def _check(described: dict[str, Any]) -> None:
     family = family_named(described.get("model_type"))
+    _refuse_quantised(described)
     for key, reason in UNSUPPORTED.items():
         if described.get(key) is not None:
             raise CheckpointError(f"config.json has a {key}, so {reason}")
@@ -121,6 +135,21 @@ def _check(described: dict[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise _wrong(key, value, "a finite number")
     _check_layers(described, family)
+
+
+def _refuse_quantised(described: dict[str, Any]) -> None:
+    """Refuse quantised weights; the message names the scheme and how to undo it."""
+    for key in QUANTISED:
+        if (found := described.get(key)) is None:
+            continue
+        settings = found if isinstance(found, dict) else {}
+        older = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & settings.keys() else None
+        scheme = settings.get("quant_method") or older or ("compressed-tensors" if key == QUANTISED[1] else None)
+        restored = RESTORED_BY.get(str(scheme), "pass the model that it was made from")
+        raise CheckpointError(
+            f"config.json has a {key}, so its weights are quantised{f' ({shown(str(scheme))})' if scheme else ''}: "
+            f"pass the model in bfloat16, float16 or float32; {restored}"
+        )
 
 
 def _check_keys(described: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Reads a written checkpoint back, and checks that it computes what the run computed.
 
+The embeddings, the final norm and the head must be those of the source, bit by bit.
+
 Each written layer gets the hidden states that entered that layer in the run, and its output is compared with the
 states that left it in the run. So errors do not add up over layers: only the rounding of one layer is allowed.
 
@@ -49,6 +51,23 @@ def read_back(
         worst = max(worst, error)
     stream.close()
     return worst
+
+
+def require_outside_unchanged(source: Checkpoint, written: Checkpoint) -> None:
+    """Check that all tensors outside the layers are the source's.
+
+    Raises:
+        ReadBackError: One is missing or differs, or one model ties its head and the other does not.
+    """
+    if written.config.tie_word_embeddings != source.config.tie_word_embeddings:
+        raise ReadBackError(f"{written.directory} ties its head to the embeddings, or not, unlike {source.directory}")
+    for module in sorted({*source.outside(), *written.outside()}):
+        expected, found = source.read_module(module), written.read_module(module)
+        if expected.keys() != found.keys() or any(not torch.equal(expected[name], found[name]) for name in expected):
+            raise ReadBackError(
+                f"{module} as written differs from that of {source.directory}: the disk is at fault, the source "
+                f"changed while the run read it, or this is a bug worth reporting"
+            )
 
 
 def _require_close(

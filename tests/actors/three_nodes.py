@@ -53,7 +53,7 @@ def main(model: str, tokens: str, output: str, method: str) -> dict[str, Any]:
             for shared in (False, True):
                 plan = plan_workers(resources, NODES, None, shared_storage=shared)
                 seen[f"weights_travel, {shared}"] = plan.weights_travel
-            inputs = load_inputs(PruneConfig(**common))
+            inputs = load_inputs(PruneConfig(**common), print)
             seen |= use_parts(inputs)
             # By now every node has a process that has imported torch.
             checks.NODE_SECONDS = 60.0

@@ -34,7 +34,7 @@ def test_a_path_that_cannot_be_looked_at(path: str) -> None:
 
 def test_all_the_data_are_loaded_for_the_model(gqa_model: Path, token_file: Path) -> None:
     spec = str(token_file)
-    loaded = load_inputs(PruneConfig(model=str(gqa_model), calibration=spec, evaluate=(spec,)))
+    loaded = load_inputs(PruneConfig(model=str(gqa_model), calibration=spec, evaluate=(spec,)), print)
     assert loaded.name == gqa_model.name
     assert (loaded.calibration.num_blocks, loaded.calibration.block_length) == (24, 16)
     assert [blocks.digest for blocks in loaded.held_out] == [loaded.calibration.digest]
@@ -43,12 +43,12 @@ def test_all_the_data_are_loaded_for_the_model(gqa_model: Path, token_file: Path
 def test_a_sparsity_out_of_reach_is_known_before_anything_starts(gqa_model: Path, token_file: Path) -> None:
     config = PruneConfig(model=str(gqa_model), calibration=str(token_file), sparsity=0.9)
     with pytest.raises(InputError, match=r"sparsity 0.9 is not reachable.*one channel left.*ask for less"):
-        load_inputs(config)
+        load_inputs(config, print)
 
 
 def test_a_mixture_of_experts_is_not_refined(token_file: Path, tmp_path: Path) -> None:
     model = save_tiny(family_named("mixtral"), tmp_path / "model")
     config = PruneConfig(model=str(model), calibration=str(token_file), sparsity=0.3, method="gram")
-    assert load_inputs(config).source.family.name == "Mixtral"
+    assert load_inputs(config, print).source.family.name == "Mixtral"
     with pytest.raises(InputError, match=r"Mixtral models cannot be refined, .*: leave refinement out"):
-        load_inputs(replace(config, refine=True))
+        load_inputs(replace(config, refine=True), print)

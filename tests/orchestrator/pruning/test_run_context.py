@@ -26,7 +26,7 @@ def context_of(inputs: Inputs, printed: io.StringIO) -> RunContext:
 
 @pytest.fixture
 def inputs(gqa_model: Path, token_file: Path) -> Inputs:
-    return load_inputs(PruneConfig(model=str(gqa_model), calibration=str(token_file)))
+    return load_inputs(PruneConfig(model=str(gqa_model), calibration=str(token_file)), print)
 
 
 @pytest.mark.parametrize(("progress", "attempts"), [(0, MAX_LOSSES + 1), (1, 10)])

@@ -24,7 +24,7 @@ def config(gqa_model: Path, token_file: Path) -> PruneConfig:
 
 @pytest.fixture(scope="module")
 def inputs(config: PruneConfig) -> Inputs:
-    return load_inputs(config)
+    return load_inputs(config, print)
 
 
 def test_resume_compares_what_the_result_depends_on(config: PruneConfig, inputs: Inputs) -> None:

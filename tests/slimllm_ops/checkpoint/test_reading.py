@@ -197,6 +197,7 @@ def test_an_index_names_nothing_but_safetensors_beside_it(copy: Path, tmp_path: 
     (tmp_path / "other").mkdir()
     shutil.copyfile(copy / SINGLE, tmp_path / "other" / SINGLE)
     names = dict.fromkeys(load_file(copy / SINGLE), file_name)
+    (copy / SINGLE).unlink()
     (copy / INDEX).write_text(json.dumps({"weight_map": names}))
     with pytest.raises(
         CheckpointError, match=r"not the name of a safetensors file in the same directory: download it again"
@@ -217,7 +218,7 @@ def test_a_tensor_that_the_index_names_and_no_shard_holds(sharded_copy: Path) ->
     name = min(tensors)
     del tensors[name]
     save_file(tensors | {"other": torch.ones(1)}, path)
-    with pytest.raises(CheckpointError, match=f"{INDEX} names {name}, which no shard holds"):
+    with pytest.raises(CheckpointError, match=f"has no {name}: the checkpoint is incomplete"):
         Checkpoint.open(sharded_copy)
 
 
@@ -298,8 +299,8 @@ def test_tensors_that_the_model_has_no_place_for(copy: Path) -> None:
     pass_through(copy)
     for name in ("v_head.summary.weight", "loose"):
         change(copy, {name: torch.ones(3)})
-        with pytest.raises(CheckpointError, match=r"holds tensors of .*, which a llama model does not have: save it"):
-            Checkpoint.open(copy)
+        pass_through(copy)
+        assert f"stores {min(name, 'model.layers.7.x')} and 1 more" in Checkpoint.open(copy).warnings[0]
         change(copy, {name: None})
 
 

@@ -1,5 +1,6 @@
 """Reading back accepts what a run wrote, and nothing else."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from slimllm_ops.errors import ReadBackError
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.moments.sums import Mean
 from slimllm_ops.stream.passes import LayerStream
-from slimllm_ops.stream.read_back import read_back
+from slimllm_ops.stream.read_back import read_back, require_outside_unchanged
 from tests.slimllm_ops.naive import random_channels, random_decision
 
 States = tuple[np.ndarray, list[np.ndarray]]
@@ -140,3 +141,15 @@ def test_states_rounded_to_16_bits_are_accepted_where_they_dwarf_what_a_layer_ad
     check(tmp_path, (ids[0].numpy(), states), torch.bfloat16)
     with pytest.raises(ReadBackError):
         check(tmp_path, (ids[0].numpy(), states), torch.float32)
+
+
+def test_what_is_outside_the_layers_must_be_the_sources(model_dir: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    prune(model_dir, tmp_path, ids)
+    source = Checkpoint.open(model_dir)
+    require_outside_unchanged(source, Checkpoint.open(tmp_path))
+    for module in source.outside():
+        (name, *_) = source.read_module(module)
+        changed = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-{module}"))
+        change(changed, f"{module}.{name}", lambda tensor: tensor + 1e-3)
+        with pytest.raises(ReadBackError, match=rf"{module} as written differs from that of"):
+            require_outside_unchanged(source, Checkpoint.open(changed))

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.tensor_index import Place
 from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import NonFiniteError, SolveError
@@ -183,7 +184,8 @@ def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
         tensors |= rounded
     CheckpointWriter(checkpoint, tmp_path).write_tensors(0, tensors)
     (path,) = tmp_path.glob("*.safetensors")
-    again.forward_refined(0, replace(checkpoint, directory=tmp_path, files=dict.fromkeys(load_file(path), path.name)))
+    files = {name: Place(path.name, name) for name in load_file(path)}
+    again.forward_refined(0, replace(checkpoint, directory=tmp_path, files=files))
     assert torch.equal(again.pruned.hidden[0], first.pruned.hidden[0])
     assert not torch.equal(again.pruned.hidden[0], again._dense.hidden[0])
 
