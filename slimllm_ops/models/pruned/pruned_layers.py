@@ -12,6 +12,8 @@ The config keeps the dense model's global numbers and adds:
 In a mixture of experts, `intermediate_size_per_layer` is the number of channels in each of a layer's experts.
 """
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,29 @@ class LinearNames(NamedTuple):
     output: str
 
 
+class LayerConfigs(Sequence[Any]):
+    """The config of each layer, with the layer's own heads; transformers sizes its caches by these."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __len__(self) -> int:
+        return int(self._config.num_hidden_layers)
+
+    def __getitem__(self, which: Any) -> Any:
+        """Return the config of a layer, of several by a slice, or of a kind of layers, which does not differ in it."""
+        heads = self._config.num_attention_heads_per_layer
+        if isinstance(which, slice):
+            return [self[layer] for layer in range(*which.indices(len(self)))]
+        if isinstance(which, str) or heads is None:
+            return self._config
+        layer = copy(self._config)
+        layer.head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        layer.num_attention_heads = heads[which]
+        layer.num_key_value_heads = self._config.num_key_value_heads_per_layer[which]
+        return layer
+
+
 class PrunedConfigMixin:
     """The per-layer settings added to the stock config; without them, the shapes are the dense model's."""
 
@@ -38,6 +63,15 @@ class PrunedConfigMixin:
     attention_output_bias_per_layer: list[bool] | None = None
     mlp_output_bias_per_layer: list[bool] | None = None
 
+    @property
+    def per_layer_config(self) -> Any:
+        """The config of each layer (`LayerConfigs`)."""
+        return LayerConfigs(self)
+
+    @per_layer_config.setter
+    def per_layer_config(self, settings: Any) -> None:
+        raise ValueError("the layers of a pruned model differ by its lists with a number for each layer")
+
 
 class PrunedModelMixin:
     """A model whose layers are resized after the stock constructor builds them; every forward is the stock one.
@@ -45,6 +79,7 @@ class PrunedModelMixin:
     A family whose names differ from Llama's sets them in its class.
     """
 
+    config: Any
     config_class: Any
     layers_path = "model.layers"
     attention_names = LinearNames("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj")
@@ -58,6 +93,21 @@ class PrunedModelMixin:
         for index, layer in enumerate(layers):
             self.resize_attention(layer.get_submodule(self.attention_names.module), config, index)
             self.resize_mlp(layer.get_submodule(self.mlp_names.module), config, index)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Return transformers' manager of batches, unless the layers differ in heads.
+
+        Raises:
+            NotImplementedError: Its paged cache has the same number of key/value heads in all layers.
+        """
+        heads = self.config.num_key_value_heads_per_layer
+        whole = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        if heads is not None and set(heads) != {whole}:
+            raise NotImplementedError(
+                f"generate_batch keeps {whole} key/value heads for every layer, and the layers of this model have "
+                f"{min(heads)} to {max(heads)}: use generate()"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def resize_attention(self, attention: Any, config: Any, index: int) -> None:
         """Set the number of heads of a layer's attention; each key/value head keeps its query heads."""
