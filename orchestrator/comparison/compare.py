@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, e
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
-from orchestrator.output.destination import sparsity_label
+from orchestrator.output.destination import Destination, sparsity_label
 from orchestrator.output.staging import Staging, open_staging
 from orchestrator.pipeline import named, tracking_options
+from orchestrator.preflight.dry_run import Estimating, Intent, require_room
+from orchestrator.preflight.stages import estimate_comparison
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import backend_of
 from orchestrator.pruning.finish import complete
@@ -134,6 +137,8 @@ def compare(
         tracked_run(tracking, staging.directory / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(backend, resources, staging)
+        intent = Intent(config, inputs, Destination(output), resources, workers)
+        require_room(intent, _estimating(config, chosen), reporter)
         write_run_file(staging.directory / RUN_FILE, "compare", config, inputs, workers)
         params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
         log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
@@ -148,6 +153,12 @@ def compare(
             experiment_id=run.experiment_id,
             run_id=run.run_id,
         )
+
+
+def _estimating(config: CompareConfig, chosen: Sequence[Contestant]) -> Estimating:
+    """Return the function that estimates what a comparison of these methods takes."""
+    refined = sum(one.refine for one in chosen)
+    return partial(estimate_comparison, one_pass=len(chosen) - 1, refined=refined, kept=config.keep_checkpoints)
 
 
 def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row], float]:

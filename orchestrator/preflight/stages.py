@@ -16,7 +16,6 @@ from orchestrator.preflight.estimate import Estimate, Stage
 from orchestrator.preflight.workload import Text, Workload
 from orchestrator.tracking import TrackingOptions
 from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
-from slimllm_ops.stream.operations import OBSERVING_SHARE, SOLVING_SHARE
 from slimllm_ops.stream.passes import LOGIT_TOKENS
 from slimllm_ops.stream.weights import compute_dtype
 
@@ -28,8 +27,6 @@ SOLVE_LIBRARIES = 195_000_000
 LATER_LIBRARIES = 200_000_000
 # Workers import torch and transformers before they answer.
 STARTING_SECONDS = 5.0
-# The assumed rate at which disks read and write weights; measuring it would take too long.
-BYTES_PER_SECOND = 1e9
 # Copies of the head's logits in memory: the logits, and the log-softmax that cross-entropy makes of them.
 LOGIT_COPIES = 2
 
@@ -41,7 +38,7 @@ def estimate_pruning(work: Workload) -> Estimate:
     observing = passes.observing + 2 * targets * config.refine
     return _estimate(
         work,
-        [*passes.stages, *_final_stages(work)],
+        [*passes.stages, *_final_stages(work, models=targets)],
         observing=observing,
         passing=observing + passes.forward + len(work.held_out) * (1 + targets),
         output=_output_bytes(work),
@@ -54,6 +51,35 @@ def estimate_calibration(work: Workload) -> Estimate:
     """Estimate what `calibrate` will take."""
     output = _kept_moments(work)
     return _estimate(work, [_calibration_stage(work)], observing=1, passing=1, output=output, beside=0, tracked=0)
+
+
+def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bool) -> Estimate:
+    """Estimate what `compare` will take: the paper's method, and others that share one calibration pass.
+
+    Args:
+        work: The comparison.
+        one_pass: The number of methods that decide from the shared moments.
+        refined: How many of these refine their models.
+        kept: Whether every model is kept; otherwise, those of one method at a time are on the disk.
+    """
+    targets, models = len(work.config.targets), _output_bytes(work)
+    layerwise = _layerwise(work)
+    stages = [_calibration_stage(work), *layerwise.stages]
+    if one_pass:
+        stages.append(_deciding_stage(work, models=targets * one_pass))
+    if refined:
+        stages.append(_refining_stage(work, models=targets * refined))
+    observing = 1 + layerwise.observing + 2 * targets * refined
+    measured = len(work.held_out) * (1 + targets * (1 + one_pass))
+    return _estimate(
+        work,
+        [*stages, *_final_stages(work, models=targets * (1 + one_pass))],
+        observing=observing,
+        passing=observing + layerwise.forward + measured,
+        output=models * (1 + one_pass) if kept else 0,
+        beside=_kept_moments(work) + (1 - kept + bool(refined)) * models,
+        tracked=0,
+    )
 
 
 def _estimate(
@@ -98,9 +124,8 @@ def _layerwise(work: Workload) -> _Passes:
     """Return the passes of the paper's method: one that measures similarities, then one for each target."""
     targets, tokens = len(work.config.targets), work.calibration.num_tokens
     passing, deciding = (Footprint.of(work.source, work.device, deciding=one) for one in (False, True))
-    forward = _seconds(work, tokens, sum(layer.forward for layer in work.layers))
-    observing = _seconds(
-        work,
+    forward = work.seconds(tokens, sum(layer.forward for layer in work.layers))
+    observing = work.seconds(
         tokens,
         sum(layer.forward + layer.moments for layer in work.layers),
         # The worker that merged the moments decides, and the others wait.
@@ -129,14 +154,24 @@ def _one_pass_stages(work: Workload) -> Iterator[Stage]:
     config, targets = work.config, len(work.config.targets)
     if config.moments is None:
         yield _calibration_stage(work)
-    refits = _seconds(work, 0, 0, solves=targets * sum(layer.refit for layer in work.layers))
-    yield Stage(name="deciding", solve=_solve_memory(work), driver=_driver_memory(work), seconds=refits)
+    yield _deciding_stage(work, targets)
     if config.refine:
-        footprint = Footprint.of_refinement(work.source, work.source, work.device)
-        both = sum(2 * layer.forward + 3 * layer.moments for layer in work.layers)
-        solves = work.workers.num_workers * sum(3 * layer.refit for layer in work.layers)
-        refining = _seconds(work, work.calibration.num_tokens, both, solves=solves)
-        yield _stage(work, "refining", footprint, _multiply(targets, refining))
+        yield _refining_stage(work, targets)
+
+
+def _deciding_stage(work: Workload, models: int) -> Stage:
+    """Return the stage that decides from moments."""
+    refits = work.seconds(0, 0, solves=models * sum(layer.refit for layer in work.layers))
+    return Stage(name="deciding", solve=_solve_memory(work), driver=_driver_memory(work), seconds=refits)
+
+
+def _refining_stage(work: Workload, models: int) -> Stage:
+    """Return the stage that passes dense and pruned models side by side, and refits what is left."""
+    footprint = Footprint.of_refinement(work.source, work.source, work.device)
+    both = sum(2 * layer.forward + 3 * layer.moments for layer in work.layers)
+    solves = work.workers.num_workers * sum(3 * layer.refit for layer in work.layers)
+    refining = work.seconds(work.calibration.num_tokens, both, solves=solves)
+    return _stage(work, "refining", footprint, _multiply(models, refining))
 
 
 def _calibration_stage(work: Workload) -> Stage:
@@ -145,20 +180,19 @@ def _calibration_stage(work: Workload) -> Stage:
     footprint = Footprint.of(work.source, work.device, deciding=False, measures_change=measures)
     operations = sum(layer.forward + layer.moments for layer in work.layers)
     solves = sum(layer.elimination for layer in work.layers)
-    seconds = _seconds(work, work.calibration.num_tokens, operations, solves=solves)
+    seconds = work.seconds(work.calibration.num_tokens, operations, solves=solves)
     return _stage(work, "calibrating", footprint, seconds, solve=_solve_memory(work))
 
 
-def _final_stages(work: Workload) -> Iterator[Stage]:
+def _final_stages(work: Workload, models: int) -> Iterator[Stage]:
     """Yield the stages after the models are written: each is read back, and measured against the dense one."""
-    targets = len(work.config.targets)
-    seconds = _seconds(work, 0, 0)
-    yield Stage(name="read back", driver=_driver_memory(work), seconds=_multiply(targets, seconds))
-    for name, models in (("perplexity, dense", 1), ("perplexity, pruned", targets)):
+    seconds = work.seconds(0, 0)
+    yield Stage(name="read back", driver=_driver_memory(work), seconds=_multiply(models, seconds))
+    for name, number in (("perplexity, dense", 1), ("perplexity, pruned", models)):
         if work.held_out:
             measured = [_perplexity_stage(work, name, text) for text in work.held_out]
             largest = max(measured, key=lambda stage: stage.worker)
-            seconds = None if work.rates is None else models * sum(stage.seconds or 0.0 for stage in measured)
+            seconds = None if work.rates is None else number * sum(stage.seconds or 0.0 for stage in measured)
             yield Stage(
                 name=name, worker=largest.worker, required=largest.required, driver=work.driver, seconds=seconds
             )
@@ -171,7 +205,7 @@ def _perplexity_stage(work: Workload, name: str, text: Text) -> Stage:
     head = compute_dtype(work.device).itemsize * vocabulary * hidden
     logits = LOGIT_COPIES * torch.float32.itemsize * LOGIT_TOKENS * vocabulary
     operations = sum(layer.forward for layer in work.layers) + 2 * vocabulary * hidden
-    seconds = _seconds(work, text.num_tokens, operations)
+    seconds = work.seconds(text.num_tokens, operations)
     return _stage(work, name, footprint, seconds, text=text, outside=head + max(work.embedding_bytes, logits))
 
 
@@ -251,19 +285,6 @@ def _output_bytes(work: Workload) -> int:
 
 def _kept_moments(work: Workload) -> int:
     return work.source.num_layers * moment_bytes(work.source, work.device)
-
-
-def _seconds(work: Workload, tokens: int, operations: float, *, solves: float = 0.0) -> float | None:
-    """Return the seconds of a pass over the model, given its tokens, the operations per token and those of solves.
-
-    Solves during a pass share its processors, so their seconds add to it. The weights are read while the pass computes.
-    """
-    if work.rates is None:
-        return None
-    workers = work.workers.num_workers
-    computing = tokens * operations / (work.rates.products * OBSERVING_SHARE * workers)
-    solving = solves / (work.rates.solves * SOLVING_SHARE * workers)
-    return max(computing + solving, work.stored_bytes / BYTES_PER_SECOND)
 
 
 def _multiply(number: int, seconds: float | None) -> float | None:

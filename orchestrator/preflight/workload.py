@@ -10,7 +10,10 @@ from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.stream.operations import LayerOperations, Rates
+from slimllm_ops.stream.operations import OBSERVING_SHARE, SOLVING_SHARE, LayerOperations, Rates
+
+# The assumed rate at which disks read and write weights; measuring it would take too long.
+BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True)
@@ -98,3 +101,16 @@ class Workload:
         """The bytes of a stored vocabulary table: the embeddings or the head."""
         parameters = self.source.num_parameters(list(self.source.files))
         return self.source.config.vocab_size * self.source.config.hidden_size * self.stored_bytes // parameters
+
+    def seconds(self, tokens: int, operations: float, *, solves: float = 0.0) -> float | None:
+        """Return the seconds of a pass over the model, given its tokens, the operations per token and those of solves.
+
+        Solves during a pass share its processors, so their seconds add to it. The weights are read while the pass
+        computes. Without rates, there are no seconds.
+        """
+        if self.rates is None:
+            return None
+        workers = self.workers.num_workers
+        computing = tokens * operations / (self.rates.products * OBSERVING_SHARE * workers)
+        solving = solves / (self.rates.solves * SOLVING_SHARE * workers)
+        return max(computing + solving, self.stored_bytes / BYTES_PER_SECOND)

@@ -174,7 +174,7 @@ def run(gqa_model: Path, token_file: Path, tmp_path: Path) -> Run:
 
     def invoke(*options: str, command: str = "prune", backend: tuple[str, ...] = ("--local",)) -> Result:
         place = ["--output", str(tmp_path / "parent" / "out"), "--calibration", str(token_file)]
-        tracking = ["--tracking-uri", "none"] if command == "prune" else []
+        tracking = ["--tracking-uri", "none"] if command in ("prune", "compare") else []
         return CliRunner().invoke(main, [command, str(gqa_model), *place, *backend, *tracking, *options])
 
     return invoke
@@ -196,12 +196,12 @@ def test_a_run_tells_its_estimate_before_it_begins(run_on_ray: Run) -> None:
     assert any(line.startswith("estimate, pruning: worker ") for line in lines[2:first])
 
 
-@pytest.mark.parametrize("command", ["prune", "calibrate"])
+@pytest.mark.parametrize("command", ["prune", "calibrate", "compare"])
 def test_a_disk_that_is_too_small_is_refused_with_nothing_left(
-    run: Run, tmp_path: Path, disk: Callable[[float], None], command: str
+    run: Run, token_file: Path, tmp_path: Path, disk: Callable[[float], None], command: str
 ) -> None:
     disk(1e-5)
-    result = run(command=command)
+    result = run(*(["--evaluate", str(token_file)] if command == "compare" else []), command=command)
     assert result.exit_code == 2, result.output
     assert re.search(r"\nslimllm: disk: .* free in .*: make room there, or choose another --output\n$", result.stderr)
     assert not (tmp_path / "parent").exists()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ from orchestrator.config import PruneConfig
 from orchestrator.pipeline import PruneResult
 from orchestrator.preflight.dry_run import plan_pruning
 from orchestrator.preflight.estimate import Estimate
-from orchestrator.preflight.stages import LIBRARIES, SOLVE_LIBRARIES, estimate_calibration, estimate_pruning
+from orchestrator.preflight.stages import (
+    LIBRARIES,
+    SOLVE_LIBRARIES,
+    estimate_calibration,
+    estimate_comparison,
+    estimate_pruning,
+)
 from orchestrator.preflight.workload import Text, Workload
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import MomentSum
@@ -175,6 +182,24 @@ def test_what_is_asked_for_decides_the_stages(source: Checkpoint) -> None:
     assert (gram.tracked, told(source, tracking_uri="none").tracked) == (gram.output, 0)
     # Both checkpoints once more, as they were before they were refined.
     assert gram.beside == moments + gram.output
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_comparison_takes_what_the_largest_of_its_methods_does(source: Checkpoint, kept: bool) -> None:
+    settings: dict[str, Any] = {"sparsity": (0.2, 0.5), "evaluate": ("x",)}
+    estimating = partial(estimate_comparison, one_pass=2, refined=1, kept=kept)
+    both = told(source, estimating, **settings)
+    paper, refined = told(source, **settings), told(source, method="gram", refine=True, **settings)
+    assert [stage.name for stage in both.stages] == [
+        *("start", "calibrating", "layer similarities", "pruning", "deciding", "refining"),
+        *("read back", "perplexity, dense", "perplexity, pruned"),
+    ]
+    assert both.worker == max(paper.worker, refined.worker)
+    assert both.solve == refined.solve
+    # Three methods write both models. One refines, and has both once more; unless all are kept, they go one by one.
+    moments = told(source, method="gram").beside
+    assert both.output == (3 * paper.output if kept else 0)
+    assert both.beside == moments + (1 if kept else 2) * paper.output
 
 
 def test_moments_are_as_large_as_told(source: Checkpoint) -> None:
