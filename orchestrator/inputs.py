@@ -25,28 +25,33 @@ DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICE
 
 @dataclass(frozen=True)
 class Calibration:
-    """A run's calibration data; it includes the blocks only if they pass through the model in this run."""
+    """A run's calibration data; it includes the blocks only if they pass through the model in this run.
+
+    `padding` counts the places of the blocks that hold no token.
+    """
 
     spec: str
     digest: str
     num_blocks: int
     block_length: int
+    padding: int = 0
     blocks: TokenBlocks | None = None
 
     @classmethod
     def of(cls, blocks: TokenBlocks) -> "Calibration":
         """Describe blocks, and include them."""
         num_blocks, block_length = blocks.input_ids_BT.shape
-        return cls(blocks.spec, blocks.digest, num_blocks, block_length, blocks)
+        padding = num_blocks * block_length - blocks.num_tokens
+        return cls(blocks.spec, blocks.digest, num_blocks, block_length, padding, blocks)
 
     @property
     def num_tokens(self) -> int:
-        """The total number of tokens."""
-        return self.num_blocks * self.block_length
+        """The total number of tokens, without padding."""
+        return self.num_blocks * self.block_length - self.padding
 
     def describe(self) -> dict[str, Any]:
         """Return everything except the blocks, as a manifest stores it."""
-        return {name: getattr(self, name) for name in ("spec", "digest", "num_blocks", "block_length")}
+        return {name: getattr(self, name) for name in ("spec", "digest", "num_blocks", "block_length", "padding")}
 
 
 @dataclass(frozen=True)
