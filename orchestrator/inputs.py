@@ -15,6 +15,7 @@ from slimllm_ops.allocate.layer_ratios import measure_layer, require_reachable
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError, shown
+from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.refinement import require_refinable
 
 BUILTIN_NAME = "builtin"
@@ -143,6 +144,17 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, mome
     return blocks
 
 
+def warnings_of(config: PruneConfig) -> list[str]:
+    """Return what a user should know of the defaults that a run takes."""
+    if config.model is None or config.calibration is not None or config.moments is not None:
+        return []
+    measured = "" if config.evaluate else ", and its perplexity is measured on it"
+    return [
+        f"{model_name(config.model)} is calibrated on the built-in text, Python's documentation{measured}: pass text like "
+        f"that which the model will read (--calibration SPEC), and held-out text (--evaluate SPEC)"
+    ]
+
+
 def model_name(model: str | None) -> str:
     """Return the name of a model in paths and runs."""
     return BUILTIN_NAME if model is None else Path(model).resolve().name
@@ -196,17 +208,24 @@ def resolve_moments(moments: str | None) -> Path | None:
 
 
 def _load_held_out(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
-    blocks = _load(config, source, spec)
-    if blocks.input_ids_BT.shape[1] < 2:
+    # Blocks in their order, so that perplexity does not depend on what a run calibrates on.
+    taken = TextOptions(samples=None, sequence_length=config.sequence_length, tokens=config.evaluate_tokens)
+    blocks = _load_tokens(source, spec, taken)
+    if not count_tokens(blocks.input_ids_BT[:, 1:]):
         raise DataError(f"{spec} has blocks of one token: perplexity needs at least two")
     return blocks
 
 
 def _load(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
+    drawn = TextOptions(samples=config.samples, sequence_length=config.sequence_length, seed=config.seed)
+    return _load_tokens(source, spec, drawn)
+
+
+def _load_tokens(source: Checkpoint, spec: str, options: TextOptions) -> TokenBlocks:
     return load_tokens(
         spec,
         model_dir=source.directory,
         vocab_size=source.config.vocab_size,
         max_length=source.config.max_position_embeddings,
-        options=TextOptions(samples=config.samples, sequence_length=config.sequence_length, seed=config.seed),
+        options=options,
     )

@@ -168,7 +168,7 @@ def take_blocks(spec: str, tokens: Iterable[np.ndarray], length: int, options: T
     if len(blocks) > most:
         raise DataError(
             f"{spec}: more than {MOST_EVALUATED:,} tokens to evaluate on, which takes very long: "
-            f"say how many to take (evaluate_tokens), or give a smaller text"
+            f"say how many to take (--evaluate-tokens), or give a smaller text"
         )
     return np.stack(blocks), len(blocks)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster import Resources, WorkerPlan
 from orchestrator.config import PruneConfig
-from orchestrator.inputs import Inputs, load_inputs
+from orchestrator.inputs import Inputs, load_inputs, warnings_of
 from orchestrator.output.destination import Destination, checkpoints_output, is_whole, moments_output
 from orchestrator.output.staging import require_can_start
 from orchestrator.preflight.checks import Check, check_fit, check_nodes, inspect_cluster, refuse_certain_failure
@@ -74,6 +74,8 @@ def _plan_run(
     config: PruneConfig, reporter: Reporter, place: Callable[[PruneConfig, str], Destination], estimating: Estimating
 ) -> RunPlan | None:
     inputs = load_inputs(config)
+    for warning in warnings_of(config):
+        reporter.warn(warning)
     output, asked = place(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and is_whole(output, asked):
         reporter.note(f"{output.place} is finished: there is nothing to resume")

@@ -12,7 +12,7 @@ from actors.workers import solve_threads
 from cluster import Resources, WorkerPlan, find_room
 from orchestrator.config import PruneConfig
 from orchestrator.data import TokenBlocks
-from orchestrator.inputs import Inputs
+from orchestrator.inputs import Inputs, warnings_of
 from orchestrator.output.staging import Staging
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import Backend
@@ -138,6 +138,8 @@ def open_context(
 ) -> Iterator[RunContext]:
     """Hold a run's workers, as many as the cluster has room for; they start with their first stream."""
     return_large_blocks()
+    for warning in warnings_of(config):
+        reporter.warn(warning)
     with (
         backend.workers(plan, find_room(resources, plan), note=reporter.note) as (workers, deliver),
         ShardGroup(

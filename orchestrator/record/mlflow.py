@@ -101,7 +101,7 @@ def describe_checkpoint(name: str, method: str, totals: Totals) -> str:
     """Return one line that says how a model was pruned, and at what cost in perplexity."""
     # The registry's table shows about thirty characters, so what differs between versions comes first.
     costs = [
-        f"perplexity {pruned:.2f} (dense {dense:.2f}) on {Path(data).name}"
+        f"perplexity {pruned:.2f} (dense {dense:.2f}) on {Path(data).name}, {totals.evaluated[data]}"
         for data, (dense, pruned) in totals.perplexity.items()
     ]
     return "; ".join([*costs, f"{name} pruned by {totals.sparsity:.1%} with {method}"])
