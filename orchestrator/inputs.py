@@ -150,8 +150,8 @@ def warnings_of(config: PruneConfig) -> list[str]:
         return []
     measured = "" if config.evaluate else ", and its perplexity is measured on it"
     return [
-        f"{model_name(config.model)} is calibrated on the built-in text, Python's documentation{measured}: pass text like "
-        f"that which the model will read (--calibration SPEC), and held-out text (--evaluate SPEC)"
+        f"{model_name(config.model)} is calibrated on the built-in text, Python's documentation{measured}: pass text "
+        f"like that which the model will read (--calibration SPEC), and held-out text (--evaluate SPEC)"
     ]
 
 
