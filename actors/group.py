@@ -30,6 +30,7 @@ from slimllm_ops.moments.moments import merge_tree
 from slimllm_ops.moments.sums import Mean
 from slimllm_ops.stream.footprint import Footprint
 from slimllm_ops.stream.opening import open_refinement, open_stream
+from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.weights import compute_dtype
 
 S = TypeVar("S")
@@ -126,7 +127,7 @@ class ShardGroup:
         measures_change: bool = False,
         intercept: bool = True,
     ) -> None:
-        """Spread token blocks (B, T), int32, evenly over the shards, in order.
+        """Spread token blocks (B, T), int32, evenly over the shards, in order; padding is no token.
 
         Args:
             name: The stream's name in later calls.
@@ -255,7 +256,7 @@ class ShardGroup:
         sent = [self._workers.put(model) for model in models]
         parts = [part for part in split_evenly(into_batches(blocks_BT, tokens), self._num_shards) if part]
         shares = [Share(number % num_workers, f"{name}, shard {number}") for number in range(len(parts))]
-        self._streams[name] = SharedStream(shares, blocks_BT.size)
+        self._streams[name] = SharedStream(shares, count_tokens(blocks_BT))
         self._workers.get(
             [
                 self._workers.call(share.worker, f"open {name}", Shard.open, share.stream, build, part, *sent)

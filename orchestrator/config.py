@@ -17,6 +17,7 @@ AT_LEAST_ONE = Check(lambda value: value >= 1, "it must be at least 1")
 # Groups of commands that take a setting.
 COMPUTE = ("prune", "calibrate", "compare")
 EVERY = (*COMPUTE, "doctor")
+MEASURE = ("prune", "compare", "doctor")
 RECORD = ("prune", "compare", "log")
 
 
@@ -142,7 +143,7 @@ class PruneConfig:
         metavar="SPEC",
         shown="builtin:calibration",
     )
-    samples: int = setting(128, "How many blocks to draw from a text.", "Data", EVERY, check=AT_LEAST_ONE)
+    samples: int = setting(128, "Blocks to draw from a text to calibrate on.", "Data", EVERY, check=AT_LEAST_ONE)
     sequence_length: int = setting(
         2048,
         "Tokens per block, at most the model's maximum.",
@@ -161,10 +162,13 @@ class PruneConfig:
         (),
         "Held-out text or tokens for perplexity before and after; repeatable.",
         "Data",
-        ("prune", "compare", "doctor"),
+        MEASURE,
         effect=Effect.INPUT,
         metavar="SPEC",
         shown="builtin:heldout, if neither text nor moments are given",
+    )
+    evaluate_tokens: int | None = setting(
+        None, "How many tokens of each held-out text to take.", "Data", MEASURE, check=AT_LEAST_ONE, shown="all"
     )
     workers: int | None = setting(
         None, "How many Ray actors to use.", "Workers", EVERY, check=AT_LEAST_ONE, shown="one per GPU or per 4 cores"

@@ -16,6 +16,7 @@ from slimllm_ops.allocate.layer_ratios import measure_layer, require_reachable
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError, shown
+from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.refinement import require_refinable
 
 BUILTIN_NAME = "builtin"
@@ -26,28 +27,33 @@ DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICE
 
 @dataclass(frozen=True)
 class Calibration:
-    """A run's calibration data; it includes the blocks only if they pass through the model in this run."""
+    """A run's calibration data; it includes the blocks only if they pass through the model in this run.
+
+    `padding` counts the places of the blocks that hold no token.
+    """
 
     spec: str
     digest: str
     num_blocks: int
     block_length: int
+    padding: int = 0
     blocks: TokenBlocks | None = None
 
     @classmethod
     def of(cls, blocks: TokenBlocks) -> "Calibration":
         """Describe blocks, and include them."""
         num_blocks, block_length = blocks.input_ids_BT.shape
-        return cls(blocks.spec, blocks.digest, num_blocks, block_length, blocks)
+        padding = num_blocks * block_length - blocks.num_tokens
+        return cls(blocks.spec, blocks.digest, num_blocks, block_length, padding, blocks)
 
     @property
     def num_tokens(self) -> int:
-        """The total number of tokens."""
-        return self.num_blocks * self.block_length
+        """The total number of tokens, without padding."""
+        return self.num_blocks * self.block_length - self.padding
 
     def describe(self) -> dict[str, Any]:
         """Return everything except the blocks, as a manifest stores it."""
-        return {name: getattr(self, name) for name in ("spec", "digest", "num_blocks", "block_length")}
+        return {name: getattr(self, name) for name in ("spec", "digest", "num_blocks", "block_length", "padding")}
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
     directory = resolve_model(config.model)
     with storage.naming_uri(config.model, directory, InputError):
         source = Checkpoint.open(directory)
-    for warning in source.warnings:
+    for warning in (*warnings_of(config), *source.warnings):
         warn(warning)
     if config.refine:
         require_refinable(source.family)
@@ -141,6 +147,17 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, mome
     return blocks
 
 
+def warnings_of(config: PruneConfig) -> list[str]:
+    """Return what a user should know of the defaults that a run takes."""
+    if config.model is None or config.calibration is not None or config.moments is not None:
+        return []
+    measured = "" if config.evaluate else ", and its perplexity is measured on it"
+    return [
+        f"{model_name(config.model)} is calibrated on the built-in text, Python's documentation{measured}: pass text "
+        f"like that which the model will read (--calibration SPEC), and held-out text (--evaluate SPEC)"
+    ]
+
+
 def model_name(model: str | None) -> str:
     """Return the name of a model in paths and runs."""
     return BUILTIN_NAME if model is None else Path(model).resolve().name
@@ -194,17 +211,24 @@ def resolve_moments(moments: str | None) -> Path | None:
 
 
 def _load_held_out(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
-    blocks = _load(config, source, spec)
-    if blocks.input_ids_BT.shape[1] < 2:
+    # Blocks in their order, so that perplexity does not depend on what a run calibrates on.
+    taken = TextOptions(samples=None, sequence_length=config.sequence_length, tokens=config.evaluate_tokens)
+    blocks = _load_tokens(source, spec, taken)
+    if not count_tokens(blocks.input_ids_BT[:, 1:]):
         raise DataError(f"{spec} has blocks of one token: perplexity needs at least two")
     return blocks
 
 
 def _load(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
+    drawn = TextOptions(samples=config.samples, sequence_length=config.sequence_length, seed=config.seed)
+    return _load_tokens(source, spec, drawn)
+
+
+def _load_tokens(source: Checkpoint, spec: str, options: TextOptions) -> TokenBlocks:
     return load_tokens(
         spec,
         model_dir=source.directory,
         vocab_size=source.config.vocab_size,
         max_length=source.config.max_position_embeddings,
-        options=TextOptions(samples=config.samples, sequence_length=config.sequence_length, seed=config.seed),
+        options=options,
     )

@@ -160,6 +160,8 @@ def _prune_targets(
 ) -> list[PrunedModel]:
     """Prune, finish and log every target, and a summary of several."""
     _tell_resumed(context)
+    if not context.inputs.held_out:
+        context.reporter.note("no perplexity is measured: to measure it, pass held-out text with --evaluate")
     _log_children(context, targets, run, params)
     _log_committed(context, targets)
     pruner_of(context.config.method)(context, targets)

@@ -48,6 +48,7 @@ def _of_one(totals: Totals) -> Table:
     _add_row(table, "weights, MB", totals.bytes_before / 1e6, totals.bytes_after / 1e6, "{:,.1f}")
     for spec, (dense, pruned) in totals.perplexity.items():
         _add_row(table, f"perplexity, {Path(spec).name}", dense, pruned, "{:,.3f}")
+        table.add_row(f"  on {totals.evaluated[spec]}")
     return table
 
 
@@ -79,7 +80,10 @@ def describe_result(result: PruneResult) -> dict[str, Any]:
 
 def describe_totals(totals: Totals) -> dict[str, Any]:
     """Return the figures of a run by name."""
-    perplexity = {spec: {"before": before, "after": after} for spec, (before, after) in totals.perplexity.items()}
+    perplexity = {
+        spec: {"before": before, "after": after, **asdict(totals.evaluated[spec])}
+        for spec, (before, after) in totals.perplexity.items()
+    }
     return asdict(totals) | {"sparsity": totals.sparsity, "perplexity": perplexity}
 
 

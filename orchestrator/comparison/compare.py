@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs
 from orchestrator.record.params import run_params
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
-from orchestrator.record.totals import Totals, count_parameters
+from orchestrator.record.totals import Totals, count_parameters, evaluated
 from orchestrator.settings import declared
 from orchestrator.tracking import Run, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
@@ -82,6 +82,7 @@ class _Scoreboard:
                 sparsity=totals.sparsity,
                 parameters=totals.parameters_after,
                 data=data,
+                **asdict(totals.evaluated[data]),
                 perplexity=pruned,
                 loss=math.log(pruned),
                 gap=gap_fraction(*map(math.log, (pruned, dense, self.reference[target].perplexity[data][1]))),
@@ -96,9 +97,19 @@ class _Scoreboard:
         """Add the dense model's rows."""
         parameters, _ = count_parameters(self.inputs.source)
         for data, perplexity in self.dense.items():
-            values = {"perplexity": perplexity, "loss": math.log(perplexity), "gap": 0.0, "seconds": 0.0}
             self.rows.append(
-                Row(method=DENSE, source="the model given", sparsity=0.0, parameters=parameters, data=data, **values)
+                Row(
+                    method=DENSE,
+                    source="the model given",
+                    sparsity=0.0,
+                    parameters=parameters,
+                    data=data,
+                    **asdict(evaluated(self.inputs)[data]),
+                    perplexity=perplexity,
+                    loss=math.log(perplexity),
+                    gap=0.0,
+                    seconds=0.0,
+                )
             )
 
 

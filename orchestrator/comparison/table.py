@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.record.figures import draw_perplexity_over_sparsity
+from orchestrator.record.totals import HeldOut
 
 DENSE = "dense"
 FORMAT = 1
@@ -28,6 +29,8 @@ class Row:
         sparsity: Fraction of the decoder layers' parameters that was removed.
         parameters: Parameters of the whole model.
         data: The held-out blocks.
+        tokens: The tokens in those blocks.
+        block_length: The length of those blocks.
         perplexity: The exponential of the loss.
         loss: Mean negative log-likelihood per token.
         gap: How far the loss is above the dense model's, as a fraction of the same for `slimllm` at the same sparsity;
@@ -40,6 +43,8 @@ class Row:
     sparsity: float
     parameters: int
     data: str
+    tokens: int
+    block_length: int
     perplexity: float
     loss: float
     gap: float
@@ -83,7 +88,14 @@ def as_markdown(rows: Sequence[Row], header: dict[str, Any]) -> str:
         "gap: how far the loss is above the dense model's, as a fraction of the same for `slimllm` at that sparsity.",
     ]
     for data in _data(rows):
-        lines += ["", f"## {Path(data).name}", "", "| " + " | ".join(HEADINGS) + " |"]
+        lines += [
+            "",
+            f"## {Path(data).name}",
+            "",
+            f"Perplexity on {_size(data, rows)}.",
+            "",
+            "| " + " | ".join(HEADINGS) + " |",
+        ]
         lines.append("|---|---|" + "--:|" * (len(HEADINGS) - 2))
         # An unescaped bar (as in |W| |X|) would end the cell.
         cells = [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows if row.data == data]
@@ -94,7 +106,7 @@ def as_markdown(rows: Sequence[Row], header: dict[str, Any]) -> str:
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Print a table for each set of held-out blocks."""
     for data in _data(rows):
-        table = Table(title=Path(data).name if len(_data(rows)) > 1 else None)
+        table = Table(title=f"{Path(data).name}: {_size(data, rows)}")
         # A terminal is too narrow for the source of a method, which is in the files.
         shown = [number for number, heading in enumerate(HEADINGS) if heading != "source"]
         for number in shown:
@@ -123,6 +135,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _data(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.data for row in rows))
+
+
+def _size(data: str, rows: Sequence[Row]) -> str:
+    """Return the size of a set of held-out blocks in words."""
+    return next(str(HeldOut(row.tokens, row.block_length)) for row in rows if row.data == data)
 
 
 def _curves(rows: Sequence[Row]) -> tuple[dict[str, list[tuple[float, float]]], float]:

@@ -6,9 +6,18 @@ not overlap (``text.py``). A table with an ``input_ids`` column already holds bl
 
 from pathlib import Path
 
-from orchestrator.data.blocks import DataError, TextOptions, TokenBlocks, check_fits, freeze, save_blocks
-from orchestrator.data.files import local_file, read_rows, table_columns
+from orchestrator.data.blocks import (
+    DataError,
+    TextOptions,
+    TokenBlocks,
+    check_length,
+    check_vocabulary,
+    freeze,
+    save_blocks,
+)
+from orchestrator.data.files import local_file, table_columns
 from orchestrator.data.text import read_text
+from orchestrator.data.token_rows import read_rows
 from orchestrator.sources import storage
 
 __all__ = ["DataError", "TextOptions", "TokenBlocks", "load_tokens", "save_blocks"]
@@ -18,14 +27,15 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
     """Load token blocks for a model.
 
     Args:
-        spec: The source: ``builtin:calibration`` or ``builtin:heldout``; a ``.txt`` file; a ``.jsonl``, ``.parquet`` or
-            ``.arrow`` file with a ``text`` column; a ``.parquet`` or ``.arrow`` file with ``input_ids`` rows
-            (these take precedence over a ``text`` column); the URI of such a file in a store (``s3://``, ``gs://``,
-            ``hf://``); or a hub dataset with a ``text`` column, ``name[:config[:split]]`` (by default the train split).
+        spec: The source: ``builtin:calibration`` or ``builtin:heldout``; a ``.txt`` or ``.md`` file; a ``.jsonl`` or
+            ``.json`` file of rows; any of these as ``.gz``, ``.zst``, ``.bz2`` or ``.xz``; a ``.parquet`` or ``.arrow``
+            file, or a folder of ``datasets.save_to_disk``, of rows or of ``input_ids`` (these take precedence); the URI
+            of such a file in a store (``s3://``, ``gs://``, ``hf://``); or a hub dataset, ``name[:config[:split]]`` (by
+            default the train split). ``orchestrator/data/rows.py`` says which columns make a row's text.
         model_dir: The directory with the model's tokenizer; unused for token files.
         vocab_size: The model's vocabulary size; token ids must be below it.
         max_length: The longest sequence that the model takes, in tokens (``max_position_embeddings``).
-        options: How blocks are drawn from a text.
+        options: Which blocks are taken.
 
     Returns:
         The blocks, at least one.
@@ -36,10 +46,12 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
     path = local_file(spec)
     with storage.naming_uri(spec, path, DataError):
         if path is not None and "input_ids" in table_columns(path):
-            ids_BT = read_rows(path)
+            ids_BT = read_rows(spec, path, vocab_size)
+            ids_BT = ids_BT[: options.most_blocks(ids_BT.shape[1])]
             found, source_digest = len(ids_BT), None
         else:
             length = min(options.sequence_length, max_length)
             ids_BT, found, source_digest = read_text(spec, path, model_dir, length, options)
-    check_fits(spec, ids_BT, vocab_size, max_length)
+            check_vocabulary(spec, ids_BT.reshape(-1), vocab_size, lambda position: position // length)
+    check_length(spec, ids_BT, max_length)
     return freeze(spec, ids_BT, found, source_digest)

@@ -1,6 +1,7 @@
 """Defines token blocks: how they are drawn, their digest, and the file they are saved in."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.config import PruneConfig
+from slimllm_ops.stream.padding import PADDING, count_tokens
 
 
 class DataError(ValueError):
@@ -16,22 +18,30 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Options for drawing blocks from a text; token files are used whole.
+    """Options for taking blocks from a text.
 
     Attributes:
-        samples: Number of blocks to keep; a text with fewer gives all of them.
+        samples: Number of blocks to draw at random; a text with fewer gives all of them. None takes the blocks in the
+            order of the text. Token files are used in their order too, and with `samples` whole.
         sequence_length: Maximum tokens per block; a model with a lower limit shortens the blocks.
-        seed: Seed that chooses the kept blocks.
+        seed: Seed that chooses the drawn blocks.
+        tokens: Limit on the tokens without `samples`, for texts and token files; one block is taken at least. None
+            takes all.
     """
 
-    samples: int = PruneConfig.samples
+    samples: int | None = PruneConfig.samples
     sequence_length: int = PruneConfig.sequence_length
     seed: int = PruneConfig.seed
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0)):
-            if (value := getattr(self, name)) < least:
+        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0), ("tokens", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
                 raise DataError(f"{name} is {value}: give at least {least}")
+
+    def most_blocks(self, length: int) -> int | None:
+        """Return how many blocks of a length may be taken in order; None for all."""
+        return None if self.samples is not None or self.tokens is None else max(1, self.tokens // length)
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class TokenBlocks:
 
     Attributes:
         spec: The source, as the user named it.
-        input_ids_BT: The token ids: int32, C-contiguous and read-only (possibly a memory-mapped file).
+        input_ids_BT: The token ids: int32, C-contiguous and read-only (possibly a memory-mapped file). Blocks that are
+            shorter than the others end in `slimllm_ops.stream.padding.PADDING`.
         digest: sha256 of only the shape and the bytes of ``input_ids_BT``.
         found: Number of blocks that were available; if there were fewer than ``samples``, all were taken.
         source_digest: sha256 of the text that was read, independent of the tokenizer; None for token files.
@@ -52,6 +63,11 @@ class TokenBlocks:
     found: int
     source_digest: str | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens, without padding."""
+        return count_tokens(self.input_ids_BT)
+
 
 def freeze(spec: str, ids_BT: np.ndarray, found: int, source_digest: str | None) -> TokenBlocks:
     """Return read-only token blocks with their digest, so that no later write can invalidate it."""
@@ -62,17 +78,22 @@ def freeze(spec: str, ids_BT: np.ndarray, found: int, source_digest: str | None)
     return TokenBlocks(spec, ids_BT, digest.hexdigest(), found, source_digest)
 
 
-def check_fits(spec: str, ids_BT: np.ndarray, vocab_size: int, max_length: int) -> None:
-    """Raise DataError unless a model with this vocabulary and sequence length can take the blocks."""
-    length = ids_BT.shape[1]
-    if length > max_length:
+def check_length(spec: str, ids_BT: np.ndarray, max_length: int) -> None:
+    """Raise DataError unless a model takes sequences as long as the blocks."""
+    if (length := ids_BT.shape[1]) > max_length:
         raise DataError(f"{spec}: blocks of {length} tokens, the model takes {max_length}: cut them shorter")
-    low, high = int(ids_BT.min()), int(ids_BT.max())
+
+
+def check_vocabulary(spec: str, ids: np.ndarray, vocab_size: int, row_of: Callable[[int], int]) -> None:
+    """Raise DataError unless a vocabulary has all ids; `row_of` says which row an id's position belongs to."""
+    if not ids.size:
+        return
+    low, high = int(ids.min()), int(ids.max())
     if low >= 0 and high < vocab_size:
         return
-    worst, position = (high, ids_BT.argmax()) if high >= vocab_size else (low, ids_BT.argmin())
+    worst, position = (high, ids.argmax()) if high >= vocab_size else (low, ids.argmin())
     raise DataError(
-        f"{spec}: token id {worst} in row {int(position) // length}, the model's vocabulary has {vocab_size} "
+        f"{spec}: token id {worst} in row {row_of(int(position))}, the model's vocabulary has {vocab_size} "
         f"(0 to {vocab_size - 1}): use tokens of this model's own tokenizer"
     )
 
@@ -89,9 +110,12 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
     """
     if path.suffix != ".arrow":
         raise DataError(f"{path}: token blocks are saved as .arrow files: name it {path.stem}.arrow")
-    values = pa.array(blocks.input_ids_BT.reshape(-1))
-    rows = pa.FixedSizeListArray.from_arrays(values, blocks.input_ids_BT.shape[1])
-    batch = pa.record_batch([rows], names=["input_ids"])
+    ids_BT, mask_BT = blocks.input_ids_BT, blocks.input_ids_BT != PADDING
+    columns = {"input_ids": ids_BT}
+    if not mask_BT.all():
+        columns = {"input_ids": np.where(mask_BT, ids_BT, 0), "attention_mask": mask_BT.astype(np.int8)}
+    lists = [pa.FixedSizeListArray.from_arrays(pa.array(one.reshape(-1)), one.shape[1]) for one in columns.values()]
+    batch = pa.record_batch(lists, names=list(columns))
     # Replace the file, do not overwrite it: the blocks may be mapped from it, and truncating it kills the process.
     partial = path.with_name(path.name + ".partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:

@@ -1,16 +1,19 @@
 """Turns text into token blocks, in bounded memory and time.
 
 Special tokens are the tokenizer's default. They are added to each document, as in the model's training, and once
-to a whole ``.txt``, which is one running text. Nothing else is put between documents.
+to a whole ``.txt`` or ``.md``, which is one running text. A chat template puts them into a chat itself. Nothing else is
+put between documents.
 
-Only the first ``_POOL`` blocks per requested block are read, so a source of any size takes the same time. A
-uniform random subset of them is kept in the order of the text (a reservoir: memory holds no more).
+For calibration, only the first ``_POOL`` blocks per requested block are read, so a source of any size takes the same
+time. A uniform random subset of them is kept in the order of the text (a reservoir: memory holds no more). For
+evaluation, all blocks are taken, or the first ones.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from orchestrator.data.blocks import DataError, TextOptions
 from orchestrator.data.documents import read_documents
 from orchestrator.data.files import error_line, naming_file
+from orchestrator.data.forms import RUNNING, form_of, open_text
+from orchestrator.data.rows import Document
 
+# Limit on the tokens of a text that is evaluated whole: hours for a small model.
+MOST_EVALUATED = 1 << 24
 _POOL = 16  # 128 blocks of 2048 are drawn from 4 million tokens: a broad choice, and 5 to 10 s of tokenising
 _PIECE_CHARACTERS = 1 << 16  # size of a piece of a .txt; tokenizers process a batch's pieces in parallel
 _BATCH_CHARACTERS = 1 << 20
@@ -32,17 +39,31 @@ def read_text(
     """Return blocks drawn from a text, the number of available blocks, and the digest of the text read."""
     tokenizer = _load_tokenizer(spec, model_dir)
     text_hash = hashlib.sha256()
-    if path is not None and path.suffix == ".txt":
+    if path is not None and form_of(path) in RUNNING:
         pieces = _hash_texts(text_pieces(path), text_hash, end=b"")
         tokens: Iterator[np.ndarray] = chain(
             _encode(tokenizer, islice(pieces, 1), add_special_tokens=True),
             _encode(tokenizer, pieces, add_special_tokens=False),
         )
     else:
-        documents = (text for text in read_documents(spec, path) if text)
-        tokens = _encode(tokenizer, _hash_texts(documents, text_hash, end=b"\0"), add_special_tokens=True)
-    ids_BT, found = draw_blocks(spec, tokens, length, options)
+        documents = (one for one in read_documents(spec, path, partial(_render, tokenizer)) if one.text)
+        tokens = _encode_documents(tokenizer, documents, text_hash)
+    ids_BT, found = take_blocks(spec, tokens, length, options)
     return ids_BT, found, text_hash.hexdigest()
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
+) -> str:
+    """Return what the tokenizer's chat template makes of messages."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where} is a chat, and the tokenizer in {tokenizer.name_or_path} has no chat template: "
+            f"add one to the model's directory (chat_template.jinja), or give rows of 'text'"
+        )
+    refused = f"{where}: the chat template in {tokenizer.name_or_path} does not take the messages"
+    with _naming_tokenizer_failure(refused, "fix or drop the row"):
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
 
 
 def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
@@ -71,7 +92,7 @@ def _naming_tokenizer_failure(what: str, remedy: str) -> Iterator[None]:
 def text_pieces(path: Path) -> Iterator[str]:
     """Yield pieces that together are the whole text, blank lines included."""
     rest = ""
-    with naming_file(path), path.open(encoding="utf-8-sig") as file:
+    with naming_file(path), open_text(path) as file:
         while read := file.read(_PIECE_CHARACTERS):
             rest += read
             if cut := _last_line_start(rest):
@@ -95,6 +116,15 @@ def _hash_texts(texts: Iterable[str], text_hash: Any, end: bytes) -> Iterator[st
     for text in texts:
         text_hash.update(text.encode() + end)
         yield text
+
+
+def _encode_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], text_hash: Any
+) -> Iterator[np.ndarray]:
+    """Yield the token ids of documents in order; chats have their special tokens already."""
+    for is_chat, group in groupby(documents, key=lambda document: document.is_chat):
+        texts = _hash_texts((document.text for document in group), text_hash, end=b"\0")
+        yield from _encode(tokenizer, texts, add_special_tokens=not is_chat)
 
 
 def _encode(
@@ -128,26 +158,53 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def draw_blocks(spec: str, tokens: Iterable[np.ndarray], length: int, options: TextOptions) -> tuple[np.ndarray, int]:
+def take_blocks(spec: str, tokens: Iterable[np.ndarray], length: int, options: TextOptions) -> tuple[np.ndarray, int]:
+    """Return the blocks that the options ask for, and the number of available blocks."""
+    if options.samples is not None:
+        return draw_blocks(spec, tokens, length, options.samples, options.seed)
+    limit = options.most_blocks(length)
+    most = MOST_EVALUATED // length if limit is None else limit
+    blocks = list(islice(_cut(spec, tokens, length), most + (limit is None)))
+    if len(blocks) > most:
+        raise DataError(
+            f"{spec}: more than {MOST_EVALUATED:,} tokens to evaluate on, which takes very long: "
+            f"say how many to take (--evaluate-tokens), or give a smaller text"
+        )
+    return np.stack(blocks), len(blocks)
+
+
+def draw_blocks(
+    spec: str, tokens: Iterable[np.ndarray], length: int, samples: int, seed: int
+) -> tuple[np.ndarray, int]:
     """Return a random subset of the blocks of a token stream, and the number of available blocks."""
-    generator = np.random.default_rng(options.seed)
+    generator = np.random.default_rng(seed)
     kept: dict[int, tuple[int, np.ndarray]] = {}
+    found = 0
+    for block in islice(_cut(spec, tokens, length), _POOL * samples):
+        slot = found if found < samples else int(generator.integers(found + 1))
+        if slot < samples:
+            kept[slot] = (found, block)
+        found += 1
+    return np.stack([block for _, block in sorted(kept.values(), key=lambda pair: pair[0])]), found
+
+
+def _cut(spec: str, tokens: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Yield the blocks of a token stream, which end with its last whole one.
+
+    Raises:
+        DataError: It has none.
+    """
     rest = np.empty(0, dtype=np.int32)
-    found, limit = 0, _POOL * options.samples
+    found = 0
     for chunk in tokens:
         rest = np.concatenate([rest, chunk])
-        whole = min(len(rest) // length, limit - found)
+        whole = len(rest) // length
         for block in rest[: whole * length].reshape(whole, length):
-            slot = found if found < options.samples else int(generator.integers(found + 1))
-            if slot < options.samples:
-                kept[slot] = (found, block.copy())  # a view would keep its whole chunk alive
-            found += 1
+            yield block.copy()  # a view would keep its whole chunk alive
+        found += whole
         rest = rest[whole * length :]
-        if found == limit:
-            break
     if not found:
         _raise_too_short(spec, len(rest), length)
-    return np.stack([block for _, block in sorted(kept.values(), key=lambda pair: pair[0])]), found
 
 
 def _raise_too_short(spec: str, tokens: int, length: int) -> None:

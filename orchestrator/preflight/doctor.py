@@ -178,10 +178,11 @@ def _check_nodes(
 
 
 def _estimate(config: PruneConfig, source: Checkpoint, workers: WorkerPlan, nodes: Nodes | None) -> Estimate:
-    """Estimate a run on as much text as the config asks for; the real text may be shorter."""
+    """Estimate a run on as much text as the config asks for; the real texts may have other lengths."""
     length = min(config.sequence_length, source.config.max_position_embeddings)
     text = Text(config.samples, length)
-    held_out = (text,) * (len(config.evaluate) or (config.calibration is None and config.moments is None))
+    evaluated = text if config.evaluate_tokens is None else Text(max(1, config.evaluate_tokens // length), length)
+    held_out = (evaluated,) * (len(config.evaluate) or (config.calibration is None and config.moments is None))
     rates = None if nodes is None else nodes.rates
     return estimate_pruning(Workload.of_texts(config, source, text, held_out, workers, rates))
 

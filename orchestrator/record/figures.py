@@ -118,9 +118,9 @@ def _draw_shares(axes: "Axes", numbers: Sequence[int], counts: Sequence[tuple[in
 
 
 def draw_scores(scores: Mapping[str, Sequence[ScoredUnits]], path: Path) -> None:
-    """Draw each layer's scores from highest to lowest, coloured by whether the unit was kept.
+    """Draw the importance of each layer's units from highest to lowest, coloured by whether the unit was kept.
 
-    Scores are relative to the layer's highest, so they cannot be compared between layers.
+    It is relative to the layer's highest, so it cannot be compared between layers.
 
     Args:
         scores: The scored layers by kind of unit; each kind gets a panel.
@@ -156,7 +156,7 @@ def _draw_sorted(axes: "Axes", layers: Sequence[ScoredUnits], unit: str) -> None
     dropped = sum(len(layer.scores) - len(layer.kept) for layer in layers)
     title = f"{unit.capitalize()}: {dropped:,} of {sum(len(layer.scores) for layer in layers):,} removed"
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_ylabel("score / layer's highest")
+    axes.set_ylabel("importance / layer's highest")
     axes.grid(axis="y", color=GREY, linewidth=0.6)
     axes.set_axisbelow(True)
     _label_layers(axes, [layer.layer for layer in layers])

@@ -37,7 +37,7 @@ def write_record(
 
 
 def importance_table(layers: Sequence[LayerPlan]) -> pa.Table:
-    """Return a table with a row per unit of every pruned module: layer, module, unit, score, kept."""
+    """Return a table with a row per unit of every pruned module: layer, module, unit, score (its importance), kept."""
     schema = pa.schema(
         [
             ("layer", pa.int32()),

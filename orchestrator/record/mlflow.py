@@ -19,12 +19,10 @@ TAG_DIGITS = 4
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:
     """Log the parameters and the data with their digests, before anything is computed."""
     run.log_params({name: value for name, value in params.items() if value is not None})
-    calibration = inputs.calibration
-    _log_dataset(
-        run, "calibration", calibration.spec, calibration.digest, calibration.num_blocks, calibration.block_length
-    )
+    one = inputs.calibration
+    _log_dataset(run, "calibration", one.spec, one.digest, (one.num_blocks, one.block_length), one.num_tokens)
     for blocks in inputs.held_out:
-        _log_dataset(run, "evaluation", blocks.spec, blocks.digest, *blocks.input_ids_BT.shape)
+        _log_dataset(run, "evaluation", blocks.spec, blocks.digest, blocks.input_ids_BT.shape, blocks.num_tokens)
 
 
 def _log_dataset(
@@ -32,10 +30,11 @@ def _log_dataset(
     context: Literal["calibration", "evaluation"],
     spec: str,
     digest: str,
-    num_blocks: int,
-    length: int,
+    shape: tuple[int, ...],
+    num_tokens: int,
 ) -> None:
-    run.log_dataset(Path(spec).name, digest, context, spec, num_blocks, length)
+    num_blocks, length = shape
+    run.log_dataset(Path(spec).name, digest, context, spec, num_blocks, length, num_tokens)
 
 
 def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
@@ -102,7 +101,7 @@ def describe_checkpoint(name: str, method: str, totals: Totals) -> str:
     """Return one line that says how a model was pruned, and at what cost in perplexity."""
     # The registry's table shows about thirty characters, so what differs between versions comes first.
     costs = [
-        f"perplexity {pruned:.2f} (dense {dense:.2f}) on {Path(data).name}"
+        f"perplexity {pruned:.2f} (dense {dense:.2f}) on {Path(data).name}, {totals.evaluated[data]}"
         for data, (dense, pruned) in totals.perplexity.items()
     ]
     return "; ".join([*costs, f"{name} pruned by {totals.sparsity:.1%} with {method}"])

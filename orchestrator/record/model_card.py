@@ -34,14 +34,14 @@ need it if slimllm is installed and your code imports `slimllm_ops`.
 | decoder layers | {layers_before} | {layers_after} |
 {perplexity}
 Calibrated on {tokens:,} tokens of `{calibration}` (digest `{digest}`), seed {seed}.
-`pruning/plan.json` has every decision and setting; `pruning/importance.parquet` has the score of every unit.
+`pruning/plan.json` has every decision and setting; `pruning/importance.parquet` has the importance of every unit.
 """
 
 
 def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], totals: Any) -> None:
     """Write README.md into a checkpoint's directory."""
     rows = [
-        f"| perplexity on `{spec}` | {dense:.2f} | {pruned:.2f} |\n"
+        f"| perplexity on `{spec}`, {totals.evaluated[spec]} | {dense:.2f} | {pruned:.2f} |\n"
         for spec, (dense, pruned) in totals.perplexity.items()
     ]
     card = CARD.format(

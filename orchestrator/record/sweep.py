@@ -13,12 +13,12 @@ from orchestrator.tracking import Run
 def sweep_rows(models: Mapping[str, Totals]) -> list[dict[str, Any]]:
     """Return a row for each model, the dense one first, with its perplexity on each set of held-out blocks."""
     dense = next(iter(models.values()))
-    before = {_heading(data): perplexity for data, (perplexity, _) in dense.perplexity.items()}
+    before = {_heading(dense, data): perplexity for data, (perplexity, _) in dense.perplexity.items()}
     rows = [{"model": "dense", "sparsity": 0.0, "parameters": dense.parameters_before, "bytes": dense.bytes_before}]
     rows[0] |= before
     for name, totals in models.items():
         counts = {"sparsity": totals.sparsity, "parameters": totals.parameters_after, "bytes": totals.bytes_after}
-        after = {_heading(data): perplexity for data, (_, perplexity) in totals.perplexity.items()}
+        after = {_heading(totals, data): perplexity for data, (_, perplexity) in totals.perplexity.items()}
         rows.append({"model": name, **counts, **after})
     return rows
 
@@ -43,11 +43,12 @@ def log_sweep(run: Run, directory: Path, method: str, models: Mapping[str, Total
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    for number, data in enumerate(next(iter(models.values())).perplexity):
+    dense = next(iter(models.values()))
+    for number, data in enumerate(dense.perplexity):
         # The figures are numbered from the second set of held-out blocks on.
         figure = pruning / "figures" / (f"perplexity-{number}.png" if number else "perplexity.png")
         points = [(totals.sparsity, totals.perplexity[data][1]) for totals in models.values()]
-        draw_perplexity_over_sparsity({method: points}, rows[0][_heading(data)], figure)
+        draw_perplexity_over_sparsity({method: points}, rows[0][_heading(dense, data)], figure)
     run.log_note(_markdown(rows))
     run.log_artifacts(pruning, to="pruning")
 
@@ -57,5 +58,5 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(sweep_cells(row)) + " |" for row in rows)])
 
 
-def _heading(data: str) -> str:
-    return f"perplexity, {Path(data).name}"
+def _heading(totals: Totals, data: str) -> str:
+    return f"perplexity, {Path(data).name} ({totals.evaluated[data]})"

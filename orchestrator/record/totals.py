@@ -10,9 +10,28 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 CALIBRATION_STAGES = ("layer similarities", "pruning", "calibrating", "refining")
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The size of a held-out text: how many tokens were evaluated, and the length of the blocks they stood in."""
+
+    tokens: int
+    block_length: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens in blocks of {self.block_length:,}"
+
+
+def evaluated(inputs: Inputs) -> dict[str, HeldOut]:
+    """Return the sizes of a run's held-out texts by their specification."""
+    return {one.spec: HeldOut(one.num_tokens, one.input_ids_BT.shape[1]) for one in inputs.held_out}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """The figures of a whole run; perplexities are (dense, pruned) by specification of the held-out data."""
+    """The figures of a whole run.
+
+    Perplexities are (dense, pruned) by specification of the held-out data; `evaluated` has the sizes of the data.
+    """
 
     parameters_before: int
     parameters_after: int
@@ -23,6 +42,7 @@ class Totals:
     bytes_before: int
     bytes_after: int
     perplexity: dict[str, tuple[float, float]]
+    evaluated: dict[str, HeldOut]
     calibration_tokens: int
     seconds: dict[str, float]
     peak_memory: dict[str, int]
@@ -61,16 +81,27 @@ class Totals:
         }
         metrics |= {f"seconds/{stage.replace(',', '')}": value for stage, value in self.seconds.items()}
         metrics |= {f"peak_memory_bytes/{kind}": value for kind, value in self.peak_memory.items()}
-        return metrics | self.perplexities()
+        return metrics | self.perplexities() | self._evaluated_sizes()
 
     def perplexities(self) -> dict[str, float]:
         """Return the perplexities as metrics."""
         metrics: dict[str, float] = {}
         for number, (dense, pruned) in enumerate(self.perplexity.values()):
-            # The first held-out set, usually the only one, has the plain name.
-            suffix = f"/{number}" if number else ""
+            suffix = _suffix(number)
             metrics |= {f"perplexity_before{suffix}": dense, f"perplexity_after{suffix}": pruned}
         return metrics
+
+    def _evaluated_sizes(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for number, size in enumerate(self.evaluated.values()):
+            suffix = _suffix(number)
+            metrics |= {f"evaluated_tokens{suffix}": size.tokens, f"evaluated_block_length{suffix}": size.block_length}
+        return metrics
+
+
+def _suffix(number: int) -> str:
+    """Return the suffix of a held-out set's metrics; the first set, usually the only one, has the plain names."""
+    return f"/{number}" if number else ""
 
 
 def count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -100,6 +131,7 @@ def count_totals(
         bytes_before=inputs.source.num_bytes(),
         bytes_after=pruned.num_bytes(),
         perplexity=perplexity,
+        evaluated=evaluated(inputs),
         calibration_tokens=inputs.calibration.num_tokens,
         seconds=dict(seconds),
         peak_memory=peak_memory,

@@ -6,7 +6,7 @@ stopped. So they run in a child process (watched_process.py), which is killed if
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from threading import Thread
@@ -34,13 +34,13 @@ def download_model(model: str, patterns: tuple[str, ...]) -> Path:
     return Path(directory)
 
 
-def dataset_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a hub dataset lazily; every column but "text" has the value None.
+def dataset_rows(name: str, config: str | None, split: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a hub dataset lazily; every column that is not asked for has the value None.
 
     Raises:
         HubError: The hub cannot provide it, or nothing came for a while.
     """
-    return _ask("dataset", name, config or "", split)
+    return _ask("dataset", name, config or "", split, *columns)
 
 
 def find_model(model: str, patterns: tuple[str, ...]) -> Path | None:
@@ -112,7 +112,7 @@ def _report_growth(directory: Path) -> None:
         before = size
 
 
-def _dataset(name: str, config: str, split: str) -> None:
+def _dataset(name: str, config: str, split: str, *columns: str) -> None:
     import datasets
     from huggingface_hub import HfApi
 
@@ -121,7 +121,7 @@ def _dataset(name: str, config: str, split: str) -> None:
     if not datasets.config.HF_HUB_OFFLINE:
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
     for row in datasets.load_dataset(name, config or None, split=split, streaming=True):
-        watched_process.write(given={column: row["text"] if column == "text" else None for column in row})
+        watched_process.write(given={column: row[column] if column in columns else None for column in row})
 
 
 def _size(name: str, *patterns: str) -> None:

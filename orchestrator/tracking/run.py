@@ -67,17 +67,12 @@ class Run:
         self._log({"event": "note", "text": text})
 
     def log_dataset(
-        self,
-        name: str,
-        digest: str,
-        context: str,
-        source: str,
-        n_blocks: int,
-        block_length: int,
+        self, name: str, digest: str, context: str, source: str, n_blocks: int, block_length: int, n_tokens: int
     ) -> None:
         """Log data that the run reads as one of its inputs; the context is "calibration" or "evaluation"."""
         fields = {"name": name, "digest": digest, "context": context, "source": source}
-        self._log({"event": "dataset", **fields, "n_blocks": n_blocks, "block_length": block_length})
+        sizes = {"n_blocks": n_blocks, "block_length": block_length, "n_tokens": n_tokens}
+        self._log({"event": "dataset", **fields, **sizes})
 
     def log_artifacts(self, *paths: Path, to: str | None = None) -> None:
         """Upload files, and the files of directories, to a folder of the run's artifacts; the originals stay.

@@ -93,13 +93,15 @@ class StoredRun:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         blocks, length = event["n_blocks"], event["block_length"]
+        # A journal of an older version has no number of tokens, and its blocks no padding.
+        tokens = event.get("n_tokens", blocks * length)
         dataset = Dataset(
             name=event["name"],
             # MLflow accepts 36 characters; `source` has the whole digest.
             digest=event["digest"][:MAX_DIGEST],
             source_type="slimllm",
             source=json.dumps({"source": event["source"], "digest": event["digest"]}),
-            profile=json.dumps({"num_rows": blocks, "num_elements": blocks * length, "block_length": length}),
+            profile=json.dumps({"num_rows": blocks, "num_elements": tokens, "block_length": length}),
         )
         context = InputTag("mlflow.data.context", event["context"])
         self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [context])])

@@ -49,7 +49,9 @@ def decide_heads(source: LayerSource, observed: Observed, layer: int, *, num_rem
     assert part.projection is not None, "every token passes an attention"
     num_units = source.shape(layer).num_attention_units
     choice = choose_heads(part.projection, num_units=num_units, num_removed=num_removed)
-    return fit_part(part, choice.kept, tuple(choice.scores_H.tolist()), fit_line).decision(observed)
+    # What is prunable has a high similarity without it. Plans say the importance of every unit, whatever its kind.
+    importance_H = (1 - choice.scores_H.double() / len(part.weight_DP)).clamp(min=0)
+    return fit_part(part, choice.kept, tuple(importance_H.tolist()), fit_line).decision(observed)
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ class Fit:
 
     Attributes:
         kept: The units that stay, ascending.
-        scores: The score of every unit.
+        scores: The importance of every unit.
         recovery: The recovery of the output, in the driver's memory.
         power: The variance of the dense output, per token of the stream.
     """
@@ -64,7 +64,7 @@ def fit_part(part: Part, kept: tuple[int, ...], scores: tuple[float, ...], recov
     Args:
         part: The part.
         kept: The units that stay, ascending.
-        scores: The score of every unit.
+        scores: The importance of every unit.
         recover: Function that fits the kept inputs of a projection to its full output.
 
     Raises:

@@ -21,7 +21,8 @@ LAYER_FIELDS = ("similarity", "ratio", "relative_change", "dropped")
 class Decision:
     """The units that stay in one module (attention or MLP), ascending, and the recovery of its output.
 
-    Units are KV groups or channels. `scores` has one score for each unit of the dense module, defined by the method.
+    Units are KV groups or channels. `scores` has the importance of each unit of the dense module, in the
+    method's own measure: the higher, the more the unit matters.
     `recovery` is None if it was a refit and the decision was read from a plan: its weights are in the checkpoint.
     `with_bias` says whether recovery gives the output projection a bias; if not, it keeps the one it had, if any.
     `idle_experts` are the experts of an MLP that received no calibration tokens.

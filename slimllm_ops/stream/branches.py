@@ -23,6 +23,7 @@ from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.observation import ObservationSum, Observed
 from slimllm_ops.moments.routing import Routed, RoutedStates, RoutedSum, project, route
 from slimllm_ops.moments.states import States, StateStore
+from slimllm_ops.stream.padding import without_padding
 from slimllm_ops.stream.weights import ModelWeights
 
 # A norm blocks the dims whose gain is below this fraction of its largest gain.
@@ -81,6 +82,10 @@ class LayerBranch(ABC, Generic[X]):
     @abstractmethod
     def run(self, normalised: Tensor) -> X:
         """Return the output projection's input for the branch's input (b, T, D)."""
+
+    @abstractmethod
+    def without_padding(self, x: X, mask_bT: Tensor) -> X:
+        """Return the output projection's input at the tokens that a mask (b, T) names, as one block."""
 
     @abstractmethod
     def projected(self, decision: Decision | None) -> Callable[[X], Tensor]:
@@ -143,6 +148,10 @@ class PlainBranch(LayerBranch[Tensor]):
             output = part(normalised, **(self._weights.call(self._layer) if is_attention else {}))
         return output[0] if isinstance(output, tuple) else output
 
+    def without_padding(self, x: Tensor, mask_bT: Tensor) -> Tensor:
+        """Return X (1, n, P) at the tokens that a mask (b, T) names."""
+        return without_padding(x, mask_bT)
+
     def projected(self, decision: Decision | None) -> Callable[[Tensor], Tensor]:
         """Return a function from X (b, T, P) to the output (b, T, D), pruned if there is a decision."""
         projection = cast(nn.Linear, self._loaded().get_submodule(self._branch.output))
@@ -174,6 +183,10 @@ class ExpertsBranch(LayerBranch[Routed]):
         (gate_up,) = self._branch.inputs
         activation = module.get_submodule(self._branch.module).get_submodule(read.activation)
         return route(module.get_submodule(read.router), module.get_parameter(gate_up), activation, normalised)
+
+    def without_padding(self, x: Routed, mask_bT: Tensor) -> Routed:
+        """Return X (1, n, k, I) and its experts at the tokens that a mask (b, T) names."""
+        return Routed(*(without_padding(part, mask_bT) for part in x))
 
     def projected(self, decision: Decision | None) -> Callable[[Routed], Tensor]:
         """Return a function from the experts' X to the output (b, T, D), pruned if there is a decision."""

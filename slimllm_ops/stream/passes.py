@@ -21,6 +21,7 @@ from slimllm_ops.moments.observation import Observed
 from slimllm_ops.moments.states import States, StateStore
 from slimllm_ops.moments.sums import DensePass, Mean
 from slimllm_ops.stream.branches import Held, LayerBranch, layer_branch
+from slimllm_ops.stream.padding import PADDING, filled, token_mask, without_padding
 from slimllm_ops.stream.weights import ModelWeights
 
 # Logits are computed for this many tokens at once: 0.5 GB in float32 for a vocabulary of 128k.
@@ -36,7 +37,7 @@ class LayerStream:
 
     Args:
         checkpoint: The model.
-        batches: Token ids, each (b, T), int64.
+        batches: Token ids, each (b, T), int64; padding stands at the end of a block, as `PADDING`.
         device: Where the layers run, in float32 on a CPU and in bfloat16 on a GPU.
         store: Returns an empty store for the batches' states; by default a list, in the device's memory.
         measures_change: Whether to keep the states that enter a layer, to measure what the layer changes.
@@ -56,6 +57,7 @@ class LayerStream:
         self.checkpoint = checkpoint
         self.device = device
         self.batches = batches
+        self._masks = [token_mask(ids, device) for ids in batches]
         self.store = store
         self._measures_change = measures_change
         self._intercept = intercept
@@ -63,7 +65,7 @@ class LayerStream:
         self._weights = ModelWeights(checkpoint, device)
         self._branch_inputs: Held[Any] = store()
         self._entered: tuple[int, States] | None = None
-        self.hidden = self._held(self._weights.embed(batches))
+        self.hidden = self._held(self._weights.embed([filled(ids) for ids in batches]))
 
     @property
     def family(self) -> Family:
@@ -94,8 +96,9 @@ class LayerStream:
         total, count = 0.0, 0
         for index, before in enumerate(self.hidden):
             after = module(before, **call)
-            total += float(functional.cosine_similarity(before.float(), after.float(), dim=-1).double().sum())
-            count += before.shape[0] * before.shape[1]
+            one, other = (self.tokens(index, states).float() for states in (before, after))
+            total += float(functional.cosine_similarity(one, other, dim=-1).double().sum())
+            count += one.shape[0] * one.shape[1]
             self.hidden[index] = after
         if not _finite(total):
             self._raise_non_finite(layer, "output")
@@ -106,8 +109,8 @@ class LayerStream:
         """Run a branch up to its output projection, keep the result until `apply`, and return its moments."""
         run = self.branch(layer, branch)
         seen, self._branch_inputs = run.begin_sum(), run.begin_states(self.store)
-        for normalised, x_bTP in self._run(layer, branch, run):
-            seen.add(x_bTP, normalised)
+        for index, (normalised, x_bTP) in enumerate(self._run(layer, branch, run)):
+            seen.add(self._tokens_of(run, index, x_bTP), self.tokens(index, normalised))
             self._branch_inputs.append(x_bTP)
         return self.require_finite(seen.packed(), layer, branch).with_intercept(self._intercept)
 
@@ -125,12 +128,12 @@ class LayerStream:
         for index, (normalised, x_bTP) in enumerate(self._run(layer, branch, run)):
             output = project(x_bTP)
             added = run.contribution(output)
-            seen.add(x_bTP, normalised)
+            seen.add(self._tokens_of(run, index, x_bTP), self.tokens(index, normalised))
             if added is not output:
-                seen.add_powers(_power(output), _power(added))
+                seen.add_powers(_power(self.tokens(index, output)), _power(self.tokens(index, added)))
             power = power.merge(self._add(index, added))
             if before is not None:
-                change = change.merge(_summed_power(self.hidden[index] - before[index]))
+                change = change.merge(_summed_power(self.tokens(index, self.hidden[index] - before[index])))
         observed = self.require_finite(seen.packed(), layer, branch)
         return DensePass(observed, power, None if before is None else change)
 
@@ -175,18 +178,25 @@ class LayerStream:
             for hidden, ids in zip(self.hidden, self.batches, strict=True):
                 for states_bTD, targets_bT in _spans(hidden[:, :-1], ids[:, 1:].to(self.device)):
                     logits_NV = self._weights.logits(states_bTD).flatten(0, 1).float()
-                    lost = functional.cross_entropy(logits_NV, targets_bT.flatten(), reduction="sum")
+                    targets_N = targets_bT.flatten()
+                    lost = functional.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=PADDING)
                     total += float(lost.double())
-                    count += targets_bT.numel()
+                    count += int((targets_N != PADDING).sum())
         return Mean(total, count)
 
     def probe(self) -> np.ndarray:
         """Return the states (T', D) of the first tokens of the first block, in float32."""
-        return self.hidden[0][0, :PROBED_TOKENS].float().cpu().numpy()
+        return self.hidden[0][0, : len(self.probed_ids())].float().cpu().numpy()
 
     def probed_ids(self) -> np.ndarray:
         """Return the ids (T',) of the tokens whose states `probe` returns."""
-        return self.batches[0][0, :PROBED_TOKENS].numpy()
+        ids_T = self.batches[0][0, :PROBED_TOKENS]
+        return ids_T[ids_T != PADDING].numpy()
+
+    def tokens(self, index: int, states_bT: Tensor) -> Tensor:
+        """Return a batch's states (b, T, ...) without those of padding, which are in no sum."""
+        mask_bT = self._masks[index]
+        return states_bT if mask_bT is None else without_padding(states_bT, mask_bT)
 
     def close(self) -> None:
         """Free all memory now."""
@@ -209,11 +219,16 @@ class LayerStream:
             normalised = run.normalise(hidden)
             yield normalised, run.run(normalised)
 
+    def _tokens_of(self, run: LayerBranch[Any], index: int, x_bTP: Any) -> Any:
+        """Return X or `Routed` of a batch without padding."""
+        mask_bT = self._masks[index]
+        return x_bTP if mask_bT is None else run.without_padding(x_bTP, mask_bT)
+
     def _add(self, index: int, added: Tensor) -> Mean:
         """Add a branch's contribution to a batch's states; return their new squared norm, summed over tokens."""
         hidden = self.hidden[index] + added
         self.hidden[index] = hidden
-        return _summed_power(hidden)
+        return _summed_power(self.tokens(index, hidden))
 
     def _entered_by(self, layer: int) -> States:
         """Return the states that entered a layer, saved on the first call for that layer."""

@@ -73,7 +73,8 @@ class RefinementStream:
     @torch.inference_mode()
     def observe_inputs(self, layer: int, branch: Branch) -> PackedObservation:
         """Return the joint moments of [u', u - u'] (N, 2 D)."""
-        seen = _summed(torch.cat([pruned, dense - pruned], dim=-1) for dense, pruned in self._normalised(layer, branch))
+        joint = (torch.cat([pruned, dense - pruned], dim=-1) for dense, pruned in self._normalised(layer, branch))
+        seen = self._summed(joint)
         return self.pruned.require_finite(seen, layer, branch)
 
     @torch.inference_mode()
@@ -110,7 +111,7 @@ class RefinementStream:
     def observe_targets(self, layer: int, branch: Branch) -> PackedObservation:
         """Run a branch, and finish it in the dense stream; return the joint moments of [x_S, t] (N, S + D)."""
         self._kept_inputs = self.pruned.store()
-        return self.pruned.require_finite(_summed(self._targets(layer, branch)), layer, branch)
+        return self.pruned.require_finite(self._summed(self._targets(layer, branch)), layer, branch)
 
     @torch.inference_mode()
     def solve_refit(self, observed: PackedObservation, layer: int, branch: Branch) -> Refined:
@@ -150,6 +151,14 @@ class RefinementStream:
         """Free both streams' memory."""
         self._dense.close()
         self.pruned.close()
+
+    def _summed(self, batches: Iterable[Tensor]) -> PackedObservation:
+        """Return the moments of the tokens of all batches (b, T, ...), without padding."""
+        seen = ObservationSum()
+        for index, batch in enumerate(batches):
+            tokens = self.pruned.tokens(index, batch)
+            seen.add(tokens, tokens)
+        return seen.packed()
 
     def _replace(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Overwrite tensors of a pruned layer, by name."""
@@ -221,14 +230,6 @@ def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[T
     if not with_bias:
         return new_SD, None
     return new_SD, moments.mean_P[kept:] - moments.mean_P[:kept] @ new_SD
-
-
-def _summed(batches: Iterable[Tensor]) -> PackedObservation:
-    """Return the moments of the rows of all batches (b, T, ...)."""
-    seen = ObservationSum()
-    for batch in batches:
-        seen.add(batch.flatten(0, 1), batch.flatten(0, 1))
-    return seen.packed()
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -3,10 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from orchestrator import PruneConfig
-from orchestrator.inputs import load_inputs, model_name, resolve_model
+from orchestrator.builtin import MODEL_DIR, heldout_text
+from orchestrator.data import DataError, text
+from orchestrator.inputs import load_inputs, model_name, resolve_model, warnings_of
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError
 from slimllm_ops.models.families import family_named
 from tests.tiny import save_tiny
@@ -52,3 +57,56 @@ def test_a_mixture_of_experts_is_not_refined(token_file: Path, tmp_path: Path) -
     assert load_inputs(config, print).source.family.name == "Mixtral"
     with pytest.raises(InputError, match=r"Mixtral models cannot be refined, .*: leave refinement out"):
         load_inputs(replace(config, refine=True), print)
+
+
+@pytest.fixture(scope="module")
+def builtin_blocks() -> int:
+    """The whole blocks of the built-in held-out text, as its tokenizer cuts it."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokens = sum(len(ids) for ids in tokenizer(list(heldout_text()))["input_ids"])
+    return tokens // Checkpoint.open(MODEL_DIR).config.max_position_embeddings
+
+
+def test_held_out_text_is_taken_whole_whatever_calibration_takes(builtin_blocks: int) -> None:
+    (whole,) = load_inputs(PruneConfig(samples=2), print).held_out
+    assert whole.input_ids_BT.shape == (builtin_blocks, 256)
+    assert builtin_blocks > 128
+    (again,) = load_inputs(PruneConfig(samples=3, seed=5), print).held_out
+    assert again.digest == whole.digest
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(1, 1), (255, 1), (256, 1), (1000, 3), (10**9, None)])
+def test_evaluate_tokens_takes_the_first_blocks(builtin_blocks: int, tokens: int, blocks: int | None) -> None:
+    (whole,) = load_inputs(PruneConfig(samples=2), print).held_out
+    (some,) = load_inputs(PruneConfig(samples=2, evaluate_tokens=tokens), print).held_out
+    assert len(some.input_ids_BT) == (blocks or builtin_blocks)
+    np.testing.assert_array_equal(some.input_ids_BT, whole.input_ids_BT[: len(some.input_ids_BT)])
+
+
+def test_evaluate_tokens_applies_to_token_files(gqa_model: Path, token_file: Path, token_blocks: np.ndarray) -> None:
+    asked = PruneConfig(
+        model=str(gqa_model), calibration=str(token_file), evaluate=(str(token_file),), evaluate_tokens=50
+    )
+    loaded = load_inputs(asked, print)
+    assert loaded.calibration.num_blocks == len(token_blocks)
+    np.testing.assert_array_equal(loaded.held_out[0].input_ids_BT, token_blocks[:3])
+
+
+def test_a_text_that_would_take_very_long_needs_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MOST_EVALUATED", 10_000)
+    with pytest.raises(DataError, match=r"more than 10,000 tokens to evaluate on.*--evaluate-tokens"):
+        load_inputs(PruneConfig(samples=2), print)
+    assert len(load_inputs(PruneConfig(samples=2, evaluate_tokens=20_000), print).held_out[0].input_ids_BT) == 78
+
+
+def test_a_model_on_the_built_in_text_is_warned_of(gqa_model: Path) -> None:
+    model, data = str(gqa_model), "tokens.parquet"
+    (said,) = warnings_of(PruneConfig(model=model))
+    assert said.startswith(
+        f"{gqa_model.name} is calibrated on the built-in text, Python's documentation, and its perplexity"
+    )
+    assert "--calibration SPEC" in said
+    (said,) = warnings_of(PruneConfig(model=model, evaluate=(data,)))
+    assert "perplexity" not in said
+    for silent in ({}, {"model": model, "calibration": data}, {"model": model, "method": "gram", "moments": data}):
+        assert warnings_of(PruneConfig(**silent)) == []

@@ -67,7 +67,7 @@ def log_everything(run: Run, files: Path | None = None) -> None:
     for layer in range(3):
         run.log_metrics({"heads_kept": np.int64(8 - layer), "channels_kept": 100.0 + layer}, step=layer)
     run.log_metrics({"perplexity": 7.25})
-    run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16)
+    run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16, n_tokens=64)
     if files:
         run.log_artifacts(files, to="pruning")
 

@@ -183,7 +183,11 @@ BROKEN_DATA: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no column": ("x.parquet", table(words=[ROW]), "neither 'text' nor 'input_ids' among the columns .words."),
     "outside the vocabulary": ("x.parquet", table(input_ids=[ROW, [97] * 16]), "token id 97 in row 1, .* has 97"),
     "negative": ("x.parquet", table(input_ids=[ROW, [-1] * 16]), "token id -1 in row 1"),
-    "ragged": ("x.parquet", table(input_ids=[ROW, [1] * 5]), "row 0 has 16 tokens and row 1 has 5"),
+    "a mask with a hole": (
+        "x.parquet",
+        table(input_ids=[ROW], attention_mask=[[1, 0] * 8]),
+        "row 0 has padding between its tokens",
+    ),
     "longer than the model takes": ("x.parquet", table(input_ids=[[1] * 65]), "65 tokens, the model takes 64"),
     "truncated": ("x.parquet", text("PAR1"), "not readable as a whole parquet file"),
     "no arrow": ("x.arrow", text("these are words"), "not readable as a whole arrow file"),

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from orchestrator.data import DataError, TextOptions, documents, files
+from orchestrator.data import DataError, TextOptions, documents, json_objects, rows, token_rows
 from tests.orchestrator.data.sample_files import DOCUMENTS, TEXT_FILES, source, write_jsonl, write_rows, write_table
 
 
@@ -31,7 +31,7 @@ def test_options_are_checked_when_made() -> None:
         ("a/b/absent", "no such file"),
         ("", "is a directory"),
         ("folder", "'folder' is a directory"),
-        ("notes.csv", r"unknown file type '.csv': use .txt, .jsonl, .parquet, .arrow"),
+        ("notes.csv", r"unknown file type '.csv': use .txt, .md, .jsonl, .json, .parquet, .arrow"),
         ("zero.parquet", "the file is empty"),
         ("builtin:other", "use builtin:calibration or builtin:heldout"),
         ("x" * 5000, "not a readable path .*too long.*: check it"),
@@ -60,7 +60,7 @@ def test_specs_that_name_nothing(
         ('{"text": "w1"}\n{"body": "w1", "id": 1}\n', r"line 2: no 'text' among the columns \(body, id\)"),
         ('{"text": "w1"}\n{"text": null}\n', "line 2: 'text' is null"),
         ('{"text": 5}\n', "line 1: 'text' is of type int"),
-        ('{"text": "\\ud800"}\n', "line 1: 'text' has a lone surrogate"),
+        ('{"text": "\\ud800"}\n', "line 1: the text has a lone surrogate"),
         ('{"text": ""}\n{"text": ""}\n', "all documents are empty"),
         ("\n\n", "all documents are empty"),
         ('{"text": ' + "[" * 10**5, "line 1 is nested too deeply"),
@@ -102,13 +102,16 @@ def test_a_txt_shorter_than_one_block(tmp_path: Path, load: Callable) -> None:
         ({"text": pa.array([], pa.string())}, "all documents are empty"),
         ({"input_ids": pa.array([], pa.list_(pa.int32()))}, "'input_ids' has no rows"),
         ({"input_ids": [[], []]}, "holds list<item: null>|list<element: null>"),
-        ({"input_ids": pa.array([[], []], pa.list_(pa.int32()))}, "hold no tokens"),
+        ({"input_ids": pa.array([[], []], pa.list_(pa.int32()))}, "row 0 of 'input_ids' holds no tokens"),
         ({"input_ids": [1, 2]}, "'input_ids' holds int64"),
         ({"input_ids": [[1.0], [2.0]]}, "'input_ids' holds list<.*: double"),
         ({"input_ids": [[1, 2], [3, 4], None]}, "row 2 of 'input_ids' is or holds null"),
         ({"input_ids": [[1, 2], [3, 4], [5, None]]}, "row 2 of 'input_ids' is or holds null"),
-        ({"input_ids": [[1, 2], [3, 4], [5], [6]]}, "row 0 has 2 tokens and row 2 has 1"),
-        ({"input_ids": [[1, 2], [3, 103], [104, 4]]}, "token id 104 in row 2.* vocabulary has 103"),
+        (
+            {"input_ids": [[1, 2], [3, 4], [5], []]},
+            "row 3 of 'input_ids' holds no tokens: give one at least, or drop it",
+        ),
+        ({"input_ids": [[1, 2], [3, 4], [5, 103], [104, 4]]}, "token id 104 in row 3.* vocabulary has 103"),
         ({"input_ids": [[1, 103]]}, "token id 103 in row 0"),
         ({"input_ids": [[1, 2], [3, -7]]}, "token id -7 in row 1"),
         ({"input_ids": [[1, 2], [2**32 + 1, 7]]}, "token id 4294967297 in row 1"),
@@ -140,7 +143,7 @@ def test_tables_that_are_broken(tmp_path: Path, load: Callable, name: str, colum
 def test_a_document_longer_than_memory_should_hold(
     tmp_path: Path, load: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (documents, files):
+    for module in (documents, json_objects, rows):
         monkeypatch.setattr(module, "LONGEST_DOCUMENT", 1000)
     said = r"(line 2|row 1) is longer than 1,000 characters: split it into several documents"
     for name in TEXT_FILES:
@@ -156,7 +159,7 @@ def test_a_line_without_end_is_not_read(tmp_path: Path) -> None:
         "import resource, sys\nfrom pathlib import Path\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))\n"
         "from orchestrator.data import DataError\nfrom orchestrator.data.documents import read_documents\n"
-        "try: list(read_documents('x', Path(sys.argv[1])))\n"
+        "try: list(read_documents('x', Path(sys.argv[1]), None))\n"
         "except DataError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=100)
@@ -164,7 +167,7 @@ def test_a_line_without_end_is_not_read(tmp_path: Path) -> None:
 
 
 def test_few_bytes_that_stand_for_many_rows(tmp_path: Path, load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MOST_IDS", 10_000)
+    monkeypatch.setattr(token_rows, "MOST_IDS", 10_000)
     for name in ("x.parquet", "x.arrow"):
         with pytest.raises(DataError, match="more than 10,000 token ids: give fewer rows"):
             load(write_rows(tmp_path / name, [[1] * 8] * 2000))

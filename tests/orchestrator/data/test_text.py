@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from orchestrator.data import DataError, TextOptions
+from orchestrator.data import DataError
 from orchestrator.data.text import draw_blocks, text_pieces
 from tests.orchestrator.data.sample_files import (
     DOCUMENTS,
@@ -107,7 +107,7 @@ def test_every_block_is_as_likely_to_be_drawn() -> None:
     counts = np.zeros(12)
     for seed in range(2000):
         chunks = iter(np.split(np.arange(25, dtype=np.int32), [3, 4, 17]))
-        ids_BT, found = draw_blocks("x", chunks, 2, TextOptions(samples=3, seed=seed))
+        ids_BT, found = draw_blocks("x", chunks, 2, samples=3, seed=seed)
         assert found == 12
         counts[ids_BT[:, 0] // 2] += 1
     # 500 expected of each; the standard deviation is 19.4.

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,18 +188,22 @@ def test_a_hub_that_does_not_answer_the_doctor(server: Hub, monkeypatch: pytest.
     assert (check.ok, check.remedy) == (False, "repair the network, or give paths in place of me/tiny")
 
 
+def no_chat(messages: list[dict[str, Any]], tools: list[Any] | None, where: str) -> str:
+    raise AssertionError(f"{where} is no chat")
+
+
 @pytest.mark.parametrize("fails", ["500", "hang"])
 def test_a_dataset_of_a_hub_that_fails(server: Hub, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     server.fails, server.about = fails, "files"
     monkeypatch.setattr(hub, "STALLED_SECONDS", 6.0)
     with pytest.raises(DataError, match=r"me/tiny: no such file, and the .* hub did not provide .*give a local file"):
-        list(read_documents("me/tiny", None))
+        list(read_documents("me/tiny", None, no_chat))
 
 
 def test_a_row_that_has_no_text_is_said_of_the_row(server: Hub) -> None:
     server.files = {"train.jsonl": b'{"text": "one"}\n{"text": null}\n'}
-    documents = read_documents("me/tiny", None)
-    assert next(documents) == "one"
+    documents = read_documents("me/tiny", None, no_chat)
+    assert next(documents).text == "one"
     with pytest.raises(DataError, match=r"^me/tiny: row 1: 'text' is null: give a string, or drop the row$"):
         next(documents)
 
@@ -213,8 +218,8 @@ def test_the_process_ends_with_whoever_reads(server: Hub, monkeypatch: pytest.Mo
         return process
 
     monkeypatch.setattr(watched_process.subprocess, "Popen", noted)
-    documents = read_documents("me/tiny", None)
-    assert next(documents) == "once upon a time"
+    documents = read_documents("me/tiny", None, no_chat)
+    assert next(documents).text == "once upon a time"
     documents.close()
     (pid,) = started
     with pytest.raises(ProcessLookupError):

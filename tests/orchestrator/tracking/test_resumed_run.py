@@ -20,7 +20,7 @@ uri, folder = {uri!r}, Path({folder!r})
 journals = folder / "pruning" / "metrics.jsonl", folder / "child" / "pruning" / "metrics.jsonl"
 with tracked_run(TrackingOptions(experiment="killed", tracking_uri=uri), journals[0]) as run:
     run.log_params(dict(seed=7))
-    run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16)
+    run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16, n_tokens=64)
     with run.child("child", journals[1]) as child:
         for layer in range(2):
             child.log_metrics(dict(heads_kept=8 - layer), step=layer)
@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on(uri: str, client: MlflowClient, tmp_path: Path, fo
     with tracked_run(options, tmp_path / "pruning" / "metrics.jsonl") as run, run.child("child", own) as child:
         assert (run.logged_steps, child.logged_steps) == (set(), {0, 1, 2})
         run.log_params({"seed": 7})
-        run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16)
+        run.log_dataset("wikitext", "ab" * 32, "calibration", "train.txt", n_blocks=4, block_length=16, n_tokens=64)
         child.log_metrics({"heads_kept": 5}, step=3)
         assert client.get_run(run.run_id).info.status == "RUNNING"
 

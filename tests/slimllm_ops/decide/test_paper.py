@@ -75,6 +75,25 @@ def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_
         assert_recovers(decision, x_NP, weight_PD)
 
 
+def test_the_scores_of_heads_say_what_the_output_loses_without_them(
+    stream: LayerStream, model_dir: Path, ids: torch.Tensor
+) -> None:
+    num_units = layer_shape(stream.checkpoint.config, LAYER).num_attention_units
+    branch = stream.checkpoint.family.attention
+    observed = stream.observe(LAYER, branch)
+    x_NP = activations(model_dir, ids)[branch.output]
+    weight_PD = stream.checkpoint.read_layer(LAYER)[branch.output_weight].T.double().numpy()
+    lost = [
+        1
+        - naive.similarity(x_NP, weight_PD, num_units, [u for u in range(num_units) if u != unit]) / weight_PD.shape[1]
+        for unit in range(num_units)
+    ]
+    scores = decide_heads(stream, observed, LAYER, num_removed=1).scores
+    np.testing.assert_allclose(scores, lost, rtol=1e-4, atol=1e-7)
+    # Without the exchange, the head that matters least would go.
+    assert int(np.argmin(scores)) == int(np.argmin(lost))
+
+
 def test_the_kept_channels_are_those_of_raw_activations(
     stream: LayerStream, model_dir: Path, ids: torch.Tensor
 ) -> None:
