@@ -58,6 +58,10 @@ def _text(value: Any) -> str:
         raise TypeError("no text")
     if "\0" in text:
         raise ValueError(f"{text!r}: leave out the null character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!r}, which is no UTF-8: rename it, or link to it by another name") from None
     return text
 
 
