@@ -15,17 +15,16 @@ from typing import Any
 
 import requests
 from ray.exceptions import RayError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus
 
 from cluster.errors import ClusterError
+from cluster.job_client import JobClient, Tell
 from cluster.job_log import LogTail
 from cluster.session import require_answer
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Ray's own client reads the first before anything else, and the second if the first is missing.
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-# Limits to connect, and for each answer. Ray's own client waits forever.
-REQUEST_SECONDS = (10.0, 60.0)
 # How long a log may be silent before the job's state is checked, and a server before it counts as lost.
 QUIET_SECONDS = 1.0
 LOST_SECONDS = 10.0
@@ -72,12 +71,13 @@ class JobServer:
 
     Args:
         address: "http://host:port", or any other form that Ray takes; None for Ray's variables, or else this machine.
+        tell: Receives a line when this waits for a server that is starting.
 
     Raises:
         ClusterError: Nothing answers there, it is not Ray, or it denies access.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, tell: Tell = lambda line: None) -> None:
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = _resolve(address)
@@ -85,7 +85,7 @@ class JobServer:
             # A head's own address: Ray asks the head for its job server, and would wait for minutes.
             require_answer(self.address)
         with self._as_cluster_errors(), _variable_set(ADDRESS_VARIABLES[0], self.address):
-            self._client = _Client()
+            self._client = JobClient(self.address, tell)
 
     def submit(
         self,
@@ -238,13 +238,6 @@ class JobServer:
 
     def _no_job_server(self) -> ClusterError:
         return ClusterError(f"the server at {self.address} is not a Ray job server: pass http://HEAD:8265 as --address")
-
-
-class _Client(JobSubmissionClient):
-    """Ray's client, with a limit on every wait."""
-
-    def _do_request(self, method: str, endpoint: str, **arguments: Any) -> requests.Response:
-        return super()._do_request(method, endpoint, timeout=REQUEST_SECONDS, **arguments)
 
 
 def _resolve(address: str | None) -> str:

@@ -1,7 +1,6 @@
 """Opens a Ray session: a local Ray sized to the machine, or a connection to a cluster. Importing it imports Ray."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,13 +15,18 @@ import ray
 from cluster.errors import ClusterError
 from cluster.inside_job import carries_packages
 from cluster.resources import Node, Resources
+from cluster.signals import sigterm_handler_kept
+from cluster.sockets import require_room_for_sockets
 
 CONNECT_SECONDS = 10.0
 # Settings of a local Ray. If all CPUs are taken, as in a run, Ray ends an idle process after one second. Then almost
 # every solve would wait for a new process to start and import torch.
 LOCAL_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "60000"}
 HEALTH_SECONDS = 30.0
-AS_THE_CLUSTER = "check --address, and that RAY_AUTH_MODE and the versions of Ray and Python are those of the cluster"
+AS_THE_CLUSTER = "check {}, and that RAY_AUTH_MODE and the versions of Ray and Python are those of the cluster"
+ADDRESS_OPTION, ADDRESS_VARIABLE = "--address", "RAY_ADDRESS"
+# Ray's word for a new Ray on this machine.
+NEW = "local"
 
 
 @contextmanager
@@ -32,40 +36,61 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
     If the program is already connected, this uses that connection and leaves it open.
 
     Args:
-        address: "host:port" of a cluster's head, "auto", or None for RAY_ADDRESS (in a job, its own cluster) or else a
-            local Ray.
+        address: "host:port" of a cluster's head, "auto", "local" for a new Ray on this machine, or None for RAY_ADDRESS
+            (in a job, its own cluster) or else a local Ray.
         packages: Packages that the workers import. A cluster receives them, unless this job already brings them.
         verbose: Whether to print the logs of Ray and the workers.
 
     Raises:
-        ClusterError: Nothing answers at the address, or the program is connected to another one.
+        ClusterError: Nothing answers at the address, the program is connected to another one, or Ray's files have no
+            place here.
     """
     if ray.is_initialized():
         _require_connected_to(address)
         yield _resources()
         return
-    address = address or os.environ.get("RAY_ADDRESS")
-    logging: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-    if address is None:
-        for name, value in LOCAL_RAY.items():
-            os.environ.setdefault(name, value)
-        with _sigterm_handler_kept():
-            # "local" starts a new Ray, while None would join the one that last ran on this machine.
-            ray.init("local", include_dashboard=False, **logging)
-    else:
-        require_answer(address)
-        # Ray refuses a field that the job's own environment already sets.
-        runtime_env = {} if carries_packages() else {"py_modules": _folders(packages)}
-        try:
-            with _sigterm_handler_kept():
-                ray.init(address, runtime_env=runtime_env, **logging)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ClusterError(f"the Ray at {address} cannot be used: {reason}; {AS_THE_CLUSTER}") from error
+    named_by = ADDRESS_OPTION if address else ADDRESS_VARIABLE
+    address = address or os.environ.get(ADDRESS_VARIABLE) or NEW
     try:
+        with sigterm_handler_kept():
+            if address == NEW:
+                _start(verbose)
+            else:
+                _connect(address, named_by, packages, verbose)
         yield _resources()
     finally:
+        # Also if Ray has only begun to start.
         ray.shutdown()
+
+
+def starts_a_ray(address: str | None) -> bool:
+    """Return whether a session with this address starts a Ray on this machine."""
+    return not ray.is_initialized() and (address or os.environ.get(ADDRESS_VARIABLE) or NEW) == NEW
+
+
+def _start(verbose: bool) -> None:
+    require_room_for_sockets()
+    for name, value in LOCAL_RAY.items():
+        os.environ.setdefault(name, value)
+    # "local" starts a new Ray, while None would join the one that last ran on this machine.
+    ray.init(NEW, include_dashboard=False, **_logging(verbose))
+
+
+def _connect(address: str, named_by: str, packages: Sequence[ModuleType], verbose: bool) -> None:
+    require_answer(address, named_by)
+    # Ray refuses a field that the job's own environment already sets.
+    runtime_env = {} if carries_packages() else {"py_modules": _folders(packages)}
+    try:
+        ray.init(address, runtime_env=runtime_env, **_logging(verbose))
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClusterError(
+            f"the Ray at {address} cannot be used: {reason}; {AS_THE_CLUSTER.format(named_by)}"
+        ) from error
+
+
+def _logging(verbose: bool) -> dict[str, Any]:
+    return {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
 
 
 def _folders(packages: Sequence[ModuleType]) -> list[str]:
@@ -82,19 +107,12 @@ def _require_connected_to(address: str | None) -> None:
         )
 
 
-@contextmanager
-def _sigterm_handler_kept() -> Iterator[None]:
-    """Keep the program's own SIGTERM handler, which `ray.init` replaces with one that ends the process at once."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if callable(handler):
-            signal.signal(signal.SIGTERM, handler)
-
-
-def require_answer(address: str) -> None:
+def require_answer(address: str, named_by: str = ADDRESS_OPTION) -> None:
     """Check that a Ray answers at an address, because Ray itself would wait for minutes.
+
+    Args:
+        address: The address to ask.
+        named_by: The option or variable that named it, for messages.
 
     Raises:
         ClusterError: Nothing answers there, it is not Ray, or it denies access.
@@ -103,18 +121,21 @@ def require_answer(address: str) -> None:
     if not colon or not port.isdigit():
         if address == "auto":
             return
-        raise ClusterError(f"--address {address!r} is not host:port, nor auto: pass the address of the head node")
+        raise ClusterError(
+            f"{named_by} {address!r} is not host:port, nor auto, nor local: pass the address of the head node"
+        )
+    without = "leave --address out" if named_by == ADDRESS_OPTION else f"unset {named_by}, which names it"
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ClusterError(
-            f"no Ray answers at {address} ({error}): start one there with `ray start --head`, or leave --address out"
+            f"no Ray answers at {address} ({error}): start one there with `ray start --head`, or {without}"
         ) from error
     if not address.startswith("ray://"):
-        _require_healthy(address)
+        _require_healthy(address, named_by)
 
 
-def _require_healthy(address: str) -> None:
+def _require_healthy(address: str, named_by: str) -> None:
     """Check that Ray is what answers, and that it grants access.
 
     A child process asks, because Ray's client complains on stderr every second until it gives up.
@@ -127,7 +148,9 @@ def _require_healthy(address: str) -> None:
     except subprocess.TimeoutExpired:
         healthy, reason = False, f"no answer within {HEALTH_SECONDS:.0f} s"
     if not healthy:
-        raise ClusterError(f"what answers at {address} is not a Ray that we can use ({reason}); {AS_THE_CLUSTER}")
+        raise ClusterError(
+            f"what answers at {address} is not a Ray that we can use ({reason}); {AS_THE_CLUSTER.format(named_by)}"
+        )
 
 
 def _resources() -> Resources:

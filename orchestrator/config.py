@@ -25,8 +25,10 @@ RECORD = ("prune", "compare", "log")
 class PruneConfig:
     """The settings of `prune`: the options of the command line, and the keys of a `--config` file.
 
+    A setting takes what Python users have: paths for text, NumPy's numbers, any list for a tuple.
+
     Raises:
-        ConfigError: A setting is out of range or contradicts another.
+        ConfigError: A setting has another type, is out of range or contradicts another.
     """
 
     model: str | None = setting(
@@ -221,11 +223,8 @@ class PruneConfig:
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the model."""
         for name, one in declared(type(self)).items():
-            value = getattr(self, name)
-            if one.repeated:
-                # One value, the usual case, may be given without a tuple.
-                value = (value,) if isinstance(value, str | int | float) else tuple(value)
-                object.__setattr__(self, name, value)
+            value = one.normalised(getattr(self, name))
+            object.__setattr__(self, name, value)
             one.require(value)
         known = known_methods(self.method)
         require(self.method in known, f"method {self.method!r} is unknown: choose one of {', '.join(known)}")

@@ -21,7 +21,7 @@ from orchestrator.output.staging import open_staging
 from orchestrator.preflight.dry_run import Intent, require_room
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
-from orchestrator.pruning.backends import backend_of
+from orchestrator.pruning.backends import Backend, backend_of
 from orchestrator.pruning.finish import complete
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import calibrate as observe_model
@@ -107,6 +107,8 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     reporter = reporter or Reporter()
     tracking = tracking_options(config)
     require_lasting_output(config.output, tracking)
+    backend = backend_of(config)
+    backend.require_place()
     with reporter.timed("inputs"):
         inputs = load_inputs(config, reporter.warn)
     tracking = named(tracking, f"{inputs.name}-{config.method}-{sparsity_label(config)}")
@@ -114,7 +116,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     if config.resume and finish_delivery(output, what_is_asked(config, inputs), config.overwrite, reporter.note):
         return PruneResult(output=output.place, models=(), tracking_uri=None, experiment_id=None, run_id=None)
     with deliver_output(output, config.overwrite, reporter.note) as directory:
-        result = _prune_into(directory, output, config, inputs, tracking, reporter)
+        result = _prune_into(directory, output, config, inputs, tracking, backend, reporter)
         return replace(result, log_command=how_to_log(directory, output.place))
 
 
@@ -124,10 +126,10 @@ def _prune_into(
     config: PruneConfig,
     inputs: Inputs,
     tracking: TrackingOptions,
+    backend: Backend,
     reporter: Reporter,
 ) -> PruneResult:
     """Prune into a directory, which appears once it is complete; the result has the final places."""
-    backend = backend_of(config)
     with (
         open_staging(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
         backend.session(verbose=reporter.verbose) as resources,
@@ -196,12 +198,13 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
     """
     reporter = reporter or Reporter()
     require_lasting_output(config.output)
+    backend = backend_of(config)
+    backend.require_place()
     inputs = load_inputs(config, reporter.warn)
     output, asked = moments_output(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and finish_delivery(output, asked, config.overwrite, reporter.note):
         reporter.note(f"{output.place} is finished: there is nothing to resume")
         return output.place
-    backend = backend_of(config)
     with (
         deliver_output(output, config.overwrite, reporter.note) as directory,
         open_staging(directory, config.overwrite, asked, config.resume) as staging,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from orchestrator.secrets import masked
+from orchestrator.terminal import open_console
 
 # The least time between two lines, if lines are printed instead of a bar.
 LINE_SECONDS = 10.0
@@ -22,7 +23,7 @@ class Reporter:
     """
 
     def __init__(self, console: Console | None = None, *, verbose: bool = False) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or open_console(stderr=True)
         self.verbose = verbose
         self.seconds: dict[str, float] = {}
 

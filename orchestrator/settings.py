@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from orchestrator.methods import Methods
+from orchestrator.values import items_of, read_value, shown_briefly
 
 
 class ConfigError(ValueError):
@@ -83,9 +84,15 @@ class Setting:
         return _kind_of(self.annotation)[1]
 
     @property
+    def optional(self) -> bool:
+        """Whether None is a value, which stands for "not given"."""
+        return isinstance(self.annotation, UnionType)
+
+    @property
     def described_type(self) -> str:
         """The name of the type in messages."""
-        return f"{self.kind.__name__}{', or a list of them' if self.repeated else ''}"
+        several, absent = ", or a list of them" * self.repeated, ", or None" * self.optional
+        return f"{self.kind.__name__}{several}{absent}"
 
     @property
     def option(self) -> str:
@@ -114,10 +121,22 @@ class Setting:
         """Return whether a config's value differs from the default."""
         return bool(getattr(config, self.name) != self.default)
 
-    def fits_type(self, value: Any) -> bool:
-        """Return whether a value from a file has the right type; a whole float may be written as an integer."""
-        items = value if self.repeated and isinstance(value, list) else [value]
-        return all(type(item) is self.kind or (self.kind is float and type(item) is int) for item in items)
+    def normalised(self, value: Any) -> Any:
+        """Return a value as its declared type: paths become text, NumPy's numbers Python's, and lists tuples.
+
+        Raises:
+            ConfigError: It has another type.
+        """
+        if value is None and self.optional:
+            return None
+        try:
+            if self.repeated:
+                return tuple(read_value(self.kind, item) for item in items_of(value))
+            return read_value(self.kind, value)
+        except TypeError:
+            raise ConfigError(f"{self.name} is {shown_briefly(value)}, expected {self.described_type}") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.name} is {error}") from None
 
     def require(self, value: Any) -> None:
         """Check a value against the choices and the condition.
@@ -199,12 +218,14 @@ def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
     # Not only TOML errors: Python also refuses numbers with very many digits.
     except ValueError as error:
         raise ConfigError(f"config file {path} is not TOML: {error}") from error
-    settings = {key.replace("-", "_"): value for key, value in read.items()}
-    for key, value in settings.items():
+    settings = {}
+    for key, value in ((key.replace("-", "_"), value) for key, value in read.items()):
         if key not in known:
             raise ConfigError(f"config file {path} has an unknown key {key!r}; known are: {', '.join(sorted(known))}")
-        if not known[key].fits_type(value):
-            raise ConfigError(f"config file {path}: {key} is {value!r}, expected {known[key].described_type}")
+        try:
+            settings[key] = known[key].normalised(value)
+        except ConfigError as error:
+            raise ConfigError(f"config file {path}: {error}") from None
     return settings
 
 

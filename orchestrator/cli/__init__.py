@@ -4,12 +4,15 @@ options.py declares every option once, and exit_codes.py turns errors into messa
 hold the commands.
 """
 
+from typing import Any
+
 import click
 
 from orchestrator.cli.doctor import doctor
 from orchestrator.cli.jobs import jobs, submit
 from orchestrator.cli.outputs import export, families, log
 from orchestrator.cli.runs import calibrate, compare, prune
+from orchestrator.cli.streams import escape_what_cannot_be_shown
 from orchestrator.version import VERSION
 
 EXIT_CODES = """\b
@@ -21,7 +24,16 @@ Exit codes:
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+class Commands(click.Group):
+    """The commands; a character that the terminal cannot show fails none of them."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run the command that the arguments name."""
+        escape_what_cannot_be_shown()
+        return super().main(*args, **settings)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.version_option(VERSION)
 def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""

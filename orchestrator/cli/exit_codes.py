@@ -42,7 +42,9 @@ def exit_on_error(*, as_json: bool = False, verbose: bool = False) -> Iterator[N
         # The run, its actors and its record end as after Ctrl-C.
         raise SystemExit(TERMINATED)
 
-    signal.signal(signal.SIGTERM, terminate)
+    # In a program's other threads, signals are the program's own affair.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as error:

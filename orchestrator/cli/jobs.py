@@ -163,7 +163,7 @@ def _warn(words: tuple[str, ...], variables: dict[str, str]) -> None:
 def _connect(address: str | None) -> "JobServer":
     from cluster.jobs import JobServer
 
-    return JobServer(address)
+    return JobServer(address, lambda line: click.echo(line, err=True))
 
 
 def _folder(package: str) -> Path:

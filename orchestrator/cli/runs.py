@@ -1,5 +1,6 @@
 """Defines the commands that pass text through a model: `prune`, `calibrate`, `compare`."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -113,7 +114,8 @@ def _calibrate(config: PruneConfig, as_json: bool, verbose: bool) -> None:
         print_json({"moments": moments})
         return
     click.echo(f"moments: {moments}")
-    click.echo(f"to prune from them: slimllm prune {config.model or ''} --method gram --moments {moments}")
+    words = ["prune", *([config.model] if config.model else []), "--method", "gram", "--moments", str(moments)]
+    click.echo(f"to prune from them: slimllm {shlex.join(words)}")
 
 
 def _compare(config: CompareConfig, as_json: bool, verbose: bool) -> None:

@@ -16,12 +16,13 @@ from orchestrator.preflight.estimate import readable
 from orchestrator.record.sweep import sweep_cells, sweep_rows
 from orchestrator.record.totals import Totals
 from orchestrator.secrets import masked
+from orchestrator.terminal import open_console
 from orchestrator.tracking import JOURNAL_ONLY, how_to_log, where_to_look
 
 
 def print_summary(result: PruneResult, console: Console | None = None) -> None:
     """Print what pruning changed, how long it took, its memory, and the paths."""
-    console = console or Console(highlight=False)
+    console = console or open_console()
     if not result.models:
         _print_lines(console, [f"{result.output} is finished: there is nothing to resume"])
         return
@@ -89,7 +90,7 @@ def describe_totals(totals: Totals) -> dict[str, Any]:
 
 def print_plan(plan: RunPlan, console: Console | None = None) -> None:
     """Print what a run would take, stage by stage, and where it would write."""
-    console, estimate = console or Console(highlight=False), plan.estimate
+    console, estimate = console or open_console(), plan.estimate
     table = Table()
     gpu = estimate.device == "cuda"
     for heading in ("stage", "a worker's GPU, MB" if gpu else "worker, MB", "solve, MB", "driver, MB", "seconds"):
@@ -130,7 +131,7 @@ def describe_plan(plan: RunPlan) -> dict[str, Any]:
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the results of the methods, and the paths."""
-    console = console or Console(highlight=False)
+    console = console or open_console()
     print_table(comparison.rows, console)
     found = f"MLflow run {comparison.run_id}, with a child for each model"
     told = _of_mlflow(comparison, how_to_log(comparison.output), found)

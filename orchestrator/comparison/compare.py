@@ -277,7 +277,7 @@ def _publish(
     results = staging.work / "tables"
     results.mkdir()
     write_table(rows, header, results)
-    run.log_note((results / "comparison.md").read_text())
+    run.log_note((results / "comparison.md").read_text(encoding="utf-8"))
     run.log_artifacts(*[path.rename(staging.directory / path.name) for path in sorted(results.iterdir())])
     if not any((checkpoints := staging.directory / "checkpoints").iterdir()):
         checkpoints.rmdir()

@@ -62,8 +62,8 @@ def write_table(rows: Sequence[Row], header: dict[str, Any], directory: Path) ->
     """Write comparison.json, comparison.csv, comparison.md, and perplexity.png (perplexity-1.png for a second set)."""
     document = {"format": FORMAT} | header | {"rows": [_plain(asdict(row)) for row in rows]}
     (directory / "comparison.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    (directory / "comparison.csv").write_text(as_csv(rows))
-    (directory / "comparison.md").write_text(as_markdown(rows, header))
+    (directory / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
+    (directory / "comparison.md").write_text(as_markdown(rows, header), encoding="utf-8")
     for number, data in enumerate(_data(rows)):
         name = f"perplexity-{number}.png" if number else "perplexity.png"
         curves, dense = _curves([row for row in rows if row.data == data])

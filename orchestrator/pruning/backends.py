@@ -10,6 +10,7 @@ import slimllm_ops
 from actors.group import Delivery
 from actors.workers import Workers
 from cluster import Node, Resources, WorkerPlan, plan_workers
+from cluster.sockets import require_room_for_sockets
 from orchestrator.config import PruneConfig
 from slimllm_ops.checkpoint.reading import Checkpoint
 
@@ -18,6 +19,13 @@ Note = Callable[[str], None]
 
 class Backend(Protocol):
     """The machines that a run computes on."""
+
+    def require_place(self) -> None:
+        """Check what can be known before the run reads its inputs.
+
+        Raises:
+            ClusterError: Ray could not start here.
+        """
 
     def session(self, *, verbose: bool = False) -> AbstractContextManager[Resources]:
         """Connect, or start a cluster, for the duration of the context; yield the resources.
@@ -56,6 +64,13 @@ class RayBackend:
     def __init__(self, config: PruneConfig) -> None:
         self._config = config
 
+    def require_place(self) -> None:
+        """Check that a Ray that starts here has room for its sockets."""
+        from cluster.session import starts_a_ray
+
+        if starts_a_ray(self._config.address):
+            require_room_for_sockets()
+
     @contextmanager
     def session(self, *, verbose: bool = False) -> Iterator[Resources]:
         """Connect to the cluster at the config's address, or start a Ray on this machine."""
@@ -89,6 +104,9 @@ class LocalBackend:
     def __init__(self, config: PruneConfig) -> None:
         self._config = config
         self._num_workers = config.workers or 1
+
+    def require_place(self) -> None:
+        """Do nothing: this process is there."""
 
     @contextmanager
     def session(self, *, verbose: bool = False) -> Iterator[Resources]:

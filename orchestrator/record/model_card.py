@@ -60,4 +60,4 @@ def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], to
         digest=inputs.calibration.digest[:16],
         seed=params["seed"],
     )
-    (directory / "README.md").write_text(masked(card))
+    (directory / "README.md").write_text(masked(card), encoding="utf-8")

@@ -100,7 +100,7 @@ def where_to_look(tracking_uri: str, experiment_id: str | None, run_id: str | No
     """Return the URL of a run's page, or the command that serves the pages of a database."""
     if tracking_uri.startswith("http"):
         return f"{masked(tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    return f"mlflow ui --backend-store-uri {masked(tracking_uri)}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(masked(tracking_uri))}"
 
 
 class _FinishedRun(Run):

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from orchestrator.config import PruneConfig
 from orchestrator.secrets import masked
@@ -49,8 +50,7 @@ class TrackingOptions:
     @property
     def resolved_uri(self) -> str:
         """The tracking URI with the default filled in."""
-        default = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or database_uri(Path.cwd() / "mlflow.db")
 
     @property
     def journal_only(self) -> bool:
@@ -58,8 +58,18 @@ class TrackingOptions:
         return self.resolved_uri == JOURNAL_ONLY
 
 
+def database_uri(path: Path) -> str:
+    """Return the tracking URI of an SQLite file, whatever its path holds: `database_file` reads it."""
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    # SQLAlchemy reads %25 as %. MLflow does not: it would make folders of these names beside, unless a driver is named.
+    return f"{'sqlite' if quoted == str(path) else 'sqlite+pysqlite'}:///{quoted}"
+
+
 def database_file(uri: str) -> Path | None:
-    """Return the absolute path of a tracking URI's SQLite file; None if it has none."""
-    if not uri.startswith("sqlite") or ":///" not in uri or ":memory:" in uri:
+    """Return the absolute path of a tracking URI's SQLite file, as SQLAlchemy reads it; None if it has none."""
+    scheme, separator, rest = uri.partition(":///")
+    if not separator or scheme.partition("+")[0] != "sqlite":
         return None
-    return Path(uri.partition(":///")[2].partition("?")[0]).absolute()
+    # With `uri=true`, SQLite reads the rest: "file:PATH?mode=memory".
+    database = unquote(rest.partition("?")[0])
+    return None if database in ("", ":memory:") or database.startswith("file:") else Path(database).absolute()

@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-from orchestrator.secrets import masked_all
+from orchestrator.secrets import masked, masked_all
 from orchestrator.tracking.options import TrackingError, TrackingOptions
 from orchestrator.tracking.reach import ENVIRONMENT, describe_failure, error_line, prepare_store, server_name, uri_error
 from orchestrator.tracking.signals import defer_signals
@@ -18,6 +18,7 @@ Warn = Callable[[str], None]
 
 # The tag by which a later process finds a run again.
 KEY_TAG = "slimllm.key"
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
 class Server:
@@ -75,7 +76,8 @@ class Server:
     def _find_experiment(self, location: Path | None) -> str:
         name = self._experiment
         if found := self.client.get_experiment_by_name(name):
-            return found.experiment_id
+            self._require_usable(found)
+            return str(found.experiment_id)
         artifacts = (location / "mlruns" / quote(name, safe="")).as_uri() if location else None
         try:
             return self.client.create_experiment(name, artifact_location=artifacts)
@@ -84,6 +86,27 @@ class Server:
             if found := self.client.get_experiment_by_name(name):
                 return found.experiment_id
             raise
+
+    def _require_usable(self, experiment: Any) -> None:
+        """Refuse a deleted experiment, and warn of one whose files this machine may not reach.
+
+        Raises:
+            TrackingError: It was deleted; its name stays taken.
+        """
+        shown = f"the experiment {experiment.name!r} of {server_name(self.uri)}"
+        if experiment.lifecycle_stage == "deleted":
+            restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+            raise TrackingError(
+                f"{shown} was deleted: run `{restore}` with MLFLOW_TRACKING_URI set to that address, or pass another "
+                f"--experiment"
+            )
+        server, place = urlsplit(self.uri), urlsplit(experiment.artifact_location)
+        is_remote = server.scheme in ("http", "https") and server.hostname not in THIS_MACHINE
+        if is_remote and place.scheme in ("", "file"):
+            self._warn(
+                f"{shown} keeps files in {masked(experiment.artifact_location)}, a folder that this machine may not "
+                f"share with the server: pass another --experiment, whose files the server takes"
+            )
 
     def find_run(self, key: str) -> StoredRun | None:
         """Return the experiment's run with a journal's key; None if it was never created, or was deleted."""

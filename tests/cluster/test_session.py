@@ -1,7 +1,15 @@
 """How many workers fit on a cluster, and which Ray a run connects to."""
 
+import asyncio
+import faulthandler
 import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -11,6 +19,7 @@ import actors
 import slimllm_ops
 from cluster import ClusterError, Node, Resources, WorkerPlan, plan_workers, spread_workers
 from cluster.session import session
+from orchestrator.cli.exit_codes import exit_on_error
 
 
 def cluster(*nodes: tuple[int, int]) -> Resources:
@@ -102,21 +111,135 @@ def test_a_connection_to_another_ray_is_not_taken_for_the_one_asked_for() -> Non
         session("10.1.2.3:6379", ()).__enter__()
 
 
-def test_the_programs_own_sigterm_handler_outlives_the_start_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mine(signum: int, frame: object) -> None: ...
+@pytest.fixture
+def shut_down(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What `ray.init` does to the handler, without the seconds that it takes; each time that Ray was shut down."""
+    times: list[bool] = []
 
-    # What `ray.init` does to the handler, without the seconds that it takes.
+    def start(*arguments: object, **settings: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *event: None)
+        # The system's handler, which Python does not know of.
+        faulthandler.register(signal.SIGTERM, file=sys.__stderr__)
+
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda *args, **kwargs: signal.signal(signal.SIGTERM, lambda *event: None))
+    monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "nodes", list)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: times.append(True))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return times
+
+
+@pytest.fixture
+def handler() -> Iterator[Mock]:
+    """The SIGTERM handler of the program."""
+    mine = Mock()
     before = signal.signal(signal.SIGTERM, mine)
-    try:
-        with session(None, ()):
-            assert signal.getsignal(signal.SIGTERM) is mine
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    yield mine
+    faulthandler.unregister(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_programs_own_sigterm_handler_outlives_the_start_of_ray(shut_down: list[bool], handler: Mock) -> None:
+    with session(None, ()):
+        assert signal.getsignal(signal.SIGTERM) is handler
+    assert shut_down == [True]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with session(None, ()):
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def test_a_thread_of_a_program_that_handles_sigterm_starts_ray(shut_down: list[bool], handler: Mock) -> None:
+    def run() -> object:
+        with session(None, ()), exit_on_error():
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(run).result() is handler
+    assert asyncio.run(asyncio.to_thread(run)) is handler
+    assert signal.getsignal(signal.SIGTERM) is handler
+    signal.raise_signal(signal.SIGTERM)
+    handler.assert_called_once()
+    assert shut_down == [True, True]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError("no space"), RuntimeError("died")])
+@pytest.mark.parametrize("moment", ["init", "nodes"])
+def test_whatever_goes_wrong_while_ray_starts_it_is_shut_down(
+    shut_down: list[bool], handler: Mock, monkeypatch: pytest.MonkeyPatch, error: Exception, moment: str
+) -> None:
+    def fail(*arguments: object, **settings: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *event: None)
+        raise error
+
+    monkeypatch.setattr(ray, moment, fail)
+    with pytest.raises(type(error)), session(None, ()):
+        pytest.fail("Ray did not start")
+    assert shut_down == [True]
+    if moment == "init":
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.slow
+def test_a_real_ray_starts_in_a_thread_while_the_main_thread_handles_signals() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_A_THREAD], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "True", "False"]
+
+
+IN_A_THREAD = """
+import asyncio, os, signal, time
+import ray
+from cluster.session import session
+from orchestrator.cli.exit_codes import exit_on_error
+
+told = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *event: told.append(event[0]))
+
+def run():
+    with session(None, ()) as resources:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        time.sleep(0.5)
+        return len(resources.nodes)
+
+print(asyncio.run(asyncio.to_thread(run)), set(told) == {signal.SIGTERM, signal.SIGINT}, ray.is_initialized())
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "variable"), [("local", None), (None, "local"), ("local", "127.0.0.1:1"), (None, "")]
+)
+def test_local_starts_a_new_ray_as_it_does_for_ray(
+    shut_down: list[bool], monkeypatch: pytest.MonkeyPatch, option: str | None, variable: str | None
+) -> None:
+    asked = []
+    monkeypatch.setattr(ray, "init", lambda address, **settings: asked.append(address))
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    with session(option, ()):
+        assert asked == ["local"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("127.0.0.1:1", "no Ray answers at 127.0.0.1:1 .*, or unset RAY_ADDRESS, which names it"),
+        ("ray://127.0.0.1:1", "no Ray answers at ray://127.0.0.1:1 .*, or unset RAY_ADDRESS"),
+        ("127.0.0.1:99999", "no Ray answers at 127.0.0.1:99999 .*, or unset RAY_ADDRESS"),
+        ("head", "^RAY_ADDRESS 'head' is not host:port, nor auto, nor local"),
+    ],
+)
+def test_a_variable_that_names_no_ray_is_named(
+    shut_down: list[bool], monkeypatch: pytest.MonkeyPatch, variable: str, said: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    with pytest.raises(ClusterError, match=said) as error, session(None, ()):
+        pytest.fail("there is no Ray")
+    assert "--address" not in str(error.value)
+    with pytest.raises(ClusterError, match="--address"), session(variable, ()):
+        pytest.fail("there is no Ray")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,50 @@
 """A run's settings: which are refused, what a file may contain, and the defaults."""
 
-from pathlib import Path
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from orchestrator.config import ConfigError, PruneConfig, read_config_file
+from orchestrator.config import CompareConfig, ConfigError, PruneConfig, read_config_file
+from orchestrator.settings import Setting, declared
+
+SETTINGS = declared(CompareConfig)
+
+
+class Name(StrEnum):
+    """What programs use for the names of methods."""
+
+    A = "a"
+
+
+# For each type, values that Python users pass, and what each stands for.
+TAKEN: dict[type, list[tuple[Any, Any]]] = {
+    str: [(Path("a/b"), "a/b"), (PurePosixPath("a"), "a"), (np.str_("a"), "a"), (Name.A, "a"), ("c%20d/é", "c%20d/é")],
+    bool: [(np.True_, True), (np.bool_(False), False), (torch.tensor(True), True)],
+    int: [(np.int64(3), 3), (np.uint8(3), 3), (np.array(3), 3), (torch.tensor(3), 3)],
+    float: [(np.float64(0.5), 0.5), (np.float32(0.5), 0.5), (1, 1.0), (np.int16(1), 1.0), (Fraction(1, 2), 0.5)],
+}
+# Values of other types, and numbers that are none.
+REFUSED: dict[type, list[Any]] = {
+    str: [3, 0.5, True, b"a", object(), {"a": 1}, "a\0b", ("a", 3), Path("s3://bucket/model")],
+    bool: [0, 1, "true", 1.0, [], np.int64(1), object()],
+    int: ["3", 3.0, True, np.float64(3), np.True_, float("nan"), b"3", [3], {"a": 1}, 10**5000, np.array([3])],
+    float: ["0.5", True, float("nan"), np.nan, 1j, b"1", {"a": 1}, 10**5000, np.True_, np.array(["0.5"])],
+}
+
+
+def each(values: dict[type, list[Any]], chosen: Any = lambda one: True) -> list[Any]:
+    """Return every setting with every value for its type."""
+    return [
+        pytest.param(one, value, id=f"{name}-{index}")
+        for name, one in SETTINGS.items()
+        if chosen(one)
+        for index, value in enumerate(values[one.kind])
+    ]
 
 
 def test_the_default_is_a_sparsity_of_a_fifth_by_the_papers_method() -> None:
@@ -20,6 +59,58 @@ def test_one_sparsity_may_be_a_plain_number() -> None:
 
 def test_a_ratio_takes_the_place_of_the_sparsity() -> None:
     assert PruneConfig(ratio=0.25).targets == (None,)
+
+
+@pytest.mark.parametrize(("one", "case"), each(TAKEN))
+def test_every_setting_takes_what_python_users_pass(one: Setting, case: tuple[Any, Any]) -> None:
+    given, expected = case
+    for value, result in (
+        [(given, expected)]
+        if not one.repeated
+        else [
+            (given, (expected,)),
+            ([given], (expected,)),
+            (iter((given,)), (expected,)),
+            (np.array([given] * 2), (expected,) * 2) if isinstance(given, np.generic) else ((given,), (expected,)),
+        ]
+    ):
+        found = one.normalised(value)
+        assert found == result
+        items = found if one.repeated else (found,)
+        assert [type(item) for item in items] == [one.kind] * len(items)
+
+
+def test_a_config_holds_what_its_values_stand_for() -> None:
+    plain = PruneConfig(model="m", evaluate=("a", "b"), sparsity=(0.25, 0.5), workers=2, local=True, samples=7)
+    passed = PruneConfig(
+        model=Path("m"),  # type: ignore[arg-type]
+        evaluate=[Path("a"), "b"],  # type: ignore[arg-type]
+        sparsity=np.array([0.25, 0.5], dtype=np.float32),  # type: ignore[arg-type]
+        workers=np.int64(2),  # type: ignore[arg-type]
+        local=np.True_,  # type: ignore[arg-type]
+        samples=torch.tensor(7),  # type: ignore[arg-type]
+    )
+    assert passed == plain
+    assert repr(passed) == repr(plain)
+    assert CompareConfig(methods=["gram"], output=Path("o")).methods == ("gram",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("one", "value"), each(REFUSED))
+def test_every_setting_refuses_other_types(one: Setting, value: Any) -> None:
+    for given in [value, [value], {"set": value}] if one.repeated else [value]:
+        with pytest.raises(ConfigError, match=f"^{one.name} is ") as error:
+            (CompareConfig if "compare" in one.commands else PruneConfig)(**{one.name: given})
+        assert len(str(error.value).splitlines()) == 1
+        assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("one", SETTINGS.values(), ids=lambda one: one.name)
+def test_none_stands_for_a_setting_that_is_not_given_where_that_may_be(one: Setting) -> None:
+    if one.default is None:
+        assert one.normalised(None) is None
+        return
+    with pytest.raises(ConfigError, match=f"{one.name} is None, expected {one.kind.__name__}"):
+        CompareConfig(**{one.name: None})
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_it_has_every_setting_that_the_result_depends_on_and_says_of_what(
     # What was not given and has no default stays out.
     assert asked - settings.keys() == {"moments", "ratio", "pruned_layers", "alpha"}
     assert settings["workers"] >= 1
-    assert settings["sparsity"] == [0.33]
+    assert settings["sparsity"] == (0.33,)
     assert settings["calibration"] == str(token_file)
     header = [line for line in run_file.read_text().splitlines() if line.startswith("#")]
     assert header[0] == "# to repeat this run: slimllm prune --config run.toml --output DIR"
