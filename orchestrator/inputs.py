@@ -12,6 +12,7 @@ from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from orchestrator.sources import hub, storage
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_ratios import measure_layer, require_reachable
+from slimllm_ops.checkpoint.companions import plan_companions
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError, shown
@@ -20,7 +21,10 @@ from slimllm_ops.stream.refinement import require_refinable
 BUILTIN_NAME = "builtin"
 BUILTIN_CALIBRATION = "builtin:calibration"
 BUILTIN_HELDOUT = "builtin:heldout"
-DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICENSE*")
+DOWNLOADED = (
+    *("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.vocab", "*.bpe"),
+    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "*POLICY*"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def load_inputs(config: PruneConfig) -> Inputs:
     """Find the model, then its calibration and held-out blocks.
 
     Raises:
-        CheckpointError: The model is missing, broken or unknown.
+        CheckpointError: The model is missing, broken or unknown, or a file beside its weights cannot be copied.
         InputError: The moments are missing or belong to something else, a sparsity is more than the model can give, or
             refinement was requested for a model that cannot be refined.
         DataError: A data spec does not give token blocks.
@@ -79,6 +83,8 @@ def load_inputs(config: PruneConfig) -> Inputs:
     directory = resolve_model(config.model)
     with storage.naming_uri(config.model, directory, InputError):
         source = Checkpoint.open(directory)
+        # Before anything opens the tokenizer's files: opening a pipe would block.
+        plan_companions(directory)
     if config.refine:
         require_refinable(source.family)
     form = Form(

@@ -20,6 +20,7 @@ from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import sparsity_label
 from orchestrator.output.staging import Staging, open_staging
 from orchestrator.pipeline import named, tracking_options
+from orchestrator.preflight.companions import require_companions
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import backend_of
 from orchestrator.pruning.finish import complete
@@ -122,6 +123,7 @@ def compare(
     tracking = tracking_options(config)
     require_lasting_output(config.output, tracking)
     inputs = load_inputs(config)
+    require_companions(config.model, inputs, reporter)
     chosen = exclude_unrefinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")
