@@ -13,6 +13,7 @@ from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from orchestrator.sources import hub, storage
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_ratios import measure_layer, require_reachable
+from slimllm_ops.checkpoint.companions import plan_companions
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError, shown
@@ -22,7 +23,10 @@ from slimllm_ops.stream.refinement import require_refinable
 BUILTIN_NAME = "builtin"
 BUILTIN_CALIBRATION = "builtin:calibration"
 BUILTIN_HELDOUT = "builtin:heldout"
-DOWNLOADED = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICENSE*")
+DOWNLOADED = (
+    *("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.vocab", "*.bpe"),
+    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "*POLICY*"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
     """Find the model, then its calibration and held-out blocks; warn of what the user may not expect.
 
     Raises:
-        CheckpointError: The model is missing, broken or unknown.
+        CheckpointError: The model is missing, broken or unknown, or a file beside its weights cannot be copied.
         InputError: The moments are missing or belong to something else, a sparsity is more than the model can give, or
             refinement was requested for a model that cannot be refined.
         DataError: A data spec does not give token blocks.
@@ -86,6 +90,8 @@ def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
     directory = resolve_model(config.model)
     with storage.naming_uri(config.model, directory, InputError):
         source = Checkpoint.open(directory)
+        # Before anything opens the tokenizer's files: opening a pipe would block.
+        plan_companions(directory)
     for warning in (*warnings_of(config), *source.warnings):
         warn(warning)
     if config.refine:

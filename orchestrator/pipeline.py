@@ -18,6 +18,7 @@ from orchestrator.output.destination import (
     sparsity_label,
 )
 from orchestrator.output.staging import open_staging
+from orchestrator.preflight.companions import require_companions
 from orchestrator.preflight.dry_run import Intent, require_room
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
@@ -111,6 +112,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     backend.require_place()
     with reporter.timed("inputs"):
         inputs = load_inputs(config, reporter.warn)
+        require_companions(config.model, inputs, reporter)
     tracking = named(tracking, f"{inputs.name}-{config.method}-{sparsity_label(config)}")
     output = checkpoints_output(config, inputs.name)
     if config.resume and finish_delivery(output, what_is_asked(config, inputs), config.overwrite, reporter.note):

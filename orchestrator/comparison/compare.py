@@ -21,6 +21,7 @@ from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, sparsity_label
 from orchestrator.output.staging import Staging, open_staging
 from orchestrator.pipeline import named, tracking_options
+from orchestrator.preflight.companions import require_companions
 from orchestrator.preflight.dry_run import Estimating, Intent, require_room
 from orchestrator.preflight.stages import estimate_comparison
 from orchestrator.progress import Reporter
@@ -136,6 +137,7 @@ def compare(
     tracking = tracking_options(config)
     require_lasting_output(config.output, tracking)
     inputs = load_inputs(config, reporter.warn)
+    require_companions(config.model, inputs, reporter)
     chosen = exclude_unrefinable(chosen, config.methods, inputs.source.family, reporter.note)
     if not inputs.held_out:
         raise ConfigError("nothing to compare by: pass held-out text or tokens with --evaluate")

@@ -10,6 +10,7 @@ from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, checkpoints_output, is_whole, moments_output
 from orchestrator.output.staging import require_can_start
 from orchestrator.preflight.checks import Check, check_fit, check_nodes, inspect_cluster, refuse_certain_failure
+from orchestrator.preflight.companions import require_companions
 from orchestrator.preflight.estimate import Estimate
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.preflight.workload import Workload
@@ -48,12 +49,12 @@ def plan_pruning(config: PruneConfig, reporter: Reporter | None = None) -> RunPl
     Raises:
         ConfigError, DataError, InputError, ClusterError: The settings cannot be met.
     """
-    return _plan_run(config, reporter or Reporter(), checkpoints_output, estimate_pruning)
+    return _plan_run(config, reporter or Reporter(), checkpoints_output, estimate_pruning, writes_model=True)
 
 
 def plan_calibration(config: PruneConfig, reporter: Reporter | None = None) -> RunPlan | None:
     """Return what `calibrate` would do and take, as `plan_pruning` does for `prune`."""
-    return _plan_run(config, reporter or Reporter(), moments_output, estimate_calibration)
+    return _plan_run(config, reporter or Reporter(), moments_output, estimate_calibration, writes_model=False)
 
 
 def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> None:
@@ -71,9 +72,16 @@ def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> 
 
 
 def _plan_run(
-    config: PruneConfig, reporter: Reporter, place: Callable[[PruneConfig, str], Destination], estimating: Estimating
+    config: PruneConfig,
+    reporter: Reporter,
+    place: Callable[[PruneConfig, str], Destination],
+    estimating: Estimating,
+    *,
+    writes_model: bool,
 ) -> RunPlan | None:
     inputs = load_inputs(config, reporter.warn)
+    if writes_model:
+        require_companions(config.model, inputs, reporter)
     output, asked = place(config, inputs.name), what_is_asked(config, inputs)
     if config.resume and is_whole(output, asked):
         reporter.note(f"{output.place} is finished: there is nothing to resume")

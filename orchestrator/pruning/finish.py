@@ -4,6 +4,7 @@ from orchestrator.pruning.refine import refine_model
 from orchestrator.pruning.run_context import RunContext
 from orchestrator.pruning.targets import Target
 from orchestrator.record.totals import Totals, count_totals
+from slimllm_ops.checkpoint import tokenizer
 from slimllm_ops.stream.read_back import read_back, require_outside_unchanged
 
 
@@ -17,6 +18,7 @@ def complete(context: RunContext, target: Target) -> Totals:
         require_outside_unchanged(context.inputs.source, pruned)
         probe = target.final.log.probe()
         error = read_back(pruned, probe.ids_T, probe.states_TD, context.shards.compute_dtype)
+        tokenizer.require_same(context.source.directory, pruned.directory)
     name = str(target.directory.relative_to(context.staging.directory))
     perplexity = {
         blocks.spec: (context.dense_perplexity(blocks), context.perplexity(pruned, blocks, "perplexity, pruned", name))

@@ -14,37 +14,43 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slimllm_ops.checkpoint import generation, tokenizer
+from slimllm_ops.checkpoint.companions import plan_companions
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.surgery import prune_layer
 from slimllm_ops.checkpoint.tensor_index import INDEX
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.errors import NonFiniteError
-from slimllm_ops.files import read_json_object, write_json, written_whole
+from slimllm_ops.files import write_json, written_whole
 from slimllm_ops.models.config_checks import kept_layers
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.models.pruned import pruned_layers
 
-# The tokenizer's files. They are copied, with a few others; weights, config and model code are written new.
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-COPIED_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
 
+def rehearse(source: Checkpoint) -> list[str]:
+    """Try what a run does after its last layer with the files beside the weights; return lines to tell the user.
 
-# The largest tokenizer_config.json that is read, in bytes.
-MOST_SETTINGS = 1 << 24
+    Raises:
+        CheckpointError: A file cannot be copied, or the tokenizer cannot be written.
+    """
+    companions = plan_companions(source.directory)
+    everything = _pruned_config(source, [LayerPlan()] * source.num_layers)
+    lines = (companions.told(), tokenizer.rehearse(companions, everything))
+    return [line for line in lines if line is not None]
 
 
 class CheckpointWriter:
     """A writer of the pruned model of a source checkpoint into a directory.
 
     Raises:
-        CheckpointError: The source's tokenizer_config.json is broken; this is checked before hours of work, not after.
+        CheckpointError: A file beside the weights cannot be copied; this is known before hours of work, not after.
     """
 
     def __init__(self, source: Checkpoint, directory: Path) -> None:
         self._source = source
         self.directory = directory
-        described = source.directory / "tokenizer_config.json"
-        self._tokenizer = read_json_object(described, MOST_SETTINGS) if described.exists() else {}
+        tokenizer.read_settings(source.directory)
+        self._companions = plan_companions(source.directory)
         directory.mkdir(parents=True, exist_ok=True)
 
     def write_layer(self, layer: int, plan: LayerPlan, number: int | None = None) -> None:
@@ -74,7 +80,7 @@ class CheckpointWriter:
         Args:
             plans: The plans of all layers of the source.
         """
-        self.finish_as(self._pruned_config(plans))
+        self.finish_as(_pruned_config(self._source, plans))
         for file in (_code_of(self._source), Path(pruned_layers.__file__)):
             shutil.copyfile(file, self.directory / file.name)
 
@@ -92,7 +98,9 @@ class CheckpointWriter:
         }
         self._write_json(INDEX, index)
         self._write_json("config.json", config)
-        self._copy_files()
+        self._companions.copy(self.directory)
+        tokenizer.settle(self._source.directory, self.directory)
+        generation.settle(self._source.directory, self.directory)
 
     def _shard(self, number: int) -> Path:
         # No "-of-N": while the first shards are written, the number of layers that stay is unknown.
@@ -103,31 +111,24 @@ class CheckpointWriter:
         with written_whole(self._shard(number)) as partial:
             save_file(contiguous, partial, metadata={"format": "pt"})
 
-    def _pruned_config(self, plans: Sequence[LayerPlan]) -> dict[str, Any]:
-        kept = [layer for layer, plan in enumerate(plans) if not plan.dropped]
-        config, family = kept_layers(self._source.config.to_dict(), kept), self._source.family
-        config |= _per_layer(self._source, {layer: plans[layer] for layer in kept})
-        config["model_type"] = f"pruned_{family.model_type}"
-        config["architectures"] = [family.pruned.__name__]
-        config["dtype"] = str(self._source.dtype).removeprefix("torch.")
-        code = _code_of(self._source).stem
-        config["auto_map"] = {
-            "AutoConfig": f"{code}.{family.pruned.config_class.__name__}",
-            "AutoModelForCausalLM": f"{code}.{family.pruned.__name__}",
-        }
-        return config
-
-    def _copy_files(self) -> None:
-        for pattern in COPIED_FILES:
-            for path in sorted(self._source.directory.glob(pattern)):
-                shutil.copyfile(path, self.directory / path.name)
-        # `auto_map` makes AutoTokenizer look for a custom class unless tokenizer_config.json names one.
-        if (self.directory / "tokenizer.json").exists():
-            settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._tokenizer
-            self._write_json("tokenizer_config.json", settings)
-
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_json(self.directory / name, content, indent=2)
+
+
+def _pruned_config(source: Checkpoint, plans: Sequence[LayerPlan]) -> dict[str, Any]:
+    """Return the config of a source's pruned model."""
+    kept = [layer for layer, plan in enumerate(plans) if not plan.dropped]
+    config, family = kept_layers(source.config.to_dict(), kept), source.family
+    config |= _per_layer(source, {layer: plans[layer] for layer in kept})
+    config["model_type"] = f"pruned_{family.model_type}"
+    config["architectures"] = [family.pruned.__name__]
+    config["dtype"] = str(source.dtype).removeprefix("torch.")
+    code = _code_of(source).stem
+    config["auto_map"] = {
+        "AutoConfig": f"{code}.{family.pruned.config_class.__name__}",
+        "AutoModelForCausalLM": f"{code}.{family.pruned.__name__}",
+    }
+    return config
 
 
 def _code_of(source: Checkpoint) -> Path:

@@ -1,0 +1,213 @@
+"""Plans which files a pruned model takes over from its source: all that stand beside the weights, with exceptions.
+
+The tables say what is left out. A folder comes along whole, or not at all. The plan opens every file once, so that a
+run that cannot copy one says so before it computes anything.
+"""
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+
+from slimllm_ops.errors import CheckpointError, shown
+
+# What every pruned model has anew, and hidden files. Nobody misses them.
+WRITTEN_NEW = (
+    ".*",
+    "__pycache__",
+    "config.json",
+    "model*.safetensors",
+    "*.safetensors.index.json",
+    "readme*",
+    "pruning",
+    "pruned_*.py",
+)
+# What does not come along, and is told. Names are compared in lower case.
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "dense weights": (
+        *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx"),
+        *("*.onnx_data*", "*.tflite", "*.npy", "*.npz", "*.nemo", "*.engine", "*.mlmodel", "*.pdparams", "*.ot"),
+        *("*.index.json", "params.json"),
+    ),
+    "code": ("*.py", "*.py[cdiow]", "*.so", "*.sh", "*.ipynb", "*.dll", "*.dylib", "*.exe", "requirements*.txt"),
+    "pickle": ("*.pkl", "*.pickle", "*.joblib", "*.dill"),
+    "archive": ("*.zip", "*.tar", "*.gz", "*.tgz", "*.xz", "*.bz2", "*.7z", "*.zst", "*.whl", "*.jar"),
+    "training state": ("trainer_state.json", "*_results.json", "events.out.tfevents*", "latest", "*.log"),
+    "describes other weights": ("adapter_config.json", "*quant*config*.json"),
+    "picture or data": (
+        *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.wav"),
+        *("*.parquet", "*.arrow", "*.csv"),
+    ),
+}
+# The same by what a file begins with, whatever its name.
+BEGINNINGS = {
+    **{bytes([0x80, protocol]): "pickle" for protocol in range(2, 6)},
+    b"PK\x03\x04": "archive",
+    b"GGUF": "dense weights",
+    b"\x7fELF": "code",
+    b"#!": "code",
+}
+# What transformers reads beside the weights. A link may lead to a file of the same name elsewhere.
+READ_BY_TRANSFORMERS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("tekken.json", "chat_template*", "generation_config.json", "*processor_config.json"),
+)
+# The largest file, the largest sum of all, and the most files of a folder; text beside weights is far below.
+LARGEST_FILE = 1 << 27
+LARGEST_SUM = 1 << 29
+MOST_FILES = 1000
+# As many names as a line has room for.
+NAMED = 8
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files beside a model's weights: those that come along, and those that do not, each with the reason."""
+
+    directory: Path
+    files: tuple[Path, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+    def copy(self, directory: Path) -> None:
+        """Copy the files' content into a directory."""
+        for file in self.files:
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.directory / file, directory / file)
+
+    def told(self) -> str | None:
+        """Return a line that says what does not come along, or None."""
+        if not self.left_out:
+            return None
+        named = [f"{shown(name)} ({reason})" for name, reason in self.left_out[:NAMED]]
+        more = len(self.left_out) - len(named)
+        rest = f" and {more} more" if more else ""
+        return f"not copied from {self.directory}: {', '.join(named)}{rest}"
+
+
+def plan_companions(directory: Path) -> Companions:
+    """Return which files of a model directory come along.
+
+    Raises:
+        CheckpointError: A file that should come along cannot be copied: a pipe, a broken link, no permission.
+    """
+    files: list[Path] = []
+    left_out: list[tuple[str, str]] = []
+    total = 0
+    # First the files of the directory itself: they matter most if there are too many.
+    for entry in sorted(_entries(directory), key=lambda path: (_is_folder(path), path.name)):
+        name = f"{entry.name}/" if _is_folder(entry) else entry.name
+        if _matches(entry, WRITTEN_NEW):
+            continue
+        found = _folder_files(entry) if _is_folder(entry) else [entry]
+        reason = found if isinstance(found, str) else _why_not(directory, found)
+        size = 0 if reason else sum(one.stat().st_size for one in found if isinstance(one, Path))
+        if not reason and total + size > LARGEST_SUM:
+            reason = f"more than {LARGEST_SUM >> 20} MiB with the others"
+        if reason or isinstance(found, str):
+            left_out.append((name, str(reason)))
+            continue
+        total += size
+        files += [one.relative_to(directory) for one in found]
+    return Companions(directory, tuple(files), tuple(left_out))
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    try:
+        yield from directory.iterdir()
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be listed ({error.strerror}): make it readable") from error
+
+
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):
+        return path.is_dir()
+    return False
+
+
+def _folder_files(folder: Path) -> list[Path] | str:
+    """Return the visible files in a folder, or the reason why the folder does not come along."""
+    if folder.is_symlink():
+        return "a link to a folder"
+    paths = list(islice(folder.rglob("*"), MOST_FILES + 1))
+    if len(paths) > MOST_FILES:
+        return f"more than {MOST_FILES:,} files"
+    if any(path.name == "config.json" for path in paths):
+        return "another model"
+    if any(path.is_symlink() and _is_folder(path) for path in paths):
+        return "holds a link to a folder"
+    for one in (folder, *filter(_is_folder, paths)):
+        # Python passes over a folder that it may not list.
+        if not os.access(one, os.R_OK | os.X_OK):
+            raise _cannot_copy(one, "it cannot be listed")
+    hidden = {path for path in paths if any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    return sorted(path for path in paths if path not in hidden and not _is_folder(path))
+
+
+def _why_not(directory: Path, files: Sequence[Path]) -> str | None:
+    """Return the reason why files do not come along: that of the first that does not; None if all do."""
+    reasons = (_reason(directory, file) for file in files)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _reason(directory: Path, file: Path) -> str | None:
+    """Return the reason why a file does not come along, after checking that it can be copied if it does.
+
+    Raises:
+        CheckpointError: It should come along, but cannot be copied.
+    """
+    for reason, patterns in LEFT_OUT.items():
+        if _matches(file, patterns):
+            return reason
+    beginning = _beginning(directory, file)
+    for begins, reason in BEGINNINGS.items():
+        if beginning.startswith(begins):
+            return reason
+    if (size := file.stat().st_size) > LARGEST_FILE:
+        return f"{size / 1e6:,.0f} MB, more than such a file needs"
+    return None
+
+
+def _beginning(directory: Path, file: Path) -> bytes:
+    """Return the first bytes of a plain file.
+
+    Raises:
+        CheckpointError: It is none, it leads out of the directory, or it cannot be read.
+    """
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise _cannot_copy(file, "it is a broken link" if file.is_symlink() else str(error.strerror)) from error
+    # Opening a pipe would block.
+    if not stat.S_ISREG(found.st_mode):
+        raise _cannot_copy(file, "it is not a plain file")
+    if not _stays_inside(directory, file):
+        raise _cannot_copy(file, f"it is a link to {shown(str(file.resolve()), 200)}, which is outside the directory")
+    try:
+        with file.open("rb") as opened:
+            return opened.read(8)
+    except OSError as error:
+        raise _cannot_copy(file, str(error.strerror)) from error
+
+
+def _stays_inside(directory: Path, file: Path) -> bool:
+    """Return whether a file lies in the directory, or is a link as caches make them, or leads to its like elsewhere."""
+    target = file.resolve()
+    if target.is_relative_to(directory.resolve()) or target.parent.name == "blobs":
+        return True
+    return target.name == file.name and _matches(file, READ_BY_TRANSFORMERS)
+
+
+def _cannot_copy(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} stands beside the weights and cannot be copied ({reason}): "
+        f"put a readable file in its place, or remove it"
+    )
+
+
+def _matches(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(path.name.lower(), pattern) for pattern in patterns)
