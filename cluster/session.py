@@ -51,6 +51,10 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
         return
     named_by = ADDRESS_OPTION if address else ADDRESS_VARIABLE
     address = address or os.environ.get(ADDRESS_VARIABLE) or NEW
+    if address == NEW:
+        require_room_for_sockets()
+    else:
+        require_answer(address, named_by)
     try:
         with sigterm_handler_kept():
             if address == NEW:
@@ -69,7 +73,6 @@ def starts_a_ray(address: str | None) -> bool:
 
 
 def _start(verbose: bool) -> None:
-    require_room_for_sockets()
     for name, value in LOCAL_RAY.items():
         os.environ.setdefault(name, value)
     # "local" starts a new Ray, while None would join the one that last ran on this machine.
@@ -77,7 +80,6 @@ def _start(verbose: bool) -> None:
 
 
 def _connect(address: str, named_by: str, packages: Sequence[ModuleType], verbose: bool) -> None:
-    require_answer(address, named_by)
     # Ray refuses a field that the job's own environment already sets.
     runtime_env = {} if carries_packages() else {"py_modules": _folders(packages)}
     try:

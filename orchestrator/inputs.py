@@ -165,8 +165,11 @@ def warnings_of(config: PruneConfig) -> list[str]:
 
 
 def model_name(model: str | None) -> str:
-    """Return the name of a model in paths and runs."""
-    return BUILTIN_NAME if model is None else Path(model).resolve().name
+    """Return the name of a model in paths and runs: that of its directory, or of the link that the user gave."""
+    if model is None:
+        return BUILTIN_NAME
+    path = Path(model)
+    return path.resolve().name if path.name in ("", "..") else path.name
 
 
 def resolve_model(model: str | None) -> Path:

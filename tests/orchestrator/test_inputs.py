@@ -21,8 +21,11 @@ def test_a_model_is_called_by_its_directory(tmp_path: Path, monkeypatch: pytest.
     assert model_name(None) == "builtin"
     assert model_name("org/some-model") == "some-model"
     assert model_name(f"{tmp_path}/") == tmp_path.name
-    monkeypatch.chdir(tmp_path)
-    assert model_name(".") == tmp_path.name
+    (tmp_path / "base").mkdir()
+    (tmp_path / "mine").symlink_to(tmp_path / "base")
+    assert model_name(str(tmp_path / "mine")) == "mine"
+    monkeypatch.chdir(tmp_path / "base")
+    assert (model_name("."), model_name("..")) == ("base", tmp_path.name)
 
 
 def test_a_directory_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

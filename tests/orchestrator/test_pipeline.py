@@ -291,7 +291,7 @@ def test_a_checkpoint_that_was_written_wrong_is_an_error(
 
     def spoil(checkpoint: Checkpoint, *args: Any) -> float:
         name = "model.layers.1.mlp.down_proj.weight"
-        path = checkpoint.directory / checkpoint.files[name]
+        path = checkpoint.directory / checkpoint.files[name].file
         tensors = load_file(path)
         tensors[name][0] *= -1
         save_file(tensors, path, metadata={"format": "pt"})
