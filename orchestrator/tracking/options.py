@@ -72,4 +72,4 @@ def database_file(uri: str) -> Path | None:
         return None
     # With `uri=true`, SQLite reads the rest: "file:PATH?mode=memory".
     database = unquote(rest.partition("?")[0])
-    return None if database in ("", ":memory:") or database.startswith("file:") else Path(database).absolute()
+    return None if database == ":memory:" or database.startswith("file:") else Path(database).absolute()

@@ -297,6 +297,8 @@ def row(method: str, data: str = "a.txt", **values: Any) -> Row:
         "source": "|W| |X|",
         "sparsity": 0.0 if method == "dense" else 0.2,
         "parameters": 1000,
+        "tokens": 160,
+        "block_length": 16,
         "perplexity": 10.0,
         "loss": math.log(10),
         "gap": 0.5,

@@ -12,7 +12,7 @@ from orchestrator.record.params import DIGESTED, OF_AN_ATTEMPT, PLACES, TOLD_OF_
 RESULT = {
     *("method", "sparsity", "refine", "ratio", "pruned_layers", "alpha", "keep_lowest"),
     *("uniform", "multiple_of", "no_bias", "drop_layers", "samples", "sequence_length", "seed"),
-    *("workers", "gpus_per_worker"),
+    *("evaluate_tokens", "workers", "gpus_per_worker"),
 }
 VERSIONS = {f"{name}_version" for name in ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")}
 

@@ -64,7 +64,6 @@ def test_a_uri_that_is_given_names_the_file_that_sqlalchemy_opens(uri: str) -> N
     "uri",
     [
         "sqlite://",
-        "sqlite:///",
         "sqlite:///:memory:",
         "sqlite:///file:x?mode=memory&uri=true",
         "http://h/a:///b",
