@@ -50,7 +50,7 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
         yield _resources()
         return
     named_by = ADDRESS_OPTION if address else ADDRESS_VARIABLE
-    address = address or os.environ.get(ADDRESS_VARIABLE) or NEW
+    address = _resolve(address)
     if address == NEW:
         require_room_for_sockets()
     else:
@@ -69,7 +69,11 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
 
 def starts_a_ray(address: str | None) -> bool:
     """Return whether a session with this address starts a Ray on this machine."""
-    return not ray.is_initialized() and (address or os.environ.get(ADDRESS_VARIABLE) or NEW) == NEW
+    return not ray.is_initialized() and _resolve(address) == NEW
+
+
+def _resolve(address: str | None) -> str:
+    return address or os.environ.get(ADDRESS_VARIABLE) or NEW
 
 
 def _start(verbose: bool) -> None:

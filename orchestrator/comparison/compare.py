@@ -34,7 +34,7 @@ from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs
 from orchestrator.record.params import run_params
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
-from orchestrator.record.totals import Totals, count_parameters, evaluated
+from orchestrator.record.totals import Totals, count_parameters, evaluated, metric_suffix
 from orchestrator.settings import declared
 from orchestrator.tracking import Run, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
@@ -248,19 +248,14 @@ def _log(run: Run, params: dict[str, Any], rows: Sequence[Row]) -> None:
     first = rows[0]
     run.log_params(params)
     run.log_metrics({"sparsity": first.sparsity, "parameters_after": first.parameters, "seconds": first.seconds})
-    gaps = {f"gap{_suffix(number)}": row.gap for number, row in enumerate(rows)}
+    gaps = {f"gap{metric_suffix(number)}": row.gap for number, row in enumerate(rows)}
     run.log_metrics(_losses(rows, "after") | gaps)
 
 
 def _losses(rows: Sequence[Row], when: str) -> dict[str, float]:
     """Return a model's losses and perplexities under the names that `prune` uses, so one chart can compare both."""
-    perplexities = {f"perplexity_{when}{_suffix(number)}": row.perplexity for number, row in enumerate(rows)}
-    return perplexities | {f"loss_{when}{_suffix(number)}": row.loss for number, row in enumerate(rows)}
-
-
-def _suffix(number: int) -> str:
-    """Return the suffix of a held-out set's metrics; the first set has the plain names."""
-    return f"/{number}" if number else ""
+    perplexities = {f"perplexity_{when}{metric_suffix(number)}": row.perplexity for number, row in enumerate(rows)}
+    return perplexities | {f"loss_{when}{metric_suffix(number)}": row.loss for number, row in enumerate(rows)}
 
 
 def _publish(

@@ -95,7 +95,7 @@ def document_of(row: Row, where: str, render: Render) -> Document:
         render: Applies the tokenizer's chat template.
 
     Raises:
-        DataError: The row has no such columns, or they hold something else than text or messages.
+        DataError: The row has none of these columns, or they do not hold text or messages.
     """
     for needed, _, make in _FORMS:
         if all(name in row for name in needed):

@@ -87,19 +87,19 @@ class Totals:
         """Return the perplexities as metrics."""
         metrics: dict[str, float] = {}
         for number, (dense, pruned) in enumerate(self.perplexity.values()):
-            suffix = _suffix(number)
+            suffix = metric_suffix(number)
             metrics |= {f"perplexity_before{suffix}": dense, f"perplexity_after{suffix}": pruned}
         return metrics
 
     def _evaluated_sizes(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for number, size in enumerate(self.evaluated.values()):
-            suffix = _suffix(number)
+            suffix = metric_suffix(number)
             metrics |= {f"evaluated_tokens{suffix}": size.tokens, f"evaluated_block_length{suffix}": size.block_length}
         return metrics
 
 
-def _suffix(number: int) -> str:
+def metric_suffix(number: int) -> str:
     """Return the suffix of a held-out set's metrics; the first set, usually the only one, has the plain names."""
     return f"/{number}" if number else ""
 

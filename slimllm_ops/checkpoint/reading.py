@@ -75,7 +75,7 @@ class Checkpoint(TensorIndex):
         used = used_places(found, model)
         checkpoint = cls(directory, config, family, used)
         warnings = [*tell_of_files(directory), *tell_of_unused(found, used, model)]
-        if untied := list(tie_as_stored(checkpoint, model.all_tied_weights_keys)):
+        if untied := tie_as_stored(checkpoint, model.all_tied_weights_keys):
             model = model_of(directory, config)
         require_fit(checkpoint, model)
         return replace(checkpoint, warnings=(*warnings, *untied))

@@ -111,8 +111,8 @@ def tell_of_unused(index: TensorIndex, used: dict[str, Place], model: "PreTraine
         )
 
 
-def tie_as_stored(index: TensorIndex, tied: dict[str, str]) -> Iterator[str]:
-    """Tie weights where their values allow it, in the index and its config; yield a warning if they do not.
+def tie_as_stored(index: TensorIndex, tied: dict[str, str]) -> list[str]:
+    """Tie weights where their values allow it, in the index and its config; return warnings where they do not.
 
     A config may tie the head to the embeddings, and the files store both. If they are equal, one is forgotten. If they
     differ, the model has two. If only the head is stored, it is the embedding.
@@ -121,6 +121,7 @@ def tie_as_stored(index: TensorIndex, tied: dict[str, str]) -> Iterator[str]:
         index: The checkpoint; this changes its places and its config.
         tied: The names of the tied weights, and of those that they are tied to.
     """
+    untied = []
     for target, source in tied.items():
         if target not in index.files:
             continue
@@ -130,10 +131,11 @@ def tie_as_stored(index: TensorIndex, tied: dict[str, str]) -> Iterator[str]:
             del index.files[target]
         else:
             index.config.tie_word_embeddings = False
-            yield (
+            untied.append(
                 f"{index.directory}: config.json ties {target} to {source}, but the stored values differ: like "
                 f"transformers, slimllm does not tie them, and the pruned model's config.json says so"
             )
+    return untied
 
 
 def _are_equal(index: TensorIndex, one: str, other: str) -> bool:

@@ -96,6 +96,14 @@ def _load(directory: Path) -> _Loaded:
         ) from error
 
 
+def _load_if_possible(directory: Path) -> _Loaded | None:
+    """Load a tokenizer as a user does; return None if there is none, or if it does not load."""
+    if has_tokenizer(directory):
+        with suppress(CheckpointError):
+            return _load(directory)
+    return None
+
+
 def rehearse(companions: Companions, config: dict[str, Any]) -> str | None:
     """Write a model's tokenizer for trial; return a line if it can only be copied and not checked, else None.
 
@@ -132,11 +140,8 @@ def settle(source: Path, written: Path) -> None:
     Raises:
         CheckpointError: No change does; what the last one still gets wrong is named.
     """
-    if not has_tokenizer(source):
-        return
-    try:
-        expected = _load(source)
-    except CheckpointError:
+    expected = _load_if_possible(source)
+    if expected is None:
         return
     differing = "its class"
     for change in _changes(expected.tokenizer, read_settings(source)):
@@ -156,11 +161,8 @@ def require_same(source: Path, written: Path) -> None:
     Raises:
         ReadBackError: It has another.
     """
-    if not has_tokenizer(source):
-        return
-    try:
-        expected = _load(source)
-    except CheckpointError:
+    expected = _load_if_possible(source)
+    if expected is None:
         return
     if differing := expected.difference(written):
         raise ReadBackError(

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LARGEST_CONFIG = 1 << 24
-WHOLE = "model.safetensors"
 
 # The bounds of every integer that determines a size, far beyond any existing model.
 SIZES = {
@@ -52,7 +51,9 @@ PER_LAYER_KINDS = ("layer_types", "no_rope_layers")
 PER_LAYER_FLAGS = ("attention_output_bias_per_layer", "mlp_output_bias_per_layer")
 # Settings that change how a model is built or stored, in ways that no family here supports.
 UNSUPPORTED = {
-    "transformers_weights": f"its weights have a name of their own: rename them to {WHOLE} and remove the setting",
+    "transformers_weights": (
+        "its weights have a name of their own: rename them to model.safetensors and remove the setting"
+    ),
     "per_layer_config": "its layers differ in ways that are not supported",
 }
 

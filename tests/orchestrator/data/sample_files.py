@@ -1,13 +1,16 @@
 """Files of text and tokens, and the blocks that a naive reference makes from them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+
+from orchestrator.data import DataError
 
 VOCAB_SIZE = 103
 DOCUMENTS = [" ".join(f"w{(7 * d + i) % 100}" for i in range(5 + d % 4)) for d in range(40)]
@@ -19,6 +22,14 @@ def naive_ids(documents: list[str]) -> list[int]:
 
 def naive_blocks(ids: list[int], length: int) -> np.ndarray:
     return np.array([ids[i : i + length] for i in range(0, len(ids) - length + 1, length)])
+
+
+def assert_refused(load: Callable[[Path], Any], path: Path, said: str) -> None:
+    """Check that a file cannot be loaded, and that one line says why and names it."""
+    with pytest.raises(DataError, match=said) as raised:
+        load(path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def write_jsonl(path: Path, documents: Sequence[str | None]) -> Path:

@@ -19,7 +19,14 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from orchestrator.data import DataError, json_objects, rows
-from tests.orchestrator.data.sample_files import DOCUMENTS, naive_blocks, naive_ids, write_jsonl, write_table
+from tests.orchestrator.data.sample_files import (
+    DOCUMENTS,
+    assert_refused,
+    naive_blocks,
+    naive_ids,
+    write_jsonl,
+    write_table,
+)
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %} w90 {{ tools | length }}{% endif %}"
@@ -154,10 +161,7 @@ def test_objects_are_read_one_by_one(tmp_path: Path) -> None:
 def test_json_that_cannot_be_used(tmp_path: Path, load: Callable, content: str, said: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(DataError, match=said) as raised:
-        load(path)
-    assert str(path) in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert_refused(load, path, said)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])

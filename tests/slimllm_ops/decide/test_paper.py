@@ -12,6 +12,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import Decision
 from slimllm_ops.models.families import family_of, layer_shape
+from slimllm_ops.moments.observation import Observed
 from slimllm_ops.stream.passes import LayerStream
 from tests.slimllm_ops import naive
 
@@ -61,7 +62,10 @@ def stream(model_dir: Path, ids: torch.Tensor) -> LayerStream:
     return open_stream(model_dir, ids)
 
 
-def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_dir: Path, ids: torch.Tensor) -> None:
+def observed_heads(
+    stream: LayerStream, model_dir: Path, ids: torch.Tensor
+) -> tuple[int, Observed, np.ndarray, np.ndarray]:
+    """Return the number of units, what the stream observed of them, and their activations and weight."""
     num_units = layer_shape(stream.checkpoint.config, LAYER).num_attention_units
     branch = stream.checkpoint.family.attention
     if branch.reading.whole:
@@ -69,6 +73,11 @@ def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_
     observed = stream.observe(LAYER, branch)
     x_NP = activations(model_dir, ids)[branch.output]
     weight_PD = stream.checkpoint.read_layer(LAYER)[branch.output_weight].T.double().numpy()
+    return num_units, observed, x_NP, weight_PD
+
+
+def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_dir: Path, ids: torch.Tensor) -> None:
+    num_units, observed, x_NP, weight_PD = observed_heads(stream, model_dir, ids)
     for num_removed in range(1, num_units):
         decision = decide_heads(stream, observed, LAYER, num_removed=num_removed)
         expected, _, _ = naive.choose_heads(x_NP, weight_PD, num_units, num_removed)
@@ -80,13 +89,7 @@ def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_
 def test_the_scores_of_heads_say_what_the_output_loses_without_them(
     stream: LayerStream, model_dir: Path, ids: torch.Tensor
 ) -> None:
-    num_units = layer_shape(stream.checkpoint.config, LAYER).num_attention_units
-    branch = stream.checkpoint.family.attention
-    if branch.reading.whole:
-        pytest.skip(branch.reading.whole)
-    observed = stream.observe(LAYER, branch)
-    x_NP = activations(model_dir, ids)[branch.output]
-    weight_PD = stream.checkpoint.read_layer(LAYER)[branch.output_weight].T.double().numpy()
+    num_units, observed, x_NP, weight_PD = observed_heads(stream, model_dir, ids)
     lost = [
         1
         - naive.similarity(x_NP, weight_PD, num_units, [u for u in range(num_units) if u != unit]) / weight_PD.shape[1]
