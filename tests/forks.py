@@ -7,6 +7,8 @@ nothing behind for the next program.
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ def run(asked):
 
 def fork(asked, *streams):
     if (child := os.fork()) == 0:
+        # A group of its own gets the signals of a terminal, and hears Ctrl-C even if the tests are deaf to it.
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in enumerate(streams):
             os.dup2(stream.fileno(), number)
         code = run(asked)
@@ -43,11 +48,17 @@ def fork(asked, *streams):
     return child
 
 def start(asked):
-    with open(os.devnull, "r+") as nobody:
-        child = fork(asked, nobody, nobody, nobody)
+    with open(os.devnull) as nobody, open(asked["out"], "w") as out, open(asked["err"], "w") as err:
+        child = fork(asked, nobody, out, err)
     # Whoever waits for it is not its parent, and would wait for a zombie.
-    threading.Thread(target=os.waitpid, args=(child, 0), daemon=True).start()
+    threading.Thread(target=reap, args=(child, asked["code"]), daemon=True).start()
     return child
+
+def reap(child, path):
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(path + ".partial", "w") as file:
+        file.write(str(code))
+    os.rename(path + ".partial", path)
 
 def finish(asked):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull) as nobody:
@@ -80,6 +91,26 @@ class Ended:
     stderr: str
 
 
+class Started:
+    """A program that runs in a fork."""
+
+    def __init__(self, pid: int, folder: Path) -> None:
+        self.process = psutil.Process(pid)
+        self._folder = folder
+
+    def wait(self, seconds: int = 180) -> Ended:
+        """Wait for its end, and return that."""
+        code, deadline = self._folder / "code", time.monotonic() + seconds
+        while not code.exists():
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.02)
+        return Ended(int(code.read_text()), *self.printed())
+
+    def printed(self) -> tuple[str, str]:
+        """Return what it has printed so far on stdout and on stderr."""
+        return (self._folder / "out").read_text(), (self._folder / "err").read_text()
+
+
 class Forks:
     """Programs in forks of one process, which starts with the first of them.
 
@@ -106,16 +137,18 @@ class Forks:
         """
         return Ended(*self._ask(program, folder, seconds, environment))
 
-    def start(self, program: str, folder: Path | None = None) -> psutil.Process:
-        """Start a program that whoever asks for it ends; what it prints is lost."""
-        return psutil.Process(self._ask(program, folder, 0, {}))
+    def start(self, program: str, folder: Path | None = None, **environment: str) -> Started:
+        """Start a program in a session of its own; whoever starts it waits for it or ends it."""
+        files = Path(tempfile.mkdtemp(dir=self._folder))
+        places = {name: str(files / name) for name in ("out", "err", "code")}
+        return Started(self._ask(program, folder, 0, environment, **places), files)
 
-    def _ask(self, program: str, folder: Path | None, seconds: int, environment: dict[str, str]) -> Any:
+    def _ask(self, program: str, folder: Path | None, seconds: int, environment: dict[str, str], **places: str) -> Any:
         process = self._process = self._process or self._begin()
         assert process.stdin is not None
         assert process.stdout is not None
         where = str(folder or self._folder)
-        asked = {"program": program, "folder": where, "seconds": seconds, "environment": environment}
+        asked = {"program": program, "folder": where, "seconds": seconds, "environment": environment} | places
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         answer = process.stdout.readline()

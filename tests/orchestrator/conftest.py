@@ -115,7 +115,9 @@ def other_store(first_run: tuple[Path, str], tmp_path: Path) -> Path:
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """Forks of a process that has imported all of this project, MLflow and its server."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_ADDRESS"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]), "OMP_NUM_THREADS": "1"}
+    # A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
+    environment |= {"RAY_AUTH_MODE": "disabled"}
     forks = Forks(IMPORTS, environment, tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()

@@ -46,7 +46,7 @@ class TrackingServer:
 def serving(forks: Forks, folder: Path, port: int) -> Iterator[TrackingServer]:
     """Serve the mlflow.db of a folder until the context ends, from a fork of a process that has imported MLflow."""
     store, artifacts = f"sqlite:///{folder / 'mlflow.db'}", str(folder / "artifacts")
-    process = forks.start(SERVER.format(store=store, artifacts=artifacts, port=port))
+    process = forks.start(SERVER.format(store=store, artifacts=artifacts, port=port)).process
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:

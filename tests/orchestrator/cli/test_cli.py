@@ -1,4 +1,4 @@
-"""The real command, run in its own processes, with files, signals and a cluster that somebody else started."""
+"""The command line: how it reads options, and runs in processes of their own."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ from orchestrator.config import PruneConfig
 from orchestrator.pipeline import PruneResult
 from slimllm_ops.decide.plan import Plan
 from tests.conftest import content
+from tests.forks import Forks, slimllm
 
-SLIMLLM = str(Path(sys.executable).with_name("slimllm"))
 # A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT.pop("RAY_ADDRESS", None)
@@ -84,20 +84,6 @@ def run_status(uri: str, name: str) -> str:
     return run.info.status
 
 
-def start(*arguments: object, **variables: str) -> "subprocess.Popen[str]":
-    # A session of its own, so that a signal to its process group is what Ctrl-C on a terminal is.
-    return subprocess.Popen(
-        [SLIMLLM, "prune", *map(str, arguments)],
-        env=ENVIRONMENT | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # As a terminal starts it: what runs in a script's background is deaf to Ctrl-C, and so are its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
 @pytest.fixture(scope="module")
 def deep_model(make_llama: Callable[..., Path]) -> Path:
     """A model of some layers, so that there is time for something to happen."""
@@ -124,11 +110,11 @@ class Story:
     output: Path
     uri: str
     name: str
+    forks: Forks
 
-    def attempt(self, *more: object) -> "subprocess.Popen[str]":
+    def command(self, *more: object) -> str:
         places = ["--tracking-uri", self.uri, "--run-name", self.name, "--output", self.output]
-        # Forks would not descend from the command, and this test is about all processes that do.
-        return start(*self.arguments, *places, *more, SLIMLLM_FORKED_WORKERS="")
+        return slimllm("prune", *self.arguments, *places, *more)
 
     @property
     def partial(self) -> Path:
@@ -139,11 +125,13 @@ class Story:
 
         No process of it is left, and its output is unfinished.
         """
-        process = self.attempt(*more)
+        # Workers that are forks would not descend from the command, and this test is about all processes that do.
+        attempt = self.forks.start(self.command(*more), SLIMLLM_FORKED_WORKERS="")
+        process = attempt.process
         while not (self.partial / ".work" / "solved" / "pruned.log" / f"layer-{layer:05d}.json").exists():
-            assert process.poll() is None, process.communicate()
+            assert process.is_running(), attempt.printed()
             time.sleep(0.01)
-        started = psutil.Process(process.pid).children(recursive=True)
+        started = process.children(recursive=True)
         assert any("ray::Shard" in " ".join(child.cmdline()) for child in started)
         # Ray's agents, which do nothing but tell of a node, notice only after a minute that a driver was killed.
         agents = [child for child in started if "Agent" in child.name() and sent == signal.SIGKILL]
@@ -152,24 +140,24 @@ class Story:
             os.killpg(process.pid, sent)
         else:
             process.send_signal(sent)
-        _, stderr = process.communicate(timeout=60)
+        ended = attempt.wait(seconds=60)
         _, alive = psutil.wait_procs([one for one in started if one not in agents], timeout=20)
         assert not alive
         assert list(self.output.parent.iterdir()) == [self.partial]
-        return process.returncode, stderr
+        return ended.code, ended.stderr
 
     def finish(self) -> None:
         """Resume it without Ray, to its end."""
-        process = self.attempt("--resume", "--local")
-        _, stderr = process.communicate(timeout=180)
-        assert process.returncode == 0, stderr
-        assert "\ncontinuing from earlier results" in stderr
+        ended = self.forks.run(self.command("--resume", "--local"))
+        assert ended.code == 0, ended.stderr
+        assert "\ncontinuing from earlier results" in ended.stderr
         assert list(self.output.parent.iterdir()) == [self.output]
 
 
 @pytest.fixture
-def story(deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path) -> Story:
-    return Story((deep_model, "--calibration", token_file), tmp_path / "a" / "out", tracking_uri, tmp_path.name)
+def story(deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, forks: Forks) -> Story:
+    asked = (deep_model, "--calibration", token_file)
+    return Story(asked, tmp_path / "a" / "out", tracking_uri, tmp_path.name, forks)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +218,7 @@ def other_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_two_runs_on_another_cluster_from_a_file_and_from_flags_both_give_what_each_would_alone(
-    gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, other_cluster: str
+    gqa_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path, other_cluster: str, forks: Forks
 ) -> None:
     settings: dict[str, Any] = {
         "model": str(gqa_model),
@@ -244,12 +232,13 @@ def test_two_runs_on_another_cluster_from_a_file_and_from_flags_both_give_what_e
     file.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()) + "sparsity = 0.9\n")
     alike = ["--sparsity", "0.4", "--workers", "1"]
     given = [gqa_model, "--calibration", token_file, "--address", other_cluster, "--tracking-uri", "none"]
-    runs = [start("--config", file, *alike), start(*given, *alike, "--output", tmp_path / "flags")]
-    ended = [(*process.communicate(timeout=300), process.returncode) for process in runs]
-    assert [code for _, _, code in ended] == [0, 0], ended
+    asked = [("--config", file, *alike), (*given, *alike, "--output", tmp_path / "flags")]
+    runs = [forks.start(slimllm("prune", *words)) for words in asked]
+    ended = [run.wait(seconds=300) for run in runs]
+    assert [run.code for run in ended] == [0, 0], ended
     assert content(tmp_path / "file") == content(tmp_path / "flags")
 
-    stdout, stderr, _ = ended[0]
+    stdout, stderr = ended[0].stdout, ended[0].stderr
     # Each takes the whole cluster, and so one of them waits for the other.
     lines = [line.split(":")[0] for line in stderr.splitlines() if not line.startswith("waiting for up to ")]
     assert lines == ["estimate"] * 2 + ["no perplexity is measured", "layer similarities", "pruning"], stderr
