@@ -1,9 +1,10 @@
-"""Runs Ray's workers as forks of one process that has imported torch and transformers.
+"""Runs Ray's workers and the drivers of jobs as forks of one process that has imported torch and transformers.
 
-A worker that imports them itself takes five seconds of CPU time, and the tests start hundreds of workers. The server
-does not import Ray, because Ray reads settings from the environment at import, such as the authentication mode.
+A process that imports them itself takes five seconds of CPU time, and the tests start hundreds of them. The server does
+not import Ray, because Ray reads settings from the environment at import, such as the authentication mode.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,13 +68,14 @@ def _import_what_workers_import() -> None:
     gc.freeze()
 
 
-def _become(worker: socket.socket) -> None:
+def _become(asking: socket.socket) -> None:
     """Continue as the process that asks: with its program, files, folder and environment."""
     # If a worker dies, Ray kills its process group, which must not be the server's.
     os.setpgrp()
-    text, streams, _, _ = socket.recv_fds(worker, 1 << 16, 3)
-    while more := worker.recv(1 << 16):
-        text += more
+    asking.send(b"%16d" % os.getpid())
+    text, streams, _, _ = socket.recv_fds(asking, 1 << 16, 3)
+    while not text.endswith(b"\n"):
+        text += asking.recv(1 << 16)
     asked = json.loads(text)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -81,14 +84,39 @@ def _become(worker: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    sys.argv[:] = asked["words"]
-    sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    threading.Thread(target=_end_with, args=(asking,), daemon=True).start()
+    ended = [1]
+    # What is registered first runs last, after all that the program leaves for its end.
+    atexit.register(lambda: asking.send(b"%16d" % ended[0]))
+    try:
+        _run(asked["words"])
+        sys.exit(0)
+    except SystemExit as end:
+        ended[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+
+
+def _end_with(asking: socket.socket) -> None:
+    """End this process when the one that it replaces is killed."""
+    if not asking.recv(1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(words: list[str]) -> None:
+    """Run `python WORDS`, for a program that is a file or a module."""
+    is_module = words[0] == "-m"
+    program = words[1] if is_module else words[0]
+    sys.argv[:] = words[1:] if is_module else words
+    first = str(Path.cwd()) if is_module else str(Path(program).parent)
+    sys.path[:1] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     # Python does so when it starts. The server may have imported one itself, and a cluster's head has another
     # (job_server.py).
     sys.modules.pop("sitecustomize", None)
     importlib.import_module("sitecustomize")
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    sys.exit()
+    if is_module:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(program, run_name="__main__")
 
 
 if __name__ == "__main__":

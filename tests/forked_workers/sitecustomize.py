@@ -1,4 +1,4 @@
-"""Replaces a worker that Ray starts by a fork (see server.py).
+"""Replaces a worker or a job's driver that Ray starts by a fork (see server.py).
 
 Python imports this module before it runs its program, because PYTHONPATH names the folder.
 """
@@ -6,16 +6,33 @@ Python imports this module before it runs its program, because PYTHONPATH names 
 import os
 import sys
 
-if os.environ.get("SLIMLLM_FORKED_WORKERS") and sys.orig_argv[1:2] and sys.orig_argv[1].endswith("/default_worker.py"):
+IS_WORKER = sys.orig_argv[1:2] and sys.orig_argv[1].endswith("/default_worker.py")
+IS_DRIVER = sys.orig_argv[1:3] == ["-m", "orchestrator"]
+
+
+def run_in_fork(address: str) -> None:
+    """Run this process's program in a fork; pass signals on to it, and end as it ends."""
     import json
+    import signal
     import socket
     from pathlib import Path
 
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(os.environ["SLIMLLM_FORKED_WORKERS"])
-        asked = json.dumps({"words": sys.orig_argv[1:], "folder": str(Path.cwd()), "environment": dict(os.environ)})
-        socket.send_fds(server, [asked.encode()], [0, 1, 2])
-        server.shutdown(socket.SHUT_WR)
+        server.connect(address)
+        asked = {"words": sys.orig_argv[1:], "folder": str(Path.cwd()), "environment": dict(os.environ)}
+        socket.send_fds(server, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
+        fork = int(server.recv(16))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda given, _: os.kill(fork, given))
+        # Tests that freeze the program must know which process runs it.
+        Path(f"{address}-{os.getpid()}").write_text(str(fork))
         # This returns when the fork ends, so that this process lives as long as its fork.
-        server.recv(1)
-    os._exit(0)
+        code = server.recv(16)
+    # A fork that was killed gave no code, nor does a worker that Ray ends.
+    if not code and IS_DRIVER:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(int(code or 0))
+
+
+if (IS_WORKER or IS_DRIVER) and (server_address := os.environ.get("SLIMLLM_FORKED_WORKERS")):
+    run_in_fork(server_address)

@@ -91,14 +91,16 @@ class Head:
         return self.folder / "session_latest" / "logs" / f"job-driver-{job_id}.log"
 
     def driver(self, output: Path) -> psutil.Process:
-        """The process of the job that writes this output."""
+        """The process of the job that writes this output: a fork (tests/forked_workers)."""
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             # A worker of Ray starts it, and workers are forks: it does not descend from the head.
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
                     if process.cmdline()[1:3] == ["-m", "orchestrator"] and str(output) in process.cmdline():
-                        return process
+                        fork = Path(f"{os.environ['SLIMLLM_FORKED_WORKERS']}-{process.pid}")
+                        if fork.exists() and fork.read_text():
+                            return psutil.Process(int(fork.read_text()))
             time.sleep(0.05)
         raise AssertionError(f"no job writes {output}")
 

@@ -20,7 +20,7 @@ from orchestrator.cli import main, runs
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import PruneResult
 from slimllm_ops.decide.plan import Plan
-from tests.conftest import content
+from tests.conftest import content, shard_processes
 from tests.forks import Forks, slimllm
 
 # A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
@@ -125,14 +125,16 @@ class Story:
 
         No process of it is left, and its output is unfinished.
         """
-        # Workers that are forks would not descend from the command, and this test is about all processes that do.
-        attempt = self.forks.start(self.command(*more), SLIMLLM_FORKED_WORKERS="")
+        # A terminal's signal is for all processes that descend from the command: forks would not.
+        whole = {"SLIMLLM_FORKED_WORKERS": ""} if sent == signal.SIGINT else {}
+        attempt = self.forks.start(self.command(*more), **whole)
         process = attempt.process
         while not (self.partial / ".work" / "solved" / "pruned.log" / f"layer-{layer:05d}.json").exists():
             assert process.is_running(), attempt.printed()
             time.sleep(0.01)
-        started = process.children(recursive=True)
-        assert any("ray::Shard" in " ".join(child.cmdline()) for child in started)
+        shards = shard_processes()
+        assert shards
+        started = [*process.children(recursive=True), *shards]
         # Ray's agents, which do nothing but tell of a node, notice only after a minute that a driver was killed.
         agents = [child for child in started if "Agent" in child.name() and sent == signal.SIGKILL]
         # The kill program's manners: to the process. A terminal's: to all of its group.

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
+from cluster import job_client
 from orchestrator.cli import main
 from orchestrator.config import ConfigError
 from orchestrator.tracking import TrackingOptions, log_output, tracked_run
@@ -52,6 +53,12 @@ def job_of(said: str) -> str:
 # ---- Without a cluster
 
 
+@pytest.fixture
+def nobody_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for a job server that does not answer (test_job_client.py shows that it is waited for)."""
+    monkeypatch.setattr(job_client, "REFUSING_SECONDS", 0.0)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -66,6 +73,7 @@ def job_of(said: str) -> str:
         (["--address", "127.0.0.1:1", "prune"], "no Ray job server answers at http://127.0.0.1:1: check"),
     ],
 )
+@pytest.mark.usefixtures("nobody_starts")
 def test_what_no_job_can_do_is_refused_in_one_line(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +90,7 @@ def test_an_option_that_the_command_has_not_is_refused_before_it_is_sent() -> No
     assert "No such option '--sparsty'" in result.stderr
 
 
+@pytest.mark.usefixtures("nobody_starts")
 def test_a_secret_in_the_command_and_a_server_that_the_job_will_not_know_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
