@@ -67,7 +67,7 @@ def _render(
 
 
 def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
-    remedy = "add its files, or give token blocks (input_ids in a .parquet or .arrow file), which need none"
+    remedy = "add its files, or give token blocks (input_ids in a .parquet, .arrow or .jsonl file), which need none"
     with _naming_tokenizer_failure(f"{spec} is text, and {model_dir} has no tokenizer that loads", remedy):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
         # In many families, a folder without tokenizer files loads as an empty tokenizer, which drops every word.

@@ -197,5 +197,5 @@ def test_text_by_a_uri_gives_the_tokens_of_the_file_and_errors_that_name_it(stor
         DataError, match=rf"^s3://{BUCKET}/text/text.jsonl: line 1: 'text' is of type int: give a string"
     ):
         load_tokens(store.put(path, "text"), **settings, options=options)
-    with pytest.raises(DataError, match=r"text.csv: unknown file type '.csv'"):
-        load_tokens(f"s3://{BUCKET}/text/text.csv", **settings, options=options)
+    with pytest.raises(DataError, match=r"text.tab: unknown file type '.tab'"):
+        load_tokens(f"s3://{BUCKET}/text/text.tab", **settings, options=options)
