@@ -262,5 +262,26 @@ def test_text_for_a_model_without_a_tokenizer(tmp_path: Path, load: Callable, fa
         load(path, model_dir=tmp_path / "absent" / "folder")
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma", "mistral", "opt"])
+def test_a_vocabulary_whose_package_is_missing(
+    tmp_path: Path, load: Callable, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    # The first pieces, as SentencePiece writes them; then as tiktoken does.
+    for content, said in (
+        (
+            b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02",
+            r"no tokenizer that loads: tokenizer.model is .*: pip install sentencepiece",
+        ),
+        (b"IQ== 0\nIg== 1\n", r"tokenizer.*give token blocks \(input_ids"),
+    ):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(DataError, match=said) as raised:
+            load(write_jsonl(tmp_path / "x.jsonl", DOCUMENTS), model_dir=tmp_path)
+        assert ("tiktoken" in str(raised.value)) <= (content[:1] == b"I")
+        assert "\n" not in str(raised.value)
+
+
 def test_errors_travel_between_processes() -> None:
     assert str(pickle.loads(pickle.dumps(DataError("a: b: c")))) == "a: b: c"
