@@ -1,6 +1,7 @@
 """Weights in float8 with scales are read as transformers restores them, and those that it cannot be are refused."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,13 @@ def test_scales_that_do_not_fit_are_refused(change: Callable[[Tensors], Tensors]
     rewrite(tmp_path, change)
     with pytest.raises((CheckpointError, NonFiniteError), match=says):
         Checkpoint.open(tmp_path).read_layer(1)
+
+
+def test_a_reference_to_a_weight_travels(tmp_path: Path) -> None:
+    family = family_named("mixtral")
+    save_tiny(family, tmp_path, **SIZES)
+    in_float8(family, tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    for name in (family.mlp.output_weight, family.attention.output_weight):
+        reference = pickle.loads(pickle.dumps(checkpoint.stored_weight(1, name)))
+        assert torch.equal(reference.read(), checkpoint.read_layer(1)[name])
