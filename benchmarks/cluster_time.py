@@ -26,9 +26,7 @@ import torch
 
 from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.one_process import prune_timed, rates_of, write_tokens
-from benchmarks.random_model import Shape, shape_options, write_model
-from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.stream.operations import (
+from benchmarks.operations import (
     OBSERVING_SHARE,
     SOLVING_SHARE,
     decision_operations,
@@ -36,6 +34,8 @@ from slimllm_ops.stream.operations import (
     forward_operations,
     moment_operations,
 )
+from benchmarks.random_model import Shape, shape_options, write_model
+from slimllm_ops.checkpoint.reading import Checkpoint
 
 BLOCK, BLOCKS = 2048, 128
 SEVEN = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32)

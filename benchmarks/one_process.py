@@ -25,12 +25,12 @@ from rich.console import Console
 from actors import local
 from actors.local import Held, LocalWorkers
 from benchmarks.machine import describe_machine, write_table
+from benchmarks.operations import LayerOperations, elimination_operations, rate_of_products
 from benchmarks.random_model import Shape, shape_options, write_model
 from orchestrator import PruneConfig, prune
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import accumulation_dtype
-from slimllm_ops.stream.operations import LayerOperations, elimination_operations, rate_of_products
 from slimllm_ops.stream.weights import compute_dtype
 
 R = TypeVar("R")

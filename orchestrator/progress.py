@@ -1,11 +1,16 @@
-"""Reports a run's progress, as a bar on a terminal and as lines elsewhere, and times every stage."""
+"""Reports a run's progress, as a bar on a terminal and as lines elsewhere, and times every stage.
+
+The time left of a stage is told once its first layer is done. It is the mean time of the layers that this run has
+passed, times those that are left.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from orchestrator.secrets import masked
 from orchestrator.terminal import open_console
@@ -68,15 +73,14 @@ class Reporter:
             TextColumn("{task.description:<24}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("layers  {task.fields[rate]}"),
-            TimeRemainingColumn(),
+            TextColumn("layers  {task.fields[told]}"),
         )
         start = time.perf_counter()
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(stage, total=layers.stop, completed=layers.start, rate="")
+            task = progress.add_task(stage, total=layers.stop, completed=layers.start, told="")
             for done, layer in enumerate(layers, start=1):
                 yield layer
-                progress.update(task, advance=1, rate=_rate(done * tokens, start))
+                progress.update(task, advance=1, told=_describe(done, len(layers), tokens, start))
 
     def _lines(self, stage: str, layers: range, tokens: int) -> Iterator[int]:
         start = time.perf_counter()
@@ -86,9 +90,11 @@ class Reporter:
             now = time.perf_counter()
             if now - told > LINE_SECONDS or done == len(layers):
                 told = now
-                left = (now - start) / done * (len(layers) - done)
-                self.note(f"{stage}: layer {layer + 1}/{layers.stop}, {_rate(done * tokens, start)}, {left:.0f} s left")
+                self.note(f"{stage}: layer {layer + 1}/{layers.stop}, {_describe(done, len(layers), tokens, start)}")
 
 
-def _rate(layer_tokens: int, start: float) -> str:
-    return f"{layer_tokens / max(time.perf_counter() - start, 1e-9):,.0f} tokens/s per layer"
+def _describe(done: int, layers: int, tokens: int, start: float) -> str:
+    """Return the rate of the layers that are done, and the time that the others will take at this rate."""
+    seconds = max(time.perf_counter() - start, 1e-9)
+    left = timedelta(seconds=round(seconds / done * (layers - done)))
+    return f"{done * tokens / seconds:,.0f} tokens/s per layer, {left} left of this stage"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from orchestrator.version import DISTRIBUTION, VERSION
 
@@ -33,6 +35,16 @@ def test_the_name_and_the_version_are_the_same_everywhere() -> None:
     assert (project["name"], project["license"]) == (DISTRIBUTION, citation["license"])
     assert citation["version"] == VERSION
     assert f"\n## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_requirement_has_a_version_that_fits() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+    versions = {canonicalize_name(name): version for name, version in pins.items()}
+    for requirement in map(Requirement, asked):
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} and {version}"
 
 
 def test_nobody_is_told_to_install_a_strangers_package() -> None:

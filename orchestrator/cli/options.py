@@ -21,7 +21,9 @@ GENERAL: dict[str, Decorator] = {
         "--config", "config_file", type=Path, metavar="FILE.toml", help="Read options from a file; flags win."
     ),
     "dry_run": click.option(
-        "--dry-run", is_flag=True, help="Print what the run would take, and stop before computing anything."
+        "--dry-run",
+        is_flag=True,
+        help="Print the memory, disk and traffic that the run would take, and stop before computing.",
     ),
     "json": click.option(
         "--json", "as_json", is_flag=True, help="Print the result, or the error, as one JSON object on stdout."

@@ -93,13 +93,13 @@ def print_plan(plan: RunPlan, console: Console | None = None) -> None:
     console, estimate = console or open_console(), plan.estimate
     table = Table()
     gpu = estimate.device == "cuda"
-    for heading in ("stage", "a worker's GPU, MB" if gpu else "worker, MB", "solve, MB", "driver, MB", "seconds"):
+    for heading in ("stage", "a worker's GPU, MB" if gpu else "worker, MB", "solve, MB", "driver, MB"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in estimate.stages:
         sizes = [f"{size / 1e6:,.0f}" if size else "" for size in (stage.worker, stage.solve, stage.driver)]
-        table.add_row(stage.name, *sizes, "" if stage.seconds is None else f"{stage.seconds:,.1f}")
+        table.add_row(stage.name, *sizes)
     totals = [f"{size / 1e6:,.0f}" if size else "" for size in (estimate.worker, estimate.solve, estimate.driver)]
-    table.add_row("maximum, or total", *totals, "" if estimate.seconds is None else f"{estimate.seconds:,.1f}")
+    table.add_row("maximum", *totals)
     console.print(table)
     workers = plan.workers
     has = f"{workers.cpus_per_worker} CPUs and {workers.gpus_per_worker:g} GPUs"
@@ -118,10 +118,8 @@ def print_plan(plan: RunPlan, console: Console | None = None) -> None:
         *(f"{check.name}: {check.found}" for check in plan.checks if check.ok),
         f"output: {plan.output}",
     ]
-    _print_lines(
-        console,
-        [*lines, "memory is likely within 30 %; seconds are a rough estimate, from timing a short matrix product"],
-    )
+    told = "memory is likely within 30 %; for time, look at a run's progress: it times its layers as they pass"
+    _print_lines(console, [*lines, told])
 
 
 def describe_plan(plan: RunPlan) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reads text or token files into token blocks, for calibration and held-out evaluation.
 
 Shapes: B blocks of T tokens. A text is tokenised with the model's own tokenizer and cut into blocks that do
-not overlap (``text.py``). A table with an ``input_ids`` column already holds blocks, which are used unchanged.
+not overlap (``text.py``). Rows with ``input_ids`` are blocks already, which are used unchanged.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ from orchestrator.data.blocks import (
     freeze,
     save_blocks,
 )
-from orchestrator.data.files import local_file, table_columns
+from orchestrator.data.files import local_file
 from orchestrator.data.text import read_text
-from orchestrator.data.token_rows import read_rows
+from orchestrator.data.token_rows import has_token_rows, read_rows
 from orchestrator.sources import storage
 
 __all__ = ["DataError", "TextOptions", "TokenBlocks", "load_tokens", "save_blocks"]
@@ -27,9 +27,10 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
     """Load token blocks for a model.
 
     Args:
-        spec: The source: ``builtin:calibration`` or ``builtin:heldout``; a ``.txt`` or ``.md`` file; a ``.jsonl`` or
-            ``.json`` file of rows; any of these as ``.gz``, ``.zst``, ``.bz2`` or ``.xz``; a ``.parquet`` or ``.arrow``
-            file, or a folder of ``datasets.save_to_disk``, of rows or of ``input_ids`` (these take precedence); the URI
+        spec: The source: ``builtin:calibration`` or ``builtin:heldout``; a ``.txt`` or ``.md`` file; a ``.jsonl``,
+            ``.json``, ``.csv`` or ``.tsv`` file of rows; any of these as ``.gz``, ``.zst``, ``.bz2`` or ``.xz``; a
+            ``.parquet`` or ``.arrow`` file, or a folder of ``datasets.save_to_disk``, of rows. Rows of ``input_ids``
+            are token blocks, whatever other columns there are. Or the URI
             of such a file in a store (``s3://``, ``gs://``, ``hf://``); or a hub dataset, ``name[:config[:split]]`` (by
             default the train split). ``orchestrator/data/rows.py`` says which columns make a row's text.
         model_dir: The directory with the model's tokenizer; unused for token files.
@@ -45,7 +46,7 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
     """
     path = local_file(spec)
     with storage.naming_uri(spec, path, DataError):
-        if path is not None and "input_ids" in table_columns(path):
+        if path is not None and has_token_rows(path):
             ids_BT = read_rows(spec, path, vocab_size)
             ids_BT = ids_BT[: options.most_blocks(ids_BT.shape[1])]
             found, source_digest = len(ids_BT), None

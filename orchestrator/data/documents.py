@@ -1,14 +1,12 @@
 """Reads the documents of any source, one after the other."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from orchestrator.data.blocks import DataError
-from orchestrator.data.files import HUB_NAME, LONGEST_DOCUMENT, list_names, naming_file, read_columns, table_columns
-from orchestrator.data.forms import LINES, OBJECTS, SUFFIXES, form_of, open_text
-from orchestrator.data.json_objects import read_objects
+from orchestrator.data.files import HUB_NAME, list_names, read_columns, table_columns
+from orchestrator.data.forms import ROWS, SUFFIXES, form_of
 from orchestrator.data.rows import (
     COLUMNS,
     REMEDY,
@@ -16,9 +14,9 @@ from orchestrator.data.rows import (
     Render,
     columns_to_read,
     document_of,
-    too_long,
     without_nulls,
 )
+from orchestrator.data.text_rows import read_text_rows
 from orchestrator.sources import hub
 
 
@@ -32,8 +30,7 @@ def read_documents(spec: str, path: Path | None, render: Render) -> Iterator[Doc
     """
     if path is None:
         return _builtin_documents(spec) if spec.startswith("builtin:") else _hub_documents(spec, render)
-    readers = {LINES: _jsonl_documents, OBJECTS: _json_documents}
-    return readers.get(form_of(path), _table_documents)(path, render)
+    return (_row_documents if form_of(path) in ROWS else _table_documents)(path, render)
 
 
 def _builtin_documents(spec: str) -> Iterator[Document]:
@@ -46,38 +43,9 @@ def _builtin_documents(spec: str) -> Iterator[Document]:
     return map(Document, texts[spec]())
 
 
-def _jsonl_documents(path: Path, render: Render) -> Iterator[Document]:
-    with naming_file(path), open_text(path) as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except RecursionError as error:
-                raise DataError(f"{path}: line {number} is nested too deeply: drop it") from error
-            # More than JSON's own errors: Python refuses numbers with very many digits.
-            except ValueError as error:
-                reason = getattr(error, "msg", error)
-                raise DataError(f"{path}: line {number} is not JSON ({reason}): fix or drop it") from error
-            if not isinstance(row, dict):
-                raise DataError(f'{path}: line {number} is not an object: write {{"text": ...}} on each line')
-            yield document_of(row, f"{path}: line {number}", render)
-
-
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    """Yield the lines of a file; refuse a line that is longer than a document may be."""
-    number = 0
-    while line := file.readline(LONGEST_DOCUMENT + 1):
-        number += 1
-        if len(line) > LONGEST_DOCUMENT:
-            raise too_long(f"{path}: line {number}")
-        yield line
-
-
-def _json_documents(path: Path, render: Render) -> Iterator[Document]:
-    with naming_file(path), open_text(path) as file:
-        for number, row in enumerate(read_objects(file, path)):
-            yield document_of(row, f"{path}: row {number}", render)
+def _row_documents(path: Path, render: Render) -> Iterator[Document]:
+    for where, row in read_text_rows(path):
+        yield document_of(row, where, render)
 
 
 def _table_documents(path: Path, render: Render) -> Iterator[Document]:

@@ -19,9 +19,12 @@ from orchestrator.data.blocks import DataError
 RUNNING = (".txt", ".md")
 LINES = ".jsonl"
 OBJECTS = ".json"
+# Separated values, below a line of columns.
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
 ARROW = ".arrow"
-TEXT = (*RUNNING, LINES, OBJECTS)
+ROWS = (LINES, OBJECTS, *SEPARATORS)
+TEXT = (*RUNNING, *ROWS)
 TABLES = (PARQUET, ARROW)
 SUFFIXES = (*TEXT, *TABLES)
 # A folder that `datasets.save_to_disk` wrote.

@@ -23,7 +23,7 @@ Render = Callable[[list[dict[str, Any]], list[Any] | None, str], str]
 
 REMEDY = (
     "rename the one that has it, or give 'messages', 'instruction' and 'output', or 'prompt' and 'completion'; "
-    "rows of 'input_ids' belong in a .parquet or .arrow file"
+    "rows of 'input_ids' are read from files, where all rows have them"
 )
 _PARTS = (("instruction", "Instruction"), ("input", "Input"), ("output", "Response"))
 # Names that some datasets have for the roles and keys of messages.

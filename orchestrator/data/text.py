@@ -25,6 +25,7 @@ from orchestrator.data.documents import read_documents
 from orchestrator.data.files import error_line, naming_file
 from orchestrator.data.forms import RUNNING, form_of, open_text
 from orchestrator.data.rows import Document
+from slimllm_ops.checkpoint.tokenizer import lacks_package
 
 # Limit on the tokens of a text that is evaluated whole: hours for a small model.
 MOST_EVALUATED = 1 << 24
@@ -67,14 +68,26 @@ def _render(
 
 
 def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
-    remedy = "add its files, or give token blocks (input_ids in a .parquet or .arrow file), which need none"
-    with _naming_tokenizer_failure(f"{spec} is text, and {model_dir} has no tokenizer that loads", remedy):
+    remedy = "add its files, or give token blocks (input_ids in a .parquet, .arrow or .jsonl file), which need none"
+    failed = f"{spec} is text, and {model_dir} has no tokenizer that loads"
+    with _naming_missing_package(failed, model_dir), _naming_tokenizer_failure(failed, remedy):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
         # In many families, a folder without tokenizer files loads as an empty tokenizer, which drops every word.
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
-    if empty:
-        raise DataError(f"{spec} is text, and the tokenizer in {model_dir} has no vocabulary: {remedy}")
+        if empty:
+            raise DataError(f"{spec} is text, and the tokenizer in {model_dir} has no vocabulary: {remedy}")
     return tokenizer
+
+
+@contextmanager
+def _naming_missing_package(failed: str, model_dir: Path) -> Iterator[None]:
+    """Say which package is missing, if that is why a tokenizer does not load."""
+    try:
+        yield
+    except DataError as error:
+        if lacks := lacks_package(model_dir):
+            raise DataError(f"{failed}: {lacks}") from error
+        raise
 
 
 @contextmanager
@@ -82,7 +95,7 @@ def _naming_tokenizer_failure(what: str, remedy: str) -> Iterator[None]:
     """Turn any tokenizer error into a one-line DataError; the files are untrusted and may hold anything."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, DataError):
         raise
     # Catch everything: Transformers raises a dozen kinds of errors, and a Rust panic is not an Exception.
     except BaseException as error:

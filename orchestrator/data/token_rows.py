@@ -8,7 +8,9 @@ Shapes: R rows of T tokens.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +18,32 @@ import pyarrow.compute as pc
 
 from orchestrator.data.blocks import DataError, check_vocabulary
 from orchestrator.data.files import read_columns, table_columns
+from orchestrator.data.forms import ROWS, form_of
+from orchestrator.data.text_rows import read_text_rows
 from slimllm_ops.errors import shown
 from slimllm_ops.stream.padding import PADDING
 
 # Limit on the token ids of a table: 1 GB in memory, and far more than a calibration needs.
 MOST_IDS = 1 << 28
 IDS, MASK = "input_ids", "attention_mask"
+# The ids of a file of text that become an array at once.
+IDS_AT_ONCE = 1 << 20
+_LISTS = pa.large_list(pa.int64())
+
+
+def has_token_rows(path: Path) -> bool:
+    """Return whether a file or folder holds rows of token ids, by its columns or by its first row.
+
+    Raises:
+        DataError: The first row cannot be read.
+    """
+    if form_of(path) in ROWS:
+        return any(IDS in row for _, row in islice(read_text_rows(path), 1))
+    return IDS in table_columns(path)
 
 
 def read_rows(spec: str, path: Path, vocab_size: int) -> np.ndarray:
-    """Return the rows of a table's token ids, with `PADDING` after the tokens of shorter ones.
+    """Return the rows of token ids of a table or of a file of rows, with `PADDING` after the tokens of shorter ones.
 
     There is no copy if the rows are one uncompressed Arrow batch without padding.
 
@@ -67,9 +85,8 @@ class _Part:
 
 
 def _parts(path: Path) -> Iterator[_Part]:
-    names = [IDS, MASK] if MASK in table_columns(path) else [IDS]
     first, num_ids = 0, 0
-    for array, *masks in read_columns(path, names):
+    for array, *masks in _arrays(path):
         _check_lists(path, array, IDS, "integers", (pa.types.is_integer,))
         # A few bytes can encode very many rows.
         num_ids += len(array) + len(array.flatten())
@@ -86,6 +103,44 @@ def _parts(path: Path) -> Iterator[_Part]:
             )
         yield part
         first += len(array)
+
+
+def _arrays(path: Path) -> Iterator[list[pa.Array]]:
+    """Yield the ids of some rows, and the masks if there are any."""
+    if form_of(path) not in ROWS:
+        yield from read_columns(path, [IDS, MASK] if MASK in table_columns(path) else [IDS])
+        return
+    names: list[str] = []
+    held: list[list[np.ndarray]] = []
+    num_ids = 0
+    for where, row in read_text_rows(path):
+        names = names or [name for name in (IDS, MASK) if name in row]
+        held.append([_listed(where, row, name, names) for name in names])
+        num_ids += 1 + held[-1][0].size
+        if num_ids > IDS_AT_ONCE:
+            yield _in_columns(held)
+            held, num_ids = [], 0
+    if held:
+        yield _in_columns(held)
+
+
+def _in_columns(rows: list[list[np.ndarray]]) -> list[pa.Array]:
+    return [pa.array(column, _LISTS) for column in zip(*rows, strict=True)]
+
+
+def _listed(where: str, row: dict[str, Any], name: str, names: list[str]) -> np.ndarray:
+    """Return a row's ids or mask, after checking that it has the columns that the first row has."""
+    if differs := {IDS, MASK} & row.keys() ^ set(names):
+        has = "has no" if differs - row.keys() else "has an"
+        raise DataError(f"{where} {has} {min(differs)!r}, unlike the first row: give all rows the same columns")
+    values, kinds = row[name], (int,) if name == IDS else (int, bool)
+    # Arrow would take 1.5 for 1.
+    if not isinstance(values, list) or not all(type(value) in kinds for value in values):
+        what = "integers" if name == IDS else "0 and 1"
+        raise DataError(f"{where}: {name!r} is no list of {what}: give one, or drop the row")
+    if not all(abs(value) < 1 << 63 for value in values):
+        raise DataError(f"{where}: {name!r} holds a number that is no token id: fix or drop the row")
+    return np.array(values, dtype=np.int64)
 
 
 def _masked(path: Path, part: _Part, mask: pa.Array) -> _Part:

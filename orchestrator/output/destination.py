@@ -179,7 +179,8 @@ def _upload(directory: Path, uri: str, overwrite: bool, note: Callable[[str], No
     note(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, to {uri}")
     waits = f"the complete output is in {directory}: run the same command with --resume to upload it"
     try:
-        storage.upload_directory(uri, directory, str(ASKED), overwrite)
+        if kept := storage.upload_directory(uri, directory, str(ASKED), overwrite):
+            note(f"{kept} of them were there already")
     except storage.StorageError as error:
         raise DeliveryError(f"{error}; {waits}") from error
     except BaseException as error:

@@ -13,7 +13,6 @@ from orchestrator.output.staging import staging_directory
 from orchestrator.preflight.estimate import Estimate, readable
 from orchestrator.preflight.stages import LIBRARIES
 from orchestrator.tracking import TrackingOptions, database_file
-from slimllm_ops.stream.operations import Rates
 
 NODE_SECONDS = 10.0
 # The estimate is within 30 % of measurements (tests/orchestrator/preflight/test_estimate.py). A run certainly fails if
@@ -49,29 +48,21 @@ class Nodes:
     resources: Resources
     states: tuple[NodeState | str, ...]
 
-    @property
-    def rates(self) -> Rates | None:
-        """The rates of the slowest node, because shards wait for each other."""
-        rates = [state.rates for state in self.states if isinstance(state, NodeState) and state.rates is not None]
-        return min(rates, key=lambda one: one.products, default=None)
-
     def pairs(self) -> Iterator[tuple[Node, NodeState | str]]:
         """Yield every node with its state."""
         yield from zip(self.resources.nodes, self.states, strict=True)
 
 
-def inspect_cluster(resources: Resources, workers: WorkerPlan, device: str) -> Nodes:
+def inspect_cluster(resources: Resources, gpus: float) -> Nodes:
     """Inspect every node, for NODE_SECONDS at most.
 
     Args:
         resources: The cluster.
-        workers: The workers that will run there.
-        device: The device whose rates are measured, "cpu" or "cuda"; "" for none.
+        gpus: The share of a GPU that the inspection of a node may use; with 0 it leaves GPUs alone.
     """
     # Without ids, only this node can be inspected.
     nodes = [(node.node_id, node.here) for node in resources.nodes]
-    found = inspect_nodes(nodes, device, workers.cpus_per_worker, workers.gpus_per_worker, NODE_SECONDS)
-    return Nodes(resources, tuple(found))
+    return Nodes(resources, tuple(inspect_nodes(nodes, gpus, NODE_SECONDS)))
 
 
 def check_fit(config: PruneConfig, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:

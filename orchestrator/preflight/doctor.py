@@ -153,7 +153,7 @@ def _check_cluster(config: PruneConfig, source: Checkpoint | None) -> Iterator[C
     except Exception as error:
         yield Check("Ray", False, _error_text(error), "" if isinstance(error, ClusterError) else "look at its logs")
     if source is not None:
-        estimate = _estimate(config, source, replace(ALONE, num_workers=config.workers or 1), None)
+        estimate = _estimate(config, source, replace(ALONE, num_workers=config.workers or 1))
         yield from check_disks(config, _output(config), estimate, Nodes(Resources(()), ()), ALONE)
 
 
@@ -165,26 +165,25 @@ def _check_nodes(
     except ClusterError as error:
         yield Check("workers", False, str(error))
         workers = ALONE
-    nodes = inspect_cluster(resources, workers, "cuda" if workers.gpus_per_worker else "cpu")
+    nodes = inspect_cluster(resources, workers.gpus_per_worker)
     yield from check_nodes(nodes, workers)
     if source is None:
         place = nearest_directory(_output(config) if config.output else Path())
         yield Check("disk", True, f"{readable(shutil.disk_usage(place).free)} free in {place}")
         return
-    estimate = _estimate(config, source, workers, nodes)
-    yield Check("estimate", True, "; ".join(estimate.lines()))
+    estimate = _estimate(config, source, workers)
+    yield Check("estimate", True, estimate.describe())
     yield from check_memory(estimate, nodes, workers)
     yield from check_disks(config, _output(config), estimate, nodes, workers)
 
 
-def _estimate(config: PruneConfig, source: Checkpoint, workers: WorkerPlan, nodes: Nodes | None) -> Estimate:
+def _estimate(config: PruneConfig, source: Checkpoint, workers: WorkerPlan) -> Estimate:
     """Estimate a run on as much text as the config asks for; the real texts may have other lengths."""
     length = min(config.sequence_length, source.config.max_position_embeddings)
     text = Text(config.samples, length)
     evaluated = text if config.evaluate_tokens is None else Text(max(1, config.evaluate_tokens // length), length)
     held_out = (evaluated,) * (len(config.evaluate) or (config.calibration is None and config.moments is None))
-    rates = None if nodes is None else nodes.rates
-    return estimate_pruning(Workload.of_texts(config, source, text, held_out, workers, rates))
+    return estimate_pruning(Workload.of_texts(config, source, text, held_out, workers))
 
 
 def _run_check(name: str, look: Callable[[], Check]) -> Iterator[Check]:

@@ -64,8 +64,7 @@ def require_room(intent: Intent, estimating: Estimating, reporter: Reporter) -> 
         ConfigError: The run would certainly fail.
     """
     plan = _estimate_and_check(intent, estimating)
-    for line in plan.estimate.lines():
-        reporter.note(f"estimate: {line}")
+    reporter.note(f"estimate: {plan.estimate.describe()}")
     for stage in plan.estimate.stages:
         reporter.detail(f"estimate, {stage.describe()}")
     refuse_certain_failure(plan.checks, reporter.warn)
@@ -105,8 +104,7 @@ def _estimate_and_check(intent: Intent, estimating: Estimating, gpus: float = 0.
             seconds that a process needs to start using one.
     """
     config, workers = intent.config, intent.workers
-    device = "cuda" if gpus else "" if workers.gpus_per_worker else "cpu"
-    nodes = inspect_cluster(intent.resources, workers, device)
-    estimate = estimating(Workload.of(config, intent.inputs, workers, nodes.rates))
+    nodes = inspect_cluster(intent.resources, gpus)
+    estimate = estimating(Workload.of(config, intent.inputs, workers))
     checks = (*check_nodes(nodes, workers), *check_fit(config, intent.output.directory, estimate, nodes, workers))
     return RunPlan(output=intent.output.place, workers=workers, estimate=estimate, checks=checks)

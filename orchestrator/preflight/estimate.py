@@ -1,4 +1,8 @@
-"""Holds the estimate of a run: memory and seconds by stage, disk, and network traffic."""
+"""Holds the estimate of a run: memory by stage, disk, and network traffic.
+
+It tells no seconds: they depend on the machine and on what else runs there. A run measures the time of its layers, and
+tells what is left of a stage (`orchestrator.progress`).
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The likely cost of a stage of a run.
+    """The likely memory of a stage of a run.
 
     Attributes:
         name: The stage, under the name by which the run reports its seconds.
@@ -14,7 +18,6 @@ class Stage:
         required: Bytes, without its libraries, that a worker needs to accept the stage.
         solve: Bytes of a solve task, including its libraries; 0 if there is none.
         driver: Bytes of the driver.
-        seconds: Total seconds; None if no rate is known.
     """
 
     name: str
@@ -22,13 +25,11 @@ class Stage:
     required: int = 0
     solve: int = 0
     driver: int = 0
-    seconds: float | None = None
 
     def describe(self) -> str:
         """Return the stage in one line."""
         sizes = {"worker": self.worker, "solve": self.solve, "driver": self.driver}
-        parts = [f"{name} {readable(size)}" for name, size in sizes.items() if size]
-        return f"{self.name}: " + ", ".join(parts + ([] if self.seconds is None else [f"{self.seconds:.1f} s"]))
+        return f"{self.name}: " + ", ".join(f"{name} {readable(size)}" for name, size in sizes.items() if size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,29 +87,19 @@ class Estimate:
         """Peak bytes of the driver, minus those that it already takes."""
         return self.driver - self.stages[0].driver
 
-    @property
-    def seconds(self) -> float | None:
-        """Total seconds; None if no rate is known."""
-        seconds = [stage.seconds for stage in self.stages if stage.seconds is not None]
-        return sum(seconds) if seconds else None
-
-    def lines(self) -> list[str]:
-        """Return the estimate in a few lines."""
+    def describe(self) -> str:
+        """Return the estimate in one line."""
         solves = f", solves of {readable(self.solve)}" if self.solve else ""
         where = "of its GPU" if self.device == "cuda" else "of memory"
         memory = (
             f"{self.num_workers} worker(s) with {readable(self.worker)} {where}{solves}, driver {readable(self.driver)}"
         )
         beside = f", and {readable(self.beside)} while it runs" if self.beside else ""
-        lines = [f"{memory}; {readable(self.output)} on the disk{beside}"]
-        if self.seconds is not None:
-            parts = [f"{stage.name} {stage.seconds:.0f}" for stage in self.stages if (stage.seconds or 0) >= 1]
-            lines.append(f"very roughly {self.seconds:.0f} s: {', '.join(parts)}")
-        return lines
+        return f"{memory}; {readable(self.output)} on the disk{beside}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the whole estimate as JSON values."""
-        totals = {name: getattr(self, name) for name in ("worker", "solve", "driver", "seconds")}
+        totals = {name: getattr(self, name) for name in ("worker", "solve", "driver")}
         return asdict(self) | totals
 
 

@@ -1,8 +1,7 @@
-"""Estimates the memory and seconds of each stage of a run from the shapes of the model and the tokens.
+"""Estimates the memory of each stage of a run from the shapes of the model and the tokens.
 
 A worker's memory is that of its libraries plus what it will likely hold (`slimllm_ops.stream.footprint`). A solve's
-memory is counted the same way. Seconds are operations divided by a measured rate (`slimllm_ops.stream.operations`).
-They leave out the network and other work on the machine.
+memory is counted the same way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,6 @@ LIBRARIES = 344_000_000
 SOLVE_LIBRARIES = 195_000_000
 # Memory of the libraries that the driver loads later: MLflow's uploads, matplotlib (benchmarks/results/memory.md).
 LATER_LIBRARIES = 200_000_000
-# Workers import torch and transformers before they answer.
-STARTING_SECONDS = 5.0
 # Copies of the head's logits in memory: the logits, and the log-softmax that cross-entropy makes of them.
 LOGIT_COPIES = 2
 
@@ -38,7 +35,7 @@ def estimate_pruning(work: Workload) -> Estimate:
     observing = passes.observing + 2 * targets * config.refine
     return _estimate(
         work,
-        [*passes.stages, *_final_stages(work, models=targets)],
+        [*passes.stages, *_final_stages(work)],
         observing=observing,
         passing=observing + passes.forward + len(work.held_out) * (1 + targets),
         output=_output_bytes(work),
@@ -66,14 +63,14 @@ def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bo
     layerwise = _layerwise(work)
     stages = [_calibration_stage(work), *layerwise.stages]
     if one_pass:
-        stages.append(_deciding_stage(work, models=targets * one_pass))
+        stages.append(_deciding_stage(work))
     if refined:
-        stages.append(_refining_stage(work, models=targets * refined))
+        stages.append(_refining_stage(work))
     observing = 1 + layerwise.observing + 2 * targets * refined
     measured = len(work.held_out) * (1 + targets * (1 + one_pass))
     return _estimate(
         work,
-        [*stages, *_final_stages(work, models=targets * (1 + one_pass))],
+        [*stages, *_final_stages(work)],
         observing=observing,
         passing=observing + layerwise.forward + measured,
         output=models * (1 + one_pass) if kept else 0,
@@ -87,9 +84,8 @@ def _estimate(
 ) -> Estimate:
     """Gather an estimate; `observing` counts the passes that observe moments, `passing` all passes."""
     workers, moments = work.workers, moment_bytes(work.source, work.device)
-    start = [Stage(name="start", driver=work.driver, seconds=STARTING_SECONDS if work.rates else None)]
     return Estimate(
-        stages=(*start, *stages),
+        stages=(Stage(name="start", driver=work.driver), *stages),
         num_workers=workers.num_workers,
         device=work.device.type,
         shared=moments * (workers.num_workers + IN_FLIGHT) if observing else 0,
@@ -122,20 +118,9 @@ class _Passes:
 
 def _layerwise(work: Workload) -> _Passes:
     """Return the passes of the paper's method: one that measures similarities, then one for each target."""
-    targets, tokens = len(work.config.targets), work.calibration.num_tokens
     passing, deciding = (Footprint.of(work.source, work.device, deciding=one) for one in (False, True))
-    forward = work.seconds(tokens, sum(layer.forward for layer in work.layers))
-    observing = work.seconds(
-        tokens,
-        sum(layer.forward + layer.moments for layer in work.layers),
-        # The worker that merged the moments decides, and the others wait.
-        solves=work.workers.num_workers * sum(layer.decision for layer in work.layers),
-    )
-    stages = (
-        _stage(work, "layer similarities", passing.passing(), forward),
-        _stage(work, "pruning", deciding, _multiply(targets, observing)),
-    )
-    return _Passes(stages=stages, observing=targets, forward=1, kept=0)
+    stages = (_stage(work, "layer similarities", passing.passing()), _stage(work, "pruning", deciding))
+    return _Passes(stages=stages, observing=len(work.config.targets), forward=1, kept=0)
 
 
 def _one_pass(work: Workload) -> _Passes:
@@ -151,51 +136,38 @@ def _one_pass(work: Workload) -> _Passes:
 
 def _one_pass_stages(work: Workload) -> Iterator[Stage]:
     """Yield the calibration pass unless moments are given, the decisions, and the refining pass if asked for."""
-    config, targets = work.config, len(work.config.targets)
-    if config.moments is None:
+    if work.config.moments is None:
         yield _calibration_stage(work)
-    yield _deciding_stage(work, targets)
-    if config.refine:
-        yield _refining_stage(work, targets)
+    yield _deciding_stage(work)
+    if work.config.refine:
+        yield _refining_stage(work)
 
 
-def _deciding_stage(work: Workload, models: int) -> Stage:
+def _deciding_stage(work: Workload) -> Stage:
     """Return the stage that decides from moments."""
-    refits = work.seconds(0, 0, solves=models * sum(layer.refit for layer in work.layers))
-    return Stage(name="deciding", solve=_solve_memory(work), driver=_driver_memory(work), seconds=refits)
+    return Stage(name="deciding", solve=_solve_memory(work), driver=_driver_memory(work))
 
 
-def _refining_stage(work: Workload, models: int) -> Stage:
+def _refining_stage(work: Workload) -> Stage:
     """Return the stage that passes dense and pruned models side by side, and refits what is left."""
-    footprint = Footprint.of_refinement(work.source, work.source, work.device)
-    both = sum(2 * layer.forward + 3 * layer.moments for layer in work.layers)
-    solves = work.workers.num_workers * sum(3 * layer.refit for layer in work.layers)
-    refining = work.seconds(work.calibration.num_tokens, both, solves=solves)
-    return _stage(work, "refining", footprint, _multiply(models, refining))
+    return _stage(work, "refining", Footprint.of_refinement(work.source, work.source, work.device))
 
 
 def _calibration_stage(work: Workload) -> Stage:
     """Return the pass that observes the dense model while modules are solved."""
     measures = work.config.drop_layers
     footprint = Footprint.of(work.source, work.device, deciding=False, measures_change=measures)
-    operations = sum(layer.forward + layer.moments for layer in work.layers)
-    solves = sum(layer.elimination for layer in work.layers)
-    seconds = work.seconds(work.calibration.num_tokens, operations, solves=solves)
-    return _stage(work, "calibrating", footprint, seconds, solve=_solve_memory(work))
+    return _stage(work, "calibrating", footprint, solve=_solve_memory(work))
 
 
-def _final_stages(work: Workload, models: int) -> Iterator[Stage]:
+def _final_stages(work: Workload) -> Iterator[Stage]:
     """Yield the stages after the models are written: each is read back, and measured against the dense one."""
-    seconds = work.seconds(0, 0)
-    yield Stage(name="read back", driver=_driver_memory(work), seconds=_multiply(models, seconds))
-    for name, number in (("perplexity, dense", 1), ("perplexity, pruned", models)):
+    yield Stage(name="read back", driver=_driver_memory(work))
+    for name in ("perplexity, dense", "perplexity, pruned"):
         if work.held_out:
             measured = [_perplexity_stage(work, name, text) for text in work.held_out]
             largest = max(measured, key=lambda stage: stage.worker)
-            seconds = None if work.rates is None else number * sum(stage.seconds or 0.0 for stage in measured)
-            yield Stage(
-                name=name, worker=largest.worker, required=largest.required, driver=work.driver, seconds=seconds
-            )
+            yield Stage(name=name, worker=largest.worker, required=largest.required, driver=work.driver)
 
 
 def _perplexity_stage(work: Workload, name: str, text: Text) -> Stage:
@@ -204,16 +176,13 @@ def _perplexity_stage(work: Workload, name: str, text: Text) -> Stage:
     footprint = Footprint.of(work.source, work.device, deciding=False).passing()
     head = compute_dtype(work.device).itemsize * vocabulary * hidden
     logits = LOGIT_COPIES * torch.float32.itemsize * LOGIT_TOKENS * vocabulary
-    operations = sum(layer.forward for layer in work.layers) + 2 * vocabulary * hidden
-    seconds = work.seconds(text.num_tokens, operations)
-    return _stage(work, name, footprint, seconds, text=text, outside=head + max(work.embedding_bytes, logits))
+    return _stage(work, name, footprint, text=text, outside=head + max(work.embedding_bytes, logits))
 
 
 def _stage(
     work: Workload,
     name: str,
     footprint: Footprint,
-    seconds: float | None,
     *,
     text: Text | None = None,
     outside: int = 0,
@@ -225,7 +194,6 @@ def _stage(
         work: The run.
         name: The stage's name.
         footprint: The memory that the stream takes.
-        seconds: The stage's seconds.
         text: The text.
         outside: Bytes taken outside the layers, when no layer is loaded.
         solve: Bytes of a solve that runs at the same time.
@@ -242,7 +210,6 @@ def _stage(
         required=footprint.fixed + footprint.states_per_token * held + footprint.activations_per_token * text.length,
         solve=solve,
         driver=_driver_memory(work),
-        seconds=seconds,
     )
 
 
@@ -285,7 +252,3 @@ def _output_bytes(work: Workload) -> int:
 
 def _kept_moments(work: Workload) -> int:
     return work.source.num_layers * moment_bytes(work.source, work.device)
-
-
-def _multiply(number: int, seconds: float | None) -> float | None:
-    return None if seconds is None else number * seconds

@@ -10,10 +10,6 @@ from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.stream.operations import OBSERVING_SHARE, SOLVING_SHARE, LayerOperations, Rates
-
-# The assumed rate at which disks read and write weights; measuring it would take too long.
-BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,6 @@ class Workload:
         calibration: The calibration blocks, or those that stored moments were made from.
         held_out: The texts that perplexity is measured on.
         workers: The workers.
-        rates: A worker's measured rates; None if they are not known.
         driver: Bytes that the driver already takes.
     """
 
@@ -48,15 +43,14 @@ class Workload:
     calibration: Text
     held_out: tuple[Text, ...]
     workers: WorkerPlan
-    rates: Rates | None
     driver: int
 
     @classmethod
-    def of(cls, config: PruneConfig, inputs: Inputs, workers: WorkerPlan, rates: Rates | None) -> "Workload":
+    def of(cls, config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> "Workload":
         """Describe a run whose inputs are loaded."""
         calibration = Text(inputs.calibration.num_blocks, inputs.calibration.block_length)
         held_out = tuple(Text(*blocks.input_ids_BT.shape) for blocks in inputs.held_out)
-        return cls.of_texts(config, inputs.source, calibration, held_out, workers, rates)
+        return cls.of_texts(config, inputs.source, calibration, held_out, workers)
 
     @classmethod
     def of_texts(
@@ -66,7 +60,6 @@ class Workload:
         calibration: Text,
         held_out: tuple[Text, ...],
         workers: WorkerPlan,
-        rates: Rates | None,
     ) -> "Workload":
         """Describe a run by its texts' sizes; call this in the process that will drive it."""
         return cls(
@@ -75,7 +68,6 @@ class Workload:
             calibration=calibration,
             held_out=held_out,
             workers=workers,
-            rates=rates,
             driver=psutil.Process().memory_full_info().uss,
         )
 
@@ -83,13 +75,6 @@ class Workload:
     def device(self) -> torch.device:
         """The device that workers compute on."""
         return torch.device("cuda" if self.workers.gpus_per_worker else "cpu")
-
-    @cached_property
-    def layers(self) -> list[LayerOperations]:
-        """The operations of every layer, for blocks as long as the calibration's."""
-        return [
-            LayerOperations.of(self.source, layer, self.calibration.length) for layer in range(self.source.num_layers)
-        ]
 
     @cached_property
     def stored_bytes(self) -> int:
@@ -101,16 +86,3 @@ class Workload:
         """The bytes of a stored vocabulary table: the embeddings or the head."""
         parameters = self.source.num_parameters(list(self.source.files))
         return self.source.config.vocab_size * self.source.config.hidden_size * self.stored_bytes // parameters
-
-    def seconds(self, tokens: int, operations: float, *, solves: float = 0.0) -> float | None:
-        """Return the seconds of a pass over the model, given its tokens, the operations per token and those of solves.
-
-        Solves during a pass share its processors, so their seconds add to it. The weights are read while the pass
-        computes. Without rates, there are no seconds.
-        """
-        if self.rates is None:
-            return None
-        workers = self.workers.num_workers
-        computing = tokens * operations / (self.rates.products * OBSERVING_SHARE * workers)
-        solving = solves / (self.rates.solves * SOLVING_SHARE * workers)
-        return max(computing + solving, self.stored_bytes / BYTES_PER_SECOND)

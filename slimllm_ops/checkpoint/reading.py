@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimllm_ops.checkpoint.float8 import restore, tell_of_float8, with_scales
 from slimllm_ops.checkpoint.resolution import (
     locate_tensors,
     tell_of_files,
@@ -66,15 +67,18 @@ class Checkpoint(TensorIndex):
                 in safetensors format or do not fit the config, or the architecture is unknown.
         """
         directory = Path(directory)
-        config = read_config(directory)
+        config, blocks = read_config(directory)
         family = family_of(config)
-        found = cls(directory, config, family, locate_tensors(directory, family))
+        places = locate_tensors(directory, family)
+        if blocks is not None:
+            places = with_scales(directory, places, blocks, config.dtype, family.layers)
+        found = cls(directory, config, family, places)
         # First check that all layers exist, and then build the model that the config describes.
         require_layers(found)
         model = model_of(directory, config)
         used = used_places(found, model)
         checkpoint = cls(directory, config, family, used)
-        warnings = [*tell_of_files(directory), *tell_of_unused(found, used, model)]
+        warnings = [*tell_of_files(directory), *tell_of_float8(directory, used), *tell_of_unused(found, used, model)]
         if untied := tie_as_stored(checkpoint, model.all_tied_weights_keys):
             model = model_of(directory, config)
         require_fit(checkpoint, model)
@@ -146,8 +150,10 @@ class Checkpoint(TensorIndex):
         return {name: stored.get_dtype() for name, stored in self._slices(names)}
 
     def num_bytes(self) -> int:
-        """Return the size of the weight files."""
-        return sum((self.directory / name).stat().st_size for name in self._file_names())
+        """Return the size of the weights: of their files, and what restoring float8 adds."""
+        added = {name: place.scale.dtype.itemsize - 1 for name, place in self.files.items() if place.scale is not None}
+        restored = sum(math.prod(shape) * added[name] for name, shape in self.shapes(list(added)).items())
+        return restored + sum((self.directory / name).stat().st_size for name in self._file_names())
 
     def digest(self) -> str:
         """Return the SHA-256 of the weight files, in the order of their names."""
@@ -159,7 +165,8 @@ class Checkpoint(TensorIndex):
         return sha.hexdigest()
 
     def _file_names(self) -> list[str]:
-        return sorted({place.file for place in self.files.values()})
+        scales = [place.scale.place for place in self.files.values() if place.scale is not None]
+        return sorted({place.file for place in (*self.files.values(), *scales)})
 
     def _slices(self, names: list[str]) -> Iterator[tuple[str, Any]]:
         """Yield tensors' full names and slices, reading only file headers; a slice is valid until the next one."""
@@ -188,7 +195,7 @@ class Checkpoint(TensorIndex):
 
 
 def read_tensors(directory: Path, files: dict[str, Place]) -> dict[str, Tensor]:
-    """Return stored tensors by name, given each one's place in a directory.
+    """Return stored tensors by name, given each one's place in a directory; float8 weights with scales are restored.
 
     Raises:
         CheckpointError: A file is missing or broken.
@@ -200,4 +207,8 @@ def read_tensors(directory: Path, files: dict[str, Place]) -> dict[str, Tensor]:
                 if place.file == file_name:
                     # Copy, so that the mapped file's pages do not stay in this process's memory.
                     tensors[name] = file.get_tensor(place.name).clone()
+    scales = {name: place.scale for name, place in files.items() if place.scale is not None}
+    factors = read_tensors(directory, {name: scale.place for name, scale in scales.items()}) if scales else {}
+    for name, scale in scales.items():
+        tensors[name] = restore(tensors[name], factors[name], scale)
     return tensors

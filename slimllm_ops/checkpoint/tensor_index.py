@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.models.families import Family
+from slimllm_ops.models.quantisation import Blocks
 from slimllm_ops.models.tensor_layout import Stored
 
 # A solve reads weights but no config, so it need not import transformers, which takes seconds.
@@ -23,11 +25,20 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+class Scale(NamedTuple):
+    """The place of a float8 weight's scale, the blocks that it scales, and the dtype that the weight is restored to."""
+
+    place: "Place"
+    blocks: Blocks
+    dtype: torch.dtype
+
+
 class Place(NamedTuple):
-    """The file that holds a tensor, and the tensor's name in that file."""
+    """The file that holds a tensor, the tensor's name in that file, and its scale if it is stored as float8."""
 
     file: str
     name: str
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True)

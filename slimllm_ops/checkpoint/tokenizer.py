@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,21 @@ def has_tokenizer(directory: Path) -> bool:
     return any(fnmatch(path.name, pattern) for path in directory.iterdir() for pattern in VOCABULARIES)
 
 
+def lacks_package(directory: Path) -> str:
+    """Return which package a directory's vocabulary needs, and that it is not installed; "" if that is not so.
+
+    Transformers takes every file that it cannot read for one of tiktoken, and asks for that package.
+    """
+    if find_spec("sentencepiece") is not None or (directory / "tokenizer.json").exists():
+        return ""
+    for path in filter(Path.is_file, directory.glob("*.model")):
+        with path.open("rb") as file:
+            # tiktoken's files are text, and SentencePiece's are messages that begin with their first piece.
+            if file.read(1) == b"\n":
+                return f"{path.name} is SentencePiece's, and that package is not installed: pip install sentencepiece"
+    return ""
+
+
 def read_settings(directory: Path) -> dict[str, Any]:
     """Return what a directory's tokenizer_config.json says; nothing if there is none.
 
@@ -91,9 +107,8 @@ def _load(directory: Path) -> _Loaded:
         raise
     # Catch everything: transformers raises a dozen kinds of errors, and a Rust panic is not an Exception.
     except BaseException as error:
-        raise CheckpointError(
-            f"the tokenizer in {directory} does not load ({shown(' '.join(str(error).split()), 160)})"
-        ) from error
+        reason = lacks_package(directory) or shown(" ".join(str(error).split()), 160)
+        raise CheckpointError(f"the tokenizer in {directory} does not load ({reason})") from error
 
 
 def _load_if_possible(directory: Path) -> _Loaded | None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimllm_ops.checkpoint.float8 import require_scale
 from slimllm_ops.checkpoint.tensor_index import TensorIndex, open_shard
 from slimllm_ops.errors import CheckpointError
 from slimllm_ops.models.config_checks import wrong_config
@@ -63,7 +64,9 @@ def _require_stored(
     described, key = index.place_of(name)
     if shape != expected:
         raise CheckpointError(f"{described} does not fit its config.json: {key} is {shape}, expected {expected}")
-    if dtype not in DTYPES:
+    if index.files[name].scale is not None:
+        require_scale(index, name, dtype, shape)
+    elif dtype not in DTYPES:
         raise CheckpointError(
             f"{described} holds {key} as {dtype}: pass the model in bfloat16, float16 or float32, not quantised"
         )

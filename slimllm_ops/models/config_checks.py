@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.files import read_json_object
 from slimllm_ops.models.families import Family, family_named
+from slimllm_ops.models.quantisation import QUANTISED, Blocks, blocks_of
 
 # Processes that read weights but no config need not import transformers, which takes seconds.
 if TYPE_CHECKING:
@@ -58,20 +59,11 @@ UNSUPPORTED = {
 }
 
 
-# Where a config describes quantised weights; the second is an older name of compressed-tensors.
-QUANTISED = ("quantization_config", "compression_config")
-# How to restore quantised weights with transformers, by scheme. Other schemes cannot be undone.
-_BY_CONFIG = "load it with transformers and quantization_config={}(dequantize=True), and save it with save_pretrained"
-RESTORED_BY = {
-    "bitsandbytes": "load it with transformers, and save what its dequantize() returns with save_pretrained",
-    "compressed-tensors": _BY_CONFIG.format("CompressedTensorsConfig"),
-    "fp8": _BY_CONFIG.format("FineGrainedFP8Config"),
-    "mxfp4": _BY_CONFIG.format("Mxfp4Config"),
-}
-
-
-def read_config(directory: Path) -> "PretrainedConfig":
+def read_config(directory: Path) -> "tuple[PretrainedConfig, Blocks | None]":
     """Return the config of a model directory, after checking that its family is known and its sizes are plausible.
+
+    If its weights are quantised in a way that can be restored, return their blocks too, and the config of the restored
+    model.
 
     Raises:
         CheckpointError: The directory or its config.json is missing or wrong, or the architecture is unknown.
@@ -80,8 +72,11 @@ def read_config(directory: Path) -> "PretrainedConfig":
 
     described = _read_description(directory)
     try:
-        _check(described)
-        return CONFIG_MAPPING[described["model_type"]].from_dict(described)
+        family = family_named(described.get("model_type"))
+        blocks = blocks_of(described)
+        restored = {key: value for key, value in described.items() if key not in QUANTISED}
+        _check(restored, family)
+        return CONFIG_MAPPING[restored["model_type"]].from_dict(restored), blocks
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
     # Any exception: transformers and its validators raise a dozen types, and the config is always the cause.
@@ -117,9 +112,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
     return read_json_object(directory / "config.json", LARGEST_CONFIG)
 
 
-def _check(described: dict[str, Any]) -> None:
-    family = family_named(described.get("model_type"))
-    _refuse_quantised(described)
+def _check(described: dict[str, Any], family: Family) -> None:
     for key, reason in UNSUPPORTED.items():
         if described.get(key) is not None:
             raise CheckpointError(f"config.json has a {key}, so {reason}")
@@ -136,21 +129,6 @@ def _check(described: dict[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise _wrong(key, value, "a finite number")
     _check_layers(described, family)
-
-
-def _refuse_quantised(described: dict[str, Any]) -> None:
-    """Refuse quantised weights; the message names the scheme and how to undo it."""
-    for key in QUANTISED:
-        if (found := described.get(key)) is None:
-            continue
-        settings = found if isinstance(found, dict) else {}
-        older = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & settings.keys() else None
-        scheme = settings.get("quant_method") or older or ("compressed-tensors" if key == QUANTISED[1] else None)
-        restored = RESTORED_BY.get(str(scheme), "pass the model that it was made from")
-        raise CheckpointError(
-            f"config.json has a {key}, so its weights are quantised{f' ({shown(str(scheme))})' if scheme else ''}: "
-            f"pass the model in bfloat16, float16 or float32; {restored}"
-        )
 
 
 def _check_keys(described: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ def shown(is_terminal: bool, num_layers: int = 3) -> tuple[str, Reporter]:
 def test_elsewhere_than_on_a_terminal_a_stage_ends_with_one_plain_line() -> None:
     text, reporter = shown(is_terminal=False)
     assert text.startswith("pruning: layer 3/3, ")
-    assert text.endswith(" tokens/s per layer, 0 s left\n")
+    assert text.endswith(" tokens/s per layer, 0:00:00 left of this stage\n")
     assert text.count("\n") == 1
     assert reporter.seconds["pruning"] > 0
 
@@ -36,6 +36,25 @@ def test_on_a_terminal_there_is_a_bar_with_stage_layer_and_rate() -> None:
     assert "\x1b[" in text
     for part in ("pruning", "3/3", "layers", "tokens/s"):
         assert part in text
+
+
+@pytest.mark.parametrize("is_terminal", [False, True], ids=["lines", "bar"])
+@pytest.mark.parametrize("first", [0, 2], ids=["new", "resumed"])
+def test_the_time_left_is_told_after_the_first_layer_however_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, first: int
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120, highlight=False)
+    layers = Reporter(console).layers("pruning", 6, tokens=1000, first=first)
+    assert next(layers) == first
+    clock[0] += 1800
+    assert next(layers) == first + 1
+    assert isinstance(console.file, io.StringIO)
+    # The bar is drawn again when the stage ends.
+    layers.close()  # type: ignore[attr-defined]
+    left = {0: "2:30:00", 2: "1:30:00"}[first]
+    assert f"{left} left of this stage" in console.file.getvalue()
 
 
 def test_the_seconds_of_a_stage_add_up() -> None:

@@ -105,14 +105,16 @@ def require_writable(uri: str, overwrite: bool) -> None:
     _ask("require_writable", uri, overwrite=overwrite)
 
 
-def upload_directory(uri: str, directory: Path, last: str, overwrite: bool) -> None:
-    """Make a URI's directory identical to a local one; upload `last`, the file that marks it complete, at the end.
+def upload_directory(uri: str, directory: Path, last: str, overwrite: bool) -> int:
+    """Make a URI's directory identical to a local one; return how many files were there already and are not sent.
+
+    `last`, the file that marks the directory complete, is uploaded at the end.
 
     Raises:
         StorageError: It holds other files and may not be overwritten, or the store rejects the upload.
     """
     asked = {"directory": str(directory), "last": last, "overwrite": overwrite}
-    _ask("upload_directory", uri, stalled_seconds=UPLOAD_STALLED_SECONDS, **asked)
+    return int(_ask("upload_directory", uri, stalled_seconds=UPLOAD_STALLED_SECONDS, **asked))
 
 
 def upload_file(uri: str, file: Path, name: str) -> None:

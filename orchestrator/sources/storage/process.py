@@ -23,6 +23,7 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from orchestrator.sources import watched_process
+from orchestrator.sources.storage.digests import is_same
 
 # The extra of this package that installs the library of each scheme.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -236,8 +237,8 @@ def _require_overwrite(uri: str, num_files: int, overwrite: bool) -> None:
         )
 
 
-def upload_directory(uri: str, *, directory: str, last: str, overwrite: bool) -> None:
-    """Upload a directory, remove all other files, and then mark it complete."""
+def upload_directory(uri: str, *, directory: str, last: str, overwrite: bool) -> int:
+    """Upload a directory, remove all other files, and then mark it complete; return how many files were there."""
     store, source = Store(uri), Path(directory)
     files = {str(path.relative_to(source)): path for path in sorted(source.rglob("*")) if path.is_file()}
     there = store.find()
@@ -248,12 +249,20 @@ def upload_directory(uri: str, *, directory: str, last: str, overwrite: bool) ->
     if last in there:
         # From here on the directory is incomplete.
         store.files.rm_file(store.place(last))
-    _run_concurrently(lambda name: store.upload(files[name], name), [name for name in files if name != last])
+    sent: list[str] = []
+
+    def send(name: str) -> None:
+        if name not in there or not is_same(files[name], there[name]):
+            store.upload(files[name], name)
+            sent.append(name)
+
+    _run_concurrently(send, [name for name in files if name != last])
     for name in stale:
         store.files.rm_file(store.place(name) if name else store.root)
     _require_there(store, {name: path for name, path in files.items() if name != last})
     store.upload(files[last], last)
     _require_there(store, files)
+    return len(files) - 1 - len(sent)
 
 
 def upload_file(uri: str, *, file: str, name: str) -> None:

@@ -191,7 +191,7 @@ BROKEN_DATA: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "longer than the model takes": ("x.parquet", table(input_ids=[[1] * 65]), "65 tokens, the model takes 64"),
     "truncated": ("x.parquet", text("PAR1"), "not readable as a whole parquet file"),
     "no arrow": ("x.arrow", text("these are words"), "not readable as a whole arrow file"),
-    "another kind": ("x.csv", text("text"), "unknown file type '.csv': use .txt"),
+    "another kind": ("x.tab", text("text"), "unknown file type '.tab': use .txt"),
     "no JSON": ("x.jsonl", text('{"text": \n'), "line 1 is not JSON"),
     "nested too deeply": ("x.jsonl", text('{"text": ' + "[" * 10**5), "line 1 is nested too deeply: drop it"),
     "no object": ("x.jsonl", text("[1]"), "line 1 is not an object"),

@@ -40,7 +40,10 @@ def write_jsonl(path: Path, documents: Sequence[str | None]) -> Path:
 def write_table(path: Path, **columns: Any) -> Path:
     """Writes the kind of file that the suffixes say; ``x.stream.arrow`` is a stream of two batches."""
     table = pa.table(columns)
-    if path.suffix == ".parquet":
+    if path.suffix in (".jsonl", ".json"):
+        rows = table.to_pylist()
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    elif path.suffix == ".parquet":
         pq.write_table(table, path)
     elif path.suffixes[:1] == [".stream"]:
         with pa.ipc.new_stream(path, table.schema) as stream:

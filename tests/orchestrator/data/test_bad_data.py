@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from orchestrator.data import DataError, TextOptions, documents, json_objects, rows, token_rows
+from orchestrator.data import DataError, TextOptions, json_objects, rows, text_rows, token_rows
 from tests.orchestrator.data.sample_files import (
     DOCUMENTS,
     TEXT_FILES,
@@ -39,7 +39,7 @@ def test_options_are_checked_when_made() -> None:
         ("a/b/absent", "no such file"),
         ("", "is a directory"),
         ("folder", "'folder' is a directory"),
-        ("notes.csv", r"unknown file type '.csv': use .txt, .md, .jsonl, .json, .parquet, .arrow"),
+        ("notes.tab", r"unknown file type '.tab': use .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
         ("zero.parquet", "the file is empty"),
         ("builtin:other", "use builtin:calibration or builtin:heldout"),
         ("x" * 5000, "not a readable path .*too long.*: check it"),
@@ -53,7 +53,7 @@ def test_specs_that_name_nothing(
         pytest.importorskip("orchestrator.builtin")
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
-    Path("notes.csv").write_text("text\nw1\n")
+    Path("notes.tab").write_text("text\nw1\n")
     Path("zero.parquet").touch()
     with pytest.raises(DataError, match=said) as raised:
         load(spec)
@@ -145,7 +145,7 @@ def test_tables_that_are_broken(tmp_path: Path, load: Callable, name: str, colum
 def test_a_document_longer_than_memory_should_hold(
     tmp_path: Path, load: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (documents, json_objects, rows):
+    for module in (text_rows, json_objects, rows):
         monkeypatch.setattr(module, "LONGEST_DOCUMENT", 1000)
     said = r"(line 2|row 1) is longer than 1,000 characters: split it into several documents"
     for name in TEXT_FILES:
@@ -260,6 +260,27 @@ def test_text_for_a_model_without_a_tokenizer(tmp_path: Path, load: Callable, fa
     assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match="no tokenizer that loads"):
         load(path, model_dir=tmp_path / "absent" / "folder")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "mistral", "opt"])
+def test_a_vocabulary_whose_package_is_missing(
+    tmp_path: Path, load: Callable, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    # The first pieces, as SentencePiece writes them; then as tiktoken does.
+    for content, said in (
+        (
+            b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02",
+            r"no tokenizer that loads: tokenizer.model is .*: pip install sentencepiece",
+        ),
+        (b"IQ== 0\nIg== 1\n", r"tokenizer.*give token blocks \(input_ids"),
+    ):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(DataError, match=said) as raised:
+            load(write_jsonl(tmp_path / "x.jsonl", DOCUMENTS), model_dir=tmp_path)
+        assert ("tiktoken" in str(raised.value)) <= (content[:1] == b"I")
+        assert "\n" not in str(raised.value)
 
 
 def test_errors_travel_between_processes() -> None:

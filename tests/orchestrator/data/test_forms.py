@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import shutil
@@ -14,11 +15,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from orchestrator.data import DataError, json_objects, rows
+from orchestrator.data.text_rows import read_text_rows
 from tests.orchestrator.data.sample_files import (
     DOCUMENTS,
     assert_refused,
@@ -56,7 +59,11 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 def dumped(documents: list[str], form: str) -> str:
     """The documents in a form of text, as `json` writes them."""
     objects = [{"id": n, "text": text} for n, text in enumerate(documents)]
+    separated = io.StringIO()
+    pandas.DataFrame(objects).to_csv(separated, sep="\t" if form == ".tsv" else ",", index=False)
     return {
+        ".csv": separated.getvalue(),
+        ".tsv": separated.getvalue(),
         ".jsonl": "".join(json.dumps(one) + "\n" for one in objects),
         ".JSON": json.dumps(objects),
         ".json": "\n ".join(json.dumps(one, indent=1) for one in objects),
@@ -64,7 +71,7 @@ def dumped(documents: list[str], form: str) -> str:
 
 
 @pytest.mark.parametrize("ending", PACKERS)
-@pytest.mark.parametrize("form", [".jsonl", ".json", ".JSON"])
+@pytest.mark.parametrize("form", [".jsonl", ".json", ".JSON", ".csv", ".tsv"])
 def test_packed_documents_are_the_documents(tmp_path: Path, load: Callable, form: str, ending: str) -> None:
     path = tmp_path / f"x.y{form}{ending}"
     path.write_bytes(PACKERS[ending](dumped(DOCUMENTS, form).encode("utf-8-sig")))
@@ -80,6 +87,48 @@ def test_packed_text_is_the_text(tmp_path: Path, load: Callable, form: str, endi
     path.write_bytes(PACKERS[ending](text.encode()))
     found, expected = load(path), load(tmp_path / "plain.txt")
     assert (found.digest, found.source_digest) == (expected.digest, expected.source_digest)
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_separated_values_are_those_that_pandas_reads(tmp_path: Path, separator: str, end: str) -> None:
+    values = ["", "NA", "1", 'a "word"', "a, b\tc", "two\nlines", ' "x', "é\u2028ü", "'", "#", "null"]
+    path = tmp_path / ("x.csv" if separator == "," else "x.tsv")
+    frame = pandas.DataFrame({"id": range(len(values)), "text": values})
+    frame.to_csv(path, sep=separator, index=False, lineterminator=end)
+    path.write_bytes(path.read_bytes() + end.encode() * 2)
+    expected = pandas.read_csv(path, sep=separator, keep_default_na=False, dtype=str).to_dict("records")
+    assert [row["text"] for row in expected] == values
+    assert [row for _, row in read_text_rows(path)] == expected
+
+
+def test_rows_of_separated_values_are_documents_as_others_are(tmp_path: Path, load: Callable) -> None:
+    columns = {"instruction": DOCUMENTS, "input": ["", "w5"] * 20, "output": DOCUMENTS[::-1]}
+    pandas.DataFrame(columns).to_csv(tmp_path / "x.CSV", index=False)
+    assert load(tmp_path / "x.CSV").digest == load(write_table(tmp_path / "x.parquet", **columns)).digest
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text\nw1\n", "2 tokens found, and one block needs 8"),
+        ("text\n", "all documents are empty"),
+        ("\n\n", "all documents are empty"),
+        ("body,id\nw1,2\n", r"line 2: no 'text' among the columns .body, id"),
+        ("id,text\n1,w1\n2,w2,w3\n", "line 3 has 3 values, and the first line names 2 columns: fix or drop it"),
+        ("id,text\n1\n", "line 2 has 1 values"),
+        ('id,text\n1,w1\n2,"w2\n3,w3\n', "line 3 does not hold separated values .unexpected end of data"),
+        ('id,text\n1,"w1" w2\n', "line 2 does not hold separated values .*fix its quotes, or write .jsonl"),
+        ("text,text\nw1,w2\n", "line 1 names a column twice"),
+        ("text\n" + "w1 " * 50_000, "line 2 does not hold separated values .*write .jsonl"),
+        ("input_ids\n1 2 3\n", "line 2: 'input_ids' is no list of integers"),
+        ('messages\n"[{""role"": ""user""}]"\n', "line 2: 'messages' is of type str: give a list"),
+    ],
+)
+def test_separated_values_that_cannot_be_used(tmp_path: Path, load: Callable, content: str, said: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(content)
+    assert_refused(load, path, said)
 
 
 def test_suffixes_in_capitals(tmp_path: Path, load: Callable) -> None:
@@ -155,7 +204,6 @@ def test_objects_are_read_one_by_one(tmp_path: Path) -> None:
         ("[]", "all documents are empty"),
         ('[{"text": ' + "[" * 10**5, "row 0 is nested too deeply"),
         ('[{"text": ' + "9" * 5000 + "}]", "row 0 is not a JSON object .Exceeds the limit"),
-        ('[{"input_ids": [1, 2]}]', "rows of 'input_ids' belong in a .parquet or .arrow file"),
     ],
 )
 def test_json_that_cannot_be_used(tmp_path: Path, load: Callable, content: str, said: str) -> None:

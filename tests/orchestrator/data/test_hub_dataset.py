@@ -99,7 +99,7 @@ def test_a_dataset_on_the_hub(tmp_path: Path, model_dir: Path) -> None:
         assert "\n" not in answers[spec][0]
     message, seconds = answers["unreachable"]
     assert "me/tiny: no such file, and the Hugging Face hub did not provide" in message
-    assert "give a local file (.txt, .md, .jsonl, .json, .parquet, .arrow)" in message
+    assert "give a local file (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow)" in message
     assert seconds < 15  # load_dataset alone retries for 23 s
 
 

@@ -1,5 +1,6 @@
 """What an attention mask leaves out is padding; masks that say something else are refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.data import DataError, save_blocks
+from orchestrator.data import DataError, save_blocks, token_rows
 from slimllm_ops.stream.padding import PADDING
 from tests.conftest import content
 from tests.orchestrator.conftest import PruneModel
-from tests.orchestrator.data.sample_files import write_rows, write_table
+from tests.orchestrator.data.sample_files import assert_refused, write_rows, write_table
 
 PAD = 0
 ROWS = [[1, 2, 3], [4, 5], [6], [7, 8, 9]]
 EXPECTED = [[1, 2, 3], [4, 5, PADDING], [6, PADDING, PADDING], [7, 8, 9]]
 TABLES = ["x.parquet", "x.arrow", "x.stream.arrow"]
+FILES = [*TABLES, "x.jsonl", "x.json"]
 
 
 def padded(rows: list[list[int]], length: int, side: str) -> dict[str, list[list[int]]]:
@@ -33,7 +35,7 @@ def padded(rows: list[list[int]], length: int, side: str) -> dict[str, list[list
     return {"input_ids": ids, "attention_mask": masks}
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_is_dropped(tmp_path: Path, load: Callable, name: str, side: str) -> None:
     columns = padded(ROWS, 80, side) | {"labels": [[-100] * 80] * 4}
@@ -46,7 +48,7 @@ def test_padding_on_either_side_is_dropped(tmp_path: Path, load: Callable, name:
     assert load(write_table(tmp_path / name, **shortest)).digest == blocks.digest
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", FILES)
 def test_rows_of_several_lengths_are_their_own_tokens(tmp_path: Path, load: Callable, name: str) -> None:
     alone = load(write_rows(tmp_path / name, ROWS))
     assert alone.input_ids_BT.tolist() == EXPECTED
@@ -99,6 +101,45 @@ def test_masks_that_cannot_be_used(tmp_path: Path, load: Callable, name: str, ma
         load(path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"attention_mask": [1, 0, 1]}], "row 0 has padding between its tokens .*keep the tokens of a row together"),
+        ([{}, {"attention_mask": [1, 1]}], "line 2 has an 'attention_mask', unlike the first row"),
+        ([{"attention_mask": [1, 1, 1]}, {}], "line 2 has no 'attention_mask', unlike the first row"),
+        ([{"attention_mask": [1, 1]}], "row 0 has 3 tokens and an 'attention_mask' of 2"),
+        ([{"attention_mask": [1, 2, 0]}], "row 0 has 2 in its 'attention_mask': write 1 for a token and 0"),
+        ([{"attention_mask": [0, 0, False]}], "row 0 of 'input_ids' holds no tokens: give one at least, or drop it"),
+        ([{"attention_mask": None}], "line 1: 'attention_mask' is no list of 0 and 1"),
+        ([{"attention_mask": [1, None, 1]}], "line 1: 'attention_mask' is no list of 0 and 1"),
+        ([{}, {"input_ids": [1, 2.0]}], "line 2: 'input_ids' is no list of integers: give one, or drop the row"),
+        ([{}, {"input_ids": [1, True]}], "line 2: 'input_ids' is no list of integers"),
+        ([{"input_ids": [[1, 2]]}], "line 1: 'input_ids' is no list of integers"),
+        ([{"input_ids": "1 2 3"}], "line 1: 'input_ids' is no list of integers"),
+        ([{"input_ids": None}], "line 1: 'input_ids' is no list of integers"),
+        ([{"input_ids": []}], "row 0 of 'input_ids' holds no tokens"),
+        ([{"input_ids": [1 << 70]}], "line 1: 'input_ids' holds a number that is no token id"),
+        ([{}, {"input_ids": [1, 2, 3, -1]}], "token id -1 in row 1"),
+        ([{}, {"input_ids": [1, 103]}], "token id 103 in row 1"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [0, 1 << 20])
+def test_rows_of_text_that_cannot_be_used(
+    tmp_path: Path, load: Callable, monkeypatch: pytest.MonkeyPatch, rows: list[Any], said: str, at_once: int
+) -> None:
+    monkeypatch.setattr(token_rows, "IDS_AT_ONCE", at_once)
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": [1, 2, 3]} | row) + "\n" for row in rows))
+    assert_refused(load, path, said)
+
+
+def test_a_row_without_ids_among_others_is_refused(tmp_path: Path, load: Callable) -> None:
+    (tmp_path / "x.jsonl").write_text('{"input_ids": [1]}\n{"text": "w1"}\n')
+    assert_refused(load, tmp_path / "x.jsonl", "line 2 has no 'input_ids', unlike the first row")
+    (tmp_path / "x.json").write_text('[{"text": "w1"}, {"input_ids": [1]}]')
+    assert_refused(load, tmp_path / "x.json", r"no 'text' among the columns \(input_ids\)")
 
 
 def test_one_long_row_among_very_many_is_refused(tmp_path: Path, load: Callable) -> None:

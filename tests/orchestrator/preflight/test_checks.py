@@ -23,7 +23,6 @@ from orchestrator.preflight import checks
 from orchestrator.preflight.checks import Check, Nodes, check_disks, check_memory, check_nodes, refuse_certain_failure
 from orchestrator.preflight.estimate import Estimate, Stage
 from orchestrator.preflight.stages import LIBRARIES
-from slimllm_ops.stream.operations import Rates
 
 Usage = namedtuple("Usage", "total used free")
 WORKERS = WorkerPlan(4, 2, 0.0, weights_travel=False)
@@ -47,7 +46,7 @@ ESTIMATE = Estimate(
 
 def state(**changes: Any) -> NodeState:
     packages = {"python": node_state.platform.python_version()} | node_state.installed_versions()
-    found = NodeState("there", packages, 64 * 10**9, "/tmp", 10**12, Rates(1e11, 5e10), None)
+    found = NodeState("there", packages, 64 * 10**9, "/tmp", 10**12, None)
     return replace(found, **changes)
 
 
@@ -97,12 +96,6 @@ def test_a_node_that_cannot_work_is_told(found: NodeState | str, said: str) -> N
     assert said in f"{check.found}: {check.remedy}"
     (check,) = check_nodes(nodes_of(state()), WORKERS)
     assert check.ok
-
-
-def test_the_rate_is_that_of_the_slowest_node() -> None:
-    slow, fast = state(rates=Rates(1e9, 1e9)), state()
-    assert nodes_of(fast, slow, "lost").rates == slow.rates
-    assert nodes_of("lost").rates is None
 
 
 @pytest.fixture
@@ -192,8 +185,10 @@ def test_a_run_tells_its_estimate_before_it_begins(run_on_ray: Run) -> None:
     lines = result.stderr.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("layer similarities"))
     assert re.fullmatch(r"estimate: 1 worker\(s\) with \d+ MB of memory, driver .* on the disk", lines[0])
-    assert re.match(r"estimate: very roughly \d+ s: start 5", lines[1])
-    assert any(line.startswith("estimate, pruning: worker ") for line in lines[2:first])
+    assert any(line.startswith("estimate, pruning: worker ") for line in lines[1:first])
+    # Nothing has been timed yet. Bytes have units that end in B.
+    assert not re.search(r"\d s\b|second", "\n".join(lines[:first]))
+    assert "left of this stage" in lines[first]
 
 
 @pytest.mark.parametrize("command", ["prune", "calibrate", "compare"])
@@ -243,7 +238,7 @@ def test_a_dry_run_as_json(run: Run, tmp_path: Path) -> None:
     assert plan["output"] == str(tmp_path / "parent" / "out")
     assert [stage["name"] for stage in plan["estimate"]["stages"]] == ["start", "calibrating", "deciding", "read back"]
     assert plan["estimate"]["worker"] == max(stage["worker"] for stage in plan["estimate"]["stages"]) > LIBRARIES
-    assert plan["estimate"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["estimate"]["stages"]))
+    assert "seconds" not in json.dumps(plan)
     assert plan["estimate"]["spilled"] > 0
     assert plan["workers"]["num_workers"] == 1
     assert all(check["ok"] for check in plan["checks"])

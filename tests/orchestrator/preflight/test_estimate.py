@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from orchestrator.preflight.workload import Text, Workload
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import MomentSum
 from slimllm_ops.stream.footprint import moment_bytes
-from slimllm_ops.stream.operations import Rates
 from tests.conftest import shard_processes
 
 SHAPE = Shape(hidden=512, intermediate=1024, layers=3, heads=8, kv_heads=4, vocabulary=500)
@@ -149,7 +147,6 @@ def told(
         calibration=Text(BLOCKS, LENGTH),
         held_out=(Text(4, LENGTH),) if settings.get("evaluate") else (),
         workers=WorkerPlan(workers, 2, 0.0, weights_travel=workers > 1),
-        rates=Rates(products=1e11, solves=5e10),
         driver=500_000_000,
     )
     return estimating(work)
@@ -209,29 +206,3 @@ def test_moments_are_as_large_as_told(source: Checkpoint) -> None:
         total.add(torch.ones(2, width))
         whole += total.packed().num_bytes
     assert moment_bytes(source, torch.device("cpu")) == pytest.approx(whole, rel=0.01)
-
-
-def test_seconds_follow_work_and_workers(source: Checkpoint) -> None:
-    one, two = told(source, method="gram"), told(source, method="gram", workers=2)
-    assert one.stages[1].seconds is not None
-    assert two.stages[1].seconds == pytest.approx(one.stages[1].seconds / 2)
-    layer = 2 * SHAPE.layer_parameters + 2 * LENGTH * SHAPE.hidden + SHAPE.hidden**2 + SHAPE.intermediate**2
-    observing = SHAPE.layers * BLOCKS * LENGTH * layer / (1e11 * 0.6)
-    solves = sum(2 * width**3 * (3 + SHAPE.hidden / width) for width in (SHAPE.hidden, SHAPE.intermediate))
-    assert one.stages[1].seconds == pytest.approx(observing + SHAPE.layers * solves / (5e10 * 0.35), rel=0.01)
-
-
-def test_without_a_rate_no_seconds_are_told(source: Checkpoint) -> None:
-    work = Workload(
-        config=PruneConfig(),
-        source=source,
-        calibration=Text(BLOCKS, LENGTH),
-        held_out=(Text(4, LENGTH),),
-        workers=WorkerPlan(1, 2, 1.0, weights_travel=False),
-        rates=None,
-        driver=0,
-    )
-    estimate = estimate_pruning(work)
-    assert (estimate.seconds, estimate.device) == (None, "cuda")
-    assert len(estimate.lines()) == 1
-    assert estimate_pruning(replace(work, rates=Rates(1.0, 1.0))).seconds is not None

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import load_inputs
 from slimllm_ops.models.families import family_named
+from tests.conftest import content
 from tests.orchestrator.conftest import PruneModel
 from tests.slimllm_ops.checkpoint.source_forms import (
     Change,
@@ -19,6 +21,7 @@ from tests.slimllm_ops.checkpoint.source_forms import (
     only_the_head_is_there,
     the_head_is_another,
 )
+from tests.slimllm_ops.checkpoint.test_float8 import SIZES, in_float8, saved_by_transformers
 from tests.tiny import save_tiny
 
 
@@ -58,3 +61,22 @@ def test_both_perplexities_are_of_what_transformers_loads(
     told: list[str] = []
     load_inputs(PruneConfig(model=str(tmp_path), calibration=str(held_out_file)), told.append)
     assert [warning in line for line in told] == [True] * bool(warning)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "gram", "refine": True}], ids=["slimllm", "gram"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_of_float8_the_model_that_transformers_restores_is_pruned(
+    prune_model: PruneModel, settings: dict[str, Any], model_type: str, tmp_path: Path
+) -> None:
+    if model_type == "mixtral" and settings:
+        settings = {"method": "gram"}
+    family = family_named(model_type)
+    in_float8(family, save_tiny(family, tmp_path / "float8", **SIZES))
+    saved_by_transformers(tmp_path / "float8", tmp_path / "restored")
+    pruned, expected = (prune_model(tmp_path / name, **settings) for name in ("float8", "restored"))
+    written, wanted = content(Path(pruned.output)), content(Path(expected.output))
+    names = [name for name in wanted if name.endswith(".safetensors") or name == "config.json"]
+    assert len(names) > 3
+    assert [name for name in names if written[name] != wanted[name]] == []
+    # Files have headers, and those of scales.
+    assert pruned.totals.bytes_before == pytest.approx(expected.totals.bytes_before, rel=0.1)

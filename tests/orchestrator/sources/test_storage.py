@@ -15,6 +15,7 @@ from orchestrator.data import DataError, TextOptions, load_tokens
 from orchestrator.inputs import resolve_model
 from orchestrator.pipeline import PruneResult
 from orchestrator.sources import storage
+from orchestrator.sources.storage.digests import PART_BYTES
 from slimllm_ops.checkpoint.reading import Checkpoint
 from tests.conftest import content
 from tests.orchestrator.sources.storage_commands import OUTPUT, assert_no_secret, run, waiting
@@ -105,6 +106,33 @@ def test_an_upload_that_fails_goes_on_and_nothing_is_computed_again(store: Store
     assert not waiting()
 
 
+def test_a_resumed_upload_sends_only_what_is_missing_or_has_changed(store: Store, tmp_path: Path) -> None:
+    for name in ("asked.json", "changed.json", "folder/same.json", "longer.json", "missing.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"before, {name}")
+    # It goes in three parts.
+    with (tmp_path / "large.safetensors").open("wb") as file:
+        file.write(b"large")
+        file.truncate(2 * PART_BYTES + 1)
+    uri = f"s3://{BUCKET}/resumed"
+    store.fails = lambda method, path: "refuse" if path.endswith("/missing.json") else ""
+    with pytest.raises(storage.StorageError, match="the store refused"):
+        storage.upload_directory(uri, tmp_path, "asked.json", overwrite=False)
+    store.fails = lambda method, path: ""
+    assert {"changed.json", "folder/same.json", "large.safetensors"} < store.content("resumed").keys()
+    (tmp_path / "changed.json").write_text("beyond, changed.json")
+    (tmp_path / "longer.json").write_text("before and after")
+    store.asked.clear()
+    assert storage.upload_directory(uri, tmp_path, "asked.json", overwrite=False) == 2
+    sent = {path.removeprefix(f"/{BUCKET}/resumed/") for method, path in store.asked if method in ("PUT", "POST")}
+    assert sent == {"asked.json", "changed.json", "longer.json", "missing.json"}
+    assert store.content("resumed") == content(tmp_path)
+    with (tmp_path / "large.safetensors").open("r+b") as file:
+        file.write(b"other")
+    assert storage.upload_directory(uri, tmp_path, "asked.json", overwrite=False) == 4
+    assert store.read("resumed/large.safetensors").startswith(b"other")
+
+
 def test_overwriting_removes_what_is_not_of_the_output_and_a_lost_server_is_told_later(
     store: Store, asked_here: list[str], tracking_uri: str
 ) -> None:
@@ -169,5 +197,5 @@ def test_text_by_a_uri_gives_the_tokens_of_the_file_and_errors_that_name_it(stor
         DataError, match=rf"^s3://{BUCKET}/text/text.jsonl: line 1: 'text' is of type int: give a string"
     ):
         load_tokens(store.put(path, "text"), **settings, options=options)
-    with pytest.raises(DataError, match=r"text.csv: unknown file type '.csv'"):
-        load_tokens(f"s3://{BUCKET}/text/text.csv", **settings, options=options)
+    with pytest.raises(DataError, match=r"text.tab: unknown file type '.tab'"):
+        load_tokens(f"s3://{BUCKET}/text/text.tab", **settings, options=options)

@@ -54,7 +54,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a class": ({"__class__": "int"}, "'__class__' is not a setting"),
     "quantised": ({"quantization_config": {"bits": 4}}, "weights are quantised: pass the model in bfloat16"),
     "gptq": ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\): .*; pass the model that it was"),
-    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, r"\(fp8\): .*FineGrainedFP8Config\(dequantize=True\)"),
+    "fp8 with powers of two": (
+        {"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}},
+        r"\(fp8\): .*FineGrainedFP8Config\(dequantize=True\)",
+    ),
+    "fp8 with experts in four bits": ({"quantization_config": {"quant_method": "fp8", "expert_dtype": "fp4"}}, "fp8"),
+    "fp8 in odd blocks": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, r"\(fp8\): "),
+    "fp8 in blocks of none": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 1]}}, "fp8"),
     "older bitsandbytes": ({"quantization_config": {"load_in_8bit": True}}, r"\(bitsandbytes\): .* dequantize\(\)"),
     "older compressed-tensors": ({"compression_config": {}}, r"\(compressed-tensors\): .*CompressedTensorsConfig"),
     "weights by another name": ({"transformers_weights": "a.safetensors"}, "rename them to model.safetensors"),
@@ -131,7 +137,7 @@ def test_no_other_file_is_taken_for_the_config(copy: Path) -> None:
     """Transformers lets a config.json name the file to read in its place, which nobody would have checked."""
     shutil.copyfile(copy / "config.json", copy / "config.4.0.0.json")
     rewrite(copy, {"configuration_files": ["config.4.0.0.json"], "vocab_size": 96})
-    assert read_config(copy).vocab_size == 96
+    assert read_config(copy)[0].vocab_size == 96
 
 
 def test_no_code_is_run(copy: Path) -> None:

@@ -1,4 +1,4 @@
-"""Counts a run's operations and measures a processor's rate, so that a run's time can be estimated beforehand.
+"""Counts a run's operations and measures a processor's rate, for the tables that compare both with seconds.
 
 For each token and layer:
 
@@ -20,29 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.moments.moments import accumulation_dtype
-from slimllm_ops.stream.weights import compute_dtype
 
 # Measured rates as fractions of a plain product's rate (benchmarks/results/one_process.md): of observing, and of
 # solves in the dtype of sums.
 OBSERVING_SHARE, SOLVING_SHARE = 0.60, 0.35
-# The size and number of the products that measure a rate; they take tens of milliseconds.
-RATE_SIZE, RATE_TIMES = {"cpu": 512, "cuda": 4096}, 4
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Operations per second of plain matrix products: in the dtype of layers, and in the dtype of sums and solves."""
-
-    products: float
-    solves: float
-
-    @classmethod
-    def measure(cls, device: torch.device) -> "Rates":
-        """Measure the rates on a device, with this process's threads."""
-        size = RATE_SIZE[device.type]
-        dtypes = compute_dtype(device), accumulation_dtype(device)
-        return cls(*(rate_of_products(device, dtype, size, RATE_TIMES) for dtype in dtypes))
 
 
 @dataclass(frozen=True)
