@@ -36,11 +36,18 @@ class Notes:
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """Return the stored value; if there is none, compute and store it."""
-        noted = json.loads(self.path.read_text()) if self.path.exists() else {}
+        noted = self._read()
         if name not in noted:
             noted[name] = compute()
             write_json(self.path, noted)
         return noted[name]
+
+    def get(self, name: str) -> Any:
+        """Return the stored value; None if there is none."""
+        return self._read().get(name)
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import psutil
 from orchestrator.version import DISTRIBUTION
 from tests.forked_workers.server import FOLDER
 from tests.forks import Forks, slimllm
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -123,14 +124,6 @@ def wait_for(is_time: Callable[[], bool]) -> None:
     while not is_time():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [taken.getsockname()[1] for taken in sockets]
-    for taken in sockets:
-        taken.close()
-    return ports
 
 
 @contextmanager
