@@ -121,8 +121,12 @@ def require_answer(address: str, named_by: str = ADDRESS_OPTION) -> None:
         named_by: The option or variable that named it, for messages.
 
     Raises:
-        ClusterError: Nothing answers there, it is not Ray, or it denies access.
+        ClusterError: Nothing answers there, it is not Ray or its job server, or it denies access.
     """
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{named_by} {address!r} is a job server, for `slimllm submit`: to connect, pass the head's host:port"
+        )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         if address == "auto":

@@ -64,6 +64,9 @@ class Head:
     process: "subprocess.Popen[bytes]"
     folder: Path
     port: int
+    # Where nodes and programs connect to, and where Ray's clients do.
+    head_port: int
+    client_port: int
     environment: dict[str, str]
     client: Forks
 
@@ -77,9 +80,9 @@ class Head:
         command = [str(BIN / "slimllm"), *map(str, words)]
         return subprocess.Popen(command, env=self.environment, text=True, start_new_session=True, **streams)
 
-    def run(self, *words: object, code: int = 0) -> tuple[str, str]:
-        """Run a command to its end, in a fork; return what it said on stdout and on stderr."""
-        ended = self.client.run(slimllm(*words), seconds=SECONDS)
+    def run(self, *words: object, code: int = 0, **environment: str) -> tuple[str, str]:
+        """Run a command to its end, in a fork with more variables; return what it said on stdout and on stderr."""
+        ended = self.client.run(slimllm(*words), seconds=SECONDS, **environment)
         assert ended.code == code, ended.stdout + ended.stderr
         return ended.stdout, ended.stderr
 
@@ -158,7 +161,7 @@ def started_head(folder: Path) -> Iterator[Head]:
         here = plain_environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
         client = Forks(CLIENT, here | {"PYTHONPATH": str(ROOT)}, folder)
         try:
-            yield Head(process, with_short_path, ports[1], here, client)
+            yield Head(process, with_short_path, ports[1], ports[0], ports[5], here, client)
         finally:
             client.close()
     finally:

@@ -319,6 +319,23 @@ def test_without_the_clusters_token_nobody_is_let_in(head: Head, changed: dict[s
     assert len(stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("form", ["http://127.0.0.1:{0.port}", "127.0.0.1:{0.port}", "127.0.0.1:{0.head_port}"])
+@pytest.mark.parametrize("name", ["--address", "RAY_ADDRESS"])
+def test_a_job_server_is_found_in_every_form_that_ray_takes(head: Head, form: str, name: str) -> None:
+    address = form.format(head)
+    option = ["--address", address] if name == "--address" else []
+    unset = {"RAY_API_SERVER_ADDRESS": "", "RAY_ADDRESS": "" if option else address}
+    _, stderr = head.run("jobs", "logs", "nonesuch", *option, code=2, **unset)
+    assert stderr == f"slimllm: there is no job nonesuch at {head.address}: see `slimllm jobs list`\n"
+
+
+@pytest.mark.slow
+def test_a_job_server_is_found_through_a_ray_client(head: Head) -> None:
+    unset = {"RAY_API_SERVER_ADDRESS": "", "RAY_ADDRESS": f"ray://127.0.0.1:{head.client_port}"}
+    _, stderr = head.run("jobs", "logs", "nonesuch", code=2, **unset)
+    assert stderr.splitlines()[-1] == f"slimllm: there is no job nonesuch at {head.address}: see `slimllm jobs list`"
+
+
 def test_a_job_or_a_folder_that_is_not_there_or_does_not_fit_is_told_in_one_line(head: Head, tmp_path: Path) -> None:
     for words in (["logs", "nonesuch"], ["logs", "nonesuch", "--follow"], ["stop", "nonesuch"]):
         _, stderr = head.run("jobs", *words, code=2)
