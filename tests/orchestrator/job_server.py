@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -145,7 +146,7 @@ def started_head(folder: Path) -> Iterator[Head]:
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     names += ("metrics-export-port", "ray-client-server-port")
     # Ray's sockets lie in it, and their paths must be short.
-    with_short_path = Path("/tmp") / f"slimllm-{os.getpid()}"
+    with_short_path = Path(tempfile.mkdtemp(prefix="slimllm-", dir="/tmp"))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
     command += ["--disable-usage-stats", f"--temp-dir={with_short_path}"]

@@ -49,6 +49,43 @@ def job_of(said: str) -> str:
     return next(word.rstrip(":") for word in said.split() if word.startswith("raysubmit_"))
 
 
+# Where a head's agent says that it is there, which Ray's job server reads once.
+AGENT = """
+import sys
+from ray._private.ray_constants import KV_NAMESPACE_DASHBOARD as SPACE
+from ray._raylet import GcsClient
+from ray.dashboard.consts import DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX as PREFIX
+store = GcsClient(address="127.0.0.1:{port}")
+if "{taken}":
+    key, value = map(bytes.fromhex, "{taken}".split())
+    store.internal_kv_put(key, value, overwrite=True, namespace=SPACE)
+else:
+    while not (keys := store.internal_kv_keys(PREFIX.encode(), namespace=SPACE)):
+        pass
+    print(keys[0].hex(), store.internal_kv_get(keys[0], namespace=SPACE).hex())
+    store.internal_kv_del(keys[0], del_by_prefix=False, namespace=SPACE)
+"""
+
+
+@pytest.mark.slow
+def test_a_head_whose_agent_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
+    with started_head(tmp_path) as head:
+
+        def agent(taken: str) -> str:
+            ended = head.client.run(AGENT.format(port=head.head_port, taken=taken), seconds=SECONDS)
+            assert ended.code == 0, ended.stderr
+            return ended.stdout.strip()
+
+        taken = agent("")
+        submitter = head.start("submit", "--no-follow", "--", "log", "/nowhere")
+        said = submitter.stderr.readline()
+        assert said == "waiting up to 60 s for the cluster's job server, which is starting\n"
+        agent(taken)
+        job_id, stderr = submitter.communicate(timeout=SECONDS)
+        assert submitter.returncode == 0, stderr
+        assert head.state(job_id.strip())["words"] == "log /nowhere"
+
+
 # ---- Without a cluster
 
 
