@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from orchestrator import builtin
 from orchestrator.builtin import MODEL_DIR, calibration_text, heldout_text
 from orchestrator.cli import main
 from orchestrator.cli.options import OPTIONS
@@ -47,6 +48,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, make_llama: Callable[...
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(MODEL_DIR / name, folder / "path" / "to" / "model")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def less_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure perplexities on a few documents of the built-in text."""
+    few = heldout_text()[:5]
+    monkeypatch.setattr(builtin, "heldout_text", lambda: few)
 
 
 def run_in(folder: Path, line: str, tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> str:
