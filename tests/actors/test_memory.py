@@ -21,7 +21,7 @@ Peaks = Callable[..., int]
 ROOT = Path(__file__).parents[2]
 SHALLOW, DEEP = 3, 12
 BLOCK = 256
-FEW, MANY = 16, 80
+FEW, MANY = 4, 36
 WAYS = ["deciding", pytest.param("dense", marks=pytest.mark.slow)]
 
 
@@ -98,7 +98,7 @@ def test_the_footprint_bounds_the_peak(peaks: Peaks, checkpoint: Checkpoint, way
 
 def test_the_footprint_of_a_mixture_of_experts_bounds_the_peak(forks: Forks, tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "vocab_size": 500}
-    more = {"num_local_experts": 8, "max_position_embeddings": BLOCK, "sliding_window": None}
+    more = {"num_hidden_layers": 2, "num_local_experts": 8, "max_position_embeddings": BLOCK, "sliding_window": None}
     model = save_tiny(family_named("mixtral"), tmp_path / "model", **sizes, **more)
     footprint = Footprint.of(Checkpoint.open(model), torch.device("cpu"), deciding=True)
     held = footprint.fixed + footprint.states_per_token * MANY * BLOCK

@@ -21,5 +21,5 @@ def test_a_solve_runs_in_the_process_of_the_one_before() -> None:
         solve = process.options(**placement.solve_options())
         first = ray.get(solve.remote())
         # Ray's own patience, where all CPUs are spoken for, is a second.
-        time.sleep(3)
+        time.sleep(2)
         assert ray.get(solve.remote()) == first

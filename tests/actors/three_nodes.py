@@ -42,9 +42,10 @@ NODES = 3
 
 def main(model: str, tokens: str, output: str, method: str) -> dict[str, Any]:
     """Use the cluster in parts, then for a run that loses a node."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    head = {"num_cpus": 4, "include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(NODES - 1):
-        cluster.add_node(num_cpus=4)
+        cluster.add_node(wait=False, num_cpus=4)
     cluster.wait_for_nodes()
     common: dict[str, Any] = {"model": model, "calibration": tokens, "workers": NODES, "address": cluster.address}
     seen: dict[str, Any] = {}
@@ -64,7 +65,7 @@ def main(model: str, tokens: str, output: str, method: str) -> dict[str, Any]:
             lost = cluster.list_all_nodes()[-1]
             losing = Losing(lambda: cluster.remove_node(lost, allow_graceful=False))
             # A node that is gone for good need not be waited for as long as one that may come back.
-            ray_workers.REPLACE_SECONDS = 10.0
+            ray_workers.REPLACE_SECONDS = 3.0
             prune(PruneConfig(**common, output=output, method=method), losing)
             seen["told"] = losing.told.getvalue()
     finally:

@@ -7,7 +7,7 @@ from orchestrator.preflight.stages import LIBRARIES, SOLVE_LIBRARIES
 from tests.benchmarks.tables import require_positive, run
 
 
-@pytest.mark.usefixtures("whole_processes")
+@pytest.mark.usefixtures("whole_processes", "migrated_store")
 def test_the_peak_of_every_process_is_sampled_and_libraries_take_what_estimates_say(tmp_path: Path) -> None:
     # The shape and the tokens of the run that tells what libraries take: one run is both.
     shape = ("64", "128", "2", "4", "2", "256")

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.builtin import MODEL_DIR, calibration_text, heldout_text
+from orchestrator.builtin import train as training
 from orchestrator.builtin.text import training_text
 from orchestrator.builtin.train import (
     BLOCK_TOKENS,
@@ -139,11 +140,15 @@ def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     threads = torch.get_num_threads()
     recipe = Recipe(steps=2, batch_blocks=1, heldout_blocks=1, threads=2 if threads == 1 else 1)
-    train(folder / "first", recipe)
-    torch.rand(3)
-    before = (threads, random_state())
-    train(folder / "second", recipe)
-    after = (torch.get_num_threads(), random_state())
+    with pytest.MonkeyPatch.context() as patch:
+        # A tenth of the text, which is read and tokenized for seconds.
+        texts = training_text()[::10]
+        patch.setattr(training, "training_text", lambda: texts)
+        train(folder / "first", recipe)
+        torch.rand(3)
+        before = (threads, random_state())
+        train(folder / "second", recipe)
+        after = (torch.get_num_threads(), random_state())
     return SimpleNamespace(first=folder / "first", second=folder / "second", before=before, after=after)
 
 

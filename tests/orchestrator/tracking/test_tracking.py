@@ -196,8 +196,11 @@ def test_a_refused_call_costs_that_call_only(uri, client, journal):
 
 
 @pytest.mark.parametrize("listens", [False, True], ids=["refuses", "swallows"])
-def test_a_server_that_does_not_answer_costs_one_warning(journal, checkpoint, free_port, listens, capsys, caplog):
+def test_a_server_that_does_not_answer_costs_one_warning(
+    journal, checkpoint, free_port, listens, capsys, caplog, monkeypatch
+):
     port, sock = free_port
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     if listens:
         sock.listen(5)
     begun = time.monotonic()
