@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import tracemalloc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
