@@ -3,8 +3,8 @@
 import json
 import pickle
 import shutil
-import tracemalloc
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
