@@ -75,6 +75,8 @@ def grown(lacking: Lacking, note: Callable[[str], None]) -> Iterator[None]:
 
 def _wait(lacking: Lacking, ask: Callable[[Sequence[Bundle]], None]) -> None:
     """Wait until nothing is lacking, and stop where the cluster will not grow."""
+    if lacking():
+        _wait_for_first_report()
     begun = busy = time.monotonic()
     asked, seen, alive = [], None, 0  # type: list[Bundle], int | None, int
     while bundles := list(lacking()):
@@ -90,6 +92,16 @@ def _wait(lacking: Lacking, ask: Callable[[Sequence[Bundle]], None]) -> None:
             busy = now
         patience = SILENT_SECONDS if outlook is None else IDLE_SECONDS
         if now - busy > patience or now - begun > GROW_SECONDS:
+            return
+        time.sleep(POLL_SECONDS)
+        require_head()
+
+
+def _wait_for_first_report() -> None:
+    """Wait for version 1 of the autoscaler, which reports unasked, but not in a Ray's first seconds."""
+    begun = time.monotonic()
+    while not is_autoscaler_v2(fetch_from_server=True) and _first_outlook() is None:
+        if time.monotonic() - begun > SILENT_SECONDS:
             return
         time.sleep(POLL_SECONDS)
         require_head()
