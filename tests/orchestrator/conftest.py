@@ -60,7 +60,7 @@ def prune_on_ray(local_ray: None, prune_model: PruneModel) -> PruneModel:
     """The same on the session's Ray, on one worker."""
 
     def run(model: Path, **settings: Any) -> PruneResult:
-        return prune_model(model, **{"local": False, "workers": 1, "rendered": True, **settings})
+        return prune_model(model, **{"local": False, "workers": 1, **settings})
 
     return run
 
@@ -89,7 +89,8 @@ def held_out_file(tmp_path_factory: pytest.TempPathFactory, held_out_blocks: np.
 def gqa_run(prune_on_ray: PruneModel, tracking_uri: str, gqa_model: Path, held_out_file: Path) -> PruneResult:
     """The random model with grouped queries, pruned on Ray, evaluated, tracked in MLflow and registered."""
     evaluate = (str(held_out_file),)
-    return prune_on_ray(gqa_model, evaluate=evaluate, tracking_uri=tracking_uri, register="tiny", run_name="the run")
+    places = {"tracking_uri": tracking_uri, "register": "tiny", "run_name": "the run"}
+    return prune_on_ray(gqa_model, evaluate=evaluate, rendered=True, **places)
 
 
 @pytest.fixture(scope="session")
