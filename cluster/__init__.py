@@ -4,13 +4,14 @@ This module exports the values, which do not need Ray. The connection is in `clu
 """
 
 from cluster.errors import ClusterError
-from cluster.resources import Node, Resources, WorkerPlan, find_room, plan_workers, spread_workers
+from cluster.resources import Node, Resources, WorkerPlan, find_lacking, find_room, plan_workers, spread_workers
 
 __all__ = [
     "ClusterError",
     "Node",
     "Resources",
     "WorkerPlan",
+    "find_lacking",
     "find_room",
     "plan_workers",
     "spread_workers",

@@ -4,7 +4,6 @@ Every wait has a limit. Every failure is a `ClusterError` of one line.
 """
 
 import logging
-import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +17,10 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus
 
 from cluster.errors import ClusterError
+from cluster.job_address import SERVER_VARIABLE, find_address, variable_set
 from cluster.job_client import JobClient, Tell
 from cluster.job_log import LogTail
-from cluster.session import require_answer
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# Ray's own client reads the first before anything else, and the second if the first is missing.
-ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # How long a log may be silent before the job's state is checked, and a server before it counts as lost.
 QUIET_SECONDS = 1.0
 LOST_SECONDS = 10.0
@@ -70,7 +66,7 @@ class JobServer:
     """The job server of a cluster's head.
 
     Args:
-        address: "http://host:port", or any other form that Ray takes; None for Ray's variables, or else this machine.
+        address: Any form that `cluster.job_address.find_address` takes.
         tell: Receives a line when this waits for a server that is starting.
 
     Raises:
@@ -80,12 +76,12 @@ class JobServer:
     def __init__(self, address: str | None = None, tell: Tell = lambda line: None) -> None:
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        self.address = _resolve(address)
-        if "://" not in self.address:
-            # A head's own address: Ray asks the head for its job server, and would wait for minutes.
-            require_answer(self.address)
-        with self._as_cluster_errors(), _variable_set(ADDRESS_VARIABLES[0], self.address):
+        found = find_address(address)
+        self.address, self._remedy = found.address, found.remedy
+        with self._as_cluster_errors(), variable_set(SERVER_VARIABLE, self.address):
             self._client = JobClient(self.address, tell)
+        # Of a head that was asked for its job server, this is the job server.
+        self.address = self._client.get_address()
 
     def submit(
         self,
@@ -212,7 +208,8 @@ class JobServer:
             yield
         except (requests.ConnectionError, requests.Timeout, ConnectionError) as error:
             raise LostError(
-                f"no Ray job server answers at {self.address}: check --address, and that the head has its dashboard"
+                f"no Ray job server answers at {self.address}: {self._remedy}, and make sure that the head "
+                f"has its dashboard"
             ) from error
         except RayError as error:
             reason = _error_line(error).partition(". ")[0]
@@ -227,6 +224,8 @@ class JobServer:
     def _refusal(self, reason: str, job_id: str | None, working_dir: Path | None) -> ClusterError:
         if "Version check returned 404" in reason:
             return self._no_job_server()
+        if "obtain the API server address" in reason:
+            return ClusterError(f"the Ray at {self.address} has no job server: start its head with its dashboard")
         if job_id is not None and "status code 404" in reason:
             return ClusterError(f"there is no job {job_id} at {self.address}: see `slimllm jobs list`")
         if working_dir is not None and ("status code 413" in reason or "exceeds the maximum size" in reason):
@@ -237,27 +236,10 @@ class JobServer:
         return ClusterError(f"the job server at {self.address} refused: {reason}")
 
     def _no_job_server(self) -> ClusterError:
-        return ClusterError(f"the server at {self.address} is not a Ray job server: pass http://HEAD:8265 as --address")
-
-
-def _resolve(address: str | None) -> str:
-    if address is not None:
-        return address if "://" in address or address == "auto" else f"http://{address}"
-    return next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), DEFAULT_ADDRESS)
-
-
-@contextmanager
-def _variable_set(name: str, value: str) -> Iterator[None]:
-    """Set a variable while the block runs: Ray reads the address from it, even if it is given another."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        return ClusterError(
+            f"the server at {self.address} is not a Ray job server: {self._remedy}; that of a head is usually at "
+            f"http://HEAD:8265"
+        )
 
 
 def _state(job: JobDetails) -> JobState:

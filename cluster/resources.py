@@ -39,6 +39,10 @@ class Resources:
         """The number of GPUs of all nodes."""
         return sum(node.gpus for node in self.nodes)
 
+    def weights_travel(self, shared_storage: bool) -> bool:
+        """Return whether the driver must send weights, because not every node sees its paths."""
+        return not (self.local or shared_storage)
+
     def room(self, cpus: int, gpus: float) -> int:
         """Return how many workers fit on the nodes, each with `cpus` CPUs and `gpus` GPUs."""
         return sum(min(node.cpus // cpus, int(node.gpus / gpus) if gpus else node.cpus) for node in self.nodes)
@@ -68,8 +72,7 @@ def plan_workers(
     Raises:
         ClusterError: The cluster has less than was requested.
     """
-    if gpus_per_worker is None:
-        gpus_per_worker = 1.0 if resources.gpus else 0.0
+    gpus_per_worker = _gpus_of_each(resources, gpus_per_worker)
     room = resources.room(1, gpus_per_worker)
     if num_workers is None:
         by_cores = max(1, sum(node.cpus // CPUS_PER_WORKER for node in resources.nodes))
@@ -84,7 +87,38 @@ def plan_workers(
     cpus = resources.cpus // (room if gpus_per_worker else num_workers)
     while resources.room(cpus, gpus_per_worker) < num_workers:
         cpus -= 1
-    return WorkerPlan(num_workers, cpus, gpus_per_worker, weights_travel=not (resources.local or shared_storage))
+    return WorkerPlan(num_workers, cpus, gpus_per_worker, weights_travel=resources.weights_travel(shared_storage))
+
+
+def find_lacking(
+    resources: Resources, num_workers: int | None, gpus_per_worker: float | None, settled: WorkerPlan | None = None
+) -> list[dict[str, float]]:
+    """Return the bundles of the workers that a cluster should have room for, if it would be refused as it is.
+
+    Args:
+        resources: The cluster's resources.
+        num_workers: The requested number of workers, or None.
+        gpus_per_worker: The requested GPUs per worker, or None.
+        settled: The plan of a run that is resumed, which needs room for one of its workers.
+
+    Returns:
+        A bundle of Ray's resources for each worker; none if the cluster has room.
+    """
+    if settled is None:
+        least = num_workers = num_workers or 1
+        cpus, gpus = 1, _gpus_of_each(resources, gpus_per_worker)
+    else:
+        least, num_workers = 1, settled.num_workers
+        cpus, gpus = settled.cpus_per_worker, settled.gpus_per_worker
+    if resources.room(cpus, gpus) >= least:
+        return []
+    return [{"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {}) for _ in range(num_workers)]
+
+
+def _gpus_of_each(resources: Resources, gpus_per_worker: float | None) -> float:
+    if gpus_per_worker is None:
+        return 1.0 if resources.gpus else 0.0
+    return gpus_per_worker
 
 
 def find_room(resources: Resources, workers: WorkerPlan) -> int:

@@ -47,7 +47,7 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
     """
     if ray.is_initialized():
         _require_connected_to(address)
-        yield _resources()
+        yield read_resources()
         return
     named_by = ADDRESS_OPTION if address else ADDRESS_VARIABLE
     address = _resolve(address)
@@ -61,7 +61,7 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
                 _start(verbose)
             else:
                 _connect(address, named_by, packages, verbose)
-        yield _resources()
+        yield read_resources()
     finally:
         # Also if Ray has only begun to start.
         ray.shutdown()
@@ -121,8 +121,12 @@ def require_answer(address: str, named_by: str = ADDRESS_OPTION) -> None:
         named_by: The option or variable that named it, for messages.
 
     Raises:
-        ClusterError: Nothing answers there, it is not Ray, or it denies access.
+        ClusterError: Nothing answers there, it is not Ray or its job server, or it denies access.
     """
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{named_by} {address!r} is a job server, for `slimllm submit`: to connect, pass the head's host:port"
+        )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         if address == "auto":
@@ -159,7 +163,8 @@ def _require_healthy(address: str, named_by: str) -> None:
         )
 
 
-def _resources() -> Resources:
+def read_resources() -> Resources:
+    """Return the resources of the cluster that this program is connected to."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = tuple(
         Node(

@@ -27,7 +27,7 @@ from orchestrator.pruning.finish import complete
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import calibrate as observe_model
 from orchestrator.pruning.one_pass import prune_one_pass
-from orchestrator.pruning.run_context import RunContext, open_context, settle_workers
+from orchestrator.pruning.run_context import RunContext, open_context, open_session, settle_workers
 from orchestrator.pruning.targets import Target, open_targets, target_name
 from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs, log_record
@@ -134,7 +134,7 @@ def _prune_into(
     """Prune into a directory, which appears once it is complete; the result has the final places."""
     with (
         open_staging(directory, config.overwrite, what_is_asked(config, inputs), config.resume) as staging,
-        backend.session(verbose=reporter.verbose) as resources,
+        open_session(backend, staging, reporter) as resources,
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(backend, resources, staging)
@@ -210,7 +210,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
     with (
         deliver_output(output, config.overwrite, reporter.note) as directory,
         open_staging(directory, config.overwrite, asked, config.resume) as staging,
-        backend.session(verbose=reporter.verbose) as resources,
+        open_session(backend, staging, reporter) as resources,
     ):
         workers = settle_workers(backend, resources, staging)
         require_room(Intent(config, inputs, output, resources, workers), estimate_calibration, reporter)

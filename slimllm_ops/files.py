@@ -14,6 +14,16 @@ from slimllm_ops.errors import CheckpointError
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a system error inside the block name this file, if it names none: only those of opening a file do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, which is renamed to `path` at the end, or deleted after an error.
 
@@ -22,7 +32,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        yield partial
+        with naming(path):
+            yield partial
         # safetensors makes files readable by their owner only; a model should be readable like its directory.
         partial.chmod(0o644)
         flush(partial)

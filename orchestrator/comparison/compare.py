@@ -28,7 +28,7 @@ from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import backend_of
 from orchestrator.pruning.finish import complete
 from orchestrator.pruning.one_pass import observed_moments
-from orchestrator.pruning.run_context import RunContext, open_context, settle_workers
+from orchestrator.pruning.run_context import RunContext, open_context, open_session, settle_workers
 from orchestrator.pruning.targets import Target, open_target, target_name
 from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs
@@ -146,7 +146,7 @@ def compare(
     backend = backend_of(config)
     with (
         open_staging(output, config.overwrite) as staging,
-        backend.session(verbose=reporter.verbose) as resources,
+        open_session(backend, staging, reporter) as resources,
         tracked_run(tracking, staging.directory / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(backend, resources, staging)

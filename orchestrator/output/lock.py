@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +22,10 @@ def hold_lock(holder: Path, output: str) -> Iterator[None]:
         holder.parent.mkdir(parents=True, exist_ok=True)
         file = holder.open("a+")
     except OSError as error:
+        with suppress(OSError):
+            # What was just made is empty.
+            holder.parent.rmdir()
+            holder.parent.parent.rmdir()
         raise ConfigError(f"output {output} cannot be written: {error.strerror}; choose another --output") from error
     with file:
         try:
@@ -37,6 +41,7 @@ def hold_lock(holder: Path, output: str) -> Iterator[None]:
             raise ConfigError(f"output {output} was finished by another run just now: choose another --output")
         file.truncate(0)
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
-        file.flush()
+        # If the disk is full, what the run needs there says so, with more words.
+        with suppress(OSError):
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}, since {started}".encode())
         yield

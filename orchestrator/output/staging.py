@@ -8,6 +8,7 @@
     solved/                     results so far; if empty, a failed run leaves nothing behind
 """
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from slimllm_ops.files import flush, write_json
 
 T = TypeVar("T")
 
+# What the system says of a full disk: of its size, of a user's share, of a file's size.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The settings that an output was made with.
 ASKED = Path("pruning/asked.json")
 
@@ -36,11 +39,18 @@ class Notes:
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """Return the stored value; if there is none, compute and store it."""
-        noted = json.loads(self.path.read_text()) if self.path.exists() else {}
+        noted = self._read()
         if name not in noted:
             noted[name] = compute()
             write_json(self.path, noted)
         return noted[name]
+
+    def get(self, name: str) -> Any:
+        """Return the stored value; None if there is none."""
+        return self._read().get(name)
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -189,15 +199,23 @@ def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resu
     """Take over what an earlier run left, or start with an empty directory."""
     if asked is not None and _can_resume(staging, overwrite, asked, resume):
         return Staging(staging.directory, resumed=True)
-    earlier = staging.directory / ASKED
+    try:
+        _start_over(staging, asked)
+    except OSError:
+        shutil.rmtree(staging.directory, ignore_errors=True)
+        raise
+    return staging
+
+
+def _start_over(staging: Staging, asked: dict[str, Any] | None) -> None:
+    """Empty a staging directory, and note what was asked."""
     for path in (*staging.directory.iterdir(), *staging.work.iterdir()):
         if path not in (staging.work, staging.lock_file):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     staging.solved.mkdir()
     if asked is not None:
-        earlier.parent.mkdir()
-        write_json(earlier, asked, indent=1)
-    return staging
+        (staging.directory / ASKED).parent.mkdir()
+        write_json(staging.directory / ASKED, asked, indent=1)
 
 
 def _can_resume(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> bool:
@@ -241,6 +259,8 @@ def _keep_if_solved(staging: Staging, resumable: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            error.filename = error.filename or str(staging.directory)
         # Unsolvable weights or data, and wrong files, would fail the same way next time.
         hopeless = isinstance(error, UnsolvableError | ReadBackError)
         if resumable and staging.is_solved() and not hopeless:

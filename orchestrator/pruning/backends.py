@@ -3,18 +3,32 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import actors
 import slimllm_ops
 from actors.group import Delivery
 from actors.workers import Workers
-from cluster import Node, Resources, WorkerPlan, plan_workers
+from cluster import Node, Resources, WorkerPlan, find_lacking, plan_workers
 from cluster.sockets import require_room_for_sockets
 from orchestrator.config import PruneConfig
 from slimllm_ops.checkpoint.reading import Checkpoint
 
 Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Growing:
+    """What a run needs of a cluster that grows.
+
+    Attributes:
+        settled: The workers of a run that is resumed; None for a new run, whose config says what it needs.
+        note: Receives a line when the run waits.
+    """
+
+    settled: WorkerPlan | None
+    note: Note
 
 
 class Backend(Protocol):
@@ -27,8 +41,12 @@ class Backend(Protocol):
             ClusterError: Ray could not start here.
         """
 
-    def session(self, *, verbose: bool = False) -> AbstractContextManager[Resources]:
+    def session(self, *, verbose: bool = False, growing: "Growing | None" = None) -> AbstractContextManager[Resources]:
         """Connect, or start a cluster, for the duration of the context; yield the resources.
+
+        Args:
+            verbose: Whether to print the logs of Ray and the workers.
+            growing: How a cluster that scales itself grows first, if it has no room for the run; None if it should not.
 
         Raises:
             ClusterError: The cluster cannot be reached.
@@ -40,6 +58,9 @@ class Backend(Protocol):
         Raises:
             ClusterError: The cluster has less than the config asks for.
         """
+
+    def weights_travel(self, resources: Resources) -> bool:
+        """Return whether the driver must send the weights to the workers."""
 
     def workers(self, plan: WorkerPlan, room: int, *, note: Note) -> AbstractContextManager[tuple[Workers, Delivery]]:
         """Hold workers for the duration of the context; yield them, and a function that lets them read a checkpoint.
@@ -72,17 +93,26 @@ class RayBackend:
             require_room_for_sockets()
 
     @contextmanager
-    def session(self, *, verbose: bool = False) -> Iterator[Resources]:
+    def session(self, *, verbose: bool = False, growing: Growing | None = None) -> Iterator[Resources]:
         """Connect to the cluster at the config's address, or start a Ray on this machine."""
-        from cluster.session import session
+        from cluster.session import session, starts_a_ray
 
+        alone = starts_a_ray(self._config.address)
         with session(self._config.address, (actors, slimllm_ops), verbose=verbose) as resources:
-            yield resources
+            if alone or growing is None or not self._lacking(resources, growing):
+                yield resources
+                return
+            with self._grown(growing) as resources:
+                yield resources
 
     def plan_workers(self, resources: Resources) -> WorkerPlan:
         """Return how many workers run: one for each GPU, or one for every 4 cores."""
         config = self._config
         return plan_workers(resources, config.workers, config.gpus_per_worker, config.shared_storage)
+
+    def weights_travel(self, resources: Resources) -> bool:
+        """Return whether some node does not see the driver's files."""
+        return resources.weights_travel(self._config.shared_storage)
 
     @contextmanager
     def workers(self, plan: WorkerPlan, room: int, *, note: Note) -> Iterator[tuple[Workers, Delivery]]:
@@ -97,6 +127,17 @@ class RayBackend:
         ):
             yield RayWorkers(placement, offload=self._config.offload, note=note), deliver
 
+    def _lacking(self, resources: Resources, growing: Growing) -> list[dict[str, float]]:
+        return find_lacking(resources, self._config.workers, self._config.gpus_per_worker, growing.settled)
+
+    @contextmanager
+    def _grown(self, growing: Growing) -> Iterator[Resources]:
+        from actors.growing import grown
+        from cluster.session import read_resources
+
+        with grown(lambda: self._lacking(read_resources(), growing), growing.note):
+            yield read_resources()
+
 
 class LocalBackend:
     """This process, without Ray."""
@@ -109,7 +150,7 @@ class LocalBackend:
         """Do nothing: this process is there."""
 
     @contextmanager
-    def session(self, *, verbose: bool = False) -> Iterator[Resources]:
+    def session(self, *, verbose: bool = False, growing: Growing | None = None) -> Iterator[Resources]:
         """Yield this machine's CPUs, and its first GPU."""
         import torch
 
@@ -122,6 +163,10 @@ class LocalBackend:
         gpus = self._config.gpus_per_worker
         shared = resources.gpus / self._num_workers if gpus is None else gpus
         return plan_workers(resources, self._num_workers, shared)
+
+    def weights_travel(self, resources: Resources) -> bool:
+        """Return False: the worker is this process."""
+        return False
 
     @contextmanager
     def workers(self, plan: WorkerPlan, room: int, *, note: Note) -> Iterator[tuple[Workers, Delivery]]:

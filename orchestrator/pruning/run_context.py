@@ -15,7 +15,7 @@ from orchestrator.data import TokenBlocks
 from orchestrator.inputs import Inputs
 from orchestrator.output.staging import Staging
 from orchestrator.progress import Reporter
-from orchestrator.pruning.backends import Backend
+from orchestrator.pruning.backends import Backend, Growing
 from orchestrator.pruning.perplexity import evaluate
 from orchestrator.record.mlflow import log_layer
 from orchestrator.tracking import Run
@@ -115,15 +115,27 @@ class RunContext:
         return float(self.staging.results.once(f"perplexity of {name} on {blocks.spec}, {blocks.digest}", measure))
 
 
+@contextmanager
+def open_session(backend: Backend, staging: Staging, reporter: Reporter) -> Iterator[Resources]:
+    """Connect to a run's cluster; one that scales itself grows if it has no room for the run.
+
+    Raises:
+        ClusterError: The cluster cannot be reached.
+    """
+    settled = staging.settled.get("workers")
+    growing = Growing(settled and WorkerPlan(**settled), reporter.note)
+    with backend.session(verbose=reporter.verbose, growing=growing) as resources:
+        yield resources
+
+
 def settle_workers(backend: Backend, resources: Resources, staging: Staging) -> WorkerPlan:
     """Return the workers of a run; a resumed run keeps the plan that it began with, on any cluster.
 
     Raises:
         ClusterError: The cluster has less than the config asks for.
     """
-    planned = backend.plan_workers(resources)
-    settled = WorkerPlan(**staging.settled.once("workers", lambda: asdict(planned)))
-    return replace(settled, weights_travel=planned.weights_travel)
+    settled = WorkerPlan(**staging.settled.once("workers", lambda: asdict(backend.plan_workers(resources))))
+    return replace(settled, weights_travel=backend.weights_travel(resources))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.secrets import masked
 from orchestrator.tracking.options import TrackingError
+from slimllm_ops.files import naming
 
 
 class Journal:
@@ -25,7 +26,7 @@ class Journal:
         of_child = {} if self.child is None else {"child": self.child}
         line = json.dumps(json_value({"time": time.time(), **event, **of_child}), allow_nan=False)
         # The file is opened for each line: if the process is killed, all lines but the last are complete and in order.
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         return json.loads(line)
 

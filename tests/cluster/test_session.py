@@ -228,6 +228,7 @@ def test_local_starts_a_new_ray_as_it_does_for_ray(
         ("127.0.0.1:1", "no Ray answers at 127.0.0.1:1 .*, or unset RAY_ADDRESS, which names it"),
         ("ray://127.0.0.1:1", "no Ray answers at ray://127.0.0.1:1 .*, or unset RAY_ADDRESS"),
         ("127.0.0.1:99999", "no Ray answers at 127.0.0.1:99999 .*, or unset RAY_ADDRESS"),
+        ("http://127.0.0.1:8265", "^RAY_ADDRESS 'http://127.0.0.1:8265' is a job server, .*: .* the head's host:port"),
         ("head", "^RAY_ADDRESS 'head' is not host:port, nor auto, nor local"),
     ],
 )

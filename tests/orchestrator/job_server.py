@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -24,6 +25,7 @@ import psutil
 from orchestrator.version import DISTRIBUTION
 from tests.forked_workers.server import FOLDER
 from tests.forks import Forks, slimllm
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -63,6 +65,9 @@ class Head:
     process: "subprocess.Popen[bytes]"
     folder: Path
     port: int
+    # Where nodes and programs connect to, and where Ray's clients do.
+    head_port: int
+    client_port: int
     environment: dict[str, str]
     client: Forks
 
@@ -76,9 +81,9 @@ class Head:
         command = [str(BIN / "slimllm"), *map(str, words)]
         return subprocess.Popen(command, env=self.environment, text=True, start_new_session=True, **streams)
 
-    def run(self, *words: object, code: int = 0) -> tuple[str, str]:
-        """Run a command to its end, in a fork; return what it said on stdout and on stderr."""
-        ended = self.client.run(slimllm(*words), seconds=SECONDS)
+    def run(self, *words: object, code: int = 0, **environment: str) -> tuple[str, str]:
+        """Run a command to its end, in a fork with more variables; return what it said on stdout and on stderr."""
+        ended = self.client.run(slimllm(*words), seconds=SECONDS, **environment)
         assert ended.code == code, ended.stdout + ended.stderr
         return ended.stdout, ended.stderr
 
@@ -127,14 +132,6 @@ def wait_for(is_time: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [taken.getsockname()[1] for taken in sockets]
-    for taken in sockets:
-        taken.close()
-    return ports
-
-
 @contextmanager
 def started_head(folder: Path) -> Iterator[Head]:
     """A cluster's head for as long as the context lasts; its token and its own log lie in the folder."""
@@ -151,7 +148,7 @@ def started_head(folder: Path) -> Iterator[Head]:
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     names += ("metrics-export-port", "ray-client-server-port")
     # Ray's sockets lie in it, and their paths must be short.
-    with_short_path = Path("/tmp") / f"slimllm-{os.getpid()}"
+    with_short_path = Path(tempfile.mkdtemp(prefix="slimllm-", dir="/tmp"))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
     command += ["--disable-usage-stats", f"--temp-dir={with_short_path}"]
@@ -167,7 +164,7 @@ def started_head(folder: Path) -> Iterator[Head]:
         here = plain_environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
         client = Forks(CLIENT, here | {"PYTHONPATH": str(ROOT)}, folder)
         try:
-            yield Head(process, with_short_path, ports[1], here, client)
+            yield Head(process, with_short_path, ports[1], ports[0], ports[5], here, client)
         finally:
             client.close()
     finally:

@@ -1,12 +1,20 @@
 """The manifests satisfy the API server's schema, and match one another and the placement of workers."""
 
 import copy
+import os
 import re
+import shlex
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import psutil
 import pytest
 from mlflow.cli import server
 from mlflow.server.security_utils import is_allowed_host_header
@@ -156,20 +164,93 @@ def test_the_jobs_cluster_is_the_one_that_stays_but_for_how_far_it_grows() -> No
 
 def test_the_job_writes_where_the_volume_is_and_goes_on_when_it_is_tried_again() -> None:
     job = of_kind("RayJob")["spec"]
-    config = settings_of(job["entrypoint"])
+    config = settings_of(pruning(job["entrypoint"]))
     (head,) = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
     (mount,) = [mount["mountPath"] for mount in head["volumeMounts"] if mount["name"] == "data"]
     assert config.output.startswith(f"{mount}/")
     assert {one["name"]: one["value"] for one in head["env"]}["HF_HOME"].startswith(f"{mount}/")
     assert config.resume
-    assert job["backoffLimit"] > 0
     # The driver runs in the head's pod, and the workers have no such volume.
     assert not config.shared_storage
     assert config.address is None
 
 
-def test_a_command_with_an_option_that_is_none_is_found() -> None:
+def pruning(entrypoint: str) -> str:
+    """The command that an entrypoint repeats."""
+    words = shlex.split(entrypoint)
+    return shlex.join(words[words.index("slimllm") :])
+
+
+# `ray job submit` gives the job's server its words, quoted for a shell.
+RAY = """#!/bin/sh
+shift 3; exec python3 -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@"
+"""
+# Ends with the first code that is left, and notes its words; `wait` stands for a run that SIGTERM ends.
+SLIMLLM = """#!/bin/bash
+echo "$@" >>told; code=$(head -1 codes); sed -i 1d codes
+if [ "$code" = wait ]; then trap 'sleep .2; touch cleaned; exit 143' TERM; touch begun; while :; do sleep .02; done; fi
+exit $code
+"""
+
+
+@pytest.fixture(params=["K8sJobMode", "HTTPMode"])
+def entrypoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The command that Ray runs when KubeRay submits the job, with stand-ins for slimllm and for a pause."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("ray", RAY), ("slimllm", SLIMLLM), ("sleep", "#!/bin/bash\nread -t .01 </dev/zero\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     command = of_kind("RayJob")["spec"]["entrypoint"]
+    if request.param == "HTTPMode":
+        return command
+    submitter = ["bash", "-ce", f"ray job submit -- {command} ;"]
+    return subprocess.run(submitter, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("codes", "attempts", "code"),
+    [
+        ("0", 1, 0),
+        ("2 0", 1, 2),
+        ("143 0", 1, 143),
+        ("130 0", 1, 130),
+        ("1 2 0", 2, 2),
+        ("1 137 0", 3, 0),
+        ("1 1 1 1 0", 4, 1),
+    ],
+)
+def test_a_refusal_is_not_tried_again_and_a_failure_is(
+    entrypoint: str, tmp_path: Path, codes: str, attempts: int, code: int
+) -> None:
+    assert of_kind("RayJob")["spec"]["backoffLimit"] == 0, "KubeRay would try a refusal again"
+    (tmp_path / "codes").write_text(codes.replace(" ", "\n"))
+    assert subprocess.run(entrypoint, shell=True, cwd=tmp_path, check=False, timeout=60).returncode == code
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told == [shlex.join(shlex.split(pruning(entrypoint))[1:])] * attempts
+
+
+def test_a_run_that_is_told_to_end_has_time_to_and_is_not_tried_again(entrypoint: str, tmp_path: Path) -> None:
+    (tmp_path / "codes").write_text("1\nwait\n0")
+    job = subprocess.Popen(entrypoint, shell=True, cwd=tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # As Ray does: every process of the job.
+    for process in (psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    assert job.wait(timeout=60) in (143, -signal.SIGTERM)
+    while not (tmp_path / "cleaned").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len((tmp_path / "told").read_text().splitlines()) == 2
+
+
+def test_a_command_with_an_option_that_is_none_is_found() -> None:
+    command = pruning(of_kind("RayJob")["spec"]["entrypoint"])
     with pytest.raises(Exception, match="No such option '--sparsities'"):
         settings_of(command.replace("--sparsity", "--sparsities"))
 

@@ -50,6 +50,43 @@ def job_of(said: str) -> str:
     return next(word.rstrip(":") for word in said.split() if word.startswith("raysubmit_"))
 
 
+# Where a head's agent says that it is there, which Ray's job server reads once.
+AGENT = """
+import sys
+from ray._private.ray_constants import KV_NAMESPACE_DASHBOARD as SPACE
+from ray._raylet import GcsClient
+from ray.dashboard.consts import DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX as PREFIX
+store = GcsClient(address="127.0.0.1:{port}")
+if "{taken}":
+    key, value = map(bytes.fromhex, "{taken}".split())
+    store.internal_kv_put(key, value, overwrite=True, namespace=SPACE)
+else:
+    while not (keys := store.internal_kv_keys(PREFIX.encode(), namespace=SPACE)):
+        pass
+    print(keys[0].hex(), store.internal_kv_get(keys[0], namespace=SPACE).hex())
+    store.internal_kv_del(keys[0], del_by_prefix=False, namespace=SPACE)
+"""
+
+
+@pytest.mark.slow
+def test_a_head_whose_agent_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
+    with started_head(tmp_path) as head:
+
+        def agent(taken: str) -> str:
+            ended = head.client.run(AGENT.format(port=head.head_port, taken=taken), seconds=SECONDS)
+            assert ended.code == 0, ended.stderr
+            return ended.stdout.strip()
+
+        taken = agent("")
+        submitter = head.start("submit", "--no-follow", "--", "log", "/nowhere")
+        said = submitter.stderr.readline()
+        assert said == "waiting up to 60 s for the cluster's job server, which is starting\n"
+        agent(taken)
+        job_id, stderr = submitter.communicate(timeout=SECONDS)
+        assert submitter.returncode == 0, stderr
+        assert head.state(job_id.strip())["words"] == "log /nowhere"
+
+
 # ---- Without a cluster
 
 
@@ -326,6 +363,23 @@ def test_without_the_clusters_token_nobody_is_let_in(head: Head, changed: dict[s
         ": set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has\n"
     )
     assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("form", ["http://127.0.0.1:{0.port}", "127.0.0.1:{0.port}", "127.0.0.1:{0.head_port}"])
+@pytest.mark.parametrize("name", ["--address", "RAY_ADDRESS"])
+def test_a_job_server_is_found_in_every_form_that_ray_takes(head: Head, form: str, name: str) -> None:
+    address = form.format(head)
+    option = ["--address", address] if name == "--address" else []
+    unset = {"RAY_API_SERVER_ADDRESS": "", "RAY_ADDRESS": "" if option else address}
+    _, stderr = head.run("jobs", "logs", "nonesuch", *option, code=2, **unset)
+    assert stderr == f"slimllm: there is no job nonesuch at {head.address}: see `slimllm jobs list`\n"
+
+
+@pytest.mark.slow
+def test_a_job_server_is_found_through_a_ray_client(head: Head) -> None:
+    unset = {"RAY_API_SERVER_ADDRESS": "", "RAY_ADDRESS": f"ray://127.0.0.1:{head.client_port}"}
+    _, stderr = head.run("jobs", "logs", "nonesuch", code=2, **unset)
+    assert stderr.splitlines()[-1] == f"slimllm: there is no job nonesuch at {head.address}: see `slimllm jobs list`"
 
 
 def test_a_job_or_a_folder_that_is_not_there_or_does_not_fit_is_told_in_one_line(head: Head, tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from actors.errors import ShardError, WorkerLostError
 from actors.group import ShardGroup
 from actors.local import LocalWorkers
 from actors.pool import SolverPool
+from cluster import ClusterError, Node, Resources, WorkerPlan
 from orchestrator import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.staging import Staging
 from orchestrator.progress import Reporter
-from orchestrator.pruning.run_context import MAX_LOSSES, RunContext
+from orchestrator.pruning.backends import backend_of
+from orchestrator.pruning.run_context import MAX_LOSSES, RunContext, settle_workers
 
 
 def context_of(inputs: Inputs, printed: io.StringIO) -> RunContext:
@@ -67,3 +69,13 @@ def test_other_errors_end_the_stage(inputs: Inputs) -> None:
     with pytest.raises(ValueError, match="a bug"):
         stage()
     assert len(tried) == 1
+
+
+def test_a_resumed_run_keeps_its_workers_on_a_cluster_that_has_room_for_fewer(tmp_path: Path) -> None:
+    staging, backend = Staging(tmp_path), backend_of(PruneConfig(workers=3))
+    staging.work.mkdir()
+    whole, smaller = Resources((Node(4, 0), Node(4, 0)), local=False), Resources((Node(2, 0),), local=True)
+    with pytest.raises(ClusterError, match="3 workers of 0 GPUs were asked for, the cluster has room for 2"):
+        settle_workers(backend, smaller, staging)
+    assert settle_workers(backend, whole, staging) == WorkerPlan(3, 2, 0.0, weights_travel=True)
+    assert settle_workers(backend, smaller, staging) == WorkerPlan(3, 2, 0.0, weights_travel=False)
