@@ -204,8 +204,9 @@ def _lock_staging(output: Path) -> Iterator[Staging]:
 def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> Staging:
     """Take over what an earlier run left, or start with an empty directory."""
     if asked is not None and _can_resume(staging, overwrite, asked, resume):
-        # It may have come as far as its mark; it is about to change.
-        (staging.directory / MARK).unlink(missing_ok=True)
+        # It may have come as far as its mark, and may have left files that it was about to rename.
+        for path in (staging.directory / MARK, *staging.directory.rglob("*.partial")):
+            path.unlink(missing_ok=True)
         return Staging(staging.directory, resumed=True)
     try:
         _start_over(staging, asked)
