@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +48,21 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file's content."""
+    with written_whole(path) as partial:
+        shutil.copyfile(source, partial)
+
+
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write a JSON file."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=indent) + "\n")
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:

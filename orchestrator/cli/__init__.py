@@ -20,7 +20,7 @@ Exit codes:
   0    done
   1    workers, Ray's head, a disk or an upload failed; results so far stay, --resume continues
   2    the request cannot be met; the message says what to change
-  130  Ctrl-C, 143 SIGTERM; --resume continues
+  130  Ctrl-C, 143 SIGTERM, 129 SIGHUP (the terminal is gone); --resume continues
 """
 
 

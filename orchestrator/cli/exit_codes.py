@@ -1,12 +1,12 @@
-"""Turns errors into one line and an exit code: 2 if the user can fix it, 1 if not, 130 for Ctrl-C, 143 for SIGTERM."""
+"""Turns errors into one line and an exit code: 2 if the user can fix it, 1 if not, or that of a signal."""
 
 import json
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
@@ -18,6 +18,9 @@ FAILED = 1
 REFUSED = 2
 INTERRUPTED = 130
 TERMINATED = 143
+HUNG_UP = 129
+# The signals that end a command as Ctrl-C does, with their exit codes and what it says.
+ENDINGS = {signal.SIGTERM: (TERMINATED, "terminated"), signal.SIGHUP: (HUNG_UP, "the terminal is gone")}
 
 
 class _AlreadyReported(SystemExit):
@@ -35,25 +38,33 @@ def exit_on_error(*, as_json: bool = False, verbose: bool = False) -> Iterator[N
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers' warnings are about config entries, such as special token ids, that pruning copies unchanged.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    terminated = threading.Event()
+    came: list[int] = []
 
-    def terminate(signum: int, frame: object) -> NoReturn:
-        terminated.set()
+    def end(signum: int, frame: object) -> NoReturn:
+        came.append(signum)
         # The run, its actors and its record end as after Ctrl-C.
-        raise SystemExit(TERMINATED)
+        raise SystemExit(ENDINGS[signal.Signals(signum)][0])
 
     # In a program's other threads, signals are the program's own affair.
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
+        _handle_signals(end)
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        ending = _ending_of(error, terminated.is_set())
+        ending = _ending_of(error, came)
         if ending is None:
             raise
         if verbose:
             traceback.print_exc()
         exit_with(*ending, as_json=as_json)
+
+
+def _handle_signals(end: Callable[[int, object], NoReturn]) -> None:
+    """End the program by a function when a signal of `ENDINGS` comes."""
+    for one in ENDINGS:
+        # nohup and its like have a program ignore SIGHUP.
+        if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN:
+            signal.signal(one, end)
 
 
 def print_json(value: Any) -> None:
@@ -66,22 +77,32 @@ def print_json(value: Any) -> None:
 def exit_with(text: str, code: int = REFUSED, *, as_json: bool = False) -> NoReturn:
     """Print the reason in one line, without its secrets, and exit."""
     line = masked(" ".join(text.split()))
-    if as_json:
-        click.echo(json.dumps({"error": line, "exit_code": code}))
-    click.echo(f"slimllm: {line}", err=True)
+    # Without its terminal, a program has nobody to tell.
+    with suppress(OSError):
+        if as_json:
+            click.echo(json.dumps({"error": line, "exit_code": code}))
+        click.echo(f"slimllm: {line}", err=True)
     raise _AlreadyReported(code)
 
 
-def _ending_of(error: BaseException, terminated: bool) -> tuple[str, int] | None:
-    """Return an error's message and exit code; None for a bug and for an intended exit."""
+def _ending_of(error: BaseException, came: Sequence[int]) -> tuple[str, int] | None:
+    """Return an error's message and exit code; None for a bug and for an intended exit.
+
+    Args:
+        error: The error.
+        came: The signals of `ENDINGS` that came.
+    """
     match error:
+        # A program that has lost its terminal cannot print, whatever it does.
+        case OSError() if signal.SIGHUP in came:
+            return _ended_by(signal.SIGHUP, error)
         case KeyboardInterrupt():
             return _with_notes("interrupted; no checkpoint was written", error), INTERRUPTED
         case _AlreadyReported():
             return None
         # While Ray waits for a worker, it replaces our SystemExit with its own, which has another code.
         case SystemExit():
-            return (_with_notes("terminated; no checkpoint was written", error), TERMINATED) if terminated else None
+            return _ended_by(came[0], error) if came else None
         case ConfigError():
             return _with_notes(str(error), error), REFUSED
     # The other error classes take seconds to import. Wrong settings and cluster errors are found before that, so check
@@ -104,6 +125,12 @@ def _ending_of(error: BaseException, terminated: bool) -> tuple[str, int] | None
         place = f" {error.filename}" if error.filename else ""
         return _with_notes(f"the system refused{place}: {error.strerror or error}", error), FAILED
     return None
+
+
+def _ended_by(number: int, error: BaseException) -> tuple[str, int]:
+    """Return the message and exit code of a program that a signal ends."""
+    code, what = ENDINGS[signal.Signals(number)]
+    return _with_notes(f"{what}; no checkpoint was written", error), code
 
 
 def _with_notes(text: str, error: BaseException) -> str:

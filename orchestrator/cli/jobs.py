@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from orchestrator.cli.exit_codes import FAILED, INTERRUPTED, TERMINATED, exit_on_error, exit_with, print_json
+from orchestrator.cli.exit_codes import FAILED, HUNG_UP, INTERRUPTED, TERMINATED, exit_on_error, exit_with, print_json
 from orchestrator.cli.options import Command, with_options
 from orchestrator.config import ConfigError
 from orchestrator.secrets import masked
@@ -192,9 +192,10 @@ def _follow(server: "JobServer", job_id: str, address: str | None) -> NoReturn:
                 _leave(f"job {job_id} keeps running", INTERRUPTED, job_id, address)
             click.echo(f"stopping job {job_id}", err=True)
             server.stop(job_id)
-        except SystemExit:
-            # SIGTERM ends this command, not the job.
-            _leave(f"job {job_id} keeps running", TERMINATED, job_id, address)
+        except SystemExit as ended:
+            # SIGTERM and SIGHUP end this command, not the job.
+            code = HUNG_UP if ended.code == HUNG_UP else TERMINATED
+            _leave(f"job {job_id} keeps running", code, job_id, address)
     _exit_as(server.state(job_id))
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from orchestrator.record.figures import draw_perplexity_over_sparsity
 from orchestrator.record.totals import HeldOut
+from slimllm_ops.files import write_text
 
 DENSE = "dense"
 FORMAT = 1
@@ -61,9 +62,9 @@ def gap_fraction(loss: float, dense: float, reference: float) -> float:
 def write_table(rows: Sequence[Row], header: dict[str, Any], directory: Path) -> None:
     """Write comparison.json, comparison.csv, comparison.md, and perplexity.png (perplexity-1.png for a second set)."""
     document = {"format": FORMAT} | header | {"rows": [_plain(asdict(row)) for row in rows]}
-    (directory / "comparison.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    (directory / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
-    (directory / "comparison.md").write_text(as_markdown(rows, header), encoding="utf-8")
+    write_text(directory / "comparison.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_text(directory / "comparison.csv", as_csv(rows))
+    write_text(directory / "comparison.md", as_markdown(rows, header))
     for number, data in enumerate(_data(rows)):
         name = f"perplexity-{number}.png" if number else "perplexity.png"
         curves, dense = _curves([row for row in rows if row.data == data])

@@ -12,14 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from orchestrator.completion import JOURNAL, MARK, find_damage, is_marked
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.output.lock import hold_lock
 from orchestrator.output.staging import ASKED, has_unfinished_run, is_finished, require_same
 from orchestrator.sources import storage
 from orchestrator.tracking import TrackingError
 from slimllm_ops.errors import InputError
-
-JOURNAL = "metrics.jsonl"
 
 
 class DeliveryError(RuntimeError):
@@ -89,6 +88,9 @@ def is_whole(output: Destination, asked: dict[str, Any]) -> bool:
     if output.uri is None or has_unfinished_run(output.directory):
         return False
     with _as_config_errors():
+        # The mark is uploaded last.
+        if storage.read_text(output.uri, MARK) is None:
+            return False
         earlier = storage.read_text(output.uri, str(ASKED))
     if earlier is None:
         return False
@@ -109,7 +111,7 @@ def deliver_output(output: Destination, overwrite: bool, note: Callable[[str], N
         yield output.directory
         return
     with _lock_upload(output.directory, output.uri):
-        if (output.directory / ASKED).exists() and not overwrite:
+        if is_marked(output.directory) and not overwrite:
             raise ConfigError(
                 f"an earlier run of {output.uri} was finished but not uploaded, and is in {output.directory}: "
                 f"pass --resume to upload it, or --overwrite to start over"
@@ -129,8 +131,10 @@ def fetch_output(uri: str) -> Iterator[Path]:
     """
     with _as_config_errors():
         fetched = storage.fetch_directory(uri)
-    if not (fetched / ASKED).exists():
-        raise ConfigError(f"{uri} is incomplete (it has no {ASKED}): upload it again with --resume, or prune again")
+    if not is_marked(fetched):
+        raise ConfigError(f"{uri} is incomplete (it has no {MARK}): upload it again with --resume, or prune again")
+    if damage := find_damage(fetched):
+        raise ConfigError(f"{uri} is damaged: {damage}; upload it again, or prune again")
     with (
         TemporaryDirectory(dir=fetched.parents[1]) as folder,
         storage.naming_uri(uri, copy := Path(folder) / fetched.name, ConfigError, InputError, TrackingError),
@@ -179,7 +183,7 @@ def _upload(directory: Path, uri: str, overwrite: bool, note: Callable[[str], No
     note(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, to {uri}")
     waits = f"the complete output is in {directory}: run the same command with --resume to upload it"
     try:
-        if kept := storage.upload_directory(uri, directory, str(ASKED), overwrite):
+        if kept := storage.upload_directory(uri, directory, MARK, overwrite):
             note(f"{kept} of them were there already")
     except storage.StorageError as error:
         raise DeliveryError(f"{error}; {waits}") from error

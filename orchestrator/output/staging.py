@@ -1,7 +1,8 @@
-"""Builds an output in a staging directory, which is renamed to the output's name once it is complete.
+"""Builds an output in a staging directory, which takes the output's place once it is complete (swap.py).
 
-.NAME.partial/                  next to the output; becomes the output
+.NAME.partial/                  next to the output, or in it if it is a mount point; becomes the output
 .NAME.partial/pruning/asked.json    the settings; a resumed run must have the same
+.NAME.partial/complete.json         the mark of a complete output, written last (orchestrator/completion.py)
 .NAME.partial/.work/            working files, deleted when the output is complete
     holder                      names the process that writes here, which locks the file while it runs
     settled.json                choices made during the run that must not change: workers, micro-batches
@@ -11,46 +12,25 @@
 import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from orchestrator.completion import MARK, find_damage, is_marked, mark_complete
 from orchestrator.config import ConfigError
 from orchestrator.output.lock import hold_lock
+from orchestrator.output.notes import Notes, read_settings
+from orchestrator.output.place import HOLDER, WORK, content_of, real_place, require_own, staging_place
+from orchestrator.output.swap import discard, empty, is_publishing, publish, recover
 from slimllm_ops.errors import ReadBackError, UnsolvableError
-from slimllm_ops.files import flush, write_json
-
-T = TypeVar("T")
+from slimllm_ops.files import write_json
 
 # What the system says of a full disk: of its size, of a user's share, of a file's size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The settings that an output was made with.
 ASKED = Path("pruning/asked.json")
-
-
-@dataclass(frozen=True)
-class Notes:
-    """Named values in a JSON file; each is computed once, even if the process is killed and the run resumed."""
-
-    path: Path
-
-    def once(self, name: str, compute: Callable[[], T]) -> T:
-        """Return the stored value; if there is none, compute and store it."""
-        noted = self._read()
-        if name not in noted:
-            noted[name] = compute()
-            write_json(self.path, noted)
-        return noted[name]
-
-    def get(self, name: str) -> Any:
-        """Return the stored value; None if there is none."""
-        return self._read().get(name)
-
-    def _read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -63,12 +43,12 @@ class Staging:
     @property
     def work(self) -> Path:
         """The folder of working files, which are not part of the output."""
-        return self.directory / ".work"
+        return self.directory / WORK
 
     @property
     def lock_file(self) -> Path:
         """The file that names the process writing here."""
-        return self.work / "holder"
+        return self.work / HOLDER
 
     @property
     def solved(self) -> Path:
@@ -87,14 +67,14 @@ class Staging:
     @property
     def results(self) -> Notes:
         """Numbers computed by passes over the data."""
-        return Notes(self.solved / "results.json")
+        return Notes(self.solved / "results.json", replaceable=True)
 
 
 @contextmanager
 def open_staging(
     output: Path, overwrite: bool, asked: dict[str, Any] | None = None, resume: bool = False
 ) -> Iterator[Staging]:
-    """Open a staging directory next to `output`, and rename it to `output` at the end.
+    """Open a staging directory for `output`, and put it in the output's place at the end, marked as complete.
 
     After an error, keep the directory if it holds results, so that a run with the same settings and `resume` can
     continue from them; otherwise delete it.
@@ -106,35 +86,41 @@ def open_staging(
         resume: Whether to continue from earlier results.
 
     Raises:
-        ConfigError: The output exists and is not empty, is being written by another run, or cannot be written; an
-            unfinished earlier run is in the way, with neither `resume` nor `overwrite`; or the run to resume had
-            other settings.
+        ConfigError: The output exists and is not empty, is being written by another run, or cannot be written; its
+            staging directory is not ours; an unfinished earlier run is in the way, with neither `resume` nor
+            `overwrite`; or the run to resume had other settings.
     """
+    _recover(output)
     require_free(output, overwrite)
-    output = output.absolute()
-    made = [parent for parent in output.parents if not parent.exists()]
+    place = real_place(output)
+    made = [parent for parent in place.parents if not parent.exists()]
     try:
         with _lock_staging(output) as staging:
             staging = _begin(staging, overwrite, asked, resume)
             with _keep_if_solved(staging, resumable=asked is not None):
                 yield staging
-                _replace(staging, output)
+                mark_complete(staging.directory, leave_out=WORK)
+                publish(staging.directory, place)
     finally:
         _remove_empty(made)
 
 
 def is_finished(output: Path, asked: dict[str, Any]) -> bool:
-    """Return whether an output is complete.
+    """Return whether an output is complete: whether it has the mark, and every file is as the mark says.
 
     Raises:
-        ConfigError: It is complete, but was made with other settings.
+        ConfigError: It was complete, but was made with other settings, or is damaged.
     """
+    _recover(output)
     # With an unfinished run next to it, the output may be an older one that this run is about to overwrite.
-    if not (output / ASKED).exists() or has_unfinished_run(output):
+    if not is_marked(output) or not (output / ASKED).exists() or has_unfinished_run(output):
         return False
-    require_same(json.loads((output / ASKED).read_text()), asked, f"output {output}")
-    # A run may be killed after it renamed the output and before it deleted the working files.
-    shutil.rmtree(output / ".work", ignore_errors=True)
+    require_same(read_settings(output / ASKED), asked, f"output {output}")
+    if damage := find_damage(output):
+        raise ConfigError(
+            f"output {output} is damaged: {damage}; pass --overwrite without --resume to make it again, "
+            f"or choose another --output"
+        )
     return True
 
 
@@ -142,12 +128,18 @@ def require_free(output: Path, overwrite: bool) -> None:
     """Refuse an output that already exists, unless it may be overwritten.
 
     Raises:
-        ConfigError: The output is a file, or a directory that is not empty.
+        ConfigError: The output is a file, or a directory that is not empty, or that cannot be replaced.
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file: choose another --output")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ConfigError(f"output {output} is not empty: choose another --output, or pass --overwrite to replace it")
+    if not output.is_dir() or not content_of(real_place(output), staging_place(output)):
+        return
+    if not overwrite:
+        incomplete = (output / ASKED).exists() and not is_marked(output)
+        found = f"is incomplete (it has no {MARK})" if incomplete else "is not empty"
+        raise ConfigError(f"output {output} {found}: choose another --output, or pass --overwrite to replace it")
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise ConfigError(f"output {output} cannot be replaced: it is read-only; choose another --output")
 
 
 def staging_directory(output: Path) -> Path:
@@ -156,7 +148,9 @@ def staging_directory(output: Path) -> Path:
 
 
 def require_can_start(output: Path, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> None:
-    """Refuse an output that `open_staging` would refuse, as far as this shows without writing anything.
+    """Refuse an output that `open_staging` would refuse, as far as this shows without making anything.
+
+    What a crash of an earlier run cut short is put in order first.
 
     Args:
         output: The final directory.
@@ -167,9 +161,12 @@ def require_can_start(output: Path, overwrite: bool, asked: dict[str, Any] | Non
     Raises:
         ConfigError: As for `open_staging`.
     """
+    _recover(output)
     require_free(output, overwrite)
-    _can_resume(_staging(output), overwrite, asked, resume)
-    nearest = next(parent for parent in output.absolute().parents if parent.exists())
+    staging = _staging(output)
+    require_own(staging.directory, output)
+    _can_resume(staging, overwrite, asked, resume)
+    nearest = next(parent for parent in staging.directory.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
             f"output {output} cannot be written: {nearest} is not a writable folder; choose another --output"
@@ -177,9 +174,17 @@ def require_can_start(output: Path, overwrite: bool, asked: dict[str, Any] | Non
 
 
 def _staging(output: Path) -> Staging:
-    # A path such as "." has a name and a parent only once it is absolute.
-    output = output.absolute()
-    return Staging(output.parent / f".{output.name}.partial")
+    return Staging(staging_place(output))
+
+
+def _recover(output: Path) -> None:
+    """Complete or undo what a crash of an earlier run cut short."""
+    try:
+        recover(staging_place(output), real_place(output))
+    except OSError as error:
+        raise ConfigError(
+            f"output {output}: what an earlier run left cannot be put in order ({error}); choose another --output"
+        ) from error
 
 
 def has_unfinished_run(output: Path) -> bool:
@@ -191,6 +196,7 @@ def has_unfinished_run(output: Path) -> bool:
 def _lock_staging(output: Path) -> Iterator[Staging]:
     """Make the staging directory, and hold its lock inside the block."""
     staging = _staging(output)
+    require_own(staging.directory, output)
     with hold_lock(staging.lock_file, str(output)):
         yield staging
 
@@ -198,20 +204,21 @@ def _lock_staging(output: Path) -> Iterator[Staging]:
 def _begin(staging: Staging, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> Staging:
     """Take over what an earlier run left, or start with an empty directory."""
     if asked is not None and _can_resume(staging, overwrite, asked, resume):
+        # It may have come as far as its mark, and may have left files that it was about to rename.
+        for path in (staging.directory / MARK, *staging.directory.rglob("*.partial")):
+            path.unlink(missing_ok=True)
         return Staging(staging.directory, resumed=True)
     try:
         _start_over(staging, asked)
     except OSError:
-        shutil.rmtree(staging.directory, ignore_errors=True)
+        discard(staging.directory)
         raise
     return staging
 
 
 def _start_over(staging: Staging, asked: dict[str, Any] | None) -> None:
     """Empty a staging directory, and note what was asked."""
-    for path in (*staging.directory.iterdir(), *staging.work.iterdir()):
-        if path not in (staging.work, staging.lock_file):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    empty(staging.directory)
     staging.solved.mkdir()
     if asked is not None:
         (staging.directory / ASKED).parent.mkdir()
@@ -228,7 +235,7 @@ def _can_resume(staging: Staging, overwrite: bool, asked: dict[str, Any] | None,
     if not earlier.exists():
         return False
     if resume and asked is not None:
-        require_same(json.loads(earlier.read_text()), asked, f"the unfinished run in {staging.directory}")
+        require_same(read_settings(earlier), asked, f"the unfinished run in {staging.directory}")
     if not resume and not overwrite and staging.is_solved():
         raise ConfigError(
             f"an earlier run of this output was not finished, and {staging.directory} holds what it solved: "
@@ -267,8 +274,8 @@ def _keep_if_solved(staging: Staging, resumable: bool) -> Iterator[None]:
             error.add_note(
                 f"what was solved is in {staging.directory}: run the same command with --resume to continue from there"
             )
-        else:
-            shutil.rmtree(staging.directory, ignore_errors=True)
+        elif not is_publishing(staging.directory):
+            discard(staging.directory)
         raise
 
 
@@ -277,15 +284,3 @@ def _remove_empty(directories: list[Path]) -> None:
     with suppress(OSError):
         for directory in directories:
             directory.rmdir()
-
-
-def _replace(staging: Staging, output: Path) -> None:
-    """Move the old output aside and the new one into its place, then delete the old one, so one always exists."""
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    staging.directory.rename(output)
-    flush(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(output / staging.work.name, ignore_errors=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.files import written_whole
 from slimllm_ops.models.families import layer_shape
 
 if TYPE_CHECKING:
@@ -247,4 +248,5 @@ def _save(figure: "Figure", path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Leave out matplotlib's version, so that the same run writes the same bytes.
-    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})

@@ -15,6 +15,7 @@ from orchestrator.record.params import settings_of
 from orchestrator.record.totals import Totals
 from orchestrator.secrets import masked_all
 from slimllm_ops.decide.plan import Decision, LayerPlan, Plan
+from slimllm_ops.files import written_whole
 
 
 def write_record(
@@ -27,7 +28,8 @@ def write_record(
     pruning = directory / "pruning"
     header = {"format": 1, "params": settings_of(params), "totals": masked_all(totals.reproducible_figures())}
     Plan(header, tuple(layers)).write(pruning / "plan.json")
-    pq.write_table(importance_table(layers), pruning / "importance.parquet")
+    with written_whole(pruning / "importance.parquet") as partial:
+        pq.write_table(importance_table(layers), partial)
     figures = pruning / "figures"
     figures.mkdir(exist_ok=True)
     kept = [LayerKept.of(inputs.source, number, layer) for number, layer in enumerate(layers)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from orchestrator.inputs import Inputs
 from orchestrator.secrets import masked
+from slimllm_ops.files import write_text
 
 CARD = """---
 library_name: transformers
@@ -60,4 +61,4 @@ def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], to
         digest=inputs.calibration.digest[:16],
         seed=params["seed"],
     )
-    (directory / "README.md").write_text(masked(card), encoding="utf-8")
+    write_text(directory / "README.md", masked(card))

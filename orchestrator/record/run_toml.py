@@ -16,7 +16,7 @@ from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
 from orchestrator.record.params import OF_AN_ATTEMPT, PLACES, versions
 from orchestrator.secrets import masked_all
-from slimllm_ops.files import written_whole
+from slimllm_ops.files import write_text
 
 RUN_FILE = "run.toml"
 
@@ -33,8 +33,7 @@ def write_run_file(path: Path, command: str, config: PruneConfig, inputs: Inputs
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = _header(command, inputs) + tomli_w.dumps(_settings(config, inputs, workers))
-    with written_whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _settings(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.record.figures import draw_perplexity_over_sparsity
 from orchestrator.record.totals import Totals
 from orchestrator.tracking import Run
+from slimllm_ops.files import written_whole
 
 
 def sweep_rows(models: Mapping[str, Totals]) -> list[dict[str, Any]]:
@@ -39,7 +40,10 @@ def log_sweep(run: Run, directory: Path, method: str, models: Mapping[str, Total
         models: The totals of each model, by its name.
     """
     pruning, rows = directory / "pruning", sweep_rows(models)
-    with (pruning / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+    with (
+        written_whole(pruning / "sweep.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.completion import MARK, find_damage, is_marked
 from orchestrator.secrets import masked
 from orchestrator.tracking.journal import Journal
 from orchestrator.tracking.options import JOURNAL_ONLY, TrackingError, TrackingOptions
@@ -17,6 +18,8 @@ from orchestrator.tracking.stored_run import StoredRun
 # The journal of `prune`, then that of `compare`.
 JOURNALS = ("pruning/metrics.jsonl", "metrics.jsonl")
 WEIGHTS = "*.safetensors"
+# What `prune` and `calibrate` write first.
+ASKED = "pruning/asked.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +162,7 @@ def _require_finished(output: Path) -> dict[str, Any]:
     if not output.is_dir():
         raise TrackingError(f"{output} does not exist: pass a directory that `slimllm prune` wrote")
     journals = _journals(output)
+    _require_whole(output)
     for journal in journals:
         events = journal.events()
         ended = [event for event in events if event["event"] in ("start", "end")]
@@ -168,6 +172,16 @@ def _require_finished(output: Path) -> dict[str, Any]:
             if event["event"] == "checkpoint":
                 _require_weights(journal.path.parent / event["directory"])
     return _last(journals[0].events(), "start")
+
+
+def _require_whole(output: Path) -> None:
+    """Refuse an output that has lost its mark, or with a file that is not as the mark says."""
+    if not is_marked(output):
+        # Only a command that writes an output whole marks it; a program of one's own may log without it.
+        if (output / ASKED).exists():
+            raise TrackingError(f"{output} is incomplete (it has no {MARK}): prune again with --resume or --overwrite")
+    elif damage := find_damage(output):
+        raise TrackingError(f"{output} is damaged: {damage}; get it back, or prune again")
 
 
 def _require_weights(checkpoint: Path) -> None:

@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from orchestrator.secrets import masked
 from orchestrator.tracking.options import TrackingError
@@ -16,18 +17,22 @@ class Journal:
     """A run's events in a file, one JSON object per line; where runs share a file, `child` tells whose they are."""
 
     def __init__(self, path: Path, child: str | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _cut_unfinished_line(path)
+        # Nothing is written here: a journal may be opened to be read, and may be another's.
         self.path, self.child = path, child
+        self._begun = False
 
     def append(self, event: dict[str, object]) -> dict[str, Any]:
         """Write an event without secrets, and return it as it reads from the file."""
         of_child = {} if self.child is None else {"child": self.child}
         line = json.dumps(json_value({"time": time.time(), **event, **of_child}), allow_nan=False)
         # The file is opened for each line: if the process is killed, all lines but the last are complete and in order.
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                if not self._begun:
+                    _cut_from_first_bad_line(self.path, file)
+                    self._begun = True
+                file.write(line.encode() + b"\n")
         return json.loads(line)
 
     def events(self) -> list[dict[str, Any]]:
@@ -37,21 +42,12 @@ class Journal:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """Return all events of a file.
+        """Return the events of a file up to the first line that is none, as a power cut leaves one.
 
         Raises:
-            TrackingError: A line is not an event.
+            TrackingError: The file is no journal: its first line is neither an event nor what a power cut leaves.
         """
-        events = []
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-            try:
-                event = json.loads(line)
-            except ValueError as error:
-                raise TrackingError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(event, dict) or not {"event", "time"} <= event.keys():
-                raise TrackingError(f"{path}, line {number}: not an event of a run")
-            events.append(event)
-        return events
+        return _whole_events(path, path.read_bytes())[0]
 
 
 def json_value(value: object) -> Any:
@@ -73,13 +69,40 @@ def json_value(value: object) -> Any:
             return masked(str(value))
 
 
-def _cut_unfinished_line(path: Path) -> None:
-    """Remove the incomplete last line of a killed process, or the next line would be appended to it.
+def _whole_events(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the events before the first line that is none, and the number of bytes that they take."""
+    events: list[dict[str, Any]] = []
+    size = 0
+    for line in content.splitlines(keepends=True):
+        if (event := _event_of(line)) is None:
+            # After a power cut, NULs are in the place of what did not reach the disk, and the last line may be short.
+            if not events and b"\0" not in line and line.endswith(b"\n"):
+                raise TrackingError(f"{path}, line 1: not an event of a run, so the file is no journal: move it away")
+            break
+        events.append(event)
+        size += len(line)
+    return events, size
 
-    Nothing is lost: an event counts as logged, and is sent to MLflow, only once its line is complete.
+
+def _event_of(line: bytes) -> dict[str, Any] | None:
+    """Return the event in a whole line; None if there is none."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        event = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and {"event", "time"} <= event.keys() else None
+
+
+def _cut_from_first_bad_line(path: Path, file: BinaryIO) -> None:
+    """Remove all from the first bad line on, or what is appended would never be read.
+
+    Nothing is lost: what no event tells is logged again when the run is resumed.
     """
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("rb+") as file:
-            file.truncate(whole)
+    file.seek(0)
+    content = file.read()
+    size = _whole_events(path, content)[1]
+    if size < len(content):
+        file.truncate(size)
+    file.seek(0, os.SEEK_END)

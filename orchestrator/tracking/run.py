@@ -133,7 +133,7 @@ class Run:
             self._start()
             yield self
         except BaseException as error:
-            # SystemExit is how a SIGTERM handler stops a run.
+            # SystemExit is how a handler of SIGTERM or SIGHUP stops a run.
             killed = isinstance(error, (KeyboardInterrupt, SystemExit))
             self._end("KILLED" if killed else "FAILED", f"{type(error).__name__}: {error}")
             raise
@@ -227,7 +227,7 @@ class Run:
 
 @contextmanager
 def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = None) -> Iterator[Run]:
-    """Log the block as a run that ends FINISHED, FAILED on an exception, or KILLED on Ctrl-C or SIGTERM.
+    """Log the block as a run that ends FINISHED, FAILED on an exception, or KILLED on Ctrl-C, SIGTERM or SIGHUP.
 
     If the journal exists, its run continues. MLflow continues it too if the experiment has it; if not, MLflow gets a
     new run with the whole journal.

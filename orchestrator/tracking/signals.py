@@ -1,4 +1,4 @@
-"""Defers Ctrl-C and SIGTERM while something must not be left half done."""
+"""Defers Ctrl-C, SIGTERM and SIGHUP while something must not be left half done."""
 
 import signal
 import threading
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defer Ctrl-C and SIGTERM until the block ends.
+    """Defer Ctrl-C, SIGTERM and SIGHUP until the block ends.
 
     Their exception in the middle of a transaction would leave the database locked, and the process could not log that
     the run was killed.

@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden size.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -28,6 +29,8 @@ class Probe:
 class CommitLog:
     """The solved layers of a model, in order; opening the directory again continues where the last run stopped.
 
+    It continues before the first damaged record, as a power cut may leave one; later records are deleted.
+
     Args:
         directory: The directory of the log; created if missing.
     """
@@ -36,8 +39,11 @@ class CommitLog:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self.plans: list[LayerPlan] = []
-        while (path := self._path(len(self.plans), "json")).exists():
-            self.plans.append(LayerPlan.parse(json.loads(path.read_text())))
+        while (plan := self._read(len(self.plans))) is not None:
+            self.plans.append(plan)
+        for path in directory.glob("layer-*.json"):
+            if int(path.stem.removeprefix("layer-")) >= len(self.plans):
+                path.unlink()
 
     def __len__(self) -> int:
         """Return the number of committed layers, including dropped ones."""
@@ -71,6 +77,15 @@ class CommitLog:
         kept = [layer for layer, plan in enumerate(self.plans) if not plan.dropped]
         with np.load(self._directory / "start.npz") as start:
             return Probe(start["ids_T"], [self._state(layer) for layer in (-1, *kept)])
+
+    def _read(self, layer: int) -> LayerPlan | None:
+        """Return a committed layer's decisions; None if it is not committed, or one of its files is damaged."""
+        try:
+            self._state(-1)
+            self._state(layer)
+            return LayerPlan.parse(json.loads(self._path(layer, "json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+            return None
 
     def _state(self, layer: int) -> np.ndarray:
         """Return the states after a layer, or before the first for -1."""

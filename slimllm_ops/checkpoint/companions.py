@@ -5,7 +5,6 @@ run that cannot copy one says so before it computes anything.
 """
 
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from slimllm_ops.errors import CheckpointError, shown
+from slimllm_ops.files import copy_file
 
 # What every pruned model has anew, and hidden files. Nobody misses them.
 WRITTEN_NEW = (
@@ -25,6 +25,7 @@ WRITTEN_NEW = (
     "*.safetensors.index.json",
     "readme*",
     "pruning",
+    "complete.json",
     "pruned_*.py",
 )
 # What does not come along, and is told. Names are compared in lower case.
@@ -77,7 +78,7 @@ class Companions:
         """Copy the files' content into a directory."""
         for file in self.files:
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.directory / file, directory / file)
+            copy_file(self.directory / file, directory / file)
 
     def told(self) -> str | None:
         """Return a line that says what does not come along, or None."""

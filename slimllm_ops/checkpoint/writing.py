@@ -6,7 +6,6 @@ process that died are as good as its own.
 
 import inspect
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from slimllm_ops.checkpoint.surgery import prune_layer
 from slimllm_ops.checkpoint.tensor_index import INDEX
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.errors import NonFiniteError
-from slimllm_ops.files import write_json, written_whole
+from slimllm_ops.files import copy_file, write_json, written_whole
 from slimllm_ops.models.config_checks import kept_layers
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.models.pruned import pruned_layers
@@ -82,7 +81,7 @@ class CheckpointWriter:
         """
         self.finish_as(_pruned_config(self._source, plans))
         for file in (_code_of(self._source), Path(pruned_layers.__file__)):
-            shutil.copyfile(file, self.directory / file.name)
+            copy_file(file, self.directory / file.name)
 
     def finish_as(self, config: dict[str, Any]) -> None:
         """Write everything except the layers and the model code: embeddings, index, this config, tokenizer."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimllm_ops.decide.least_squares import Refit
 from slimllm_ops.decide.recovery import Line
+from slimllm_ops.files import write_text
 from slimllm_ops.models.families import unit_rows
 
 Recovery = Line | Refit
@@ -96,7 +97,7 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Write the plan as JSON."""
-        path.write_text(json.dumps(self.header | {"layers": [layer.describe() for layer in self.layers]}))
+        write_text(path, json.dumps(self.header | {"layers": [layer.describe() for layer in self.layers]}))
 
     @classmethod
     def read(cls, path: Path) -> "Plan":

@@ -62,6 +62,7 @@ def test_a_run_leaves_every_file_it_promises(gqa_run: PruneResult) -> None:
         "pruned_layers.py",
         "pruned_llama.py",
         "README.md",
+        "complete.json",
     }
     figures = {"figures/kept.png", "figures/scores.png"}
     record = {"asked.json", "run.toml", "plan.json", "importance.parquet", "metrics.jsonl"} | figures

@@ -186,12 +186,15 @@ def test_a_run_that_signals_end_leaves_no_process_and_is_resumed(
 
 # A job that is stopped is ended by it (test_submit.py).
 @pytest.mark.slow
-def test_a_run_that_sigterm_ends_leaves_no_process_and_is_resumed(
-    story: Story, undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("sent", "code", "what"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "the terminal is gone")]
+)
+def test_a_run_that_another_signal_ends_leaves_no_process_and_is_resumed(
+    story: Story, undisturbed: Path, tmp_path: Path, sent: signal.Signals, code: int, what: str
 ) -> None:
-    code, stderr = story.end_by(signal.SIGTERM, layer=3)
+    ended, stderr = story.end_by(sent, layer=3)
     said = [line.partition(str(tmp_path))[0] for line in told(stderr)]
-    assert (code, said) == (143, ["slimllm: terminated; no checkpoint was written; what was solved is in "])
+    assert (ended, said) == (code, [f"slimllm: {what}; no checkpoint was written; what was solved is in "])
     assert run_status(story.uri, story.name) == "KILLED"
     story.finish()
     assert content(story.output) == content(undisturbed)

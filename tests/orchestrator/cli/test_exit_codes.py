@@ -1,8 +1,13 @@
 """Commands report results and errors to machines as JSON and exit codes, and print more with `--verbose`."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -123,6 +128,57 @@ def test_sigterm_is_told_wherever_it_comes(wait: Callable[[Any], object], capsys
         ray.cancel(ref, force=True)
     assert ended.value.code == 143
     assert capsys.readouterr().err == "slimllm: terminated; no checkpoint was written\n"
+
+
+# Waits for a signal; what it then prints goes to a terminal that may be gone.
+WAITING = """
+import sys, time
+from orchestrator.cli.exit_codes import exit_on_error
+with exit_on_error():
+    try:
+        print("there", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaning up", file=sys.stderr, flush=True)
+"""
+
+
+def test_a_terminal_that_is_gone_ends_a_command_with_129() -> None:
+    mine, its = pty.openpty()
+    command = [sys.executable, "-c", WAITING]
+
+    def take_terminal() -> None:
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command, stdin=its, stdout=its, stderr=its, start_new_session=True, preexec_fn=take_terminal
+    )
+    os.close(its)
+    assert os.read(mine, 100).strip() == b"there"
+    # As ssh ends.
+    os.close(mine)
+    assert process.wait(timeout=30) == 129
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(False, 129), (True, 143)])
+def test_sighup_is_told_and_nohup_ignores_it(ignored: bool, code: int) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(signal.SIGHUP)
+    if ignored:
+        time.sleep(0.2)
+        process.terminate()
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code
+    what = "terminated" if ignored else "the terminal is gone"
+    assert stderr == f"cleaning up\nslimllm: {what}; no checkpoint was written\n"
 
 
 def test_who_wants_to_know_more_is_told_of_every_layer(gqa_model: Path, data: list[object], tmp_path: Path) -> None:

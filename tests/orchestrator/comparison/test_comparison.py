@@ -145,7 +145,7 @@ def test_losses_and_gaps_follow_from_the_perplexities(everything: Comparison) ->
 def test_tables_and_figure_are_written_and_no_checkpoint_stays(everything: Comparison) -> None:
     names = {path.name for path in everything.output.iterdir()}
     tables = {"comparison.json", "comparison.csv", "comparison.md", "perplexity.png"}
-    assert names == tables | {"metrics.jsonl", "run.toml"}
+    assert names == tables | {"metrics.jsonl", "run.toml", "complete.json"}
     document = json.loads((everything.output / "comparison.json").read_text())
     assert [Row(**row) for row in document["rows"]] == list(everything.rows)
     assert document["calibration_tokens"] == 24 * 16

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.completion import MARK
 from orchestrator.config import ConfigError
 from orchestrator.output.staging import is_finished, open_staging
 from slimllm_ops.errors import NonFiniteError, ReadBackError
@@ -71,7 +72,7 @@ def test_overwriting_replaces_all_of_it_but_only_by_something_whole(tmp_path: Pa
     assert [path.name for path in output.iterdir()] == ["old"]
     with open_staging(output, overwrite=True) as staging:
         (staging.directory / "new").touch()
-    assert [path.name for path in output.iterdir()] == ["new"]
+    assert sorted(path.name for path in output.iterdir()) == [MARK, "new"]
     assert list(tmp_path.iterdir()) == [output]
 
 
@@ -85,7 +86,7 @@ def test_an_empty_directory_is_taken_also_where_one_stands_in_it(tmp_path: Path)
             (staging.directory / "file").touch()
     finally:
         os.chdir(before)
-    assert [path.name for path in inside.iterdir()] == ["file"]
+    assert sorted(path.name for path in inside.iterdir()) == [MARK, "file"]
 
 
 @pytest.mark.parametrize("place", ["file/out", "file"])
@@ -130,7 +131,7 @@ def test_what_is_solved_waits_for_whoever_asks_the_same(killed: Path) -> None:
         assert staging.resumed
         assert (staging.solved / "layer").read_text() == "seven"
         assert (staging.directory / "half").exists()
-    assert {path.name for path in killed.iterdir()} == {"half", "pruning"}
+    assert {path.name for path in killed.iterdir()} == {"half", "pruning", MARK}
     assert list(killed.parent.iterdir()) == [killed]
 
 
@@ -193,8 +194,9 @@ def test_a_finished_output_knows_what_it_was_asked_to_be(tmp_path: Path) -> None
         pass
     # As a run leaves it that is killed just before its last step.
     (output / ".work").mkdir()
+    (output / ".work" / "holder").touch()
     assert is_finished(output, ASKED)
-    assert [path.name for path in output.iterdir()] == ["pruning"]
+    assert sorted(path.name for path in output.iterdir()) == [MARK, "pruning"]
     with pytest.raises(ConfigError, match="sparsity"):
         is_finished(output, ASKED | {"sparsity": (0.3,)})
 
@@ -210,7 +212,7 @@ def test_a_run_that_overwrites_is_resumed_beside_what_it_is_to_replace(tmp_path:
     with open_staging(output, True, ASKED, resume=True) as staging:
         assert staging.resumed
     assert is_finished(output, ASKED)
-    assert [path.name for path in output.iterdir()] == ["pruning"]
+    assert sorted(path.name for path in output.iterdir()) == [MARK, "pruning"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"resume": True}])

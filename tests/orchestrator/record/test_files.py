@@ -77,7 +77,7 @@ def test_the_logged_model_has_the_files_of_the_output(gqa_run: PruneResult, trac
     (output,) = client.get_run(str(gqa_run.run_id)).outputs.model_outputs
     place = client.get_logged_model(output.model_id).artifact_location
     logged, left = files_of(Path(place.removeprefix("file://"))), files_of(gqa_run.output)
-    # What the output was asked to be is written when all is done.
-    assert left.keys() - logged.keys() <= {"pruning/asked.json"}
+    # The mark is written when all is done.
+    assert left.keys() - logged.keys() == {"complete.json"}
     assert logged.keys() - left.keys() == set()
     assert [name for name in logged if logged[name] != left[name]] == ["pruning/metrics.jsonl"]

@@ -36,7 +36,7 @@ def test_a_run_by_uris_uploads_what_a_local_run_writes(
     assert not waiting()
     # The marker of what is whole came last.
     put = [path for method, path in store.asked if method == "PUT" and path.startswith(f"/{BUCKET}/pruned/tiny/")]
-    assert put.index(f"/{BUCKET}/pruned/tiny/pruning/asked.json") == len(put) - 1
+    assert put.index(f"/{BUCKET}/pruned/tiny/complete.json") == len(put) - 1
     plan = json.loads(there["pruning/plan.json"])
     assert (plan["params"]["model"], plan["params"]["calibration"]) == (uris["model"], uris["calibration"])
 
@@ -93,9 +93,9 @@ def test_an_upload_that_fails_goes_on_and_nothing_is_computed_again(store: Store
     assert said.startswith(f"slimllm: s3://{BUCKET}/pruned/again: the store refused (PermissionError")
     assert said.endswith(f"the complete output is in {here}/again: run the same command with --resume to upload it")
     expected = content(here / "again")
-    assert {"config.json", "pruning/asked.json"} < expected.keys()
+    assert {"config.json", "pruning/asked.json", "complete.json"} < expected.keys()
     # What says that it is whole is not there.
-    assert "pruning/asked.json" not in store.content("pruned/again")
+    assert "complete.json" not in store.content("pruned/again")
     store.fails = lambda method, path: ""
     unasked = run(command, code=2)
     assert "was finished but not uploaded, and is in" in unasked.stderr

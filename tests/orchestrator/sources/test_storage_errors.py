@@ -130,15 +130,15 @@ def test_an_upload_over_another_machines_output_is_refused(store: Store) -> None
 
     def make() -> None:
         with deliver_output(output, False, print) as directory:
-            (directory / "pruning").mkdir(parents=True)
-            (directory / "pruning" / "asked.json").write_text('{"by": "this"}')
-            store.client.put_object(Bucket=BUCKET, Key="pruned/raced/pruning/asked.json", Body=b'{"by": "another"}')
+            directory.mkdir(parents=True)
+            (directory / "complete.json").write_text('{"by": "this"}')
+            store.client.put_object(Bucket=BUCKET, Key="pruned/raced/complete.json", Body=b'{"by": "another"}')
 
     with pytest.raises(DeliveryError, match=r"is not empty \(1 files\).*the complete output is in"):
         make()
-    assert store.content("pruned/raced") == {"pruning/asked.json": b'{"by": "another"}'}
-    assert (output.directory / "pruning" / "asked.json").is_file()
+    assert store.content("pruned/raced") == {"complete.json": b'{"by": "another"}'}
+    assert (output.directory / "complete.json").is_file()
     with deliver_output(output, True, print):
         pass
-    assert store.content("pruned/raced") == {"pruning/asked.json": b'{"by": "this"}'}
+    assert store.content("pruned/raced") == {"complete.json": b'{"by": "this"}'}
     assert not waiting()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from slimllm_ops.checkpoint.commit_log import CommitLog
@@ -64,3 +65,22 @@ def test_the_weights_of_a_refit_are_not_held(tmp_path: Path) -> None:
         assert decision is not None
         assert decision.recovery is None
         assert decision.kept == (0, 1, 2)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(90), b"{", b"[]", b"{}", b"\xff\xfe", b"\x93NUMPY"])
+@pytest.mark.parametrize(
+    ("name", "whole"), [("layer-00001.json", 1), ("layer-00001.npy", 1), ("layer-00000.json", 0), ("start.npz", 0)]
+)
+def test_the_log_ends_before_the_first_damaged_record(tmp_path: Path, content: bytes, name: str, whole: int) -> None:
+    log = CommitLog(tmp_path)
+    log.begin(np.arange(5), STATES[0])
+    for state in STATES[1:]:
+        log.commit(LayerPlan(), state)
+    (tmp_path / name).write_bytes(content)
+    again = CommitLog(tmp_path)
+    assert len(again) == whole
+    # What comes after it does not come back.
+    again.begin(np.arange(5), STATES[0])
+    for state in STATES[1 + whole : 3]:
+        again.commit(LayerPlan(dropped=True), state)
+    assert [plan.dropped for plan in CommitLog(tmp_path).plans] == [False] * whole + [True] * (2 - whole)
