@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from orchestrator.secrets import masked
 from orchestrator.tracking.options import TrackingError
@@ -15,9 +16,7 @@ class Journal:
     """A run's events in a file, one JSON object per line; where runs share a file, `child` tells whose they are."""
 
     def __init__(self, path: Path, child: str | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _cut_unfinished_line(path)
+        # Nothing is written here: a journal may be opened to be read, and may be another's.
         self.path, self.child = path, child
 
     def append(self, event: dict[str, object]) -> dict[str, Any]:
@@ -25,8 +24,9 @@ class Journal:
         of_child = {} if self.child is None else {"child": self.child}
         line = json.dumps(json_value({"time": time.time(), **event, **of_child}), allow_nan=False)
         # The file is opened for each line: if the process is killed, all lines but the last are complete and in order.
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self.path.open("ab+") as file:
+            _cut_unfinished_line(file)
+            file.write(line.encode() + b"\n")
         return json.loads(line)
 
     def events(self) -> list[dict[str, Any]]:
@@ -36,13 +36,14 @@ class Journal:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """Return all events of a file.
+        """Return all events of a file; an unfinished last line is none.
 
         Raises:
             TrackingError: A line is not an event.
         """
         events = []
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        content = path.read_bytes()
+        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
             try:
                 event = json.loads(line)
             except ValueError as error:
@@ -72,13 +73,13 @@ def json_value(value: object) -> Any:
             return masked(str(value))
 
 
-def _cut_unfinished_line(path: Path) -> None:
+def _cut_unfinished_line(file: BinaryIO) -> None:
     """Remove the incomplete last line of a killed process, or the next line would be appended to it.
 
     Nothing is lost: an event counts as logged, and is sent to MLflow, only once its line is complete.
     """
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("rb+") as file:
-            file.truncate(whole)
+    size = file.seek(0, os.SEEK_END)
+    if not size or (file.seek(size - 1), file.read(1))[1] == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
