@@ -1,6 +1,7 @@
 """Marks an output as complete: `complete.json`, written last, has the name, size and digest of every file.
 
-A journal has only its name there: it grows when it is logged later, and each of its lines shows whether it is whole.
+Journals and the model card have only their names there. A journal grows when it is logged later, and each of its lines
+shows whether it is whole. People edit the card before they publish a model.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from slimllm_ops.files import flush, naming, read_json_object, write_json
 
 MARK = "complete.json"
 JOURNAL = "metrics.jsonl"
+MAY_CHANGE = (JOURNAL, "README.md")
 FORMAT = 1
 # Enough for the names of a million files.
 MOST_BYTES = 1 << 28
@@ -33,7 +35,7 @@ def mark_complete(directory: Path, leave_out: str) -> None:
         with naming(path):
             flush(path)
             if path.is_file():
-                files[path.relative_to(directory).as_posix()] = None if path.name == JOURNAL else _measure(path)
+                files[path.relative_to(directory).as_posix()] = None if path.name in MAY_CHANGE else _measure(path)
     write_json(directory / MARK, {"format": FORMAT, "files": files}, indent=1)
 
 

@@ -23,7 +23,7 @@ RECORD = ("prune", "compare", "log")
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """The settings of `prune`: the options of the command line, and the keys of a `--config` file.
+    """The settings of `prune`: the options of the command line, and those of a `--config` file.
 
     A setting takes what Python users have: paths for text, NumPy's numbers, any list for a tuple.
 
@@ -293,6 +293,6 @@ def read_config_file(path: Path, kind: type[PruneConfig] = PruneConfig) -> dict[
     """Read settings from a TOML file, by the names of the config's fields; dashes count as underscores.
 
     Raises:
-        ConfigError: The file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
+        ConfigError: The file cannot be read, or holds an unknown key, a wrong value, or what is an option only.
     """
     return read_settings(path, declared(kind))

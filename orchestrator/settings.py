@@ -204,8 +204,12 @@ def declared(config: type) -> dict[str, Setting]:
 def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
     """Read the values in a TOML file, by the names of settings; dashes count as underscores.
 
+    A file may be another's. It says what to compute; what a run replaces, where it writes and which servers it uses are
+    options.
+
     Raises:
-        ConfigError: The file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
+        ConfigError: The file is missing, is not TOML, or holds an unknown key, a value of the wrong type, or a setting
+            that is an option only.
     """
     try:
         read = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -226,6 +230,11 @@ def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
             settings[key] = known[key].normalised(value)
         except ConfigError as error:
             raise ConfigError(f"config file {path}: {error}") from None
+        require(
+            known[key].effect in (Effect.RESULT, Effect.INPUT),
+            f"config file {path} sets {key}: a file says what to compute, and not where or what to replace; remove it "
+            f"from the file, and pass {known[key].option}",
+        )
     return settings
 
 

@@ -60,6 +60,21 @@ def copy_file(source: Path, path: Path) -> None:
         shutil.copyfile(source, partial)
 
 
+def is_within(path: Path, directory: Path) -> bool:
+    """Return whether a path leads into a directory, once all links are followed."""
+    return path.resolve().is_relative_to(directory.resolve())
+
+
+def stays_inside(path: Path, directory: Path) -> bool:
+    """Return whether a path leads into its directory, or to a file of the hub's cache as the cache links it.
+
+    The cache has the files in REPOSITORY/blobs, and links to them in REPOSITORY/snapshots/REVISION.
+    """
+    snapshots = directory.resolve().parent
+    is_blob = snapshots.name == "snapshots" and path.resolve().parent == snapshots.with_name("blobs")
+    return is_blob or is_within(path, directory)
+
+
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write a JSON file."""
     write_text(path, json.dumps(content, indent=indent) + "\n")

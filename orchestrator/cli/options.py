@@ -18,7 +18,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Options that are not settings, as decorators: `@GENERAL["json"]`.
 GENERAL: dict[str, Decorator] = {
     "config": click.option(
-        "--config", "config_file", type=Path, metavar="FILE.toml", help="Read options from a file; flags win."
+        "--config", "config_file", type=Path, metavar="FILE.toml", help="Read from a file what to compute; flags win."
     ),
     "dry_run": click.option(
         "--dry-run",

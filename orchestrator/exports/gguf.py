@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from orchestrator.exports import Export
 from orchestrator.exports.gguf_tensors import list_parts, matrix_dtype, write_parts
 from orchestrator.exports.gguf_vocabulary import read_vocabulary
+from slimllm_ops.checkpoint.companions import plan_companions
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError
 from slimllm_ops.files import written_whole
@@ -104,6 +105,8 @@ def _open_pruned(output: Path) -> Checkpoint:
             f"{output} is not a pruned model (its type is {checkpoint.config.model_type}): pass what slimllm prune "
             f"wrote; llama.cpp's own convert_hf_to_gguf.py takes dense models"
         )
+    # The file would hold the vocabulary that a link leads to.
+    plan_companions(output)
     return checkpoint
 
 

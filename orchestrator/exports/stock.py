@@ -1,10 +1,10 @@
 """Exports a pruned checkpoint to a stock class of transformers and servers, which needs no model code or flag."""
 
-import shutil
 from pathlib import Path
 
 from orchestrator.exports import Export
 from orchestrator.output.staging import open_staging
+from slimllm_ops.checkpoint.companions import plan_record
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stock import stock_form, write_stock
 
@@ -18,18 +18,17 @@ def export_stock(output: Path, path: Path | None, overwrite: bool) -> Export:
         overwrite: Whether to replace an existing directory.
 
     Raises:
-        CheckpointError: The checkpoint is missing or broken.
+        CheckpointError: The checkpoint is missing or broken, or a link leads out of it.
         InputError: No stock class takes it.
         ConfigError: The path is taken, or cannot be written to.
         ReadBackError: The written checkpoint computes something else.
     """
     source = Checkpoint.open(output)
-    form = stock_form(source)
+    form, record = stock_form(source), plan_record(output)
     # The path "." has a name only once it is absolute.
     absolute = output.absolute()
     path = path or absolute.with_name(f"{absolute.name}-stock")
     with open_staging(path, overwrite) as staging:
         write_stock(source, form, staging.directory)
-        if (output / "pruning").is_dir():
-            shutil.copytree(output / "pruning", staging.directory / "pruning")
+        record.copy(staging.directory)
     return Export(path, form.architecture, f"a {form.architecture} that computes the same to the last bit")

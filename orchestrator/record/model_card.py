@@ -22,11 +22,11 @@ channels layer by layer and refits the remaining weights. It loads in plain tran
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("<this directory>", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("<this directory>", config=model.config)
 ```
 
-`trust_remote_code=True` lets transformers load the two small model files in the checkpoint (`pruned_*.py`). You do not
-need it if slimllm is installed and your code imports `slimllm_ops`.
+`trust_remote_code=True` lets transformers load the two small model files in the checkpoint (`pruned_*.py`), which
+slimllm wrote; no other code is in it. You do not need it if slimllm is installed and your code imports `slimllm_ops`.
 
 | | before | after |
 |---|---|---|

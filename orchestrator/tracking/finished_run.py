@@ -11,12 +11,12 @@ from orchestrator.secrets import masked
 from orchestrator.tracking.journal import Journal
 from orchestrator.tracking.options import JOURNAL_ONLY, TrackingError, TrackingOptions
 from orchestrator.tracking.reach import server_name
+from orchestrator.tracking.received import CHILD, COMPARISON, PRUNING, require_inside, require_names
 from orchestrator.tracking.run import Run, warn_on_stderr
 from orchestrator.tracking.server import RequiredServer, Warn
 from orchestrator.tracking.stored_run import StoredRun
 
-# The journal of `prune`, then that of `compare`.
-JOURNALS = ("pruning/metrics.jsonl", "metrics.jsonl")
+JOURNALS = (PRUNING, COMPARISON)
 WEIGHTS = "*.safetensors"
 # What `prune` and `calibrate` write first.
 ASKED = "pruning/asked.json"
@@ -52,7 +52,8 @@ def log_output(
         warn: Called with one line when the server refuses something; prints to stderr by default.
 
     Raises:
-        TrackingError: The output has no finished run, or the server does not answer or refuses part of it.
+        TrackingError: The output has no finished run, its journal or a link leads out of it, or the server does not
+            answer or refuses part of it.
     """
     if TrackingOptions(tracking_uri=tracking_uri).journal_only:
         raise TrackingError(
@@ -161,6 +162,8 @@ def _require_finished(output: Path) -> dict[str, Any]:
     """Check that an output is complete, and return the start event of its run."""
     if not output.is_dir():
         raise TrackingError(f"{output} does not exist: pass a directory that `slimllm prune` wrote")
+    _kind_of(output)
+    require_inside(output)
     journals = _journals(output)
     _require_whole(output)
     for journal in journals:
@@ -192,11 +195,22 @@ def _require_weights(checkpoint: Path) -> None:
 
 
 def _journals(output: Path) -> list[Journal]:
-    """Return the journal of an output's run and those of its children."""
+    """Return the journal of an output's run and those of its children, which name only what runs write."""
+    kind = _kind_of(output)
+    journal = _open_journal(output / kind)
+    require_names(journal.path, kind, Journal.read(journal.path))
+    children = list(_children(journal).values())
+    for child in children:
+        if child.path != journal.path:
+            require_names(child.path, CHILD, Journal.read(child.path))
+    return [journal, *children]
+
+
+def _kind_of(output: Path) -> str:
+    """Return which journal an output has."""
     for name in JOURNALS:
         if (output / name).is_file():
-            journal = _open_journal(output / name)
-            return [journal, *_children(journal).values()]
+            return name
     raise TrackingError(
         f"{output} has no {JOURNALS[0]}, which every run writes: pass a directory that `slimllm prune` wrote"
     )

@@ -107,11 +107,14 @@ class StoredRun:
         self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [context])])
 
     def upload(self, paths: Sequence[Path], folder: str | None) -> bool:
-        """Copy files, and the files of directories, to the run's artifacts."""
+        """Copy files, and the visible files of directories, to the run's artifacts."""
         with self._upload_timeout():
             for path in paths:
-                copy = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-                copy(self.run_id, str(path), folder)
+                if not path.is_dir():
+                    self._client.log_artifact(self.run_id, str(path), folder)
+                    continue
+                with _link_visible_files(path) as links:
+                    self._client.log_artifacts(self.run_id, str(links), folder)
         return True
 
     def upload_model(self, directory: Path, name: str, params: dict[str, Any]) -> str:

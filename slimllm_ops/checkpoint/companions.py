@@ -4,7 +4,9 @@ The tables say what is left out. A folder comes along whole, or not at all. The 
 run that cannot copy one says so before it computes anything.
 """
 
+import json
 import os
+import pickletools
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,9 +14,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from slimllm_ops.errors import CheckpointError, shown
-from slimllm_ops.files import copy_file
+from slimllm_ops.files import copy_file, stays_inside, write_json
 
 # What every pruned model has anew, and hidden files. Nobody misses them.
 WRITTEN_NEW = (
@@ -35,16 +38,23 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         *("*.onnx_data*", "*.tflite", "*.npy", "*.npz", "*.nemo", "*.engine", "*.mlmodel", "*.pdparams", "*.ot"),
         *("*.index.json", "params.json"),
     ),
-    "code": ("*.py", "*.py[cdiow]", "*.so", "*.sh", "*.ipynb", "*.dll", "*.dylib", "*.exe", "requirements*.txt"),
+    "code": (
+        *("*.py", "*.py[cdiowxz]", "*.pyzw", "*.pxd", "*.so", "*.so.*", "*.sh", "*.ipynb", "*.dll", "*.dylib", "*.exe"),
+        "requirements*.txt",
+    ),
     "pickle": ("*.pkl", "*.pickle", "*.joblib", "*.dill"),
     "archive": ("*.zip", "*.tar", "*.gz", "*.tgz", "*.xz", "*.bz2", "*.7z", "*.zst", "*.whl", "*.jar"),
     "training state": ("trainer_state.json", "*_results.json", "events.out.tfevents*", "latest", "*.log"),
+    # What sentence-transformers imports, for a local directory without a flag.
+    "names code": ("modules.json",),
     "describes other weights": ("adapter_config.json", "*quant*config*.json"),
     "picture or data": (
         *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.wav"),
         *("*.parquet", "*.arrow", "*.csv"),
     ),
 }
+# Keys by which transformers finds Python code, in the directory or in any repository of the hub.
+NAMES_CODE = ("auto_map", "custom_pipelines")
 # The same by what a file begins with, whatever its name.
 BEGINNINGS = {
     **{bytes([0x80, protocol]): "pickle" for protocol in range(2, 6)},
@@ -53,15 +63,15 @@ BEGINNINGS = {
     b"\x7fELF": "code",
     b"#!": "code",
 }
-# What transformers reads beside the weights. A link may lead to a file of the same name elsewhere.
-READ_BY_TRANSFORMERS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
-    *("tekken.json", "chat_template*", "generation_config.json", "*processor_config.json"),
-)
+# What a run writes into the folder of its record.
+RECORD = "pruning"
+RECORDED = ("plan.json", "importance.parquet", "metrics.jsonl", "run.toml", "sweep.csv", "*.png")
 # The largest file, the largest sum of all, and the most files of a folder; text beside weights is far below.
 LARGEST_FILE = 1 << 27
 LARGEST_SUM = 1 << 29
 MOST_FILES = 1000
+# As many operations of a pickle are read.
+LONGEST_PICKLE = 1 << 20
 # As many names as a line has room for.
 NAMED = 8
 
@@ -75,10 +85,10 @@ class Companions:
     left_out: tuple[tuple[str, str], ...]
 
     def copy(self, directory: Path) -> None:
-        """Copy the files' content into a directory."""
+        """Copy the files' content into a directory, without the keys that name code."""
         for file in self.files:
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(self.directory / file, directory / file)
+            copy_data(self.directory / file, directory / file)
 
     def told(self) -> str | None:
         """Return a line that says what does not come along, or None."""
@@ -90,11 +100,38 @@ class Companions:
         return f"not copied from {self.directory}: {', '.join(named)}{rest}"
 
 
+def copy_data(file: Path, copy: Path) -> None:
+    """Copy a file; one with JSON that names Python code loses the keys that do, and is otherwise copied as it is."""
+    described = _without_code(file) if file.suffix.lower() == ".json" else None
+    if described is None:
+        copy_file(file, copy)
+    else:
+        write_json(copy, described, indent=2)
+
+
+def _without_code(file: Path) -> Any | None:
+    """Return the content of a JSON file without the keys that name code; None if it has none of them."""
+    found: list[str] = []
+
+    def data_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # A vocabulary may have a word of this name, and its value is a number.
+        names = {key for key, value in pairs if key in NAMES_CODE and not isinstance(value, int | float)}
+        found.extend(names)
+        return {key: value for key, value in pairs if key not in names}
+
+    # What Python cannot read, transformers cannot either.
+    with suppress(ValueError, RecursionError):
+        described = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=data_of)
+        return described if found else None
+    return None
+
+
 def plan_companions(directory: Path) -> Companions:
     """Return which files of a model directory come along.
 
     Raises:
-        CheckpointError: A file that should come along cannot be copied: a pipe, a broken link, no permission.
+        CheckpointError: A file that should come along cannot be copied: a pipe, no permission, a link that is broken
+            or leads out of the directory.
     """
     files: list[Path] = []
     left_out: list[tuple[str, str]] = []
@@ -115,6 +152,22 @@ def plan_companions(directory: Path) -> Companions:
         total += size
         files += [one.relative_to(directory) for one in found]
     return Companions(directory, tuple(files), tuple(left_out))
+
+
+def plan_record(directory: Path) -> Companions:
+    """Return the files that a run wrote into its record beside a model's weights; none if there is no record.
+
+    Raises:
+        CheckpointError: The record leads out of the directory, or one of its files cannot be copied.
+    """
+    folder = directory / RECORD
+    found = _folder_files(folder) if _is_folder(folder) else []
+    if isinstance(found, str):
+        raise _cannot_copy(folder, found)
+    files = [file for file in found if _matches(file, RECORDED)]
+    for file in files:
+        _beginning(directory, file)
+    return Companions(directory, tuple(file.relative_to(directory) for file in files), ())
 
 
 def _entries(directory: Path) -> Iterator[Path]:
@@ -168,6 +221,8 @@ def _reason(directory: Path, file: Path) -> str | None:
     for begins, reason in BEGINNINGS.items():
         if beginning.startswith(begins):
             return reason
+    if _is_old_pickle(file):
+        return "pickle"
     if (size := file.stat().st_size) > LARGEST_FILE:
         return f"{size / 1e6:,.0f} MB, more than such a file needs"
     return None
@@ -186,7 +241,7 @@ def _beginning(directory: Path, file: Path) -> bytes:
     # Opening a pipe would block.
     if not stat.S_ISREG(found.st_mode):
         raise _cannot_copy(file, "it is not a plain file")
-    if not _stays_inside(directory, file):
+    if not stays_inside(file, directory):
         raise _cannot_copy(file, f"it is a link to {shown(str(file.resolve()), 200)}, which is outside the directory")
     try:
         with file.open("rb") as opened:
@@ -195,12 +250,12 @@ def _beginning(directory: Path, file: Path) -> bytes:
         raise _cannot_copy(file, str(error.strerror)) from error
 
 
-def _stays_inside(directory: Path, file: Path) -> bool:
-    """Return whether a file lies in the directory, or is a link as caches make them, or leads to its like elsewhere."""
-    target = file.resolve()
-    if target.is_relative_to(directory.resolve()) or target.parent.name == "blobs":
-        return True
-    return target.name == file.name and _matches(file, READ_BY_TRANSFORMERS)
+def _is_old_pickle(file: Path) -> bool:
+    """Return whether a file holds a pickle of protocol 0 or 1, which has no beginning of its own."""
+    with file.open("rb") as opened, suppress(Exception):
+        # Of text, the first character or the next is no operation.
+        return len(list(islice(pickletools.genops(opened), LONGEST_PICKLE))) > 2
+    return False
 
 
 def _cannot_copy(path: Path, reason: str) -> CheckpointError:

@@ -5,7 +5,6 @@ tables that know no pruned model. So the source's tokenizer is loaded as a user 
 changed as little as makes transformers build the same one from them.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from slimllm_ops.checkpoint.companions import Companions
+from slimllm_ops.checkpoint.companions import Companions, copy_data
 from slimllm_ops.errors import CheckpointError, ReadBackError, shown
 from slimllm_ops.files import read_json_object, write_json
 
@@ -135,8 +134,12 @@ def rehearse(companions: Companions, config: dict[str, Any]) -> str | None:
     try:
         _load(companions.directory)
     except CheckpointError as error:
-        code = "; it has code of its own, which you must copy" if _own_code(companions.directory) else ""
-        return f"{error}{code}: its files are copied as they are, and not checked"
+        if _own_code(companions.directory):
+            return (
+                f"{error}: it needs Python code of the model, which does not come along; its files do, not checked and "
+                f"without the name of that code, so load the tokenizer from {companions.directory}"
+            )
+        return f"{error}: its files are copied as they are, and not checked"
     with TemporaryDirectory() as folder:
         directory = Path(folder)
         companions.copy(directory)
@@ -159,7 +162,7 @@ def settle(source: Path, written: Path) -> None:
     if expected is None:
         return
     differing = "its class"
-    for change in _changes(expected.tokenizer, read_settings(source)):
+    for change in _changes(expected.tokenizer, read_settings(written)):
         change(written)
         differing = expected.difference(written)
         if not differing:
@@ -189,12 +192,10 @@ def require_same(source: Path, written: Path) -> None:
 def _changes(expected: "PreTrainedTokenizerBase", settings: dict[str, Any]) -> Iterator[Callable[[Path], None]]:
     """Yield changes to the copied files, from the smallest to the largest."""
     named = settings.get("tokenizer_class")
-    # Without a class, and with code, transformers asks for the permission to run code of the model.
-    if isinstance(named, str) and "auto_map" not in settings:
+    if isinstance(named, str):
         yield lambda written: None
     called = type(expected).__name__
-    changed = {name: value for name, value in settings.items() if name != "auto_map"}
-    changed["tokenizer_class"] = PLAIN if called in PLAIN_NAMES else called
+    changed = settings | {"tokenizer_class": PLAIN if called in PLAIN_NAMES else called}
     yield lambda written: write_json(written / SETTINGS, changed, indent=2)
     yield lambda written: _save_plainly(expected, written)
 
@@ -204,10 +205,8 @@ def _save_plainly(tokenizer: "PreTrainedTokenizerBase", written: Path) -> None:
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in Path(folder).glob("*.json"):
-            shutil.copyfile(path, written / path.name)
-    settings = read_settings(written)
-    settings.pop("auto_map", None)
-    changed = settings | {"tokenizer_class": PLAIN, "model_input_names": tokenizer.model_input_names}
+            copy_data(path, written / path.name)
+    changed = read_settings(written) | {"tokenizer_class": PLAIN, "model_input_names": tokenizer.model_input_names}
     # The file holds what the flag asked for.
     changed.pop("fix_mistral_regex", None)
     write_json(written / SETTINGS, changed, indent=2)

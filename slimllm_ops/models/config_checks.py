@@ -1,14 +1,16 @@
 """Reads a model's config.json, which is untrusted, and checks its numbers before transformers uses them.
 
 Transformers allocates memory by some of these numbers when it parses them, and by the others when it builds the model.
-The file is read once, so what is checked is what is parsed. No other file that it names is read, and no code is run.
+The file is read once, so what is checked is what is parsed. Transformers gets the keys that it knows for the model, and
+no other. No other file that the config names is read, and no code is run.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.files import read_json_object
@@ -50,6 +52,14 @@ PER_LAYER_SIZES = ("num_attention_heads_per_layer", "num_key_value_heads_per_lay
 # Lists with a value for each layer, in families that have several kinds of layers.
 PER_LAYER_KINDS = ("layer_types", "no_rope_layers")
 PER_LAYER_FLAGS = ("attention_output_bias_per_layer", "mlp_output_bias_per_layer")
+# What transformers reads of a config besides the fields of its class: older names of fields, what it asks every config
+# for, and the class of the tokenizer. None of it names code, a file or a repository.
+ALSO_READ = (
+    *("model_type", "torch_dtype", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"),
+    *("rotary_emb_base", "rotary_pct", "sliding_window_pattern", "num_labels", "tokenizer_class"),
+    *("head_dim", "is_causal", "sliding_window", "attention_chunk_size", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+)
 # Settings that change how a model is built or stored, in ways that no family here supports.
 UNSUPPORTED = {
     "transformers_weights": (
@@ -76,7 +86,8 @@ def read_config(directory: Path) -> "tuple[PretrainedConfig, Blocks | None]":
         blocks = blocks_of(described)
         restored = {key: value for key, value in described.items() if key not in QUANTISED}
         _check(restored, family)
-        return CONFIG_MAPPING[restored["model_type"]].from_dict(restored), blocks
+        config = CONFIG_MAPPING[restored["model_type"]]
+        return config.from_dict(_settings_of(restored, config, family)), blocks
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
     # Any exception: transformers and its validators raise a dozen types, and the config is always the cause.
@@ -122,7 +133,6 @@ def _check(described: dict[str, Any], family: Family) -> None:
                 f"config.json has {key} {shown(repr(described[key]))}: {family.name} models are supported where it "
                 f"is {value}{f': {reason}' if reason else ''}"
             )
-    _check_keys(described)
     _check_sizes(described)
     _check_positions(described)
     for key, value in described.items():
@@ -131,14 +141,16 @@ def _check(described: dict[str, Any], family: Family) -> None:
     _check_layers(described, family)
 
 
-def _check_keys(described: dict[str, Any]) -> None:
-    """Check that no key is the name of a method: transformers sets every unknown key as an attribute."""
-    from transformers import PretrainedConfig
+def _settings_of(described: dict[str, Any], config: type["PretrainedConfig"], family: Family) -> dict[str, Any]:
+    """Return what is known of a description; transformers sets every other key as an attribute, whatever it does.
 
-    for key in described:
-        known = getattr(PretrainedConfig, key, None)
-        if callable(known) or (isinstance(known, property) and known.fset is None):
-            raise CheckpointError(f"its config.json is wrong: {shown(key)!r} is not a setting")
+    Some of them run code: an attention implementation is fetched from the hub if it has the name of a repository.
+    """
+    fields = {field.name for field in dataclasses.fields(cast(Any, config))}
+    renamed = {*config.attribute_map, *config.attribute_map.values()}
+    required = {key for key, _, _ in family.requires}
+    known = {*fields, *renamed, *required, *ALSO_READ, *PER_LAYER_SIZES, *PER_LAYER_FLAGS, *PER_LAYER_KINDS}
+    return {key: value for key, value in described.items() if key in known}
 
 
 def _check_sizes(described: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A run's settings: which are refused, what a file may contain, and the defaults."""
 
+import json
 from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -148,12 +149,35 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], said: str) 
 def test_a_file_holds_the_settings_by_their_names(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
-        'model = "m"\nsparsity = 0.3\nalpha = 7\nsequence-length = 64\noverwrite = true\n'
-        'evaluate = ["a.txt", "b.txt"]\n'
+        'model = "m"\nsparsity = 0.3\nalpha = 7\nsequence-length = 64\nuniform = false\nevaluate = ["a.txt", "b.txt"]\n'
     )
     config = PruneConfig(**read_config_file(file))
     assert (config.model, config.targets, config.alpha) == ("m", (0.3,), 7)
-    assert (config.sequence_length, config.overwrite, config.evaluate) == (64, True, ("a.txt", "b.txt"))
+    assert (config.sequence_length, config.uniform, config.evaluate) == (64, False, ("a.txt", "b.txt"))
+
+
+# What deletes, where a run writes, and whom it talks to.
+OPTIONS_ONLY = {
+    **{"overwrite": True, "resume": True, "local": True, "output": "/home/me", "address": "far:6379"},
+    **{"tracking_uri": "http://far", "register": "prod", "experiment": "x", "run_name": "x"},
+    **{"offload": True, "shared_storage": True},
+}
+
+
+@pytest.mark.parametrize("kind", [PruneConfig, CompareConfig])
+@pytest.mark.parametrize("name", OPTIONS_ONLY)
+def test_a_file_neither_replaces_nor_says_where(tmp_path: Path, name: str, kind: type[PruneConfig]) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"sparsity = 0.3\n{name.replace('_', '-')} = {json.dumps(OPTIONS_ONLY[name])}\n")
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(ConfigError, match=rf"sets {name}: a file says what to compute, .* pass {option}$"):
+        read_config_file(file, kind)
+
+
+def test_every_setting_of_a_file_says_what_to_compute(tmp_path: Path) -> None:
+    """A new setting is an option only unless its effect is on the result."""
+    effects = {one.name: one.effect.name for one in declared(CompareConfig).values()}
+    assert {name for name, effect in effects.items() if effect in ("PLACE", "ATTEMPT")} == OPTIONS_ONLY.keys()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +185,7 @@ def test_a_file_holds_the_settings_by_their_names(tmp_path: Path) -> None:
     [
         ("sparsty = 0.3", "unknown key 'sparsty'; known are: .*sparsity"),
         ('samples = "many"', "samples is 'many', expected int"),
-        ("overwrite = 1", "overwrite is 1, expected bool"),
+        ("uniform = 1", "uniform is 1, expected bool"),
         ("evaluate = [1]", "evaluate is"),
         ("sparsity = ", "is not TOML"),
         ("seed = " + "[" * 10**5, "is nested too deeply"),

@@ -227,17 +227,15 @@ def test_two_runs_on_another_cluster_from_a_file_and_from_flags_both_give_what_e
 ) -> None:
     settings: dict[str, Any] = {
         "model": str(gqa_model),
-        "output": str(tmp_path / "file"),
         "calibration": str(token_file),
-        "tracking-uri": tracking_uri,
-        "address": other_cluster,
-        "run-name": "from a file",
     }
     file = tmp_path / "run.toml"
     file.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()) + "sparsity = 0.9\n")
     alike = ["--sparsity", "0.4", "--workers", "1"]
     given = [gqa_model, "--calibration", token_file, "--address", other_cluster, "--tracking-uri", "none"]
-    asked = [("--config", file, *alike), (*given, *alike, "--output", tmp_path / "flags")]
+    places = ["--output", tmp_path / "file", "--address", other_cluster, "--tracking-uri", tracking_uri]
+    places += ["--run-name", "from a file"]
+    asked = [("--config", file, *alike, *places), (*given, *alike, "--output", tmp_path / "flags")]
     runs = [forks.start(slimllm("prune", *words)) for words in asked]
     ended = [run.wait(seconds=300) for run in runs]
     assert [run.code for run in ended] == [0, 0], ended

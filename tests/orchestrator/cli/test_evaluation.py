@@ -1,6 +1,7 @@
 """The size of the held-out text stands beside every perplexity, and a run without any says so."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,6 @@ def prepared_model(gqa_model: Path, tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
     for path in gqa_model.iterdir():
-        (directory / path.name).symlink_to(path)
+        shutil.copyfile(path, directory / path.name)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
     return directory

@@ -45,6 +45,34 @@ def test_it_lies_beside_the_pruned_model_and_computes_the_same(gqa_model: Path, 
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "pruning/plan.json", "pruning/figures/kept.png"])
+def test_a_link_out_of_the_pruned_model_is_refused(gqa_model: Path, tmp_path: Path, name: str) -> None:
+    source = pruned(gqa_model, tmp_path / "pruned")
+    (tmp_path / "secret").write_text("secret")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "secret")
+    done = export(source)
+    assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
+    assert "which is outside the directory" in done.output
+    assert [path.name for path in tmp_path.iterdir() if "stock" in path.name] == []
+
+
+def test_only_what_a_run_writes_comes_along_of_its_record(gqa_model: Path, tmp_path: Path) -> None:
+    source = pruned(gqa_model, tmp_path / "pruned")
+    for name in ("evil.py", "evil.pkl", "figures/kept.png", "figures/evil.py", "run.toml"):
+        (source / "pruning" / name).parent.mkdir(exist_ok=True)
+        (source / "pruning" / name).write_text("x")
+    assert export(source).exit_code == 0
+    record = tmp_path / "pruned-stock" / "pruning"
+    found = {path.relative_to(record).as_posix() for path in record.rglob("*") if path.is_file()}
+    assert found == {"plan.json", "figures/kept.png", "run.toml"}
+    again = pruned(gqa_model, tmp_path / "again" / "pruned")
+    (again / "pruning").rename(tmp_path / "moved")
+    (again / "pruning").symlink_to(tmp_path / "moved")
+    assert "(a link to a folder)" in export(again).output
+
+
 def test_the_tokenizer_comes_along(shared: Path, tmp_path: Path) -> None:
     source = shared / "models" / "lab-llama-11m"
     writer = CheckpointWriter(Checkpoint.open(source), tmp_path / "pruned")

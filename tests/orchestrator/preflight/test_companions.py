@@ -76,7 +76,7 @@ def test_a_run_writes_the_sources_tokenizer_and_its_licences(
     expected = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
     assert AutoTokenizer.from_pretrained(output)(text)["input_ids"] == expected
     program = "from transformers import AutoTokenizer\n"
-    program += f"print(AutoTokenizer.from_pretrained({str(output)!r}, trust_remote_code=True)({text!r})['input_ids'])"
+    program += f"print(AutoTokenizer.from_pretrained({str(output)!r}, trust_remote_code=False)({text!r})['input_ids'])"
     ended = elsewhere.run(program, tmp_path)
     assert ended.stdout.strip() == str(expected), ended.stderr
 

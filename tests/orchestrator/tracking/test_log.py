@@ -159,14 +159,14 @@ def test_children_in_one_journal_and_files_are_logged_too(uri: str, client: Mlfl
         for name in ("a", "b"):
             with run.child(name) as child:
                 child.log_metrics({"perplexity": 7})
-        (tmp_path / "table.md").write_text("table")
-        run.log_artifacts(tmp_path / "table.md")
+        (tmp_path / "comparison.md").write_text("table")
+        run.log_artifacts(tmp_path / "comparison.md")
     assert not log_output(tmp_path, tracking_uri=uri).before
     assert log_output(tmp_path, tracking_uri=uri).before
     runs = runs_of(client, "comparison")
     assert runs.keys() == {"all", "a", "b"}
     assert runs["b"].data.metrics == {"perplexity": 7}
-    assert [file.path for file in client.list_artifacts(runs["all"].info.run_id)] == ["table.md"]
+    assert [file.path for file in client.list_artifacts(runs["all"].info.run_id)] == ["comparison.md"]
 
 
 # ---- What is no finished output, and servers that fail

@@ -81,13 +81,13 @@ def test_a_run_is_in_the_working_directory_and_nowhere_else(enter: Enter, name: 
     (output / "model.safetensors").write_bytes(b"weights")
     said: list[str] = []
     with tracked_run(TrackingOptions(experiment=name), output / "pruning" / "metrics.jsonl", said.append) as run:
-        run.log_artifacts(output / "model.safetensors", to="files")
+        run.log_artifacts(output / "pruning", to="pruning")
         run.log_checkpoint(output, "pruned", {})
     assert not said
     assert [path.name for path in folder.parent.iterdir()] == [name]
-    assert len([path for path in (folder / "mlruns").rglob("model.safetensors") if path.is_file()]) == 2
-    stored = MlflowClient(run.tracking_uri).list_artifacts(str(run.run_id), "files")
-    assert [file.path for file in stored] == ["files/model.safetensors"]
+    assert len([path for path in (folder / "mlruns").rglob("model.safetensors") if path.is_file()]) == 1
+    stored = MlflowClient(run.tracking_uri).list_artifacts(str(run.run_id), "pruning")
+    assert [file.path for file in stored] == ["pruning/metrics.jsonl"]
     assert log_output(output).before
 
 

@@ -1,5 +1,6 @@
 """What stands beside the weights comes along, is left out with a word, or is refused before anything is computed."""
 
+import json
 import os
 import pickle
 import shutil
@@ -76,6 +77,9 @@ LEFT_OUT = {
     "custom_generate/generate.py": "code",
     "run.sh": "code",
     "vocab.pkl": "pickle",
+    "modules.json": "names code",
+    "kernel.so.1": "code",
+    "tool.pyz": "code",
     "trainer_state.json": "training state",
     "runs/events.out.tfevents.1": "training state",
     "checkpoint-500/config.json": "another model",
@@ -120,10 +124,11 @@ def test_one_line_tells_what_is_left_out(tmp_path: Path) -> None:
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickle_is_one_by_any_name(tmp_path: Path, protocol: int) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
-    assert plan_companions(tmp_path).left_out == (("tokenizer.model", "pickle"),)
+    for name, held in (("tokenizer.model", {"a": 1}), ("vocab.txt", os.system)):
+        (tmp_path / name).write_bytes(pickle.dumps(held, protocol=protocol) + b"more")
+    assert plan_companions(tmp_path).left_out == (("tokenizer.model", "pickle"), ("vocab.txt", "pickle"))
 
 
 def test_an_archive_and_a_program_are_ones_by_any_name(tmp_path: Path) -> None:
@@ -229,12 +234,64 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "written" / "tokenizer.json").is_symlink()
 
 
-def test_links_to_another_models_files_are_followed(tmp_path: Path) -> None:
-    base = make(tmp_path / "base", {"tokenizer.json": "{}", "text.txt": "x"})
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/tokenizer.json").symlink_to(base / "tokenizer.json")
+@pytest.mark.parametrize(
+    ("link", "leads_to"),
+    [
+        # A file of the same name, something in any folder "blobs", and what only begins like the cache or the model.
+        ("model/tokenizer.json", "elsewhere/tokenizer.json"),
+        ("model/vocab.txt", "blobs/secret"),
+        ("repo/snapshots/main/LICENSE", "elsewhere/blobs/secret"),
+        ("repo/snapshots/main/LICENSE", "repo/blobs/deeper/secret"),
+        ("repo/snapshots/main/LICENSE", "repo/refs/main"),
+        ("repo/snapshots/main/LICENSE", "repo/snapshots/other/LICENSE"),
+        ("model/LICENSE", "model-private/LICENSE"),
+    ],
+)
+def test_links_out_of_the_directory_are_refused(tmp_path: Path, link: str, leads_to: str) -> None:
+    make(tmp_path, {leads_to: "secret"})
+    path = tmp_path / link
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / leads_to)
+    with pytest.raises(CheckpointError, match=r"it is a link to .*, which is outside the directory\): put a readable"):
+        plan_companions(path.parent)
+
+
+@pytest.mark.parametrize("blobs_are_a_link", [True, False])
+def test_a_cache_whose_blobs_are_links_is_none(tmp_path: Path, blobs_are_a_link: bool) -> None:
+    secret = make(tmp_path / "home", {"id": "secret"}) / "id"
+    snapshot = tmp_path / "repo/snapshots/main"
+    snapshot.mkdir(parents=True)
+    if blobs_are_a_link:
+        (tmp_path / "repo/blobs").symlink_to(secret.parent)
+    else:
+        (tmp_path / "repo/blobs").mkdir()
+        (tmp_path / "repo/blobs/id").symlink_to(secret)
+    (snapshot / "LICENSE").symlink_to("../../blobs/id")
+    with pytest.raises(CheckpointError, match="which is outside the directory"):
+        plan_companions(snapshot)
+
+
+def test_a_directory_is_followed_if_it_is_a_link_itself(tmp_path: Path) -> None:
+    make(tmp_path / "model", {"tokenizer.json": "{}"})
     (tmp_path / "link").symlink_to(tmp_path / "model")
     assert copied(plan_companions(tmp_path / "link"), tmp_path / "written") == {"tokenizer.json": "{}"}
+
+
+def test_what_names_code_is_left_out_of_json_and_all_else_stays(tmp_path: Path) -> None:
+    hub = {"AutoTokenizer": ["evil/repo--evil.Tokenizer", None]}
+    files = {
+        "tokenizer_config.json": '{"auto\\u005fmap": ' + json.dumps(hub) + ', "model_max_length": 7}',
+        "processor_config.json": json.dumps({"a": [{"auto_map": "evil/repo--evil.P", "b": 1}]}),
+        "generation_config.json": json.dumps({"custom_pipelines": {"x": {"impl": "evil.P"}}, "top_k": 3}),
+        "tokenizer/TOKENIZER_CONFIG.JSON": json.dumps({"auto_map": ["a.B", None]}),
+        # A vocabulary with such a word, and what nobody can read.
+        "tokenizer.json": '{"model": {"vocab":  {"auto_map": 3}}}',
+        "broken.json": '{"auto_map": ',
+    }
+    found = copied(plan_companions(make(tmp_path / "source", files)), tmp_path / "written")
+    read = {name: json.loads(found[name]) for name in list(files)[:4]}
+    assert list(read.values()) == [{"model_max_length": 7}, {"a": [{"b": 1}]}, {"top_k": 3}, {}]
+    assert {name: found[name] for name in list(files)[4:]} == {name: files[name] for name in list(files)[4:]}
 
 
 def test_links_inside_the_directory_are_followed(tmp_path: Path) -> None:

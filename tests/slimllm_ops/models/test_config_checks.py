@@ -1,6 +1,8 @@
 """In untrusted configs, every number that determines memory is bounded, whatever else is in the file."""
 
+import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,13 +11,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import CheckpointError, NonFiniteError
-from slimllm_ops.models.config_checks import LARGEST_CONFIG, read_config
-from slimllm_ops.models.families import family_named
+from slimllm_ops.models.config_checks import LARGEST_CONFIG, _settings_of, read_config
+from slimllm_ops.models.families import FAMILIES, Family, family_named
 from tests.tiny import save_tiny
 
 REMOVE = object()
@@ -50,8 +53,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown dtype": ({"dtype": "float99"}, "config.json is wrong"),
     "a truth that is none": ({"tie_word_embeddings": "no"}, "config.json is wrong: .*tie_word_embeddings"),
     "a padding token that is none": ({"pad_token_id": 1000}, "config.json is wrong: .*[Pp]adding_idx"),
-    "a method": ({"to_dict": 1}, "'to_dict' is not a setting"),
-    "a class": ({"__class__": "int"}, "'__class__' is not a setting"),
     "quantised": ({"quantization_config": {"bits": 4}}, "weights are quantised: pass the model in bfloat16"),
     "gptq": ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\): .*; pass the model that it was"),
     "fp8 with powers of two": (
@@ -144,6 +145,47 @@ def test_no_code_is_run(copy: Path) -> None:
     (copy / "evil.py").write_text("raise SystemExit('was run')\nclass Config: pass\n")
     rewrite(copy, {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}})
     assert Checkpoint.open(copy).num_layers == 3
+
+
+# What transformers would set as an attribute: ways to code, files and kernels, its own internals, and unknown words.
+NEVER_PASS = {
+    **{"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels:run"},
+    **{"_attn_implementation_internal": "evil/kernels", "attn_implementation_internal": "evil/kernels"},
+    **{"experts_implementation": "evil/experts", "_experts_implementation": "evil/experts"},
+    **{"use_kernels": True, "kernel_config": {"RMSNorm": "evil/kernels:Norm"}, "hub_kernels": {"a": "b/c"}},
+    **{"auto_map": {"AutoConfig": "evil/repo--evil.Config"}, "custom_pipelines": {"text-generation": {"impl": "e.E"}}},
+    **{"extra_files": ["/etc/passwd"], "extra_config_files": ["../x"], "fusion_config": {"a": 1}},
+    **{"distributed_config": {"a": 1}, "base_model_tp_plan": {"a": "b"}, "_name_or_path": "/home/me", "x": 1},
+    **{"_commit_hash": "0", "to_dict": 1, "__class__": "int", "__dict__": {}, "from_pretrained": "x"},
+    **{
+        "attribute_map": {"hidden_size": "x"},
+        "sub_configs": {},
+        "output_attentions": True,
+        "gradient_checkpointing": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NEVER_PASS)
+def test_what_transformers_does_not_know_of_a_model_does_not_reach_it(copy: Path, name: str) -> None:
+    before = read_config(copy)[0]
+    rewrite(copy, {name: NEVER_PASS[name]})
+    found = read_config(copy)[0]
+    assert vars(found) == vars(before)
+    assert type(found) is type(before)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_every_setting_that_a_model_reads_reaches_it(family: Family) -> None:
+    """What the classes of transformers ask their config for, in their source."""
+    stock = next(one for one in family.pruned.__mro__ if one.__module__.startswith("transformers.models."))
+    module = inspect.getsource(sys.modules[stock.__module__])
+    asked = set(re.findall(r"\bconfig\.([a-z_]+)\b(?!\()", module)) | set(re.findall(r'config, "([a-z_]+)"', module))
+    # Internals, what is of other tasks, and of pictures.
+    asked -= {"_attn_implementation", "_experts_implementation", "problem_type", "image_token_id", "vision_config"}
+    asked -= {"text_config", "mm_tokens_per_image"}
+    assert {"hidden_size", "num_attention_heads", "vocab_size"} <= asked
+    assert _settings_of(dict.fromkeys(asked), CONFIG_MAPPING[family.model_type], family).keys() == asked
 
 
 PRUNED_WRONG: dict[str, tuple[dict[str, Any], str]] = {
