@@ -22,6 +22,7 @@ def output(tmp_path: Path) -> Path:
         with tracked_run(TrackingOptions(tracking_uri="none"), staging.directory / "pruning" / "metrics.jsonl"):
             pass
         (staging.directory / "model.safetensors").write_bytes(bytes(range(256)))
+        (staging.directory / "README.md").write_text("# A model")
         (staging.directory / "empty").mkdir()
     return tmp_path / "out"
 
@@ -51,8 +52,9 @@ def test_a_file_that_is_not_as_the_run_left_it_is_told(
         open_staging(output, False, ASKED, resume=True).__enter__()
 
 
-def test_what_is_added_to_an_output_and_a_journal_that_grows_are_no_damage(output: Path) -> None:
+def test_what_people_add_or_edit_and_a_journal_that_grows_are_no_damage(output: Path) -> None:
     (output / "note.txt").write_text("mine")
+    (output / "README.md").write_text("# My model")
     with (output / "pruning" / "metrics.jsonl").open("a") as journal:
         journal.write("more\n")
     assert find_damage(output) is None
