@@ -60,19 +60,15 @@ def copy_file(source: Path, path: Path) -> None:
         shutil.copyfile(source, partial)
 
 
-def is_within(path: Path, directory: Path) -> bool:
-    """Return whether a path leads into a directory, once all links are followed."""
-    return path.resolve().is_relative_to(directory.resolve())
-
-
 def stays_inside(path: Path, directory: Path) -> bool:
-    """Return whether a path leads into its directory, or to a file of the hub's cache as the cache links it.
+    """Return whether a path leads into its directory, or to a file of a cache as the cache links it.
 
-    The cache has the files in REPOSITORY/blobs, and links to them in REPOSITORY/snapshots/REVISION.
+    The hub's cache has files in REPOSITORY/blobs, and links to them in REPOSITORY/snapshots/REVISION. That of
+    orchestrator.sources.storage has one folder more below snapshots, with the name of the model.
     """
-    snapshots = directory.resolve().parent
-    is_blob = snapshots.name == "snapshots" and path.resolve().parent == snapshots.with_name("blobs")
-    return is_blob or is_within(path, directory)
+    place, home = path.resolve(), directory.resolve()
+    blobs = [above.with_name("blobs") for above in home.parents[:2] if above.name == "snapshots"]
+    return place.is_relative_to(home) or place.parent in blobs
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.tracking.options import TrackingError
 from slimllm_ops.errors import shown
-from slimllm_ops.files import is_within
+from slimllm_ops.files import stays_inside
 
 # The journals of `prune` and of `compare`, and the forms of the paths in each, relative to its folder.
 PRUNING, COMPARISON, CHILD = "pruning/metrics.jsonl", "metrics.jsonl", "child"
@@ -72,13 +72,14 @@ def require_inside(output: Path) -> None:
     """Check that everything visible in an output is a file or a folder there; hidden files are never sent.
 
     Raises:
-        TrackingError: A link leads out of it or to a folder, or there is a pipe or the like.
+        TrackingError: A link leads out of it, other than to a cache's file, or to a folder; or there is a pipe or the
+            like.
     """
     for folder, folders, files in os.walk(output):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*folders, *(name for name in files if not name.startswith("."))):
             path = Path(folder, name)
-            if path.is_symlink() and not (path.is_file() and is_within(path, output)):
+            if path.is_symlink() and not (path.is_file() and stays_inside(path, output)):
                 raise TrackingError(
                     f"{path} is a link to {shown(str(path.readlink()), 200)}: slimllm log sends only files that lie in "
                     f"the output, so put the file itself in its place, or remove it"

@@ -5,9 +5,9 @@ between works on local files. The stores' libraries run in a child process (proc
 nothing for a while. This module imports none of them.
 
 CACHE/fetched/DIGEST OF THE URI/
-    lock                    held by the process that fetches
-    blobs/TOKEN             a complete file; the token identifies its version in the store
-    DIGEST OF TOKENS/NAME   the file or directory that the URI names: links to blobs, which never change
+    lock                              held by the process that fetches
+    blobs/TOKEN                       a complete file; the token identifies its version in the store
+    snapshots/DIGEST OF TOKENS/NAME   the file or directory that the URI names: links to blobs, which never change
 CACHE/outputs/DIGEST OF THE URI/NAME    an output before it is uploaded (output/destination.py)
 """
 

@@ -162,7 +162,7 @@ def _fetch(store: Store, wanted: dict[str, tuple[str, dict[str, Any]]], cache: P
         cache: The URI's own cache directory.
     """
     tokens = {name: _token(place, info) for name, (place, info) in wanted.items()}
-    directory = cache / _digest(sorted(tokens.items()))
+    directory = cache / "snapshots" / _digest(sorted(tokens.items()))
     (cache / "blobs").mkdir(parents=True, exist_ok=True)
     with _lock(cache / "lock"):
         blobs = {name: cache / "blobs" / token for name, token in tokens.items()}
