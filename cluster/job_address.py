@@ -53,7 +53,7 @@ def find_address(given: str | None) -> JobAddress:
 
 
 def _checked(address: str, named_by: str | None) -> str:
-    """Return an address whose scheme says what it is, or whose head answers: Ray would wait for minutes."""
+    """Return the address with its scheme, or a head's address once the head answers; Ray would wait minutes for it."""
     if named_by is None or address.startswith(("http://", "https://")):
         return address
     if address == NEW:

@@ -14,6 +14,8 @@ from slimllm_ops.files import flush, naming, read_json_object, write_json
 
 MARK = "complete.json"
 JOURNAL = "metrics.jsonl"
+# The settings that an output was made with; `prune` and `calibrate` write them first.
+ASKED = Path("pruning/asked.json")
 MAY_CHANGE = (JOURNAL, "README.md")
 FORMAT = 1
 # Enough for the names of a million files.

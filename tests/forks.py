@@ -107,7 +107,7 @@ class Started:
         return Ended(int(code.read_text()), *self.printed())
 
     def printed(self) -> tuple[str, str]:
-        """Return what it has printed so far on stdout and on stderr."""
+        """Return its stdout and stderr so far."""
         return (self._folder / "out").read_text(), (self._folder / "err").read_text()
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from orchestrator.completion import JOURNAL, MARK, find_damage, is_marked
+from orchestrator.completion import ASKED, JOURNAL, MARK, find_damage, is_marked
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.output.lock import hold_lock
-from orchestrator.output.staging import ASKED, has_unfinished_run, is_finished, require_same
+from orchestrator.output.staging import has_unfinished_run, is_finished, require_same
 from orchestrator.sources import storage
 from orchestrator.tracking import TrackingError
 from slimllm_ops.errors import InputError

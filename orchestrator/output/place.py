@@ -15,7 +15,7 @@ from orchestrator.config import ConfigError
 # In the staging directory: working files, and the file that names the process that writes there.
 WORK = ".work"
 HOLDER = "holder"
-# Where the system lists what is mounted; the fifth field of a line is the mount point, with octal escapes.
+# The system lists all mounts here. The fifth field of each line is the mount point, with octal escapes.
 MOUNTS = Path("/proc/self/mountinfo")
 # A new file system has this folder, which belongs to the system.
 OF_THE_DISK = "lost+found"

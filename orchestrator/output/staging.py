@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.completion import MARK, find_damage, is_marked, mark_complete
+from orchestrator.completion import ASKED, MARK, find_damage, is_marked, mark_complete
 from orchestrator.config import ConfigError
 from orchestrator.output.lock import hold_lock
 from orchestrator.output.notes import Notes, read_settings
@@ -29,8 +29,6 @@ from slimllm_ops.files import write_json
 
 # What the system says of a full disk: of its size, of a user's share, of a file's size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The settings that an output was made with.
-ASKED = Path("pruning/asked.json")
 
 
 @dataclass(frozen=True)
@@ -140,11 +138,6 @@ def require_free(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {output} {found}: choose another --output, or pass --overwrite to replace it")
     if not os.access(output, os.W_OK | os.X_OK):
         raise ConfigError(f"output {output} cannot be replaced: it is read-only; choose another --output")
-
-
-def staging_directory(output: Path) -> Path:
-    """Return the directory in which an output is staged, whether or not it exists."""
-    return _staging(output).directory
 
 
 def require_can_start(output: Path, overwrite: bool, asked: dict[str, Any] | None, resume: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from actors.node_state import NodeState, inspect_nodes, installed_versions
 from cluster import Node, Resources, WorkerPlan, spread_workers
 from orchestrator.config import ConfigError, PruneConfig
-from orchestrator.output.staging import staging_directory
+from orchestrator.output.place import staging_place
 from orchestrator.preflight.estimate import Estimate, readable
 from orchestrator.preflight.stages import LIBRARIES
 from orchestrator.tracking import TrackingOptions, database_file
@@ -125,7 +125,7 @@ def _check_output_disk(config: PruneConfig, output: Path, estimate: Estimate) ->
     written, free = estimate.output + estimate.beside, shutil.disk_usage(place).free
     if config.resume:
         # The run does not write again what an earlier attempt wrote.
-        free += sum(path.stat().st_size for path in staging_directory(output).rglob("*") if path.is_file())
+        free += sum(path.stat().st_size for path in staging_place(output).rglob("*") if path.is_file())
     store = database_file(TrackingOptions(tracking_uri=config.tracking_uri).resolved_uri)
     # MLflow's copy of the checkpoint, if it is on the same disk.
     copied = estimate.tracked if store is not None and _disk_of(store) == _disk_of(place) else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.completion import MARK, find_damage, is_marked
+from orchestrator.completion import ASKED, MARK, find_damage, is_marked
 from orchestrator.secrets import masked
 from orchestrator.tracking.journal import Journal
 from orchestrator.tracking.options import JOURNAL_ONLY, TrackingError, TrackingOptions
@@ -18,8 +18,6 @@ from orchestrator.tracking.stored_run import StoredRun
 
 JOURNALS = (PRUNING, COMPARISON)
 WEIGHTS = "*.safetensors"
-# What `prune` and `calibrate` write first.
-ASKED = "pruning/asked.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,8 @@ def log_output(
             "slimllm log writes to MLflow, and the tracking URI is none: pass --tracking-uri with a store, "
             "sqlite:///PATH.db or http://HOST:PORT"
         )
-    start = _require_finished(output)
+    journal = _finished_journal(output)
+    start = _last(journal.events(), "start")
     options = TrackingOptions(
         experiment=experiment or start["experiment"],
         tracking_uri=tracking_uri,
@@ -69,7 +68,7 @@ def log_output(
     )
     server = RequiredServer(options, warn or warn_on_stderr)
     server.ask(server.connect)
-    run = _FinishedRun(server, _journals(output)[0], options, parent=None)
+    run = _FinishedRun(server, journal, options, parent=None)
     before = run.is_logged()
     if before is None and not run.log():
         raise TrackingError(f"{server_name(server.uri)} refused part of {output}: fix that, and log it again")
@@ -158,8 +157,8 @@ class _FinishedRun(Run):
         return list({json.dumps(event | {"time": None}): event for event in uploads}.values())
 
 
-def _require_finished(output: Path) -> dict[str, Any]:
-    """Check that an output is complete, and return the start event of its run."""
+def _finished_journal(output: Path) -> Journal:
+    """Return the journal of an output's run, after checking that the output is complete."""
     if not output.is_dir():
         raise TrackingError(f"{output} does not exist: pass a directory that `slimllm prune` wrote")
     _kind_of(output)
@@ -174,7 +173,7 @@ def _require_finished(output: Path) -> dict[str, Any]:
         for event in events:
             if event["event"] == "checkpoint":
                 _require_weights(journal.path.parent / event["directory"])
-    return _last(journals[0].events(), "start")
+    return journals[0]
 
 
 def _require_whole(output: Path) -> None:

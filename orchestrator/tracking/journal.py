@@ -27,7 +27,8 @@ class Journal:
         line = json.dumps(json_value({"time": time.time(), **event, **of_child}), allow_nan=False)
         # The file is opened for each line: if the process is killed, all lines but the last are complete and in order.
         with naming(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._begun:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
                 if not self._begun:
                     _cut_from_first_bad_line(self.path, file)
@@ -75,7 +76,7 @@ def _whole_events(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int
     size = 0
     for line in content.splitlines(keepends=True):
         if (event := _event_of(line)) is None:
-            # After a power cut, NULs are in the place of what did not reach the disk, and the last line may be short.
+            # A power cut leaves NULs instead of bytes that did not reach the disk, and may cut the last line short.
             if not events and b"\0" not in line and line.endswith(b"\n"):
                 raise TrackingError(f"{path}, line 1: not an event of a run, so the file is no journal: move it away")
             break
@@ -96,7 +97,7 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _cut_from_first_bad_line(path: Path, file: BinaryIO) -> None:
-    """Remove all from the first bad line on, or what is appended would never be read.
+    """Remove everything from the first bad line on, because nothing after that line is ever read.
 
     Nothing is lost: what no event tells is logged again when the run is resumed.
     """

@@ -119,7 +119,6 @@ class Run:
     def child(self, run_name: str, journal: Path | None = None) -> Iterator["Run"]:
         """Open a run nested in this one, in the same journal or in its own, which this run's journal then names."""
         if journal is not None:
-            journal.parent.mkdir(parents=True, exist_ok=True)
             self._journal.append({"event": "child", "run_name": run_name, "journal": self._from_journal(journal)})
         own = Journal(journal) if journal else Journal(self._journal.path, child=run_name)
         with Run(self._server, own, self._child_options(run_name), parent=self)._open_and_close() as run:
@@ -243,7 +242,6 @@ def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = Non
     """
     server = Server(options, warn or warn_on_stderr)
     server.ask(server.connect)
-    journal.parent.mkdir(parents=True, exist_ok=True)
     run = Run(server, Journal(journal), options, parent=None)
     with run._open_and_close(), _system_metrics(run):
         yield run

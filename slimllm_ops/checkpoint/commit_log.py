@@ -8,7 +8,10 @@ Shapes: T tokens, D hidden size.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -38,9 +41,7 @@ class CommitLog:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self.plans: list[LayerPlan] = []
-        while (plan := self._read(len(self.plans))) is not None:
-            self.plans.append(plan)
+        self.plans: list[LayerPlan] = list(self._committed())
         for path in directory.glob("layer-*.json"):
             if int(path.stem.removeprefix("layer-")) >= len(self.plans):
                 path.unlink()
@@ -78,14 +79,13 @@ class CommitLog:
         with np.load(self._directory / "start.npz") as start:
             return Probe(start["ids_T"], [self._state(layer) for layer in (-1, *kept)])
 
-    def _read(self, layer: int) -> LayerPlan | None:
-        """Return a committed layer's decisions; None if it is not committed, or one of its files is damaged."""
-        try:
+    def _committed(self) -> Iterator[LayerPlan]:
+        """Yield the decisions of the committed layers, up to the first layer with a missing or damaged file."""
+        with suppress(OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
             self._state(-1)
-            self._state(layer)
-            return LayerPlan.parse(json.loads(self._path(layer, "json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
-            return None
+            for layer in count():
+                self._state(layer)
+                yield LayerPlan.parse(json.loads(self._path(layer, "json").read_text(encoding="utf-8")))
 
     def _state(self, layer: int) -> np.ndarray:
         """Return the states after a layer, or before the first for -1."""

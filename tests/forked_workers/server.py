@@ -86,7 +86,7 @@ def _become(asking: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(asking,), daemon=True).start()
     ended = [1]
-    # What is registered first runs last, after all that the program leaves for its end.
+    # Functions that are registered first run last, so the program's own run before this one.
     atexit.register(lambda: asking.send(b"%16d" % ended[0]))
     try:
         _run(asked["words"])
