@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,8 +13,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 
 from tests.ports import free_ports
+from tests.ray_head import ray_head
 
-SECONDS = 300
 HEAD, WORKER = "ray.head.default", "worker"
 
 
@@ -37,24 +34,19 @@ def scaling_cluster(*, second: bool, cpus: int = 2, at_most: int = 2, alone: boo
     config = folder / "cluster.json"
     config.write_text(json.dumps(configuration(f"127.0.0.1:{ports[0]}", cpus, at_most)))
     names = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0"]
-    command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]
-    command += [f"--{name}={port}" for name, port in zip(names, ports, strict=False)] + [f"--temp-dir={folder}"]
-    command += [f"--ray-client-server-port={ports[4]}"] + [f"--autoscaling-config={config}"] * (not alone)
-    with (folder / "ray.log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | environment(second), stdout=log, stderr=log)
+    names += ("ray-client-server-port",)
+    options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+    options += ["--num-cpus=0", "--include-dashboard=false", f"--temp-dir={folder}"]
+    options += [f"--autoscaling-config={config}"] * (not alone)
+    started: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + SECONDS
-        while "Ray runtime started" not in (folder / "ray.log").read_text():
-            assert process.poll() is None, (folder / "ray.log").read_text()
-            assert time.monotonic() < deadline, (folder / "ray.log").read_text()
-            time.sleep(0.1)
-        yield f"127.0.0.1:{ports[0]}"
+        with ray_head(*options, folder=folder, environment=os.environ | environment(second)) as process:
+            try:
+                yield f"127.0.0.1:{ports[0]}"
+            finally:
+                started = psutil.Process(process.pid).children(recursive=True)
     finally:
         # The autoscaler's nodes outlive it.
-        started = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        process.wait(timeout=60)
         for one in started:
             with suppress(psutil.NoSuchProcess):
                 one.kill()

@@ -26,11 +26,10 @@ from orchestrator.version import DISTRIBUTION
 from tests.forked_workers.server import FOLDER
 from tests.forks import Forks, slimllm
 from tests.ports import free_ports
+from tests.ray_head import SECONDS, ray_head
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-# For what takes seconds on an idle machine.
-SECONDS = 300
 RAY_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 # What a command that speaks to a job server imports: seconds, once for all commands.
 CLIENT = """
@@ -149,27 +148,17 @@ def started_head(folder: Path) -> Iterator[Head]:
     names += ("metrics-export-port", "ray-client-server-port")
     # Ray's sockets lie in it, and their paths must be short.
     with_short_path = Path(tempfile.mkdtemp(prefix="slimllm-", dir="/tmp"))
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
-    command += ["--disable-usage-stats", f"--temp-dir={with_short_path}"]
-    command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    with (folder / "ray.log").open("w") as log:
-        process = subprocess.Popen(command, env=there, stdout=log, stderr=log, cwd=folder)
+    options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+    options += ["--num-cpus=4", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
     try:
-        deadline = time.monotonic() + SECONDS
-        while "Ray runtime started" not in (folder / "ray.log").read_text():
-            assert process.poll() is None, (folder / "ray.log").read_text()
-            assert time.monotonic() < deadline, (folder / "ray.log").read_text()
-            time.sleep(0.2)
-        here = plain_environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-        client = Forks(CLIENT, here | {"PYTHONPATH": str(ROOT)}, folder)
-        try:
-            yield Head(process, with_short_path, ports[1], ports[0], ports[5], here, client)
-        finally:
-            client.close()
+        with ray_head(*options, f"--temp-dir={with_short_path}", folder=folder, environment=there) as process:
+            here = plain_environment() | token | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+            client = Forks(CLIENT, here | {"PYTHONPATH": str(ROOT)}, folder)
+            try:
+                yield Head(process, with_short_path, ports[1], ports[0], ports[5], here, client)
+            finally:
+                client.close()
     finally:
-        process.terminate()
-        process.wait(timeout=60)
         shutil.rmtree(with_short_path, ignore_errors=True)
 
 

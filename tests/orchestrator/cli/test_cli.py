@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from orchestrator.pipeline import PruneResult
 from slimllm_ops.decide.plan import Plan
 from tests.conftest import content, shard_processes
 from tests.forks import Forks, slimllm
+from tests.ports import free_ports
+from tests.ray_head import ray_head
 
 # A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
@@ -203,23 +204,10 @@ def test_a_run_that_another_signal_ends_leaves_no_process_and_is_resumed(
 @pytest.fixture(scope="module")
 def other_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray that somebody else started on this machine, in processes of its own."""
-    folder = tmp_path_factory.mktemp("other")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
-    command += ["--node-ip-address=127.0.0.1", "--num-cpus=11", "--include-dashboard=false", "--disable-usage-stats"]
-    with (folder / "ray.log").open("w") as log:
-        head = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, cwd=folder)
-    try:
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in (folder / "ray.log").read_text():
-            assert head.poll() is None, (folder / "ray.log").read_text()
-            assert time.monotonic() < deadline, (folder / "ray.log").read_text()
-            time.sleep(0.2)
+    (port,) = free_ports(1)
+    options = (f"--port={port}", "--num-cpus=11", "--include-dashboard=false")
+    with ray_head(*options, folder=tmp_path_factory.mktemp("other"), environment=ENVIRONMENT):
         yield f"127.0.0.1:{port}"
-    finally:
-        head.terminate()
-        head.wait(timeout=30)
 
 
 def test_two_runs_on_another_cluster_from_a_file_and_from_flags_both_give_what_each_would_alone(

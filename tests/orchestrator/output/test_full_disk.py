@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -10,10 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from orchestrator.cli import main
-from orchestrator.record import figures
 from tests.conftest import content, files_of_at_most
 from tests.full_disk import FullDisk
-from tests.orchestrator.conftest import save_nothing
 
 MOMENTS = 18
 # Changes of the disk in such a run, at least; the output is in its place with the last of them.
@@ -22,16 +20,7 @@ CHANGES = 70
 SIZES = (0, 60, 700, 3000, 25_000)
 
 
-@pytest.fixture(autouse=True)
-def figures_are_not_rendered() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_save", save_nothing)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("disk")
+pytestmark = pytest.mark.usefixtures("figures_are_not_rendered")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +44,7 @@ def command(gqa_model: Path, token_file: Path) -> Callable[..., tuple[int, list[
 @pytest.fixture(scope="module")
 def undisturbed(command: Callable[..., tuple[int, list[str]]], folder: Path, disk: FullDisk) -> dict[str, bytes]:
     """What a run writes that finds room, and in how many changes of the disk."""
-    with pytest.MonkeyPatch.context() as patch, disk.full_at(sys.maxsize):
-        patch.setattr(figures, "_save", save_nothing)
+    with disk.full_at(sys.maxsize):
         assert command(folder / "undisturbed") == (0, [])
     return content(folder / "undisturbed")
 

@@ -3,7 +3,7 @@
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,24 +11,13 @@ import pytest
 from orchestrator.completion import find_damage, is_marked
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import PruneResult, prune
-from orchestrator.record import figures
 from tests.conftest import content
-from tests.orchestrator.conftest import save_nothing
 from tests.power_cut import Power, PowerCut
 
 PARTS = 12
 
 
-@pytest.fixture(scope="module", autouse=True)
-def figures_are_not_rendered() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_save", save_nothing)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("power")
+pytestmark = pytest.mark.usefixtures("figures_are_not_rendered")
 
 
 @pytest.fixture(scope="module")
