@@ -1,13 +1,14 @@
 """The Slurm script runs, with a real Ray of two nodes on loopback and stand-ins for two Slurm commands.
 
 The stand-ins do what the commands do, as far as one machine allows: `srun` runs a command once per task and forwards
-SIGTERM; `scontrol` prints the names of nodes and records its arguments.
+SIGTERM, and ends with the highest code of them; `scontrol` prints the names of nodes and records its arguments.
 """
 
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sysconfig
 import time
@@ -29,16 +30,21 @@ while [[ $1 == --* ]]; do
 done
 if [[ $1 == "${SRUN_REFUSES:-}" ]]; then
   for word in "$@"; do
-    case $word in --temp-dir=*) stat --format=%a "${word#*=}" >>"$SLURM_TOLD" ;; esac
+    case $word in --temp-dir=*) stat --format=%a "$(dirname "${word#*=}")" >>"$SLURM_TOLD" ;; esac
   done
   exit 1
 fi
 tasks=()
 trap 'kill -TERM "${tasks[@]}"' TERM
 for ((task = 0; task < count; task++)); do "$@" & tasks+=($!); done
+status=0
 for task in "${tasks[@]}"; do
-  while kill -0 "$task" 2>/dev/null; do wait "$task"; done
+  code=0
+  wait "$task" || code=$?
+  while kill -0 "$task" 2>/dev/null; do code=0; wait "$task" || code=$?; done
+  if ((code > status)); then status=$code; fi
 done
+exit "$status"
 """
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then tr , '\\n' <<<"$3"; else echo "$@" >>"$SLURM_TOLD"; fi
@@ -221,6 +227,8 @@ def test_a_job_whose_time_is_over_is_queued_again_and_goes_on(
         assert job.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    # Ray opens the folder that it is given to everyone, so that one is inside.
+    assert stat.S_IMODE(Path(f"/tmp/slimllm-{job_id}-0").stat().st_mode) == 0o700
     # Slurm's `--signal=B:USR1` is for the script alone.
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=SECONDS) == 143, (tmp_path / "log").read_text()
