@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from orchestrator.sources import watched_process
+from orchestrator.sources.hub_private import cache_of_model
 
 STALLED_SECONDS = 60.0
 HUB_TIMEOUT_SECONDS = 10.0
@@ -126,15 +127,13 @@ def _ask(*arguments: str) -> Iterator[Any]:
 
 def _model(name: str, revision: str, *patterns: str) -> None:
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.file_download import repo_folder_name
 
     # Imports take seconds, which must not count as the hub's.
     watched_process.give_sign_of_life()
     if not constants.HF_HUB_OFFLINE:
         # With no network, or no such model, this fails at once.
         HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT_SECONDS)
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-    Thread(target=_report_growth, args=(cache,), daemon=True).start()
+    Thread(target=_report_growth, args=(cache_of_model(name),), daemon=True).start()
     # By the revision and not by its commit: the cache then knows the revision when the hub is away.
     found = snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
     watched_process.write(given=found)
