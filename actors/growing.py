@@ -1,18 +1,14 @@
 """Asks a cluster that scales itself for room, and waits until its nodes are there."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.sdk import request_resources
-from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
-from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
+from actors.ray_private import cluster_status, first_autoscaler_report, has_second_autoscaler, is_ray_client
 from actors.waiting import head_answers, require_head
 
 # Ray's autoscaler gives a node as long to start.
@@ -21,7 +17,6 @@ GROW_SECONDS = 900.0
 IDLE_SECONDS = 60.0
 SILENT_SECONDS = 15.0
 POLL_SECONDS = 1.0
-RPC_SECONDS = 10
 # The types of nodes in a cluster that does not scale itself, by version 1 of Ray's autoscaler: node_ and their id.
 UNMANAGED = "node_"
 
@@ -64,7 +59,7 @@ def grown(lacking: Lacking, note: Callable[[str], None]) -> Iterator[None]:
 
     try:
         # A Ray client has no connection to the autoscaler.
-        if not ray.util.client.ray.is_connected():
+        if not is_ray_client():
             _wait(lacking, ask)
         yield
     finally:
@@ -100,7 +95,7 @@ def _wait(lacking: Lacking, ask: Callable[[Sequence[Bundle]], None]) -> None:
 def _wait_for_first_report() -> None:
     """Wait for version 1 of the autoscaler, which reports unasked, but not in a Ray's first seconds."""
     begun = time.monotonic()
-    while not is_autoscaler_v2(fetch_from_server=True) and _first_outlook() is None:
+    while not has_second_autoscaler() and _first_outlook() is None:
         if time.monotonic() - begun > SILENT_SECONDS:
             return
         time.sleep(POLL_SECONDS)
@@ -113,9 +108,9 @@ def _outlook(seen: int | None) -> Outlook | None:
     Args:
         seen: The version of the cluster's state when it was asked; None if it was not asked yet.
     """
-    if not is_autoscaler_v2(fetch_from_server=True):
+    if not has_second_autoscaler():
         return _first_outlook()
-    state = _status().autoscaling_state
+    state = cluster_status().autoscaling_state
     if seen is None or state.last_seen_cluster_resource_state_version <= seen:
         return None
     return Outlook(
@@ -126,8 +121,7 @@ def _outlook(seen: int | None) -> Outlook | None:
 
 def _first_outlook() -> Outlook | None:
     """Return what version 1 of the autoscaler says."""
-    status = json.loads(internal_kv_get_gcs_client().internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode()) or "{}")
-    report = status.get("autoscaler_report") or {}
+    report = first_autoscaler_report()
     types = (report.get("node_type_mapping") or {}).values()
     if not types:
         return None
@@ -138,13 +132,7 @@ def _first_outlook() -> Outlook | None:
 
 
 def _version() -> int:
-    return int(_status().cluster_resource_state.cluster_resource_state_version)
-
-
-def _status() -> GetClusterStatusReply:
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=RPC_SECONDS))
-    return reply
+    return int(cluster_status().cluster_resource_state.cluster_resource_state_version)
 
 
 def _described(bundles: Sequence[Bundle]) -> str:

@@ -16,6 +16,7 @@ from ray.exceptions import (
 )
 
 from actors.errors import HeadLostError, ShardError, WorkerLostError
+from actors.ray_private import is_ray_client
 from slimllm_ops.errors import InputError, MiscountError
 
 CALL_SECONDS = 3600.0
@@ -82,7 +83,7 @@ def require_head() -> None:
 
 def head_answers() -> bool:
     """Return whether Ray's head takes connections; a Ray client cannot reach the head and assumes that it does."""
-    if ray.util.client.ray.is_connected():
+    if is_ray_client():
         return True
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError
+from cluster.ray_private import job_records
 
 # Ray describes a job in this variable, for the job's driver only.
 DESCRIPTION = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -45,10 +46,7 @@ def add_to_metadata(entries: Mapping[str, str]) -> None:
 async def _add_to_metadata(submission_id: str, entries: Mapping[str, str]) -> None:
     # Ray's public interface takes metadata only at submission, when there is no run yet. The job server reads this
     # record. Its own supervisor writes the record when the driver begins and when it has ended, but not in between.
-    from ray._private.worker import global_worker
-    from ray.dashboard.modules.job.common import JobInfoStorageClient
-
-    storage = JobInfoStorageClient(global_worker.gcs_client)  # type: ignore[attr-defined]
+    storage = job_records()
     info = await storage.get_info(submission_id, timeout=GCS_SECONDS)
     if info is None:
         raise LookupError(f"Ray knows no job {submission_id}")

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ray._private.services import canonicalize_bootstrap_address
-
 from cluster.errors import ClusterError
+from cluster.ray_private import find_local_head
 from cluster.session import ADDRESS_OPTION, ADDRESS_VARIABLE, CONNECT_SECONDS, NEW, require_answer
 
 # Ray's own client reads it before anything else, and RAY_ADDRESS if it is missing.
@@ -70,7 +69,7 @@ def _head_of_this_machine(named_by: str) -> str:
     # Ray takes this variable before the address that it is given.
     with variable_set(ADDRESS_VARIABLE, ""):
         try:
-            found = canonicalize_bootstrap_address("auto")
+            found = find_local_head()
         except ConnectionError:
             found = None
     if found is None:

@@ -20,6 +20,7 @@ from cluster.errors import ClusterError
 from cluster.job_address import SERVER_VARIABLE, find_address, variable_set
 from cluster.job_client import JobClient, Tell
 from cluster.job_log import LogTail
+from cluster.ray_private import CHATTY
 
 # How long a log may be silent before the job's state is checked, and a server before it counts as lost.
 QUIET_SECONDS = 1.0
@@ -28,8 +29,6 @@ LOST_SECONDS = 10.0
 # it shuts its workers down, and reports to a tracking server that may be slow.
 STOP_SECONDS = 60
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
-# These loggers report every uploaded package and every closed connection.
-CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 AS_THE_CLUSTER = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has"
 
 

@@ -14,6 +14,7 @@ import ray
 
 from cluster.errors import ClusterError
 from cluster.inside_job import carries_packages
+from cluster.ray_private import COMMAND_MODULE
 from cluster.resources import Node, Resources
 from cluster.signals import sigterm_handler_kept
 from cluster.sockets import require_room_for_sockets
@@ -150,7 +151,7 @@ def _require_healthy(address: str, named_by: str) -> None:
 
     A child process asks, because Ray's client complains on stderr every second until it gives up.
     """
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    command = [sys.executable, "-m", COMMAND_MODULE, "health-check", "--address", address]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_SECONDS, check=False)
         found = (answer.stdout + answer.stderr).strip().splitlines() or ["unhealthy"]

@@ -14,10 +14,13 @@ DEFAULT_SPARSITY = 0.2
 FRACTION = Check(lambda value: 0 < value < 1, "it must lie between 0 and 1, both excluded")
 AT_LEAST_ONE = Check(lambda value: value >= 1, "it must be at least 1")
 
+REMOVE = "What to remove"
 # Groups of commands that take a setting.
 COMPUTE = ("prune", "calibrate", "compare")
+BOTH = ("prune", "compare")
 EVERY = (*COMPUTE, "doctor")
 MEASURE = ("prune", "compare", "doctor")
+RESUMED = ("prune", "calibrate", "doctor")
 RECORD = ("prune", "compare", "log")
 
 
@@ -50,23 +53,19 @@ class PruneConfig:
     )
     overwrite: bool = setting(False, "Replace an output that is not empty.", "Result", EVERY, effect=Effect.ATTEMPT)
     resume: bool = setting(
-        False,
-        "Continue an unfinished run of this output.",
-        "Result",
-        ("prune", "calibrate", "doctor"),
-        effect=Effect.ATTEMPT,
+        False, "Continue an unfinished run of this output.", "Result", RESUMED, effect=Effect.ATTEMPT
     )
     method: str = setting(
         "slimllm",
         f"How to choose units: slimllm layer by layer, or a one-pass method: {', '.join(ONE_PASS.names)}.",
-        "What to remove",
+        REMOVE,
         ("prune", "doctor"),
         tags_models=True,
     )
     sparsity: tuple[float, ...] = setting(
         (),
         "Fraction of the decoder layers' parameters to remove; repeatable.",
-        "What to remove",
+        REMOVE,
         ("prune", "compare", "doctor"),
         check=FRACTION,
         shown=f"{DEFAULT_SPARSITY:g}".removeprefix("0"),
@@ -74,7 +73,7 @@ class PruneConfig:
     refine: bool = setting(
         False,
         "Make a second pass that corrects the model towards the dense one.",
-        "What to remove",
+        REMOVE,
         ("prune", "doctor"),
         methods=ONE_PASS,
         tags_models=True,
@@ -82,7 +81,7 @@ class PruneConfig:
     moments: str | None = setting(
         None,
         "Moments that `slimllm calibrate` saved, a directory or a URI; they replace the pass over the text.",
-        "What to remove",
+        REMOVE,
         ("prune", "doctor"),
         methods=ONE_PASS,
         effect=Effect.INPUT,
@@ -91,8 +90,8 @@ class PruneConfig:
     ratio: float | None = setting(
         None,
         "The paper's pruning ratio, instead of a sparsity.",
-        "What to remove",
-        ("prune", "compare"),
+        REMOVE,
+        BOTH,
         methods=PAPER,
         check=FRACTION,
         tags_models=True,
@@ -100,8 +99,8 @@ class PruneConfig:
     pruned_layers: int | None = setting(
         None,
         "How many layers to prune, as in the paper.",
-        "What to remove",
-        ("prune", "compare"),
+        REMOVE,
+        BOTH,
         methods=PAPER,
         check=AT_LEAST_ONE,
         shown="as published",
@@ -109,8 +108,8 @@ class PruneConfig:
     alpha: float | None = setting(
         None,
         "How strongly ratios follow the similarity of a layer's input and output.",
-        "What to remove",
-        ("prune", "compare"),
+        REMOVE,
+        BOTH,
         methods=PAPER,
         check=Check(math.isfinite, "it must be a number, such as 10"),
         shown="as published",
@@ -118,23 +117,20 @@ class PruneConfig:
     keep_lowest: float = setting(
         0.01,
         "Share of the lowest-scored channels that slimllm keeps, as the published code does.",
-        "What to remove",
-        ("prune", "compare"),
+        REMOVE,
+        BOTH,
         check=Check(lambda value: 0 <= value < 1, "it must lie in [0, 1)"),
     )
     uniform: bool = setting(
         False, "Keep the same number of heads and channels in every layer.", "Form", ("prune",), tags_models=True
     )
-    multiple_of: int = setting(
-        1, "Keep a multiple of N channels in every layer.", "Form", ("prune", "compare"), check=AT_LEAST_ONE
-    )
+    multiple_of: int = setting(1, "Keep a multiple of N channels in every layer.", "Form", BOTH, check=AT_LEAST_ONE)
     no_bias: bool = setting(False, "Recover without new biases.", "Form", ("prune",), tags_models=True)
     drop_layers: bool = setting(
-        False,
-        "Remove whole layers where that costs less than heads and channels.",
-        "What to remove",
-        ("prune", "calibrate", "doctor"),
-        methods=GRAM,
+        False, "Remove whole layers where that costs less than heads and channels.", REMOVE, RESUMED, methods=GRAM
+    )
+    revision: str | None = setting(
+        None, "A hub model's branch, tag or commit.", "Data", EVERY, effect=Effect.INPUT, tags_models=True
     )
     calibration: str | None = setting(
         None,
@@ -230,6 +226,10 @@ class PruneConfig:
         require(self.method in known, f"method {self.method!r} is unknown: choose one of {', '.join(known)}")
         self._check_targets()
         require(
+            self.revision is None or self.model is not None,
+            f"revision {self.revision!r} is of a hub model, and none is named: pass MODEL, or leave the revision out",
+        )
+        require(
             not (self.local and self.address),
             "local computes in this process, and address names a Ray cluster: give one of them",
         )
@@ -271,7 +271,7 @@ class CompareConfig(PruneConfig):
     """
 
     methods: tuple[str, ...] = setting(
-        (), "Method to compare with slimllm; repeatable.", "What to remove", ("compare",), flag="--method", shown="all"
+        (), "Method to compare with slimllm; repeatable.", REMOVE, ("compare",), flag="--method", shown="all"
     )
     keep_checkpoints: bool = setting(False, "Keep every pruned model.", "Result", ("compare",))
 

@@ -7,33 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import builtin
 from orchestrator.config import PruneConfig
 from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
-from orchestrator.sources import hub, storage
+from orchestrator.sources import storage
+from orchestrator.sources.models import Model, resolve_model
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_ratios import measure_layer, require_reachable
 from slimllm_ops.checkpoint.companions import plan_companions
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.errors import CheckpointError, InputError, shown
+from slimllm_ops.errors import InputError
 from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.refinement import require_refinable
 
 BUILTIN_NAME = "builtin"
 BUILTIN_CALIBRATION = "builtin:calibration"
 BUILTIN_HELDOUT = "builtin:heldout"
-DOWNLOADED = (
-    *("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.vocab", "*.bpe"),
-    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "*POLICY*"),
-)
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A run's calibration data; it includes the blocks only if they pass through the model in this run.
 
-    `padding` counts the places of the blocks that hold no token.
+    `padding` counts the places of the blocks that hold no token; `pinned` is that of the blocks.
     """
 
     spec: str
@@ -41,6 +37,7 @@ class Calibration:
     num_blocks: int
     block_length: int
     padding: int = 0
+    pinned: str | None = None
     blocks: TokenBlocks | None = None
 
     @classmethod
@@ -48,7 +45,7 @@ class Calibration:
         """Describe blocks, and include them."""
         num_blocks, block_length = blocks.input_ids_BT.shape
         padding = num_blocks * block_length - blocks.num_tokens
-        return cls(blocks.spec, blocks.digest, num_blocks, block_length, padding, blocks)
+        return cls(blocks.spec, blocks.digest, num_blocks, block_length, padding, blocks.pinned, blocks)
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +54,8 @@ class Calibration:
 
     def describe(self) -> dict[str, Any]:
         """Return everything except the blocks, as a manifest stores it."""
-        return {name: getattr(self, name) for name in ("spec", "digest", "num_blocks", "block_length", "padding")}
+        names = ("spec", "digest", "num_blocks", "block_length", "padding", "pinned")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Inputs:
     """The model and the data of a run."""
 
     name: str
+    model: Model
     source: Checkpoint
     source_digest: str
     calibration: Calibration
@@ -87,11 +86,11 @@ def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
             refinement was requested for a model that cannot be refined.
         DataError: A data spec does not give token blocks.
     """
-    directory = resolve_model(config.model)
-    with storage.naming_uri(config.model, directory, InputError):
-        source = Checkpoint.open(directory)
+    model = resolve_model(config.model, config.revision)
+    with storage.naming_uri(config.model, model.directory, InputError):
+        source = Checkpoint.open(model.directory)
         # Before anything opens the tokenizer's files: opening a pipe would block.
-        plan_companions(directory)
+        plan_companions(model.directory)
     for warning in (*warnings_of(config), *source.warnings):
         warn(warning)
     if config.refine:
@@ -111,6 +110,7 @@ def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
     digest, moments = source.digest(), resolve_moments(config.moments)
     return Inputs(
         model_name(config.model),
+        model,
         source,
         digest,
         _load_calibration(config, source, digest, moments),
@@ -144,7 +144,7 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, mome
         ) from error
     if not config.refine:
         return kept
-    blocks = Calibration.of(_load(config, source, config.calibration or kept.spec))
+    blocks = Calibration.of(_load(config, source, config.calibration or kept.pinned or kept.spec))
     if blocks.digest != kept.digest:
         raise InputError(
             f"the moments in {config.moments} are from other calibration tokens ({kept.spec}, {kept.digest[:12]}) "
@@ -170,37 +170,6 @@ def model_name(model: str | None) -> str:
         return BUILTIN_NAME
     path = Path(model)
     return path.resolve().name if path.name in ("", "..") else path.name
-
-
-def resolve_model(model: str | None) -> Path:
-    """Return the directory of a model: the built-in one, a local one, or one fetched from a URI or the hub.
-
-    Raises:
-        CheckpointError: There is no such directory, and the store or the hub cannot provide it.
-    """
-    if model is None:
-        return builtin.MODEL_DIR
-    if storage.is_uri(model):
-        try:
-            return storage.fetch_directory(model, DOWNLOADED)
-        except storage.StorageError as error:
-            raise CheckpointError(f"model {error}") from error
-    path = Path(model)
-    try:
-        if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-            # The path must be absolute: workers have other working directories.
-            return path.expanduser().absolute()
-    # Path.expanduser raises RuntimeError if "~name" is not a user's home.
-    except (OSError, RuntimeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise CheckpointError(f"model {shown(model)} is not a readable path ({reason}): check it") from error
-    try:
-        return hub.download_model(model, DOWNLOADED)
-    except hub.HubError as error:
-        raise CheckpointError(
-            f"{model} is not a local directory, and the hub could not provide it ({error}): "
-            f"check the name and the network, or pass the directory of a downloaded model"
-        ) from error
 
 
 def resolve_moments(moments: str | None) -> Path | None:

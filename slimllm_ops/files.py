@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,15 +29,19 @@ def naming(path: Path) -> Iterator[None]:
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, which is renamed to `path` at the end, or deleted after an error.
 
+    Its mode is what the system gives new files here, by the umask or by the directory's default access list.
+
     Raises:
         OSError: The disk is full, or the directory cannot be written to; the error names the file.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
         with naming(path):
+            mode = _mode_of_new_file(partial)
             yield partial
-        # safetensors makes files readable by their owner only; a model should be readable like its directory.
-        partial.chmod(0o644)
+        # safetensors makes files readable by their owner only. Some file systems take no modes at all.
+        if stat.S_IMODE(partial.stat().st_mode) != mode:
+            partial.chmod(mode)
         flush(partial)
         partial.replace(path)
         flush(path.parent)
@@ -46,6 +51,13 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """Make an empty file, in the place of what an earlier process left there, and return its mode."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def write_text(path: Path, text: str) -> None:

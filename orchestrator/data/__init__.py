@@ -16,6 +16,7 @@ from orchestrator.data.blocks import (
     save_blocks,
 )
 from orchestrator.data.files import local_file
+from orchestrator.data.pinning import pin
 from orchestrator.data.text import read_text
 from orchestrator.data.token_rows import has_token_rows, read_rows
 from orchestrator.sources import storage
@@ -31,8 +32,9 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
             ``.json``, ``.csv`` or ``.tsv`` file of rows; any of these as ``.gz``, ``.zst``, ``.bz2`` or ``.xz``; a
             ``.parquet`` or ``.arrow`` file, or a folder of ``datasets.save_to_disk``, of rows. Rows of ``input_ids``
             are token blocks, whatever other columns there are. Or the URI
-            of such a file in a store (``s3://``, ``gs://``, ``hf://``); or a hub dataset, ``name[:config[:split]]`` (by
-            default the train split). ``orchestrator/data/rows.py`` says which columns make a row's text.
+            of such a file in a store (``s3://``, ``gs://``, ``hf://``); or a hub dataset,
+            ``name[@revision][:config[:split]]`` (by default the main branch and the train split).
+            ``orchestrator/data/rows.py`` says which columns make a row's text.
         model_dir: The directory with the model's tokenizer; unused for token files.
         vocab_size: The model's vocabulary size; token ids must be below it.
         max_length: The longest sequence that the model takes, in tokens (``max_position_embeddings``).
@@ -44,7 +46,8 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
     Raises:
         DataError: The source, the tokenizer or the tokens cannot be used; the message says why in one line.
     """
-    path = local_file(spec)
+    pinned = pin(spec)
+    path = local_file(pinned or spec)
     with storage.naming_uri(spec, path, DataError):
         if path is not None and has_token_rows(path):
             ids_BT = read_rows(spec, path, vocab_size)
@@ -52,7 +55,7 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
             found, source_digest = len(ids_BT), None
         else:
             length = min(options.sequence_length, max_length)
-            ids_BT, found, source_digest = read_text(spec, path, model_dir, length, options)
+            ids_BT, found, source_digest = read_text(pinned or spec, path, model_dir, length, options)
             check_vocabulary(spec, ids_BT.reshape(-1), vocab_size, lambda position: position // length)
     check_length(spec, ids_BT, max_length)
-    return freeze(spec, ids_BT, found, source_digest)
+    return freeze(spec, ids_BT, found, source_digest, pinned)

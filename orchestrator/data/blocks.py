@@ -55,6 +55,7 @@ class TokenBlocks:
         digest: sha256 of only the shape and the bytes of ``input_ids_BT``.
         found: Number of blocks that were available; if there were fewer than ``samples``, all were taken.
         source_digest: sha256 of the text that was read, independent of the tokenizer; None for token files.
+        pinned: The source at the commit that was read, such as "name@commit:config:split"; None if it is not the hub's.
     """
 
     spec: str
@@ -62,6 +63,7 @@ class TokenBlocks:
     digest: str
     found: int
     source_digest: str | None = None
+    pinned: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -69,13 +71,15 @@ class TokenBlocks:
         return count_tokens(self.input_ids_BT)
 
 
-def freeze(spec: str, ids_BT: np.ndarray, found: int, source_digest: str | None) -> TokenBlocks:
+def freeze(
+    spec: str, ids_BT: np.ndarray, found: int, source_digest: str | None, pinned: str | None = None
+) -> TokenBlocks:
     """Return read-only token blocks with their digest, so that no later write can invalidate it."""
     ids_BT = np.ascontiguousarray(ids_BT, dtype=np.int32)
     ids_BT.flags.writeable = False
     digest = hashlib.sha256("{}x{}\n".format(*ids_BT.shape).encode())
     digest.update(ids_BT.astype("<i4", copy=False).reshape(-1).data)
-    return TokenBlocks(spec, ids_BT, digest.hexdigest(), found, source_digest)
+    return TokenBlocks(spec, ids_BT, digest.hexdigest(), found, source_digest, pinned)
 
 
 def check_length(spec: str, ids_BT: np.ndarray, max_length: int) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from orchestrator.data.blocks import DataError
 from orchestrator.data.files import HUB_NAME, list_names, read_columns, table_columns
-from orchestrator.data.forms import ROWS, SUFFIXES, form_of
+from orchestrator.data.forms import ROWS, form_of
+from orchestrator.data.pinning import hub_error
 from orchestrator.data.rows import (
     COLUMNS,
     REMEDY,
@@ -64,15 +65,12 @@ def _table_documents(path: Path, render: Render) -> Iterator[Document]:
 def _hub_documents(spec: str, render: Render) -> Iterator[Document]:
     match = HUB_NAME.fullmatch(spec)
     assert match is not None  # local_file refuses other names
-    rows = hub.dataset_rows(match["name"], match["config"], match["split"] or "train", COLUMNS)
+    rows = hub.dataset_rows(match["name"], match["revision"], match["config"], match["split"] or "train", COLUMNS)
     try:
         for number, row in enumerate(rows):
             yield document_of(_known(row), f"{spec}: row {number}", render)
     except hub.HubError as error:
-        raise DataError(
-            f"{spec}: no such file, and the Hugging Face hub did not provide such a dataset "
-            f"({error}): give a local file ({', '.join(SUFFIXES)}), or use builtin:calibration"
-        ) from error
+        raise hub_error(spec, error) from error
 
 
 def _known(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from orchestrator.data.forms import PARQUET, SAVED, SUFFIXES, TABLES, described,
 from orchestrator.sources import storage
 from slimllm_ops.errors import shown
 
-HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[^:]+))?(:(?P<split>[^:]+))?")
+HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[^:@]+))?(?P<rest>(:(?P<config>[^:]+))?(:(?P<split>[^:]+))?)"
+)
 _ROWS_PER_BATCH = 1024
 _BATCH_BYTES = 1 << 26
 # Limit on the characters of a document: its tokenized form takes a hundred times as many bytes.

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from orchestrator.exports import Export
 from orchestrator.exports.gguf_tensors import list_parts, matrix_dtype, write_parts
@@ -24,6 +23,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError
 from slimllm_ops.files import written_whole
 from slimllm_ops.models.families import LayerShape, layer_shape
+from slimllm_ops.models.transformers_private import llama_rotary
 
 # Model types of the families whose layers are a Llama's.
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -138,7 +138,7 @@ def _refusal(checkpoint: Checkpoint, reason: str) -> InputError:
 def _rope_scaling(checkpoint: Checkpoint) -> tuple[Tensor | None, float]:
     """Return the divisors of RoPE's frequencies (W/2,), or None if it is unscaled, and its amplitude."""
     config: Any = checkpoint.config
-    rotary, width = LlamaRotaryEmbedding(config), _head_width(config)
+    rotary, width = llama_rotary(config), _head_width(config)
     if (turned := len(rotary.inv_freq) * 2) != width:
         raise _refusal(checkpoint, f"RoPE rotates {turned} of {width} dimensions per head, llama.cpp all")
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)

@@ -1,14 +1,16 @@
 """The lock of an output: at most one process writes it."""
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from orchestrator.config import ConfigError
+from orchestrator.locks import UnlockableError, try_lock
+from orchestrator.sources.storage import is_uri
 
 
 @contextmanager
@@ -22,21 +24,15 @@ def hold_lock(holder: Path, output: str) -> Iterator[None]:
         holder.parent.mkdir(parents=True, exist_ok=True)
         file = holder.open("a+")
     except OSError as error:
-        with suppress(OSError):
-            # What was just made is empty.
-            holder.parent.rmdir()
-            holder.parent.parent.rmdir()
+        _remove_empty(holder)
         raise ConfigError(f"output {output} cannot be written: {error.strerror}; choose another --output") from error
     with file:
-        try:
-            # The system releases the lock when the process ends, even if it is killed.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(file, holder, output):
             file.seek(0)
             raise ConfigError(
                 f"output {output} is being written by another run ({file.read().strip()}): "
                 f"wait for it, or choose another --output"
-            ) from None
+            )
         if not holder.exists():
             raise ConfigError(f"output {output} was finished by another run just now: choose another --output")
         file.truncate(0)
@@ -45,3 +41,24 @@ def hold_lock(holder: Path, output: str) -> Iterator[None]:
         with suppress(OSError):
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}, since {started}".encode())
         yield
+
+
+def _try_lock(file: TextIO, holder: Path, output: str) -> bool:
+    try:
+        return try_lock(file)
+    except UnlockableError as error:
+        _remove_empty(holder)
+        remedy = "set XDG_CACHE_HOME to a folder" if is_uri(output) else "choose an --output"
+        raise ConfigError(
+            f"output {output} cannot be locked ({error.strerror}): the file system of {holder.parent} has no locks, "
+            f"so two runs could write there at once; {remedy} on another file system"
+        ) from error
+
+
+def _remove_empty(holder: Path) -> None:
+    """Remove what was just made: the lock file, if it names no process, and its folders."""
+    with suppress(OSError):
+        if holder.exists() and not holder.stat().st_size:
+            holder.unlink()
+        holder.parent.rmdir()
+        holder.parent.parent.rmdir()

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from cluster import ClusterError, Resources, WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.data.files import local_file
-from orchestrator.inputs import DOWNLOADED, model_name, resolve_model
+from orchestrator.inputs import model_name
 from orchestrator.output.destination import checkpoints_output
 from orchestrator.output.staging import require_can_start
 from orchestrator.pipeline import tracking_options
@@ -35,6 +35,7 @@ from orchestrator.pruning.backends import Backend, backend_of
 from orchestrator.record.params import PACKAGES
 from orchestrator.secrets import masked
 from orchestrator.sources import hub
+from orchestrator.sources.models import DOWNLOADED, is_hub_id, resolve_model
 from orchestrator.sources.storage import is_uri
 from orchestrator.tracking.reach import reach_store
 from orchestrator.version import DISTRIBUTION, VERSION
@@ -49,7 +50,7 @@ def diagnose(config: PruneConfig) -> Iterator[Check]:
     yield from _run_check("versions", check_versions)
     source = None
     if config.model is not None:
-        found, check = find_model(config.model)
+        found, check = find_model(config.model, config.revision)
         yield check
         source = found
     yield from _check_cluster(config, source)
@@ -79,21 +80,21 @@ def check_versions() -> Check:
     return Check("versions", not wrong, found, f"install {', '.join(wrong)}" if wrong else "")
 
 
-def find_model(model: str) -> tuple[Checkpoint | None, Check]:
+def find_model(model: str, revision: str | None = None) -> tuple[Checkpoint | None, Check]:
     """Open a model if it is on this machine, and describe it; download nothing."""
     try:
         if is_uri(model):
             return None, Check(
                 "model", True, f"{masked(model)} is fetched by the first run, which then estimates what it needs"
             )
-        if _is_hub_id(model):
-            directory = hub.find_model(model, DOWNLOADED)
+        if is_hub_id(model):
+            directory = hub.find_model(model, DOWNLOADED, revision)
             if directory is None:
-                size = readable(hub.size_of_model(model, DOWNLOADED))
+                size = readable(hub.size_of_model(model, DOWNLOADED, revision))
                 found = f"{model} is on the hub and not here yet: the first run downloads {size}"
                 return None, Check("model", True, f"{found}, then estimates what it needs")
         else:
-            directory = resolve_model(model)
+            directory = resolve_model(model, revision).directory
         source = Checkpoint.open(directory)
     # Any exception: the directory may contain anything.
     except Exception as error:
@@ -121,7 +122,7 @@ def check_hub(config: PruneConfig, *, found: bool) -> Check:
     # Files in a store are not checked: that would mean fetching them.
     named = [spec for spec in specs if not spec.startswith("builtin:") and not is_uri(spec)]
     needed = [spec for spec in named if local_file(spec) is None]
-    if config.model is not None and not found and _is_hub_id(config.model):
+    if config.model is not None and not found and is_hub_id(config.model):
         needed.append(config.model)
     try:
         return Check("hub", True, f"{hub.reach_hub()} answers")
@@ -198,11 +199,6 @@ def _run_check(name: str, look: Callable[[], Check]) -> Iterator[Check]:
 def _output(config: PruneConfig) -> Path:
     """Return the directory that a run would write on this machine."""
     return checkpoints_output(config, model_name(config.model)).directory
-
-
-def _is_hub_id(model: str) -> bool:
-    is_path = model.startswith((".", "/", "~")) or Path(model).exists()
-    return not is_path and not is_uri(model) and model.count("/") == 1
 
 
 def _error_text(error: Exception) -> str:

@@ -32,6 +32,7 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
     asked = {name: value for name, value in asdict(config).items() if value is not None and name not in OF_AN_ATTEMPT}
     found = {
         "model": config.model or inputs.name,
+        "revision": inputs.model.revision,
         "model_digest": inputs.source_digest,
         "calibration": inputs.calibration.spec,
         "calibration_digest": inputs.calibration.digest,
@@ -41,7 +42,7 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         **_versions(),
         **asdict(workers),
     }
-    return masked_all(asked | found)
+    return masked_all(asked | found | {name: pinned for name, pinned in _pinned(inputs).items() if pinned})
 
 
 def settings_of(params: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +58,16 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
         "model_digest": inputs.source_digest,
         "calibration_digest": inputs.calibration.digest,
         "evaluate_digests": [blocks.digest for blocks in inputs.held_out],
+        "revision": inputs.model.revision,
+        **_pinned(inputs),
         **_versions(),
     }
+
+
+def _pinned(inputs: Inputs) -> dict[str, Any]:
+    """Return the data of the hub with their commits; nothing stands for other data."""
+    held_out = [blocks.pinned for blocks in inputs.held_out if blocks.pinned]
+    return {"calibration_pinned": inputs.calibration.pinned, "evaluate_pinned": ", ".join(held_out) or None}
 
 
 def versions() -> dict[str, str]:

@@ -40,14 +40,15 @@ def _settings(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[
     asked = {name: value for name, value in asdict(config).items() if name not in OF_AN_ATTEMPT | PLACES}
     settled = {
         "sparsity": [sparsity for sparsity in config.targets if sparsity is not None],
-        "evaluate": [blocks.spec for blocks in inputs.held_out],
+        "evaluate": [blocks.pinned or blocks.spec for blocks in inputs.held_out],
         "workers": workers.num_workers,
         "gpus_per_worker": workers.gpus_per_worker,
     }
     # If the moments were read from files and no data pass the model again, the run needs no calibration data.
     if inputs.calibration.blocks is not None:
-        settled["calibration"] = inputs.calibration.spec
-    return masked_all({name: value for name, value in (asked | settled).items() if value is not None})
+        settled["calibration"] = inputs.calibration.pinned or inputs.calibration.spec
+    repeated = asked | settled | dict(inputs.model.settings)
+    return masked_all({name: value for name, value in repeated.items() if value is not None})
 
 
 def _header(command: str, inputs: Inputs) -> str:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from orchestrator.secrets import masked, masked_all
+from orchestrator.tracking.mlflow_private import context_tags
 from orchestrator.tracking.options import TrackingError, TrackingOptions
 from orchestrator.tracking.reach import ENVIRONMENT, describe_failure, error_line, prepare_store, server_name, uri_error
 from orchestrator.tracking.signals import defer_signals
@@ -115,10 +116,8 @@ class Server:
 
     def create_run(self, key: str, begun: float, run_name: str | None, parent_id: str | None) -> StoredRun:
         """Create a run whose start time is that of its first event."""
-        from mlflow.tracking.context.registry import resolve_tags
-
         # Some tags quote the command line, or a git remote with its password.
-        tags = masked_all(resolve_tags({KEY_TAG: key}))
+        tags = masked_all(context_tags({KEY_TAG: key}))
         if parent_id:
             tags[PARENT_TAG] = parent_id
         with defer_signals():

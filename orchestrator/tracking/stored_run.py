@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from orchestrator.tracking.mlflow_private import system_monitors
 from orchestrator.tracking.reach import QUICK_SECONDS
 from orchestrator.tracking.registry import Registry
 from orchestrator.tracking.signals import defer_signals
@@ -166,14 +167,8 @@ class StoredRun:
     def sample_system(self, stop: threading.Event) -> None:
         """Log processor, memory, disk, network and GPU use every two seconds, until `stop` is set or a call fails."""
         from mlflow.entities import Metric
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-        monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(Exception):
-            monitors.append(GPUMonitor())
+        monitors = system_monitors()
         while not stop.wait(SAMPLING_SECONDS):
             values: dict[str, float] = {}
             with suppress(Exception):

@@ -12,9 +12,7 @@ from typing import Any
 import wrapt
 
 from slimllm_ops.models.families import Family
-
-# Where transformers keeps the table of configs.
-CONFIG_TABLE = "transformers.models.auto.configuration_auto"
+from slimllm_ops.models.transformers_private import CONFIG_TABLE
 
 
 class _ImportedOnUse(type):

@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+
+from slimllm_ops.models.transformers_private import no_init_weights
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:

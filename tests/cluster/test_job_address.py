@@ -84,12 +84,11 @@ def test_auto_is_the_ray_of_this_machine_whatever_the_other_variable_says(monkey
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(job_address, "require_answer", lambda *named: asked.append(named))
 
-    def found(address: str) -> str:
-        assert address == "auto"
+    def found() -> str:
         assert not os.environ["RAY_ADDRESS"], "Ray would take it before auto"
         return "10.1.2.3:6379"
 
-    monkeypatch.setattr(job_address, "canonicalize_bootstrap_address", found)
+    monkeypatch.setattr(job_address, "find_local_head", found)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert find_address("auto").address == "10.1.2.3:6379"
     assert asked == [("10.1.2.3:6379", "--address")]
@@ -97,10 +96,10 @@ def test_auto_is_the_ray_of_this_machine_whatever_the_other_variable_says(monkey
 
 
 def test_auto_where_no_ray_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find(address: str) -> str:
+    def find() -> str:
         raise ConnectionError("Could not find any running Ray instance.")
 
-    monkeypatch.setattr(job_address, "canonicalize_bootstrap_address", find)
+    monkeypatch.setattr(job_address, "find_local_head", find)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(ClusterError, match=r"^RAY_ADDRESS is 'auto', and no Ray runs on this machine: pass .*:8265$"):
         find_address(None)

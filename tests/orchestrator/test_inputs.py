@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from orchestrator import PruneConfig
 from orchestrator.builtin import MODEL_DIR, heldout_text
 from orchestrator.data import DataError, text
-from orchestrator.inputs import load_inputs, model_name, resolve_model, warnings_of
+from orchestrator.inputs import load_inputs, model_name, warnings_of
+from orchestrator.sources.models import resolve_model
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError
 from slimllm_ops.models.families import family_named
@@ -31,7 +32,7 @@ def test_a_model_is_called_by_its_directory(tmp_path: Path, monkeypatch: pytest.
 def test_a_directory_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("org/model") == tmp_path / "org" / "model"
+    assert resolve_model("org/model").directory == tmp_path / "org" / "model"
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-this-name/model"])

@@ -1,6 +1,8 @@
 """Files appear complete or not at all, and errors name them."""
 
 import errno
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,33 @@ def test_a_file_takes_its_place_when_it_is_written(tmp_path: Path) -> None:
         partial.write_text("after")
         assert path.read_text() == "before"
     assert path.read_text() == "after"
-    assert path.stat().st_mode & 0o777 == 0o644
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o027, 0o077])
+def test_a_file_has_the_mode_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "new").touch()
+        write_json(tmp_path / "a.json", {})
+        with written_whole(tmp_path / "a.safetensors") as partial:
+            save_file({"a": torch.zeros(1)}, partial)
+        # A file that an earlier process left may have any mode, and be read-only.
+        (tmp_path / "b.json.partial").touch(mode=0o400)
+        write_json(tmp_path / "b.json", {})
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("new", "a.json", "a.safetensors", "b.json"), 0o666 & ~umask)
+
+
+def test_a_file_system_without_modes_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "a.json").read_text() == "{}\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -4,7 +4,6 @@ fsspec's filesystem for the URI's scheme opens the files, with the credentials a
 in the environment.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import fsspec
 from fsspec.callbacks import Callback
 
+from orchestrator.locks import UnlockableError, try_lock
 from orchestrator.sources import watched_process
 from orchestrator.sources.storage.digests import is_same
 
@@ -164,7 +164,7 @@ def _fetch(store: Store, wanted: dict[str, tuple[str, dict[str, Any]]], cache: P
     tokens = {name: _token(place, info) for name, (place, info) in wanted.items()}
     directory = cache / "snapshots" / _digest(sorted(tokens.items()))
     (cache / "blobs").mkdir(parents=True, exist_ok=True)
-    with _lock(cache / "lock"):
+    with _lock(cache / "lock", store.uri):
         blobs = {name: cache / "blobs" / token for name, token in tokens.items()}
         missing = [name for name, blob in blobs.items() if not blob.exists()]
         _run_concurrently(lambda name: store.download(*wanted[name], to=blobs[name]), missing)
@@ -191,16 +191,16 @@ def _digest(value: Any) -> str:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, uri: str) -> Iterator[None]:
     """Hold a lock on the URI's cache; another process that holds it cannot stall forever, as it is watched too."""
     with path.open("w") as file:
-        while True:
-            with suppress(BlockingIOError):
-                # The system releases the lock when the process ends, however it ends.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            watched_process.give_sign_of_life()
-            time.sleep(0.5)
+        try:
+            while not try_lock(file):
+                watched_process.give_sign_of_life()
+                time.sleep(0.5)
+        except UnlockableError as error:
+            found = f"{path.parent}, where it is copied to, cannot be locked ({error.strerror})"
+            raise RefusedError(f"{uri}: {found}: set XDG_CACHE_HOME to a file system that has locks") from error
         yield
 
 

@@ -1,6 +1,7 @@
 """The Dockerfile is valid, the files that it copies exist, and it installs the pinned packages."""
 
 import fnmatch
+import re
 import subprocess
 import sys
 import sysconfig
@@ -66,7 +67,13 @@ def test_it_installs_what_is_pinned_for_the_python_that_all_nodes_have(instructi
     assert "+" not in pinned("torch")
     assert "index-url" not in DOCKERFILE.read_text()
     (base,) = valued(instructions, "FROM")
-    assert base == "python:3.11-slim"
+    assert re.fullmatch(r"python:3\.11\.\d+-slim@sha256:[0-9a-f]{64}", base)
+    # The launcher's head installs the one package that the image lacks, with the versions that the image has.
+    (launcher,) = documents(DEPLOY / "launcher" / "aws.yaml")
+    place = valued(instructions, "WORKDIR")[0]
+    install = f"pip install --user --constraint {place}/constraints.txt boto3"
+    assert launcher["head_setup_commands"] == [install]
+    assert pinned("boto3") == pinned("botocore")
 
 
 def test_it_runs_as_the_user_that_the_pods_and_the_launcher_count_on(instructions: list[tuple[str, str]]) -> None:

@@ -7,10 +7,8 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import kubernetes_validate
@@ -20,37 +18,11 @@ from mlflow.cli import server
 from mlflow.server.security_utils import is_allowed_host_header
 
 from cluster import Node, Resources, plan_workers
-from tests.cluster.deploy.commands import DEPLOY, IMAGE, documents, pinned, schema, settings_of
+from tests.cluster.deploy.commands import IMAGE, pinned, schema, settings_of
+from tests.cluster.deploy.manifests import AUTOSCALER_TOKEN, OBJECTS, Object, of_kind, pods_of, ray_clusters
 
-FOLDER = DEPLOY / "kuberay"
-OBJECTS = [one for path in sorted(FOLDER.glob("*.yaml")) for one in documents(path)]
 KUBERNETES = "1.32"
 UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}
-
-Object = dict[str, Any]
-
-
-def of_kind(kind: str, name: str | None = None) -> Object:
-    (found,) = [one for one in OBJECTS if one["kind"] == kind and name in (None, one["metadata"]["name"])]
-    return found
-
-
-def ray_clusters() -> list[Object]:
-    """The specs of Ray clusters: the one that stays, and the job's."""
-    return [of_kind("RayCluster")["spec"], of_kind("RayJob")["spec"]["rayClusterSpec"]]
-
-
-def pods_of(one: Object) -> Iterator[Object]:
-    """The specs of all pods that an object makes."""
-    spec = one["spec"]
-    match one["kind"]:
-        case "Pod":
-            yield spec
-        case "Deployment":
-            yield spec["template"]["spec"]
-        case "RayCluster" | "RayJob":
-            spec = spec.get("rayClusterSpec", spec)
-            yield from (group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]))
 
 
 def quantity(text: str | int) -> float:
@@ -101,11 +73,13 @@ def test_what_the_api_server_would_not_take_is_found(path: tuple[str | int, ...]
 def test_every_claim_service_volume_and_image_that_is_named_is_there() -> None:
     claims = {one["metadata"]["name"] for one in OBJECTS if one["kind"] == "PersistentVolumeClaim"}
     for pod in (pod for one in OBJECTS for pod in pods_of(one)):
-        volumes = {volume["name"]: volume for volume in pod["volumes"]}
-        assert {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "emptyDir" not in v} <= claims
+        volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        claimed = [volume["persistentVolumeClaim"] for volume in volumes.values() if "persistentVolumeClaim" in volume]
+        assert {claim["claimName"] for claim in claimed} <= claims
         for container in pod["containers"]:
             assert container["image"] == IMAGE
-            assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+            mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
+            assert mounted == set(volumes) - {AUTOSCALER_TOKEN}
     service = of_kind("Service")
     served = of_kind("Deployment")["spec"]["template"]
     assert service["spec"]["selector"].items() <= served["metadata"]["labels"].items()

@@ -1,13 +1,14 @@
 """The Slurm script runs, with a real Ray of two nodes on loopback and stand-ins for two Slurm commands.
 
 The stand-ins do what the commands do, as far as one machine allows: `srun` runs a command once per task and forwards
-SIGTERM; `scontrol` prints the names of nodes and records its arguments.
+SIGTERM, and ends with the highest code of them; `scontrol` prints the names of nodes and records its arguments.
 """
 
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sysconfig
 import time
@@ -27,13 +28,23 @@ while [[ $1 == --* ]]; do
   if [[ $1 == --ntasks=* ]]; then count=${1#*=}; fi
   shift
 done
-if [[ $1 == "${SRUN_REFUSES:-}" ]]; then exit 1; fi
+if [[ $1 == "${SRUN_REFUSES:-}" ]]; then
+  for word in "$@"; do
+    case $word in --temp-dir=*) stat --format=%a "$(dirname "${word#*=}")" >>"$SLURM_TOLD" ;; esac
+  done
+  exit 1
+fi
 tasks=()
 trap 'kill -TERM "${tasks[@]}"' TERM
 for ((task = 0; task < count; task++)); do "$@" & tasks+=($!); done
+status=0
 for task in "${tasks[@]}"; do
-  while kill -0 "$task" 2>/dev/null; do wait "$task"; done
+  code=0
+  wait "$task" || code=$?
+  while kill -0 "$task" 2>/dev/null; do code=0; wait "$task" || code=$?; done
+  if ((code > status)); then status=$code; fi
 done
+exit "$status"
 """
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then tr , '\\n' <<<"$3"; else echo "$@" >>"$SLURM_TOLD"; fi
@@ -137,6 +148,55 @@ def test_what_cannot_be_is_said(
     assert left_behind(tmp_path, job_id) == []
 
 
+def test_rays_folder_on_a_node_is_the_users_alone(submit: Submit, tmp_path: Path, job_id: str) -> None:
+    assert submit("MODEL", SRUN_REFUSES="ray").wait(timeout=SECONDS) == 1
+    assert (tmp_path / "told").read_text() == "700\n"
+    assert left_behind(tmp_path, job_id) == []
+
+
+@pytest.mark.parametrize("kind", ["a link", "a file", "readable", "another's"])
+def test_a_folder_of_others_in_its_place_is_refused_and_left(
+    submit: Submit, tmp_path: Path, job_id: str, kind: str
+) -> None:
+    place, elsewhere = tmp_path / f"slimllm-{job_id}-0", tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (elsewhere / "precious").touch()
+    if kind == "a link":
+        place.symlink_to(elsewhere)
+    elif kind == "a file":
+        place.touch(mode=0o700)
+    else:
+        place.mkdir(mode=0o700)
+        (place / "precious").touch()
+    if kind == "readable":
+        place.chmod(0o755)
+    if kind == "another's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        os.chown(place, 65534, -1)
+    before = sorted(tmp_path.rglob("*"))
+    assert submit("MODEL", RAY_TMPDIR=str(tmp_path), SRUN_REFUSES="ray").wait(timeout=SECONDS) == 1
+    log = (tmp_path / "log").read_text()
+    assert f"prune.sbatch: {place} on " in log
+    assert "is not a private folder of this user: remove it, or set RAY_TMPDIR" in log
+    # Ray was not asked for, and nothing was removed.
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "log") == before
+
+
+@pytest.mark.parametrize("dangling", [True, False])
+def test_the_token_is_not_written_to_what_is_there(submit: Submit, tmp_path: Path, job_id: str, dangling: bool) -> None:
+    token, target = tmp_path / f".slimllm-{job_id}-0.token", tmp_path / "target"
+    if not dangling:
+        target.write_text("of others")
+    token.symlink_to(target)
+    assert submit("MODEL", RAY_TMPDIR=str(tmp_path), SRUN_REFUSES="ray").wait(timeout=SECONDS) == 1
+    assert f"prune.sbatch: the token cannot be written to {token}" in (tmp_path / "log").read_text()
+    assert token.is_symlink()
+    assert not (tmp_path / f"slimllm-{job_id}-0").exists()
+    assert target.exists() != dangling
+    assert dangling or target.read_text() == "of others"
+
+
 @pytest.mark.slow
 def test_a_job_of_two_nodes_prunes_a_model_and_leaves_nothing_else(
     submit: Submit, tmp_path: Path, job_id: str, gqa_model: Path, token_file: Path
@@ -167,6 +227,8 @@ def test_a_job_whose_time_is_over_is_queued_again_and_goes_on(
         assert job.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    # Ray opens the folder that it is given to everyone, so that one is inside.
+    assert stat.S_IMODE(Path(f"/tmp/slimllm-{job_id}-0").stat().st_mode) == 0o700
     # Slurm's `--signal=B:USR1` is for the script alone.
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=SECONDS) == 143, (tmp_path / "log").read_text()

@@ -115,14 +115,15 @@ def test_a_dataset_on_the_hub(tmp_path: Path, model_dir: Path) -> None:
         "me/tiny",
         "me/tiny:default",
         "me/tiny:default:train",
+        "me/tiny@main:default",
         "me/tiny:default:test",
         "me/tiny:no",
         "me/none",
     ]
     answers = ask_hub(tmp_path, model_dir, *specs)
     expected = naive_blocks(naive_ids(DOCUMENTS), 8).tolist()
-    assert [answers[spec][0] for spec in specs[:3]] == [expected] * 3
-    for spec, said in zip(specs[3:], ["Bad split: test", "'no' not found", "RepositoryNotFoundError"], strict=True):
+    assert [answers[spec][0] for spec in specs[:4]] == [expected] * 4
+    for spec, said in zip(specs[4:], ["Bad split: test", "'no' not found", "RepositoryNotFoundError"], strict=True):
         assert said in answers[spec][0]
         assert "\n" not in answers[spec][0]
     message, seconds = answers["unreachable"]

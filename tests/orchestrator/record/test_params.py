@@ -29,14 +29,16 @@ def inputs(config: PruneConfig) -> Inputs:
 
 def test_resume_compares_what_the_result_depends_on(config: PruneConfig, inputs: Inputs) -> None:
     digests = {"model_digest", "calibration_digest", "evaluate_digests"}
-    assert what_is_asked(config, inputs).keys() == RESULT | digests | VERSIONS
+    commits = {"revision", "calibration_pinned", "evaluate_pinned"}
+    assert what_is_asked(config, inputs).keys() == RESULT | digests | commits | VERSIONS
 
 
 def test_every_setting_has_its_place() -> None:
     assert {"overwrite", "resume", "tracking_uri", "address", "local"} == OF_AN_ATTEMPT
     assert {"output", "experiment", "run_name", "register", "shared_storage", "offload", "weights_travel"} == PLACES
-    assert {"model", "calibration", "evaluate", "moments"} == DIGESTED
-    assert set(TOLD_OF_A_MODEL) == {"method", "refine", "ratio", "uniform", "no_bias", "model", "model_digest"}
+    assert {"model", "revision", "calibration", "evaluate", "moments"} == DIGESTED
+    told = {"method", "refine", "ratio", "uniform", "no_bias", "model", "revision", "model_digest"}
+    assert set(TOLD_OF_A_MODEL) == told
 
 
 def test_parameters_leave_out_what_another_attempt_may_have(config: PruneConfig, inputs: Inputs) -> None:

@@ -50,7 +50,7 @@ def test_it_has_every_setting_that_the_result_depends_on_and_says_of_what(
     settings = read_config_file(run_file)
     asked = {field.name for field in fields(PruneConfig)} - OF_AN_ATTEMPT - PLACES
     # What was not given and has no default stays out.
-    assert asked - settings.keys() == {"moments", "ratio", "pruned_layers", "alpha", "evaluate_tokens"}
+    assert asked - settings.keys() == {"moments", "ratio", "pruned_layers", "alpha", "revision", "evaluate_tokens"}
     assert settings["workers"] >= 1
     assert settings["sparsity"] == (0.33,)
     assert settings["calibration"] == str(token_file)

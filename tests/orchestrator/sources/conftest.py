@@ -2,11 +2,13 @@
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.orchestrator.sources.hubs import Hub
 from tests.orchestrator.sources.storage_commands import IN_URI, OUTPUT, SECRETS, SMALL, run
 from tests.orchestrator.stores import BUCKET, Store, serving_store
 
@@ -64,3 +66,17 @@ def asked_here(gqa_model: Path, token_file: Path) -> list[str]:
 def remote_run(served: Store, asked: list[str]) -> dict[str, object]:
     """What a whole run to the store says of itself."""
     return json.loads(run([*asked, "--json"]).stdout)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub for the processes that this one starts, which know no other, and a cache of their own."""
+    for name in os.environ:
+        if name.startswith("HF_") or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(name)
+    with Hub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.builtin import MODEL_DIR
 from orchestrator.data import DataError, TextOptions, load_tokens
-from orchestrator.inputs import resolve_model
 from orchestrator.pipeline import PruneResult
 from orchestrator.sources import storage
+from orchestrator.sources.models import resolve_model
 from orchestrator.sources.storage.digests import PART_BYTES
 from slimllm_ops.checkpoint.reading import Checkpoint
 from tests.conftest import content
@@ -166,12 +166,12 @@ def test_moments_are_kept_in_a_store_and_taken_from_there(
 
 def test_only_what_changed_is_fetched_again_and_what_was_fetched_stays(store: Store) -> None:
     uri = store.put(MODEL_DIR, "models/builtin")
-    directory = resolve_model(uri)
+    directory = resolve_model(uri).directory
     assert Checkpoint.open(directory).digest() == Checkpoint.open(MODEL_DIR).digest()
     store.client.put_object(Bucket=BUCKET, Key="models/builtin/generation_config.json", Body=b"{}")
     store.client.put_object(Bucket=BUCKET, Key="models/builtin/pytorch_model.bin", Body=b"no part of a model")
     store.asked.clear()
-    changed = resolve_model(uri)
+    changed = resolve_model(uri).directory
     assert [
         path for method, path in store.asked if method == "GET" and path.endswith((".json", ".safetensors", ".bin"))
     ] == [f"/{BUCKET}/models/builtin/generation_config.json"]

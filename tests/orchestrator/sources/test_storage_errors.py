@@ -10,9 +10,9 @@ from orchestrator import CompareConfig
 from orchestrator.builtin import MODEL_DIR
 from orchestrator.config import ConfigError
 from orchestrator.data import DataError, TextOptions, load_tokens
-from orchestrator.inputs import resolve_model
 from orchestrator.output.destination import DeliveryError, Destination, deliver_output
 from orchestrator.sources import storage
+from orchestrator.sources.models import resolve_model
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError
 from tests.orchestrator.sources.storage_commands import SECRETS, assert_one_line, run, waiting
@@ -75,7 +75,7 @@ def test_a_store_that_stalls_or_drops(store: Store, monkeypatch: pytest.MonkeyPa
     assert time.monotonic() - start < 25
     # Of what came in part nothing is used: the same command fetches it when the store answers again.
     store.fails = lambda method, path: ""
-    assert Checkpoint.open(resolve_model(uri)).digest() == Checkpoint.open(MODEL_DIR).digest()
+    assert Checkpoint.open(resolve_model(uri).directory).digest() == Checkpoint.open(MODEL_DIR).digest()
 
 
 def test_a_server_that_accepts_and_says_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,29 @@
+"""Uses what Ray has no public interface for. tests/cluster/test_ray_private.py says what is expected of each name.
+
+`JobClient` in job_client.py also overrides a private method of Ray's client. Ray is imported only when it is used.
+"""
+
+from typing import Any
+
+# The module of the command `ray`, and loggers that report every uploaded package and every closed connection.
+COMMAND_MODULE = "ray.scripts.scripts"
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+
+
+def find_local_head() -> str | None:
+    """Return the address of the Ray that runs on this machine; None if there is none.
+
+    Raises:
+        ConnectionError: There is none.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address("auto")
+
+
+def job_records() -> Any:
+    """Return the store of what the job server knows of jobs. Ray must be connected."""
+    from ray._private.worker import global_worker
+    from ray.dashboard.modules.job.common import JobInfoStorageClient
+
+    return JobInfoStorageClient(global_worker.gcs_client)  # type: ignore[attr-defined]

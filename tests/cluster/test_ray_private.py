@@ -1,0 +1,46 @@
+"""What we expect of Ray's private names, with the Ray that is installed."""
+
+import asyncio
+import importlib
+import inspect
+import logging
+
+import pytest
+from ray._private.services import canonicalize_bootstrap_address
+from ray.dashboard.modules.job.common import JobInfo
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from cluster.ray_private import CHATTY, COMMAND_MODULE, find_local_head, job_records
+
+
+def test_the_command_can_ask_for_health() -> None:
+    commands = importlib.import_module(COMMAND_MODULE).cli.commands
+    assert "--address" in [name for option in commands["health-check"].params for name in option.opts]
+
+
+@pytest.mark.parametrize("name", CHATTY)
+def test_a_logger_that_is_silenced_is_one(name: str) -> None:
+    assert logging.getLogger(name) in vars(importlib.import_module(name)).values()
+
+
+def test_where_no_ray_runs_none_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert next(iter(inspect.signature(canonicalize_bootstrap_address).parameters)) == "addr"
+    # Ray looks here for the one that last ran.
+    monkeypatch.setattr("ray._private.services.get_ray_address_from_environment", lambda *asked: None)
+    assert find_local_head() is None
+
+
+def test_a_jobs_record_is_written_and_read(local_ray: None) -> None:
+    records, name = job_records(), "slimllm-test-of-records"
+    assert asyncio.run(records.get_info(name, timeout=10)) is None
+    info = JobInfo(status=JobStatus.STOPPED, entrypoint="true", metadata={"a": "b"})
+    asyncio.run(records.put_info(name, info, timeout=10))
+    assert asyncio.run(records.get_info(name, timeout=10)).metadata == {"a": "b"}
+
+
+def test_every_question_to_a_job_server_passes_one_method() -> None:
+    asked = list(inspect.signature(JobSubmissionClient._do_request).parameters.values())
+    assert [one.name for one in asked[:3]] == ["self", "method", "endpoint"]
+    assert asked[-1].kind is inspect.Parameter.VAR_KEYWORD
+    for name in ("submit_job", "get_job_info", "get_job_logs", "list_jobs", "stop_job"):
+        assert "self._do_request(" in inspect.getsource(getattr(JobSubmissionClient, name))
