@@ -13,9 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from orchestrator import PruneConfig, prune
+from orchestrator.exports.deci import export_deci
+from orchestrator.exports.stock import export_stock
 from slimllm_ops.models.families import family_named, layer_shape
 from tests.serving.vllm_environment import python
-from tests.slimllm_ops.pruned import write_uneven
+from tests.slimllm_ops.pruned import write_even_heads, write_uneven
 
 PROMPTS = [[5, 6, 7, 8, 9], [90], [3, 30, 33, 40, 50, 60, 70, 80, 9, 9, 9, 10, 11, 12], list(range(2, 60))]
 NUM_TOKENS = 16
@@ -74,3 +77,41 @@ def test_a_checkpoint_is_served_as_it_is(model_type: str, tmp_path: Path) -> Non
     assert list(answered["cache_bytes_per_token"].values()) == expected
     # All of the cache's memory is used for that, and none is lost by padding small layers to large ones.
     assert CACHE_GIB * 2**30 / answered["cache_tokens"] == pytest.approx(sum(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enforce_eager": False},
+        {"enable_chunked_prefill": True, "max_num_batched_tokens": 16, "max_num_seqs": 4},
+        {"enable_prefix_caching": True},
+    ],
+    ids=["compiled", "chunked prefill", "prefix caching"],
+)
+def test_it_is_served_in_every_way(settings: dict[str, object], tmp_path: Path) -> None:
+    model = write_uneven(family_named("llama"), tmp_path, **GROUPED)
+    assert serve(model, tmp_path, **settings)["tokens"] == greedy_tokens(model)
+
+
+def test_a_run_of_a_real_model_is_served_from_its_output_alone(shared: Path, tmp_path: Path) -> None:
+    tokens = shared / "golden" / "tokens" / "lab.calibration.parquet"
+    settings = {"method": "gram", "sparsity": 0.4, "samples": 16, "local": True, "tracking_uri": "none"}
+    output = str(tmp_path / "pruned")
+    prune(
+        PruneConfig(model=str(shared / "models" / "lab-llama-11m"), calibration=str(tokens), output=output, **settings)
+    )
+    answered = serve(Path(output), tmp_path)
+    assert answered["tokens"] == greedy_tokens(Path(output))
+    kept = json.loads(Path(output, "config.json").read_text())["num_key_value_heads_per_layer"]
+    assert len(set(kept)) > 1
+    assert list(answered["cache_bytes_per_token"].values()) == [number * 2 * 32 * 4 for number in kept]
+
+
+@pytest.mark.parametrize(("form", "name"), [("stock", "LlamaForCausalLM"), ("deci", "DeciLMForCausalLM")])
+def test_an_export_is_served_by_vllms_own_class(form: str, name: str, tmp_path: Path) -> None:
+    channels = {"stock": [512, 512, 512], "deci": [512, 256, 768]}[form]
+    model = write_even_heads(family_named("llama"), tmp_path, channels, **GROUPED)
+    exports = {"stock": export_stock, "deci": export_deci}
+    answered = serve(exports[form](model, None, overwrite=False).path, tmp_path)
+    assert answered["class"] == name
+    assert answered["tokens"] == greedy_tokens(model)

@@ -1,5 +1,7 @@
 """Writes small pruned models whose layers differ, without a run."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,28 @@ def write_uneven(family: Family, folder: Path, **settings: Any) -> Path:
         LayerPlan(None, _channels(2, shape, 33, hidden)),
         LayerPlan(),
     ]
-    writer = CheckpointWriter(source, folder / "pruned")
+    return _write(source, plans, folder / "pruned")
+
+
+def write_even_heads(family: Family, folder: Path, channels: Sequence[int], **settings: Any) -> Path:
+    """Prune a random model so that every layer keeps one KV group, and its own number of channels; without biases."""
+    settings |= {family.intermediate_size: max(channels) + 256, "sliding_window": None}
+    source = Checkpoint.open(save_tiny(family, folder / "dense", **settings))
+    shape, hidden = layer_shape(source.config, 0), source.config.hidden_size
+    plans = []
+    for layer, number in enumerate(channels):
+        attention = random_decision(layer, [1], shape.num_attention_units, hidden)
+        mlp = random_decision(layer, range(number), shape.num_channels, hidden)
+        plans.append(LayerPlan(*(one and replace(one, with_bias=False) for one in (attention, mlp))))
+    return _write(source, plans, folder / "pruned")
+
+
+def _write(source: Checkpoint, plans: Sequence[LayerPlan], directory: Path) -> Path:
+    writer = CheckpointWriter(source, directory)
     for layer, plan in enumerate(plans):
         writer.write_layer(layer, plan)
     writer.finish(plans)
-    return folder / "pruned"
+    return directory
 
 
 def _channels(seed: int, shape: LayerShape, number: int, hidden: int) -> Decision | None:
