@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from orchestrator.cli import main
 from slimllm_ops.models.families import family_named
+from slimllm_ops.models.pruned.decilm import DeciLMConfig, DeciLMForCausalLM, block_config, channels_of
 from tests.elsewhere import Elsewhere
 from tests.slimllm_ops.pruned import write_even_heads, write_uneven
 
@@ -21,7 +22,7 @@ def export(*arguments: object) -> Result:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_it_computes_what_the_pruned_model_does(model_type: str, tmp_path: Path, elsewhere: Elsewhere) -> None:
+def test_it_computes_what_the_pruned_model_does(model_type: str, tmp_path: Path) -> None:
     source = write_even_heads(family_named(model_type), tmp_path, [512, 256, 768])
     done = export(source)
     assert done.exit_code == 0, done.output
@@ -32,15 +33,24 @@ def test_it_computes_what_the_pruned_model_does(model_type: str, tmp_path: Path,
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 8)
     assert [one["attention"] for one in config["block_configs"]] == [{"no_op": False, "n_heads_in_group": 2}] * 3
     assert "intermediate_size_per_layer" not in config
+    loaded, report = DeciLMForCausalLM.from_pretrained(written, output_loading_info=True)
+    assert not any(report.values())
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(source).eval()(IDS).logits
-    torch.testing.assert_close(elsewhere.logits(written, IDS), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(loaded.eval()(IDS).logits, expected)
+
+
+@pytest.mark.slow
+def test_it_loads_where_slimllm_is_not_installed(tmp_path: Path, elsewhere: Elsewhere) -> None:
+    source = write_even_heads(family_named("llama"), tmp_path, [512, 256, 768])
+    assert export(source).exit_code == 0
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(source).eval()(IDS).logits
+    torch.testing.assert_close(elsewhere.logits(source.with_name("pruned-deci"), IDS), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("hidden", [32, 96, 576, 4096, 5120, 7168])
 def test_a_width_is_what_servers_compute_from_it(hidden: int) -> None:
-    from slimllm_ops.models.pruned.decilm import block_config, channels_of
-
     for channels in range(256, 28672, 256):
         assert channels_of(block_config(8, 2, channels, hidden), hidden) == channels
 
@@ -48,9 +58,9 @@ def test_a_width_is_what_servers_compute_from_it(hidden: int) -> None:
 def test_saving_it_again_changes_no_setting(tmp_path: Path) -> None:
     source = write_even_heads(family_named("llama"), tmp_path, [512, 256, 768])
     assert export(source).exit_code == 0
-    config = AutoConfig.from_pretrained(source.with_name("pruned-deci"), trust_remote_code=True)
+    config = DeciLMConfig.from_pretrained(source.with_name("pruned-deci"))
     config.save_pretrained(tmp_path / "again")
-    again = AutoConfig.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again = DeciLMConfig.from_pretrained(tmp_path / "again")
     assert again.to_diff_dict() == config.to_diff_dict()
     assert again.block_configs[1].ffn.no_op is False
 
