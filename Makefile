@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow lint types ablation benchmarks memory forms faults same-bytes docs builtin-model
+.PHONY: install demo test slow serve-test lint types ablation benchmarks memory forms faults same-bytes docs builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -21,6 +21,11 @@ test: install
 # What repeats, on another model, method or signal, what `make test` shows on one, and what takes longest.
 slow: install
 	$(BIN)/pytest -m slow --durations=20 tests
+
+# Serves pruned checkpoints in vLLM on the CPU. vLLM gets an environment of its own in the user's cache: minutes, 3 GB.
+serve-test: install
+	$(BIN)/python -m tests.serving.vllm_environment
+	$(BIN)/pytest --durations=20 tests/serving
 
 lint: install
 	$(BIN)/ruff check .

@@ -17,9 +17,11 @@ CHECKS = """
 import torch
 assert hidden_states.shape == (1, batch["input_ids"].shape[1], model.config.hidden_size)
 print(len(tuned.base_model.targeted_module_names))
-from transformers import AutoModel
+from transformers import AutoModelForSequenceClassification
+whole = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True)
+assert torch.equal(hidden_states, whole.base_model(**batch).last_hidden_state)
 try:
-    AutoModel.from_pretrained(pruned, trust_remote_code=True)
+    AutoModelForSequenceClassification.from_pretrained(pruned, trust_remote_code=True)
 except ValueError:
     print("refused")
 """
@@ -46,7 +48,7 @@ def test_every_linear_map_of_every_layer_is_tuned(printed: tuple[Path, list[str]
     assert printed[1][0] == str(len(maps))
 
 
-def test_a_class_without_a_head_is_refused(printed: tuple[Path, list[str]]) -> None:
+def test_a_class_with_another_head_is_refused(printed: tuple[Path, list[str]]) -> None:
     assert printed[1][1] == "refused"
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slimllm_ops.models.families import Family
 
 # The forms that a checkpoint can be exported to.
-EXPORTS = ("stock", "gguf")
+EXPORTS = ("stock", "gguf", "deci", "current")
 
 
 @click.command(cls=Command)
@@ -66,7 +66,8 @@ def _units_of(family: "Family") -> str:
     "form",
     type=click.Choice(EXPORTS),
     required=True,
-    help="stock: for a class of transformers; gguf: a file for llama.cpp.",
+    help="stock: a class of transformers; gguf: a file for llama.cpp; deci: a DeciLM for vLLM, SGLang or TensorRT-LLM; "
+    "current: the model code of this version.",
 )
 @click.option("--output", "path", metavar="PATH", help="Where to write it. [next to OUTPUT, named after it]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
@@ -82,13 +83,16 @@ def export(output: str, form: str, path: str | None, overwrite: bool, as_json: b
 
 
 def _export(output: str, form: str, path: str | None, overwrite: bool) -> "Export":
+    from orchestrator.exports.current import export_current
+    from orchestrator.exports.deci import export_deci
     from orchestrator.exports.gguf import export_gguf
     from orchestrator.exports.stock import export_stock
 
     if is_uri(path or "") or (is_uri(output) and path is None):
         raise ConfigError(f"exports are written on this machine, not to {path or output}: pass --output PATH")
     with _here(output) as directory:
-        return {"stock": export_stock, "gguf": export_gguf}[form](directory, Path(path) if path else None, overwrite)
+        exports = {"stock": export_stock, "gguf": export_gguf, "deci": export_deci, "current": export_current}
+        return exports[form](directory, Path(path) if path else None, overwrite)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 from orchestrator.exports import Export
 from orchestrator.exports.gguf_tensors import list_parts, matrix_dtype, write_parts
 from orchestrator.exports.gguf_vocabulary import read_vocabulary
-from slimllm_ops.checkpoint.companions import plan_companions
+from orchestrator.exports.places import open_pruned
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.errors import CheckpointError, InputError
+from slimllm_ops.errors import InputError
 from slimllm_ops.files import written_whole
 from slimllm_ops.models.families import LayerShape, layer_shape
 from slimllm_ops.models.transformers_private import llama_rotary
@@ -47,7 +47,7 @@ def export_gguf(output: Path, path: Path | None, overwrite: bool) -> Export:
     """
     path = path or _default_path(output)
     _require_free(path, overwrite)
-    checkpoint = _open_pruned(output)
+    checkpoint = open_pruned(output, "llama.cpp's own convert_hf_to_gguf.py takes dense models")
     _require_supported(checkpoint)
     factors, amplitude = _rope_scaling(checkpoint)
     shapes = [layer_shape(checkpoint.config, layer) for layer in range(checkpoint.num_layers)]
@@ -94,20 +94,6 @@ def _require_free(path: Path, overwrite: bool) -> None:
         raise InputError(f"--output {path} is a directory: name a file")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: choose another --output, or pass --overwrite to replace it")
-
-
-def _open_pruned(output: Path) -> Checkpoint:
-    if not output.is_dir():
-        raise CheckpointError(f"{output} is not a directory: pass what slimllm prune wrote")
-    checkpoint = Checkpoint.open(output)
-    if getattr(checkpoint.config, "num_attention_heads_per_layer", None) is None:
-        raise CheckpointError(
-            f"{output} is not a pruned model (its type is {checkpoint.config.model_type}): pass what slimllm prune "
-            f"wrote; llama.cpp's own convert_hf_to_gguf.py takes dense models"
-        )
-    # The file would hold the vocabulary that a link leads to.
-    plan_companions(output)
-    return checkpoint
 
 
 def _require_supported(checkpoint: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from orchestrator.exports import Export
+from orchestrator.exports.places import default_directory
 from orchestrator.output.staging import open_staging
 from slimllm_ops.checkpoint.companions import plan_record
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -25,9 +26,7 @@ def export_stock(output: Path, path: Path | None, overwrite: bool) -> Export:
     """
     source = Checkpoint.open(output)
     form, record = stock_form(source), plan_record(output)
-    # The path "." has a name only once it is absolute.
-    absolute = output.absolute()
-    path = path or absolute.with_name(f"{absolute.name}-stock")
+    path = path or default_directory(output, "stock")
     with open_staging(path, overwrite) as staging:
         write_stock(source, form, staging.directory)
         record.copy(staging.directory)

@@ -28,6 +28,9 @@ tokenizer = AutoTokenizer.from_pretrained("<this directory>", config=model.confi
 `trust_remote_code=True` lets transformers load the two small model files in the checkpoint (`pruned_*.py`), which
 slimllm wrote; no other code is in it. You do not need it if slimllm is installed and your code imports `slimllm_ops`.
 
+vLLM 0.28 and later serves it as it is, with a KV cache as small as the heads of each layer:
+`vllm serve <this directory> --trust-remote-code`. For llama.cpp and others, `slimllm export` writes other forms.
+
 | | before | after |
 |---|---|---|
 | parameters | {parameters_before:,} | {parameters_after:,} |

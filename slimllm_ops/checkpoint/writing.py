@@ -125,6 +125,7 @@ def _pruned_config(source: Checkpoint, plans: Sequence[LayerPlan]) -> dict[str, 
     code = _code_of(source).stem
     config["auto_map"] = {
         "AutoConfig": f"{code}.{family.pruned.config_class.__name__}",
+        "AutoModel": f"{code}.{family.pruned_base.__name__}",
         "AutoModelForCausalLM": f"{code}.{family.pruned.__name__}",
     }
     return config

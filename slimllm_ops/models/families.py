@@ -174,7 +174,7 @@ class Family:
     """One row of the table.
 
     Attributes:
-        name: The name in its classes: Pruned<name>ForCausalLM.
+        name: The name in its classes: Pruned<name>Model and Pruned<name>ForCausalLM.
         model_type: The `model_type` in the config.json of a dense model.
         file: The file in `pruned/` with its classes; pruned_<model_type> if empty.
         layers: The name of the list of decoder layers in the model.
@@ -193,7 +193,7 @@ class Family:
     name: str
     model_type: str
     file: str = ""
-    layers: str = PrunedModelMixin.layers_path
+    layers: str = "model.layers"
     attention_names: LinearNames = PrunedModelMixin.attention_names
     mlp_names: LinearNames = PrunedModelMixin.mlp_names
     attention_reading: Reading = Reading(norm="input_layernorm")
@@ -220,6 +220,11 @@ class Family:
     def pruned(self) -> type[PrunedModelMixin]:
         """The class of its pruned models; this imports it, with transformers' modelling code for the family."""
         return getattr(import_module(self.module), self.class_name)
+
+    @property
+    def pruned_base(self) -> type[PrunedModelMixin]:
+        """The class of its pruned models without a head, from the same file."""
+        return getattr(import_module(self.module), f"Pruned{self.name}Model")
 
     @cached_property
     def attention(self) -> Branch:

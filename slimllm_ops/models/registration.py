@@ -41,15 +41,16 @@ def _register_when_imported(family: Family) -> None:
         module.AutoConfig.register(f"pruned_{family.model_type}", stand_in, exist_ok=True)
 
     def register_classes(module: ModuleType) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-        pruned = getattr(module, family.class_name)
-        config = pruned.config_class
+        config = family.pruned.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForCausalLM.register(config, pruned, exist_ok=True)
         # With this, `save_pretrained` of a loaded model copies the model files again.
         config.register_for_auto_class()
-        pruned.register_for_auto_class("AutoModelForCausalLM")
+        pairs: tuple[tuple[Any, Any], ...] = ((AutoModel, family.pruned_base), (AutoModelForCausalLM, family.pruned))
+        for auto, pruned in pairs:
+            auto.register(config, pruned, exist_ok=True)
+            pruned.register_for_auto_class(auto.__name__)
 
     wrapt.register_post_import_hook(register_stand_in, CONFIG_TABLE)
     wrapt.register_post_import_hook(register_classes, family.module)

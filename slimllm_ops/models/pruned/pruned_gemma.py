@@ -1,6 +1,6 @@
 """Pruned Gemma models (`pruned_layers.py`)."""
 
-from transformers import GemmaConfig, GemmaForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
 
 from .pruned_layers import PrunedConfigMixin, PrunedModelMixin
 
@@ -9,6 +9,12 @@ class PrunedGemmaConfig(PrunedConfigMixin, GemmaConfig):
     """Config of a pruned Gemma."""
 
     model_type = "pruned_gemma"
+
+
+class PrunedGemmaModel(PrunedModelMixin, GemmaModel):
+    """A pruned Gemma, without the head."""
+
+    config_class = PrunedGemmaConfig
 
 
 class PrunedGemmaForCausalLM(PrunedModelMixin, GemmaForCausalLM):

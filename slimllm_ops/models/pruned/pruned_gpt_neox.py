@@ -1,6 +1,8 @@
 """Pruned GPT-NeoX models (`pruned_layers.py`)."""
 
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from typing import Any
+
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 
 from .pruned_layers import LinearNames, PrunedConfigMixin, PrunedModelMixin
 
@@ -11,10 +13,17 @@ class PrunedGPTNeoXConfig(PrunedConfigMixin, GPTNeoXConfig):
     model_type = "pruned_gpt_neox"
 
 
-class PrunedGPTNeoXForCausalLM(PrunedModelMixin, GPTNeoXForCausalLM):
-    """A pruned GPT-NeoX."""
+class PrunedGPTNeoXMixin(PrunedModelMixin):
+    """The parts of a pruned GPT-NeoX that differ from Llama's."""
 
-    config_class = PrunedGPTNeoXConfig
-    layers_path = "gpt_neox.layers"
+    config_class: Any = PrunedGPTNeoXConfig
     attention_names = LinearNames("attention", ("query_key_value",), "dense")
     mlp_names = LinearNames("mlp", ("dense_h_to_4h",), "dense_4h_to_h")
+
+
+class PrunedGPTNeoXModel(PrunedGPTNeoXMixin, GPTNeoXModel):
+    """A pruned GPT-NeoX, without the head."""
+
+
+class PrunedGPTNeoXForCausalLM(PrunedGPTNeoXMixin, GPTNeoXForCausalLM):
+    """A pruned GPT-NeoX."""

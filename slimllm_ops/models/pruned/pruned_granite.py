@@ -1,6 +1,6 @@
 """Pruned Granite models (`pruned_layers.py`)."""
 
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, GraniteModel
 
 from .pruned_layers import PrunedConfigMixin, PrunedModelMixin
 
@@ -9,6 +9,12 @@ class PrunedGraniteConfig(PrunedConfigMixin, GraniteConfig):
     """Config of a pruned Granite."""
 
     model_type = "pruned_granite"
+
+
+class PrunedGraniteModel(PrunedModelMixin, GraniteModel):
+    """A pruned Granite, without the head."""
+
+    config_class = PrunedGraniteConfig
 
 
 class PrunedGraniteForCausalLM(PrunedModelMixin, GraniteForCausalLM):

@@ -12,8 +12,7 @@ The config keeps the dense model's global numbers and adds:
 In a mixture of experts, `intermediate_size_per_layer` is the number of channels in each of a layer's experts.
 """
 
-from collections.abc import Sequence
-from copy import copy
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -31,65 +30,80 @@ class LinearNames(NamedTuple):
     output: str
 
 
-class LayerConfigs(Sequence[Any]):
-    """The config of each layer, with the layer's own heads; transformers sizes its caches by these."""
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __len__(self) -> int:
-        return int(self._config.num_hidden_layers)
-
-    def __getitem__(self, which: Any) -> Any:
-        """Return the config of a layer, of several by a slice, or of a kind of layers, which does not differ in it."""
-        heads = self._config.num_attention_heads_per_layer
-        if isinstance(which, slice):
-            return [self[layer] for layer in range(*which.indices(len(self)))]
-        if isinstance(which, str) or heads is None:
-            return self._config
-        layer = copy(self._config)
-        layer.head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        layer.num_attention_heads = heads[which]
-        layer.num_key_value_heads = self._config.num_key_value_heads_per_layer[which]
-        return layer
-
-
 class PrunedConfigMixin:
-    """The per-layer settings added to the stock config; without them, the shapes are the dense model's."""
+    """The per-layer settings added to the stock config; without them, the shapes are the dense model's.
 
+    From these settings, `per_layer_config` gives the config of each layer. Transformers sizes its caches by it, and
+    vLLM its layers.
+    """
+
+    intermediate_size_name = "intermediate_size"
     num_attention_heads_per_layer: list[int] | None = None
     num_key_value_heads_per_layer: list[int] | None = None
     intermediate_size_per_layer: list[int] | None = None
     attention_output_bias_per_layer: list[bool] | None = None
     mlp_output_bias_per_layer: list[bool] | None = None
 
-    @property
-    def per_layer_config(self) -> Any:
-        """The config of each layer (`LayerConfigs`)."""
-        return LayerConfigs(self)
+    def __post_init__(self: Any, **settings: Any) -> None:
+        # The lists below say the same.
+        settings.pop("per_layer_config", None)
+        super().__post_init__(**settings)  # type: ignore[misc]
+        if self.num_attention_heads_per_layer is not None and hasattr(self, "is_heterogeneous"):
+            self.per_layer_config = self._layer_sizes()
+            # Transformers refuses to read a number of the whole model that differs between layers. Stock constructors
+            # read these numbers, and the mixin below resizes what they build.
+            self.per_layer_attributes.clear()
 
-    @per_layer_config.setter
-    def per_layer_config(self, settings: Any) -> None:
-        raise ValueError("the layers of a pruned model differ by its lists with a number for each layer")
+    def _layer_sizes(self: Any) -> dict[int, dict[str, int]]:
+        """Return the sizes of each layer, by the names of the whole model's sizes."""
+        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        sizes = zip(
+            self.num_attention_heads_per_layer,
+            self.num_key_value_heads_per_layer,
+            self.intermediate_size_per_layer,
+            strict=True,
+        )
+        return {
+            layer: {
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv_heads,
+                self.intermediate_size_name: channels,
+                # Without it, it would be computed from the layer's heads.
+                "head_dim": head_dim,
+            }
+            for layer, (heads, kv_heads, channels) in enumerate(sizes)
+        }
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        """Return the settings, without `per_layer_config`."""
+        return _without_layers(super().to_dict())  # type: ignore[misc]
+
+    def to_diff_dict(self: Any) -> dict[str, Any]:
+        """Return the settings that differ from the defaults, without `per_layer_config`."""
+        return _without_layers(super().to_diff_dict())  # type: ignore[misc]
 
 
 class PrunedModelMixin:
     """A model whose layers are resized after the stock constructor builds them; every forward is the stock one.
 
-    A family whose names differ from Llama's sets them in its class.
+    It serves the causal language model and the base model (`LlamaForCausalLM` and `LlamaModel`): `layers_path` is
+    relative to the base model. A family whose names differ from Llama's sets them in its class.
     """
 
     config: Any
     config_class: Any
-    layers_path = "model.layers"
+    layers_path = "layers"
     attention_names = LinearNames("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj")
     mlp_names = LinearNames("mlp", ("gate_proj", "up_proj"), "down_proj")
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        pruned = config.num_attention_heads_per_layer is not None
+        if pruned:
+            require_sizes_per_layer(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if config.num_attention_heads_per_layer is None:
+        if not pruned:
             return
-        layers: Any = self.get_submodule(self.layers_path)  # type: ignore[attr-defined]
+        layers: Any = self.base_model.get_submodule(self.layers_path)  # type: ignore[attr-defined]
         for index, layer in enumerate(layers):
             self.resize_attention(layer.get_submodule(self.attention_names.module), config, index)
             self.resize_mlp(layer.get_submodule(self.mlp_names.module), config, index)
@@ -153,6 +167,28 @@ class PrunedExpertsMixin(PrunedModelMixin):
             mlp.down_proj.detach()[:, :, :channels].clone(memory_format=torch.contiguous_format)
         )
         mlp.intermediate_dim = channels
+
+
+def require_sizes_per_layer(config: Any) -> None:
+    """Check that vLLM, if it builds the model, sizes every layer by its own heads.
+
+    Raises:
+        RuntimeError: This vLLM sizes all layers alike, which can give wrong text without an error.
+    """
+    if config._attn_implementation != "vllm":
+        return
+    # Transformers refuses a model file that imports a package that is not installed.
+    sizes = importlib.import_module("vllm.config.model_arch").ModelArchitectureConfig
+    if not (hasattr(sizes, "from_layers") and getattr(config, "is_heterogeneous", False)):
+        raise RuntimeError(
+            "the layers of this pruned model have their own numbers of heads, which needs vllm>=0.28 and "
+            "transformers>=5.14: upgrade both, or prune with --uniform and serve the export to a stock class"
+        )
+
+
+def _without_layers(settings: dict[str, Any]) -> dict[str, Any]:
+    settings.pop("per_layer_config", None)
+    return settings
 
 
 def _resize(module: nn.Module, names: LinearNames, kept: int, whole: int, output_bias: bool) -> None:

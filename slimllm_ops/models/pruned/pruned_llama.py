@@ -1,6 +1,6 @@
 """Pruned Llama models (`pruned_layers.py`)."""
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from .pruned_layers import PrunedConfigMixin, PrunedModelMixin
 
@@ -9,6 +9,12 @@ class PrunedLlamaConfig(PrunedConfigMixin, LlamaConfig):
     """Config of a pruned Llama."""
 
     model_type = "pruned_llama"
+
+
+class PrunedLlamaModel(PrunedModelMixin, LlamaModel):
+    """A pruned Llama, without the head."""
+
+    config_class = PrunedLlamaConfig
 
 
 class PrunedLlamaForCausalLM(PrunedModelMixin, LlamaForCausalLM):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
 
 from .pruned_layers import LinearNames, PrunedConfigMixin, PrunedModelMixin
 
@@ -13,10 +13,10 @@ class PrunedPhi3Config(PrunedConfigMixin, Phi3Config):
     model_type = "pruned_phi3"
 
 
-class PrunedPhi3ForCausalLM(PrunedModelMixin, Phi3ForCausalLM):
-    """A pruned Phi-3."""
+class PrunedPhi3Mixin(PrunedModelMixin):
+    """The parts of a pruned Phi-3 that differ from Llama's."""
 
-    config_class = PrunedPhi3Config
+    config_class: Any = PrunedPhi3Config
     attention_names = LinearNames("self_attn", ("qkv_proj",), "o_proj")
     mlp_names = LinearNames("mlp", ("gate_up_proj",), "down_proj")
 
@@ -24,6 +24,14 @@ class PrunedPhi3ForCausalLM(PrunedModelMixin, Phi3ForCausalLM):
         """Set the number of heads of a layer's attention, which its forward reads from the config."""
         super().resize_attention(attention, config, index)
         attention.config = LayerConfig(config, config.num_attention_heads_per_layer[index])
+
+
+class PrunedPhi3Model(PrunedPhi3Mixin, Phi3Model):
+    """A pruned Phi-3, without the head."""
+
+
+class PrunedPhi3ForCausalLM(PrunedPhi3Mixin, Phi3ForCausalLM):
+    """A pruned Phi-3."""
 
 
 class LayerConfig:

@@ -137,6 +137,24 @@ def test_every_family_loads_where_the_package_is_not(
     torch.testing.assert_close(elsewhere.logits(run.output, ids), logits(load(run), ids), rtol=1e-4, atol=1e-5)
 
 
+def test_a_base_model_loads_where_the_package_is_not(
+    runs: Runs, ids: torch.Tensor, elsewhere: Elsewhere, tmp_path: Path
+) -> None:
+    program = f"""
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(runs["Phi3"].output)!r}, trust_remote_code=True).eval()
+with torch.inference_mode():
+    print(type(model).__name__, model(torch.tensor({ids.tolist()})).last_hidden_state.square().mean().item())
+"""
+    ended = elsewhere.run(program, tmp_path)
+    assert ended.code == 0, ended.stderr[-2000:]
+    name, power = ended.stdout.split()[-2:]
+    with torch.inference_mode():
+        expected = load(runs["Phi3"]).base_model(ids).last_hidden_state.square().mean().item()
+    assert (name, float(power)) == ("PrunedPhi3Model", pytest.approx(expected, rel=1e-4))
+
+
 @pytest.mark.parametrize("name", ["Gemma2", "Granite", "Olmo2", "OPT", "Phi3", "GPTNeoX"])
 def test_refining_brings_every_build_nearer_to_the_dense_model(
     name: str,

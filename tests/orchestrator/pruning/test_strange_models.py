@@ -51,6 +51,7 @@ def test_the_only_code_in_an_output_is_ours(
     described = json.loads((output / "config.json").read_text())
     assert described["auto_map"] == {
         "AutoConfig": "pruned_llama.PrunedLlamaConfig",
+        "AutoModel": "pruned_llama.PrunedLlamaModel",
         "AutoModelForCausalLM": "pruned_llama.PrunedLlamaForCausalLM",
     }
 

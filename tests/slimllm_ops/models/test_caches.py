@@ -8,26 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
-from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.checkpoint.writing import CheckpointWriter
-from slimllm_ops.decide.plan import LayerPlan
-from slimllm_ops.models.families import FAMILIES, Family, family_named, layer_shape
-from tests.slimllm_ops.naive import random_decision
-from tests.tiny import save_tiny
+from slimllm_ops.models.families import FAMILIES, Family, family_named
+from tests.slimllm_ops.pruned import write_uneven
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 def pruned_model(family: Family, folder: Path) -> PreTrainedModel:
-    """Take heads out of the first layer of a tiny model, and load what is left."""
-    source = Checkpoint.open(save_tiny(family, folder / "dense"))
-    writer = CheckpointWriter(source, folder / "pruned")
-    shape = layer_shape(source.config, 0)
-    plans = [LayerPlan(attention=random_decision(0, [1], shape.num_attention_units)), LayerPlan(), LayerPlan()]
-    for layer, plan in enumerate(plans):
-        writer.write_layer(layer, plan)
-    writer.finish(plans)
-    return AutoModelForCausalLM.from_pretrained(folder / "pruned").eval()
+    return AutoModelForCausalLM.from_pretrained(write_uneven(family, folder)).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -48,14 +36,6 @@ def test_a_module_for_export_holds_a_static_cache(model_type: str, tmp_path: Pat
     model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=sizes)
     exported = TorchExportableModuleWithStaticCache(model)
     torch.testing.assert_close(exported(input_ids=IDS, cache_position=torch.arange(5)), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_layer_has_its_own_heads_and_the_same_width(tmp_path: Path) -> None:
-    config = pruned_model(family_named("llama"), tmp_path).config
-    assert [one.num_key_value_heads for one in config.per_layer_config] == [1, 2, 2]
-    assert [one.num_attention_heads for one in config.per_layer_config[:2]] == [2, 4]
-    assert {one.head_dim for one in config.per_layer_config} == {8}
-    assert config.num_attention_heads == 4
 
 
 def test_batches_with_one_cache_for_all_layers_are_refused(tmp_path: Path) -> None:

@@ -115,6 +115,6 @@ print(type(config).__name__, config.num_hidden_layers)
 def test_a_row_says_what_its_class_says(family: Family) -> None:
     pruned = family.pruned
     assert pruned.config_class.model_type == f"pruned_{family.model_type}"
-    assert pruned.layers_path == family.layers
+    assert f"{pruned.base_model_prefix}.{pruned.layers_path}" == family.layers
     assert pruned.attention_names == family.attention_names
     assert pruned.mlp_names == family.mlp_names
