@@ -28,6 +28,9 @@ LOST_SECONDS = 10.0
 # it shuts its workers down, and reports to a tracking server that may be slow.
 STOP_SECONDS = 60
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+# What does not travel with a working directory: Ray puts the copy on the path of the job and of its workers, where a
+# stranger's file could take the place of a package. The patterns are those of .gitignore.
+CODE = ["*.py", "*.pyc", "*.so", "*.so.*"]
 # These loggers report every uploaded package and every closed connection.
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 AS_THE_CLUSTER = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has"
@@ -96,7 +99,8 @@ class JobServer:
         Args:
             command: The words of a command.
             packages: Folders of Python packages that the job and its workers import; they are uploaded with it.
-            working_dir: A folder to copy as the job's working directory; by default the job uses the head's own.
+            working_dir: A folder to copy as the job's working directory, without code; by default the job uses the
+                head's own.
             environment: Variables of the job and its workers. Anyone with access to the job server can read them.
 
         Raises:
@@ -109,7 +113,7 @@ class JobServer:
         if working_dir is not None:
             if not working_dir.is_dir():
                 raise ClusterError(f"the working directory {working_dir} is not there: pass a directory")
-            runtime_env["working_dir"] = str(working_dir)
+            runtime_env |= {"working_dir": str(working_dir), "excludes": CODE}
         with self._as_cluster_errors(working_dir=working_dir):
             # Without `exec`, a shell in between hides the signal that ended the process.
             return self._client.submit_job(entrypoint=f"exec {shlex.join(command)}", runtime_env=runtime_env)

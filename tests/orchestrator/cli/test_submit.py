@@ -17,6 +17,7 @@ from orchestrator.cli import main
 from orchestrator.config import ConfigError
 from orchestrator.tracking import TrackingOptions, log_output, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
+from tests.orchestrator.cli.test_working_directory import fill
 from tests.orchestrator.job_server import SECONDS, Head, Proxy, Terminal, started_head, thaw_when_told_to_end
 
 
@@ -184,10 +185,12 @@ def test_a_job_ends_as_the_command_does_and_mlflow_and_ray_name_each_other(
     folder, output = tmp_path / "folder", tmp_path / "out"
     shutil.copytree(gqa_model, folder / "model")
     shutil.copy(token_file, folder / "tokens.parquet")
+    fill(folder, ran := tmp_path / "ran")
     words = ["prune", "model", "--calibration", "tokens.parquet", "--output", output, "--workers", "1"]
     env = f"MLFLOW_TRACKING_URI={tracking_uri}"
     stdout, stderr = head.run("submit", "--working-dir", folder, "--env", env, "--", *words)
     job_id = job_of(stderr)
+    assert not ran.exists(), ran.read_text()
     assert stderr.splitlines() == [f"job {job_id} on {head.address}", f"job {job_id}: SUCCEEDED"]
     assert "\nlayer similarities: layer 3/3" in stdout
     assert "\npruning: layer 3/3" in stdout
