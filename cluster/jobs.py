@@ -4,6 +4,7 @@ Every wait has a limit. Every failure is a `ClusterError` of one line.
 """
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +105,7 @@ class JobServer:
             environment: Variables of the job and its workers. Anyone with access to the job server can read them.
 
         Raises:
-            ClusterError: The folder is missing or too large, or the job server refuses.
+            ClusterError: The folder is missing, too large or has a pipe or the like, or the job server refuses.
         """
         runtime_env: dict[str, Any] = {
             "py_modules": [str(package) for package in packages],
@@ -113,6 +114,7 @@ class JobServer:
         if working_dir is not None:
             if not working_dir.is_dir():
                 raise ClusterError(f"the working directory {working_dir} is not there: pass a directory")
+            _require_files(working_dir)
             runtime_env |= {"working_dir": str(working_dir), "excludes": CODE}
         with self._as_cluster_errors(working_dir=working_dir):
             # Without `exec`, a shell in between hides the signal that ended the process.
@@ -244,6 +246,18 @@ class JobServer:
             f"the server at {self.address} is not a Ray job server: {self._remedy}; that of a head is usually at "
             f"http://HEAD:8265"
         )
+
+
+def _require_files(folder: Path) -> None:
+    """Check that Ray can read what is in a folder: opening a pipe would block, and a device has no end.
+
+    Raises:
+        ClusterError: Something is neither a file nor a folder.
+    """
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ClusterError(f"{path} is neither a file nor a folder, and cannot be uploaded: remove it")
 
 
 def _state(job: JobDetails) -> JobState:

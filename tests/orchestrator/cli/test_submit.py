@@ -391,6 +391,10 @@ def test_a_job_or_a_folder_that_is_not_there_or_does_not_fit_is_told_in_one_line
         assert stderr == f"slimllm: there is no job nonesuch at {head.address}: see `slimllm jobs list`\n"
     _, stderr = head.run("submit", "--working-dir", tmp_path / "none", "prune", code=2)
     assert stderr == f"slimllm: the working directory {tmp_path / 'none'} is not there: pass a directory\n"
+    os.mkfifo(tmp_path / "pipe")
+    _, stderr = head.run("submit", "--working-dir", tmp_path, "prune", code=2)
+    assert stderr.startswith(f"slimllm: {tmp_path / 'pipe'} is neither a file nor a folder"), stderr
+    (tmp_path / "pipe").unlink()
     (tmp_path / "large").write_bytes(os.urandom(101 << 20))
     _, stderr = head.run("submit", "--working-dir", tmp_path, "prune", code=2)
     assert stderr.startswith(f"slimllm: the working directory {tmp_path} is too large for the job server (")
