@@ -204,7 +204,7 @@ class Bench:
         output.parent.mkdir(exist_ok=True)
         log = self._folder / f"{output.parent.name}.log"
         with log.open("a") as file:
-            command = [sys.executable, "-m", "orchestrator", *arguments]
+            command = [sys.executable, "-P", "-m", "orchestrator", *arguments]
             process = subprocess.Popen(command, stdout=file, stderr=file)
         try:
             yield Attempt(process, log, output), cluster

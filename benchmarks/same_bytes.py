@@ -53,7 +53,7 @@ class Checkout:
     def prune(self, arguments: list[str], folder: Path) -> str:
         """Prune in a folder; return why it failed, or an empty string."""
         environment = {**os.environ, "PYTHONPATH": str(self.directory)}
-        command = [self.python, "-m", "orchestrator", "prune", *arguments, *self.options]
+        command = [self.python, "-P", "-m", "orchestrator", "prune", *arguments, *self.options]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         return f"exit code {done.returncode}: {_last_line(done.stderr)}" if done.returncode else ""
 

@@ -38,7 +38,7 @@ class Measured:
 
 def run_slimllm(arguments: list[str]) -> Measured:
     """Run `slimllm` with arguments, and sample its processes' memory; exit if it fails."""
-    command = [sys.executable, "-m", "orchestrator", *arguments]
+    command = [sys.executable, "-P", "-m", "orchestrator", *arguments]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     measured = Measured(roles={process.pid: "driver"})

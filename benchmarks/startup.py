@@ -32,7 +32,7 @@ except ModuleNotFoundError:
 """
 COMMANDS = {
     "import slimllm_ops.module_solves": ("-c", SOLVE),
-    "slimllm --help": ("-m", "orchestrator", "--help"),
+    "slimllm --help": ("-P", "-m", "orchestrator", "--help"),
 }
 LONGEST_RUN = 600.0
 

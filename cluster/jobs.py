@@ -4,6 +4,7 @@ Every wait has a limit. Every failure is a `ClusterError` of one line.
 """
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,9 @@ LOST_SECONDS = 10.0
 # it shuts its workers down, and reports to a tracking server that may be slow.
 STOP_SECONDS = 60
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+# What does not travel with a working directory: Ray puts the copy on the path of the job and of its workers, where a
+# stranger's file could take the place of a package. The patterns are those of .gitignore.
+CODE = ["*.py", "*.pyc", "*.so", "*.so.*"]
 AS_THE_CLUSTER = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has"
 
 
@@ -95,11 +99,12 @@ class JobServer:
         Args:
             command: The words of a command.
             packages: Folders of Python packages that the job and its workers import; they are uploaded with it.
-            working_dir: A folder to copy as the job's working directory; by default the job uses the head's own.
+            working_dir: A folder to copy as the job's working directory, without code; by default the job uses the
+                head's own.
             environment: Variables of the job and its workers. Anyone with access to the job server can read them.
 
         Raises:
-            ClusterError: The folder is missing or too large, or the job server refuses.
+            ClusterError: The folder is missing, too large or has a pipe or the like, or the job server refuses.
         """
         runtime_env: dict[str, Any] = {
             "py_modules": [str(package) for package in packages],
@@ -108,7 +113,8 @@ class JobServer:
         if working_dir is not None:
             if not working_dir.is_dir():
                 raise ClusterError(f"the working directory {working_dir} is not there: pass a directory")
-            runtime_env["working_dir"] = str(working_dir)
+            _require_files(working_dir)
+            runtime_env |= {"working_dir": str(working_dir), "excludes": CODE}
         with self._as_cluster_errors(working_dir=working_dir):
             # Without `exec`, a shell in between hides the signal that ended the process.
             return self._client.submit_job(entrypoint=f"exec {shlex.join(command)}", runtime_env=runtime_env)
@@ -239,6 +245,18 @@ class JobServer:
             f"the server at {self.address} is not a Ray job server: {self._remedy}; that of a head is usually at "
             f"http://HEAD:8265"
         )
+
+
+def _require_files(folder: Path) -> None:
+    """Check that Ray can read what is in a folder: opening a pipe would block, and a device has no end.
+
+    Raises:
+        ClusterError: Something is neither a file nor a folder.
+    """
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ClusterError(f"{path} is neither a file nor a folder, and cannot be uploaded: remove it")
 
 
 def _state(job: JobDetails) -> JobState:

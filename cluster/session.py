@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from cluster.driver_paths import paths_of_a_cluster, paths_of_a_new_ray
 from cluster.errors import ClusterError
 from cluster.inside_job import carries_packages
 from cluster.ray_private import COMMAND_MODULE
@@ -81,14 +82,15 @@ def _start(verbose: bool) -> None:
     for name, value in LOCAL_RAY.items():
         os.environ.setdefault(name, value)
     # "local" starts a new Ray, while None would join the one that last ran on this machine.
-    ray.init(NEW, include_dashboard=False, **_logging(verbose))
+    paths = paths_of_a_new_ray(Path(__file__).parents[1])
+    ray.init(NEW, include_dashboard=False, job_config=paths, **_logging(verbose))
 
 
 def _connect(address: str, named_by: str, packages: Sequence[ModuleType], verbose: bool) -> None:
     # Ray refuses a field that the job's own environment already sets.
     runtime_env = {} if carries_packages() else {"py_modules": _folders(packages)}
     try:
-        ray.init(address, runtime_env=runtime_env, **_logging(verbose))
+        ray.init(address, runtime_env=runtime_env, **paths_of_a_cluster(address), **_logging(verbose))
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClusterError(
@@ -151,7 +153,7 @@ def _require_healthy(address: str, named_by: str) -> None:
 
     A child process asks, because Ray's client complains on stderr every second until it gives up.
     """
-    command = [sys.executable, "-m", COMMAND_MODULE, "health-check", "--address", address]
+    command = [sys.executable, "-P", "-m", COMMAND_MODULE, "health-check", "--address", address]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_SECONDS, check=False)
         found = (answer.stdout + answer.stderr).strip().splitlines() or ["unhealthy"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimllm_ops.errors import CheckpointError
-from slimllm_ops.files import flush, naming, read_json_object, write_json
+from slimllm_ops.files import flush, naming, open_plain, read_json_object, write_json
 
 MARK = "complete.json"
 JOURNAL = "metrics.jsonl"
@@ -18,8 +18,8 @@ JOURNAL = "metrics.jsonl"
 ASKED = Path("pruning/asked.json")
 MAY_CHANGE = (JOURNAL, "README.md")
 FORMAT = 1
-# Enough for the names of a million files.
-MOST_BYTES = 1 << 28
+# Enough for the names of hundred thousands of files.
+MOST_BYTES = 1 << 26
 
 
 def mark_complete(directory: Path, leave_out: str) -> None:
@@ -76,7 +76,7 @@ def _damage_of(directory: Path, name: str, measured: object) -> str | None:
 
 def _measure(path: Path) -> dict[str, Any]:
     """Return the size and the digest of a file."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
 

@@ -14,6 +14,10 @@ from typing import Any, get_args, get_origin
 
 from orchestrator.methods import Methods
 from orchestrator.values import items_of, read_value, shown_briefly
+from slimllm_ops.files import read_plain
+
+# The largest config file that is read.
+MOST_BYTES = 1 << 20
 
 
 class ConfigError(ValueError):
@@ -212,7 +216,7 @@ def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
             that is an option only.
     """
     try:
-        read = tomllib.loads(path.read_text(encoding="utf-8"))
+        read = tomllib.loads(read_plain(path, MOST_BYTES).decode("utf-8").replace("\r\n", "\n"))
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist") from error
     except OSError as error:

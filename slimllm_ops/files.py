@@ -1,5 +1,11 @@
-"""Writes files whole or not at all: to a temporary name, flushed to disk, then renamed. Also reads untrusted JSON."""
+"""Writes files whole or not at all: to a temporary name, flushed to disk, then renamed. Also reads untrusted files.
 
+Whatever a model, a data set or an output holds is read by `open_plain` and what is built on it. A pipe would block, a
+device has no end, and a file may be larger than memory.
+"""
+
+import errno
+import io
 import json
 import os
 import re
@@ -13,6 +19,19 @@ from typing import Any
 from safetensors import SafetensorError
 
 from slimllm_ops.errors import CheckpointError
+
+# What a path may lead to besides a plain file.
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class NotPlainError(OSError):
+    """What stands in the place of a file is none, or is larger than such a file can be."""
 
 
 @contextmanager
@@ -67,9 +86,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy a file's content."""
-    with written_whole(path) as partial:
-        shutil.copyfile(source, partial)
+    """Copy a plain file's content."""
+    with open_plain(source) as content, written_whole(path) as partial, partial.open("wb") as copy:
+        shutil.copyfileobj(content, copy)
 
 
 def stays_inside(path: Path, directory: Path) -> bool:
@@ -88,6 +107,70 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+def require_plain(path: Path, most_bytes: int | None = None) -> None:
+    """Check that a path leads to a plain file of at most so many bytes, before a library opens it.
+
+    Raises:
+        NotPlainError: It leads to something else, or to a larger file.
+        OSError: It leads nowhere.
+    """
+    _require_plain(path, path.stat(), most_bytes)
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a plain file to read its bytes, without waiting for anything.
+
+    Raises:
+        NotPlainError: It is none.
+        OSError: It cannot be opened.
+    """
+    require_plain(path)
+    # What the path leads to may change until it is opened, and only then is it known. Opening a pipe would block.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        _require_plain(path, os.fstat(descriptor), None)
+        yield file
+
+
+def read_plain(path: Path, most_bytes: int) -> bytes:
+    """Return the content of a plain file.
+
+    Args:
+        path: The file.
+        most_bytes: The largest size that is read, more than such a file can need.
+
+    Raises:
+        NotPlainError: It is none, or it is larger.
+        OSError: It cannot be read.
+    """
+    require_plain(path, most_bytes)
+    with open_plain(path) as file:
+        content = file.read(most_bytes + 1)
+    # Some files have more than they say, as those that the system makes when they are read.
+    if len(content) > most_bytes:
+        raise _too_large(path, len(content), most_bytes)
+    return content
+
+
+def _require_plain(path: Path, found: os.stat_result, most_bytes: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise NotPlainError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}", str(path))
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise _too_large(path, found.st_size, most_bytes)
+
+
+def _too_large(path: Path, size: int, most_bytes: int) -> NotPlainError:
+    said = f"it has {size:,} bytes, and such a file needs no more than {most_bytes:,}"
+    return NotPlainError(errno.EINVAL, said, str(path))
+
+
+def cannot_be_read(path: Path, error: OSError) -> CheckpointError:
+    """Return the error for a file that the system, or `require_plain`, does not let us read."""
+    remedy = "put the file itself in its place" if isinstance(error, NotPlainError) else "make it readable"
+    return CheckpointError(f"{path} cannot be read ({error.strerror}): {remedy}")
+
+
 def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
     """Return the object in an untrusted JSON file.
 
@@ -99,13 +182,9 @@ def read_json_object(path: Path, most_bytes: int) -> dict[str, Any]:
         CheckpointError: The file is too large, cannot be read, or holds no JSON object.
     """
     try:
-        if (size := path.stat().st_size) > most_bytes:
-            raise CheckpointError(f"{path} has {size:,} bytes, more than such a file can need ({most_bytes:,})")
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
+        held = json.loads(read_plain(path, most_bytes).decode("utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): make it readable") from error
+        raise cannot_be_read(path, error) from error
     except RecursionError as error:
         raise CheckpointError(f"{path} is nested too deeply: get a fresh copy") from error
     except ValueError as error:

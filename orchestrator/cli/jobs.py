@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cluster.jobs import JobServer, JobState
 
 # The cluster's `python`: this machine's interpreter may not exist there.
-PROGRAM = ("python", "-m", "orchestrator")
+PROGRAM = ("python", "-P", "-m", "orchestrator")
 PACKAGES = ("actors", "cluster", "orchestrator", "slimllm_ops")
 EXAMPLES = """\b
 Examples:

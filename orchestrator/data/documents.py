@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.blocks import DataError
-from orchestrator.data.files import HUB_NAME, list_names, read_columns, table_columns
+from orchestrator.data.files import HUB_NAME, list_names
 from orchestrator.data.forms import ROWS, form_of
 from orchestrator.data.pinning import hub_error
 from orchestrator.data.rows import (
@@ -17,6 +17,7 @@ from orchestrator.data.rows import (
     document_of,
     without_nulls,
 )
+from orchestrator.data.tables import python_values, read_columns, table_columns
 from orchestrator.data.text_rows import read_text_rows
 from orchestrator.sources import hub
 
@@ -56,8 +57,9 @@ def _table_documents(path: Path, render: Render) -> Iterator[Document]:
         raise DataError(f"{path}: neither 'text' nor 'input_ids' among the columns ({list_names(names)}): {REMEDY}")
     number = 0
     for arrays in read_columns(path, read):
-        for values in zip(*arrays, strict=True):
-            row = {name: value.as_py() for name, value in zip(read, values, strict=True)}
+        columns = [python_values(path, name, array, number) for name, array in zip(read, arrays, strict=True)]
+        for values in zip(*columns, strict=True):
+            row = dict(zip(read, values, strict=True))
             yield document_of(without_nulls(row), f"{path}: row {number}", render)
             number += 1
 

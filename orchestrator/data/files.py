@@ -1,25 +1,23 @@
-"""Finds the file or folder that a spec names, and reads the columns of tables."""
+"""Finds the file or folder that a spec names, and names its faults."""
 
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from orchestrator.data.blocks import DataError
-from orchestrator.data.forms import PARQUET, SAVED, SUFFIXES, TABLES, described, form_of, saved_dataset, table_files
+from orchestrator.data.forms import SUFFIXES, described, form_of, saved_dataset
 from orchestrator.sources import storage
 from slimllm_ops.errors import shown
+from slimllm_ops.files import require_plain
 
 HUB_NAME = re.compile(
     r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[^:@]+))?(?P<rest>(:(?P<config>[^:]+))?(:(?P<split>[^:]+))?)"
 )
-_ROWS_PER_BATCH = 1024
-_BATCH_BYTES = 1 << 26
 # Limit on the characters of a document: its tokenized form takes a hundred times as many bytes.
 LONGEST_DOCUMENT = 1 << 25
+# As many lines or documents without text may follow each other: a few compressed bytes can hold them without end.
+MOST_EMPTY = 1 << 20
 _MOST_NAMES = 10
 
 
@@ -74,6 +72,10 @@ def _require_known_suffix(spec: str, path: Path) -> None:
 
 
 def _require_content(spec: str, path: Path) -> None:
+    try:
+        require_plain(path)
+    except OSError as error:
+        raise DataError(f"{spec} cannot be read: {error.strerror}; give a file") from error
     if path.stat().st_size == 0:
         raise DataError(f"{spec}: the file is empty: give one with text or token blocks")
 
@@ -102,46 +104,3 @@ def list_names(names: Iterable[str]) -> str:
     """Return the first few names, each cut to a readable length."""
     names = list(names)
     return ", ".join(map(shown, names[:_MOST_NAMES])) + (", ..." if len(names) > _MOST_NAMES else "")
-
-
-def table_columns(path: Path) -> list[str]:
-    """Return the names of a table's columns; an empty list for other files."""
-    if form_of(path) not in (*TABLES, SAVED):
-        return []
-    with naming_file(path):
-        first = table_files(path)[0]
-        return (pq.read_schema(first) if form_of(first) == PARQUET else _open_arrow(first).schema).names
-
-
-def read_columns(path: Path, names: list[str]) -> Iterator[list[pa.Array]]:
-    """Yield the arrays of a table's columns, batch by batch; Arrow files are mapped into memory."""
-    with naming_file(path):
-        for file in table_files(path):
-            for batch in _batches(file, names):
-                arrays = [batch.column(name) for name in names]
-                for array in arrays:
-                    # Offsets of a broken file may point anywhere: following them unchecked crashes the process.
-                    array.validate(full=True)
-                yield arrays
-
-
-def _batches(path: Path, names: list[str]) -> Iterable[pa.RecordBatch]:
-    if form_of(path) == PARQUET:
-        file = pq.ParquetFile(path)
-        return file.iter_batches(_rows_at_once(file.metadata), columns=names)
-    reader = _open_arrow(path)
-    whole = isinstance(reader, pa.RecordBatchFileReader)
-    return map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
-
-
-def _rows_at_once(metadata: pq.FileMetaData) -> int:
-    """Return how many rows to read at once; fewer if they are large."""
-    num_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    return max(1, min(_ROWS_PER_BATCH, _BATCH_BYTES * max(metadata.num_rows, 1) // max(num_bytes, 1)))
-
-
-def _open_arrow(path: Path) -> pa.RecordBatchFileReader | pa.RecordBatchStreamReader:
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path)))
-    except pa.ArrowInvalid:
-        return pa.ipc.open_stream(pa.memory_map(str(path)))

@@ -8,13 +8,16 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import pyarrow as pa
 
 from orchestrator.data.blocks import DataError
+from slimllm_ops.files import open_plain, read_plain
 
 RUNNING = (".txt", ".md")
 LINES = ".jsonl"
@@ -32,17 +35,15 @@ SAVED = "saved dataset"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
-def _open_zstd(path: Path) -> Any:
-    return pa.input_stream(str(path), compression="zstd")
-
-
-# What opens compressed text, by the last suffix; each decompresses as much as is read.
-_COMPRESSED: dict[str, Callable[[Path], Any]] = {
+# What decompresses an open file, by the last suffix; each decompresses as much as is read.
+_COMPRESSED: dict[str, Callable[[Any], Any]] = {
     ".gz": gzip.open,
-    ".zst": _open_zstd,
+    ".zst": partial(pa.input_stream, compression="zstd"),
     ".bz2": bz2.open,
     ".xz": lzma.open,
 }
+# The largest description of a saved dataset.
+_MOST_BYTES = 1 << 24
 
 
 def form_of(path: Path) -> str:
@@ -67,10 +68,11 @@ def described(path: Path) -> str:
     return f"UTF-8 text in a whole {last} file" if last in _COMPRESSED else "UTF-8 text"
 
 
-def open_text(path: Path) -> TextIO:
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
     """Open a file of text, compressed or not; a mark of the byte order is skipped."""
-    opened = _COMPRESSED.get(path.suffix.lower(), lambda plain: plain.open("rb"))(path)
-    return cast(TextIO, io.TextIOWrapper(opened, encoding="utf-8-sig"))
+    with open_plain(path) as plain, _COMPRESSED.get(path.suffix.lower(), nullcontext)(plain) as opened:
+        yield io.TextIOWrapper(opened, encoding="utf-8-sig")
 
 
 def saved_dataset(folder: Path) -> Path | None:
@@ -107,7 +109,7 @@ def table_files(path: Path) -> list[Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    read = json.loads(path.read_text(encoding="utf-8"))
+    read = json.loads(read_plain(path, _MOST_BYTES).decode("utf-8"))
     if not isinstance(read, dict):
         raise TypeError(f"{path.name} is not an object")
     return read

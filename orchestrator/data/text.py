@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from orchestrator.data.blocks import DataError, TextOptions
 from orchestrator.data.documents import read_documents
-from orchestrator.data.files import error_line, naming_file
+from orchestrator.data.files import MOST_EMPTY, error_line, naming_file
 from orchestrator.data.forms import RUNNING, form_of, open_text
 from orchestrator.data.rows import Document
-from slimllm_ops.checkpoint.tokenizer import lacks_package
+from slimllm_ops.checkpoint.tokenizer import lacks_package, load_tokenizer
 
 # Limit on the tokens of a text that is evaluated whole: hours for a small model.
 MOST_EVALUATED = 1 << 24
@@ -47,10 +47,21 @@ def read_text(
             _encode(tokenizer, pieces, add_special_tokens=False),
         )
     else:
-        documents = (one for one in read_documents(spec, path, partial(_render, tokenizer)) if one.text)
+        documents = _with_text(spec, read_documents(spec, path, partial(_render, tokenizer)))
         tokens = _encode_documents(tokenizer, documents, text_hash)
     ids_BT, found = take_blocks(spec, tokens, length, options)
     return ids_BT, found, text_hash.hexdigest()
+
+
+def _with_text(spec: str, documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield the documents that are not empty; refuse a source that has nothing else for very long."""
+    empty = 0
+    for document in documents:
+        if document.text:
+            empty = 0
+            yield document
+        elif (empty := empty + 1) > MOST_EMPTY:
+            raise DataError(f"{spec}: more than {MOST_EMPTY:,} documents without text follow each other: drop them")
 
 
 def _render(
@@ -71,7 +82,7 @@ def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
     remedy = "add its files, or give token blocks (input_ids in a .parquet, .arrow or .jsonl file), which need none"
     failed = f"{spec} is text, and {model_dir} has no tokenizer that loads"
     with _naming_missing_package(failed, model_dir), _naming_tokenizer_failure(failed, remedy):
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(model_dir)
         # In many families, a folder without tokenizer files loads as an empty tokenizer, which drops every word.
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
         if empty:
@@ -107,18 +118,22 @@ def text_pieces(path: Path) -> Iterator[str]:
     rest = ""
     with naming_file(path), open_text(path) as file:
         while read := file.read(_PIECE_CHARACTERS):
+            before = len(rest)
             rest += read
-            if cut := _last_line_start(rest):
+            if cut := _last_line_start(rest, before - 1):
                 yield rest[:cut]
                 rest = rest[cut:]
     if rest:
         yield rest
 
 
-def _last_line_start(text: str) -> int:
-    """Return where the last line that starts with a word begins: tokens seldom cross it, but often cross blanks."""
-    end = len(text)
-    while (newline := text.rfind("\n", 0, end)) >= 0:
+def _last_line_start(text: str, first: int) -> int:
+    """Return where the last line that starts with a word begins: tokens seldom cross it, but often cross blanks.
+
+    Before `first` there is none.
+    """
+    first, end = max(first, 0), len(text)
+    while (newline := text.rfind("\n", first, end)) >= 0:
         if newline + 1 < len(text) and not text[newline + 1].isspace():
             return newline + 1
         end = newline

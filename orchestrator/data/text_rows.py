@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.data.blocks import DataError
-from orchestrator.data.files import LONGEST_DOCUMENT, naming_file
+from orchestrator.data.files import LONGEST_DOCUMENT, MOST_EMPTY, naming_file
 from orchestrator.data.forms import LINES, SEPARATORS, form_of, open_text
 from orchestrator.data.json_objects import read_objects
 from orchestrator.data.rows import too_long
@@ -80,10 +80,13 @@ def _separated(file: TextIO, path: Path, separator: str) -> Places:
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    """Yield the lines of a file; refuse a line that is longer than a document may be."""
-    number = 0
+    """Yield the lines of a file; refuse one that is longer than a document may be, and empty ones without end."""
+    number, empty = 0, 0
     while line := file.readline(LONGEST_DOCUMENT + 1):
         number += 1
+        empty = empty + 1 if line.isspace() else 0
+        if empty > MOST_EMPTY:
+            raise DataError(f"{path}: line {number} follows {MOST_EMPTY:,} empty ones: drop them")
         if len(line) > LONGEST_DOCUMENT:
             raise too_long(f"{path}: line {number}")
         yield line

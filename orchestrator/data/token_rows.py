@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.blocks import DataError, check_vocabulary
-from orchestrator.data.files import read_columns, table_columns
 from orchestrator.data.forms import ROWS, form_of
+from orchestrator.data.tables import read_columns, table_columns
 from orchestrator.data.text_rows import read_text_rows
 from slimllm_ops.errors import shown
 from slimllm_ops.stream.padding import PADDING

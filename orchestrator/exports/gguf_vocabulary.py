@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from slimllm_ops.checkpoint.tokenizer import load_tokenizer
 from slimllm_ops.errors import CheckpointError, InputError, shown
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -96,7 +97,7 @@ class _Refusal:
 
 def _load(directory: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(directory)
         tokenizer.backend_tokenizer.to_str()
     except (KeyboardInterrupt, SystemExit):
         raise

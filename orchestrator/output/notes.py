@@ -1,14 +1,16 @@
 """Keeps named values in a JSON file, so that a resumed run has those of the run before it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.config import ConfigError
-from slimllm_ops.files import write_json
+from slimllm_ops.errors import CheckpointError
+from slimllm_ops.files import read_json_object, write_json
 
+# The largest of these files that is read; a run writes some kilobytes.
+MOST_BYTES = 1 << 24
 T = TypeVar("T")
 
 
@@ -52,9 +54,6 @@ def read_settings(path: Path) -> dict[str, Any]:
         ConfigError: The file is damaged, as a power cut may leave it.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} is damaged: pass --overwrite without --resume to start over")
-    return found
+        return read_json_object(path, MOST_BYTES)
+    except CheckpointError as error:
+        raise ConfigError(f"{path} is damaged: pass --overwrite without --resume to start over") from error

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Limit on a line: a row of a dataset is a document, and documents have their own limit.
+MOST_BYTES = 1 << 28
+
 
 class WatchedProcessError(RuntimeError):
     """A failure of the child process; the message says why."""
@@ -60,14 +63,23 @@ def _start(module: str, arguments: tuple[str, ...]) -> Iterator["subprocess.Pope
 
 def _lines(process: "subprocess.Popen[bytes]", stalled_seconds: float) -> Iterator[bytes]:
     assert process.stdout is not None
-    descriptor, rest = process.stdout.fileno(), b""
+    descriptor = process.stdout.fileno()
+    # The pieces of a line that has no end yet.
+    begun: list[bytes] = []
+    length = 0
     while True:
         if not select.select([descriptor], [], [], stalled_seconds)[0]:
             raise WatchedProcessError(f"nothing came for {stalled_seconds:g} s")
         if not (read := os.read(descriptor, 1 << 16)):
             return
-        *lines, rest = (rest + read).split(b"\n")
-        yield from lines
+        first, *others = read.split(b"\n")
+        begun.append(first)
+        length += len(first)
+        if length > MOST_BYTES:
+            raise WatchedProcessError(f"it sent a row of more than {MOST_BYTES:,} bytes")
+        for after in others:
+            yield b"".join(begun)
+            begun, length = [after], len(after)
 
 
 # ---- In the child process

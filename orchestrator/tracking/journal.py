@@ -6,11 +6,14 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from orchestrator.secrets import masked
 from orchestrator.tracking.options import TrackingError
-from slimllm_ops.files import naming
+from slimllm_ops.files import NotPlainError, naming, read_plain
+
+# The largest journal that is read; the longest have some megabytes.
+MOST_BYTES = 1 << 26
 
 
 class Journal:
@@ -29,10 +32,9 @@ class Journal:
         with naming(self.path):
             if not self._begun:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+") as file:
-                if not self._begun:
-                    _cut_from_first_bad_line(self.path, file)
-                    self._begun = True
+                self._cut_from_first_bad_line()
+                self._begun = True
+            with self.path.open("ab") as file:
                 file.write(line.encode() + b"\n")
         return json.loads(line)
 
@@ -46,9 +48,20 @@ class Journal:
         """Return the events of a file up to the first line that is none, as a power cut leaves one.
 
         Raises:
-            TrackingError: The file is no journal: its first line is neither an event nor what a power cut leaves.
+            TrackingError: The file is no journal: it is no plain file, or too large, or its first line is neither an
+                event nor what a power cut leaves.
         """
-        return _whole_events(path, path.read_bytes())[0]
+        return _whole_events(path, _content(path))[0]
+
+    def _cut_from_first_bad_line(self) -> None:
+        """Remove everything from the first bad line on, because nothing after that line is ever read.
+
+        Nothing is lost: what no event tells is logged again when the run is resumed.
+        """
+        if self.path.exists():
+            content = _content(self.path)
+            if (size := _whole_events(self.path, content)[1]) < len(content):
+                os.truncate(self.path, size)
 
 
 def json_value(value: object) -> Any:
@@ -68,6 +81,13 @@ def json_value(value: object) -> Any:
             return json_value(value.tolist())
         case _:
             return masked(str(value))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_plain(path, MOST_BYTES)
+    except NotPlainError as error:
+        raise TrackingError(f"{path} is no journal ({error.strerror}): move it away") from error
 
 
 def _whole_events(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -94,16 +114,3 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and {"event", "time"} <= event.keys() else None
-
-
-def _cut_from_first_bad_line(path: Path, file: BinaryIO) -> None:
-    """Remove everything from the first bad line on, because nothing after that line is ever read.
-
-    Nothing is lost: what no event tells is logged again when the run is resumed.
-    """
-    file.seek(0)
-    content = file.read()
-    size = _whole_events(path, content)[1]
-    if size < len(content):
-        file.truncate(size)
-    file.seek(0, os.SEEK_END)

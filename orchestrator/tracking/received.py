@@ -20,7 +20,7 @@ from slimllm_ops.files import stays_inside
 PRUNING, COMPARISON, CHILD = "pruning/metrics.jsonl", "metrics.jsonl", "child"
 OF_A_MODEL = {"artifacts": r"\.|run\.toml", "checkpoint": r"\.\."}
 FORMS = {
-    PRUNING: OF_A_MODEL | {"child": r"\.\./(?!\.\.?/)[^/]+/pruning/metrics\.jsonl"},
+    PRUNING: OF_A_MODEL | {"child": r"\.\./(?!\.)[^/]+/pruning/metrics\.jsonl"},
     # Runs are nested one deep.
     CHILD: OF_A_MODEL,
     COMPARISON: {"artifacts": r"comparison\.(json|csv|md)|perplexity(-\d+)?\.png"},

@@ -18,7 +18,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from slimllm_ops.decide.plan import LayerPlan
-from slimllm_ops.files import write_json, written_whole
+from slimllm_ops.files import open_plain, read_plain, write_json, written_whole
+
+# The largest record of a layer that is read; the widest layer has some megabytes.
+MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class CommitLog:
     def probe(self) -> Probe:
         """Return the recorded tokens and their states after each layer that the pruned model keeps."""
         kept = [layer for layer, plan in enumerate(self.plans) if not plan.dropped]
-        with np.load(self._directory / "start.npz") as start:
+        with open_plain(self._directory / "start.npz") as file, np.load(file) as start:
             return Probe(start["ids_T"], [self._state(layer) for layer in (-1, *kept)])
 
     def _committed(self) -> Iterator[LayerPlan]:
@@ -85,13 +88,14 @@ class CommitLog:
             self._state(-1)
             for layer in count():
                 self._state(layer)
-                yield LayerPlan.parse(json.loads(self._path(layer, "json").read_text(encoding="utf-8")))
+                yield LayerPlan.parse(json.loads(read_plain(self._path(layer, "json"), MOST_BYTES)))
 
     def _state(self, layer: int) -> np.ndarray:
         """Return the states after a layer, or before the first for -1."""
         if layer >= 0:
-            return np.load(self._path(layer, "npy"))
-        with np.load(self._directory / "start.npz") as start:
+            with open_plain(self._path(layer, "npy")) as file:
+                return np.load(file)
+        with open_plain(self._directory / "start.npz") as file, np.load(file) as start:
             return start["state_TD"]
 
     def _path(self, layer: int, kind: str) -> Path:

@@ -7,17 +7,17 @@ run that cannot copy one says so before it computes anything.
 import json
 import os
 import pickletools
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from slimllm_ops.errors import CheckpointError, shown
-from slimllm_ops.files import copy_file, stays_inside, write_json
+from slimllm_ops.files import NotPlainError, copy_file, open_plain, read_plain, require_plain, stays_inside, write_json
 
 # What every pruned model has anew, and hidden files. Nobody misses them.
 WRITTEN_NEW = (
@@ -121,7 +121,7 @@ def _without_code(file: Path) -> Any | None:
 
     # What Python cannot read, transformers cannot either.
     with suppress(ValueError, RecursionError):
-        described = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=data_of)
+        described = json.loads(read_plain(file, LARGEST_FILE).decode("utf-8"), object_pairs_hook=data_of)
         return described if found else None
     return None
 
@@ -221,11 +221,9 @@ def _reason(directory: Path, file: Path) -> str | None:
     for begins, reason in BEGINNINGS.items():
         if beginning.startswith(begins):
             return reason
-    if _is_old_pickle(file):
-        return "pickle"
     if (size := file.stat().st_size) > LARGEST_FILE:
         return f"{size / 1e6:,.0f} MB, more than such a file needs"
-    return None
+    return "pickle" if _is_old_pickle(file) else None
 
 
 def _beginning(directory: Path, file: Path) -> bytes:
@@ -235,16 +233,15 @@ def _beginning(directory: Path, file: Path) -> bytes:
         CheckpointError: It is none, it leads out of the directory, or it cannot be read.
     """
     try:
-        found = file.stat()
+        require_plain(file)
+    except NotPlainError as error:
+        raise _cannot_copy(file, str(error.strerror)) from error
     except OSError as error:
         raise _cannot_copy(file, "it is a broken link" if file.is_symlink() else str(error.strerror)) from error
-    # Opening a pipe would block.
-    if not stat.S_ISREG(found.st_mode):
-        raise _cannot_copy(file, "it is not a plain file")
     if not stays_inside(file, directory):
         raise _cannot_copy(file, f"it is a link to {shown(str(file.resolve()), 200)}, which is outside the directory")
     try:
-        with file.open("rb") as opened:
+        with open_plain(file) as opened:
             return opened.read(8)
     except OSError as error:
         raise _cannot_copy(file, str(error.strerror)) from error
@@ -252,9 +249,11 @@ def _beginning(directory: Path, file: Path) -> bytes:
 
 def _is_old_pickle(file: Path) -> bool:
     """Return whether a file holds a pickle of protocol 0 or 1, which has no beginning of its own."""
-    with file.open("rb") as opened, suppress(Exception):
+    # As bytes in memory, because an operation may ask for more than the file has.
+    content = BytesIO(read_plain(file, LARGEST_FILE))
+    with suppress(Exception):
         # Of text, the first character or the next is no operation.
-        return len(list(islice(pickletools.genops(opened), LONGEST_PICKLE))) > 2
+        return len(list(islice(pickletools.genops(content), LONGEST_PICKLE))) > 2
     return False
 
 

@@ -3,9 +3,10 @@
 from contextlib import suppress
 from pathlib import Path
 
-from slimllm_ops.files import write_json
+from slimllm_ops.files import require_plain, write_json
 
 SETTINGS = "generation_config.json"
+MOST_BYTES = 1 << 24
 
 
 def settle(source: Path, written: Path) -> None:
@@ -16,6 +17,7 @@ def settle(source: Path, written: Path) -> None:
     from transformers import GenerationConfig
 
     try:
+        require_plain(source / SETTINGS, MOST_BYTES)
         GenerationConfig.from_pretrained(source, local_files_only=True)
         return
     # What transformers catches too: there is no file, or it is broken.

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from slimllm_ops.decide.paths import LayerPaths, ModulePath
 from slimllm_ops.errors import InputError
-from slimllm_ops.files import read_json_object, write_json, written_whole
+from slimllm_ops.files import NotPlainError, read_json_object, require_plain, write_json, written_whole
 from slimllm_ops.moments.observation import Observed
 from slimllm_ops.moments.ranking import Ranking
 from slimllm_ops.moments.routing import observed_from_arrays
@@ -92,9 +92,10 @@ class MomentStore:
     def _opened(self, layer: int) -> Iterator[safe_open]:
         path = self._path(layer)
         try:
+            require_plain(path)
             with safe_open(path, framework="np") as file:
                 yield file
-        except (FileNotFoundError, SafetensorError) as error:
+        except (FileNotFoundError, NotPlainError, SafetensorError) as error:
             raise InputError(f"{path} is missing or broken ({error}): run `slimllm calibrate` again") from error
 
     def seal(self, manifest: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ class MomentStore:
             InputError: The directory holds no complete moments in this format.
         """
         path = self.directory / MANIFEST
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"{self.directory} holds no moments ({MANIFEST} is missing): run `slimllm calibrate`")
         manifest = read_json_object(path, MOST_BYTES)
         if manifest.get("format") != FORMAT:

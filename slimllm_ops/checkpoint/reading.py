@@ -21,6 +21,7 @@ from slimllm_ops.checkpoint.resolution import (
 from slimllm_ops.checkpoint.tensor_index import Place, TensorIndex, open_shard
 from slimllm_ops.checkpoint.validation import model_of, require_fit, require_layers
 from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.files import open_plain
 from slimllm_ops.models.config_checks import read_config
 from slimllm_ops.models.families import family_of
 from slimllm_ops.models.tensor_layout import Stored
@@ -159,7 +160,7 @@ class Checkpoint(TensorIndex):
         """Return the SHA-256 of the weight files, in the order of their names."""
         sha = hashlib.sha256()
         for file_name in self._file_names():
-            with (self.directory / file_name).open("rb") as file:
+            with open_plain(self.directory / file_name) as file:
                 while chunk := file.read(1 << 24):
                     sha.update(chunk)
         return sha.hexdigest()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HEAD = "lm_head"
 # The largest index file that is read, in bytes.
-LARGEST_INDEX = 1 << 28
+LARGEST_INDEX = 1 << 26
 # The rows of two tensors that are compared at a time.
 COMPARED_ROWS = 1 << 12
 # Tables that old checkpoints store and transformers computes.

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from slimllm_ops.errors import CheckpointError, shown
+from slimllm_ops.files import NotPlainError, require_plain
 from slimllm_ops.models.families import Family
 from slimllm_ops.models.quantisation import Blocks
 from slimllm_ops.models.tensor_layout import Stored
@@ -112,11 +113,13 @@ def open_shard(path: Path) -> Iterator[safe_open]:
         CheckpointError: The file is missing or broken.
     """
     try:
-        # Opening a pipe would block.
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"shard {path.name} of {path.parent} is not a file: download it again")
+        require_plain(path)
         with safe_open(path, framework="pt") as file:
             yield file
+    except NotPlainError as error:
+        raise CheckpointError(
+            f"shard {path.name} of {path.parent} is not a file ({error.strerror}): download it again"
+        ) from error
     except FileNotFoundError as error:
         raise CheckpointError(f"shard {path.name} of {path.parent} is missing: download it again") from error
     except OSError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimllm_ops.checkpoint.companions import Companions, copy_data
 from slimllm_ops.errors import CheckpointError, ReadBackError, shown
-from slimllm_ops.files import read_json_object, write_json
+from slimllm_ops.files import cannot_be_read, open_plain, read_json_object, require_plain, write_json
 
 # Loading it takes time, and many processes write no tokenizer.
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ SETTINGS = "tokenizer_config.json"
 MOST_SETTINGS = 1 << 24
 # A directory without any of these has no tokenizer, though transformers may load an empty one from it.
 VOCABULARIES = ("tokenizer.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")
+# The files that transformers may read as it loads a tokenizer, and the largest of them that it may read.
+READ = ("*.json", "*.txt", "*.jinja", "tokenizer*", "vocab*", "merges*", *VOCABULARIES, "additional_chat_templates/*")
+MOST_BYTES = 1 << 27
 # The class that builds exactly what tokenizer.json says, by the name that all versions of transformers know.
 PLAIN = "PreTrainedTokenizerFast"
 PLAIN_NAMES = ("TokenizersBackend", PLAIN)
@@ -73,8 +76,8 @@ def lacks_package(directory: Path) -> str:
     """
     if find_spec("sentencepiece") is not None or (directory / "tokenizer.json").exists():
         return ""
-    for path in filter(Path.is_file, directory.glob("*.model")):
-        with path.open("rb") as file:
+    for path in directory.glob("*.model"):
+        with suppress(OSError), open_plain(path) as file:
             # tiktoken's files are text, and SentencePiece's are messages that begin with their first piece.
             if file.read(1) == b"\n":
                 return f"{path.name} is SentencePiece's, and that package is not installed: pip install sentencepiece"
@@ -91,20 +94,48 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return read_json_object(path, MOST_SETTINGS) if path.exists() else {}
 
 
-def _load(directory: Path) -> _Loaded:
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer as a user does, without running code of the directory.
+
+    Raises:
+        CheckpointError: One of its files is none that can be read.
+        Exception: Transformers raises a dozen kinds of errors for broken files, and a Rust panic is not even one.
+    """
+    from transformers import AutoTokenizer
+
+    _require_files(directory)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _require_files(directory: Path) -> None:
+    """Check that what transformers may read in a directory are plain files of a likely size."""
+    for path in sorted({path for pattern in READ for path in directory.glob(pattern)}):
+        try:
+            if not path.is_dir():
+                require_plain(path, MOST_BYTES)
+        except FileNotFoundError:
+            # Transformers passes over a broken link.
+            continue
+        except OSError as error:
+            raise cannot_be_read(path, error) from error
+    if read_settings(directory).get("gguf_file") is not None:
+        raise CheckpointError(
+            f"{directory / SETTINGS} names a gguf_file, from which transformers would read the tokenizer, wherever it "
+            f"is: remove the setting"
+        )
+
+
+def _load(directory: Path) -> _Loaded:
+    """Load a tokenizer, and look at what it does.
 
     Raises:
         CheckpointError: It does not load, or cannot read text.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(directory)
         return _Loaded(tokenizer, _behaviour(tokenizer))
     except (KeyboardInterrupt, SystemExit):
         raise
-    # Catch everything: transformers raises a dozen kinds of errors, and a Rust panic is not an Exception.
     except BaseException as error:
         reason = lacks_package(directory) or shown(" ".join(str(error).split()), 160)
         raise CheckpointError(f"the tokenizer in {directory} does not load ({reason})") from error

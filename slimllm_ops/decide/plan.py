@@ -10,10 +10,12 @@ from torch import Tensor
 
 from slimllm_ops.decide.least_squares import Refit
 from slimllm_ops.decide.recovery import Line
-from slimllm_ops.files import write_text
+from slimllm_ops.files import read_plain, write_text
 from slimllm_ops.models.families import unit_rows
 
 Recovery = Line | Refit
+# The largest plan that is read; the largest models have some hundred megabytes.
+MOST_BYTES = 1 << 30
 # The fields of a layer's plan besides its decisions.
 LAYER_FIELDS = ("similarity", "ratio", "relative_change", "dropped")
 
@@ -102,7 +104,7 @@ class Plan:
     @classmethod
     def read(cls, path: Path) -> "Plan":
         """Read a plan that `write` wrote."""
-        header = json.loads(path.read_text())
+        header = json.loads(read_plain(path, MOST_BYTES))
         return cls(header, tuple(map(LayerPlan.parse, header.pop("layers"))))
 
 

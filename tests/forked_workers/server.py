@@ -103,12 +103,13 @@ def _end_with(asking: socket.socket) -> None:
 
 
 def _run(words: list[str]) -> None:
-    """Run `python WORDS`, for a program that is a file or a module."""
+    """Run `python WORDS`, for a program that is a file or a module, perhaps with -P."""
+    is_safe, words = words[0] == "-P", words[words[0] == "-P" :]
     is_module = words[0] == "-m"
     program = words[1] if is_module else words[0]
     sys.argv[:] = words[1:] if is_module else words
     first = str(Path.cwd()) if is_module else str(Path(program).parent)
-    sys.path[:1] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:1] = [*([] if is_safe else [first]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     # Python does so when it starts. The server may have imported one itself, and a cluster's head has another
     # (job_server.py).
     sys.modules.pop("sitecustomize", None)

@@ -7,7 +7,7 @@ import os
 import sys
 
 IS_WORKER = sys.orig_argv[1:2] and sys.orig_argv[1].endswith("/default_worker.py")
-IS_DRIVER = sys.orig_argv[1:3] == ["-m", "orchestrator"]
+IS_DRIVER = sys.orig_argv[1:4] == ["-P", "-m", "orchestrator"]
 
 
 def run_in_fork(address: str) -> None:

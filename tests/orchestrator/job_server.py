@@ -101,7 +101,7 @@ class Head:
             # A worker of Ray starts it, and workers are forks: it does not descend from the head.
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
-                    if process.cmdline()[1:3] == ["-m", "orchestrator"] and str(output) in process.cmdline():
+                    if process.cmdline()[1:4] == ["-P", "-m", "orchestrator"] and str(output) in process.cmdline():
                         fork = Path(f"{os.environ['SLIMLLM_FORKED_WORKERS']}-{process.pid}")
                         if fork.exists() and fork.read_text():
                             return psutil.Process(int(fork.read_text()))

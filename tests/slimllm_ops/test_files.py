@@ -9,8 +9,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slimllm_ops.files import write_json, written_whole
+from slimllm_ops.errors import CheckpointError
+from slimllm_ops.files import (
+    NotPlainError,
+    copy_file,
+    open_plain,
+    read_json_object,
+    read_plain,
+    write_json,
+    written_whole,
+)
 from tests.conftest import files_of_at_most
+from tests.no_files import NO_FILES, replaced, within
 
 
 def test_a_file_takes_its_place_when_it_is_written(tmp_path: Path) -> None:
@@ -70,3 +80,30 @@ def test_a_disk_that_is_full_is_an_error_of_the_system_that_names_the_file(tmp_p
     with files_of_at_most(10), pytest.raises(OSError):  # noqa: PT011
         write_json(tmp_path / "a.json", list(range(100)))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.json"
+    replaced(path, kind)
+    with within(10), pytest.raises(CheckpointError, match=r"a.json cannot be read \(it (is|has)"):
+        read_json_object(path, 1000)
+    with within(10), pytest.raises(NotPlainError):
+        read_plain(path, 1000)
+    if kind != "terabyte":
+        with within(10), pytest.raises(NotPlainError), open_plain(path):
+            pass
+        with within(10), pytest.raises(NotPlainError):
+            copy_file(path, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+
+
+def test_a_file_is_read_to_its_limit_and_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    assert read_plain(path, 5) == b"12345"
+    with pytest.raises(NotPlainError, match="it has 5 bytes, and such a file needs no more than 4"):
+        read_plain(path, 4)
+    # A file of the system says that it has no bytes.
+    with pytest.raises(NotPlainError):
+        read_plain(Path("/proc/self/status"), 100)

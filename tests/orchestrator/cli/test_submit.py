@@ -17,6 +17,7 @@ from orchestrator.cli import main
 from orchestrator.config import ConfigError
 from orchestrator.tracking import TrackingOptions, log_output, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
+from tests.orchestrator.cli.test_working_directory import fill
 from tests.orchestrator.job_server import SECONDS, Head, Proxy, Terminal, started_head, thaw_when_told_to_end
 
 
@@ -184,10 +185,12 @@ def test_a_job_ends_as_the_command_does_and_mlflow_and_ray_name_each_other(
     folder, output = tmp_path / "folder", tmp_path / "out"
     shutil.copytree(gqa_model, folder / "model")
     shutil.copy(token_file, folder / "tokens.parquet")
+    fill(folder, ran := tmp_path / "ran")
     words = ["prune", "model", "--calibration", "tokens.parquet", "--output", output, "--workers", "1"]
     env = f"MLFLOW_TRACKING_URI={tracking_uri}"
     stdout, stderr = head.run("submit", "--working-dir", folder, "--env", env, "--", *words)
     job_id = job_of(stderr)
+    assert not ran.exists(), ran.read_text()
     assert stderr.splitlines() == [f"job {job_id} on {head.address}", f"job {job_id}: SUCCEEDED"]
     assert "\nlayer similarities: layer 3/3" in stdout
     assert "\npruning: layer 3/3" in stdout
@@ -388,6 +391,10 @@ def test_a_job_or_a_folder_that_is_not_there_or_does_not_fit_is_told_in_one_line
         assert stderr == f"slimllm: there is no job nonesuch at {head.address}: see `slimllm jobs list`\n"
     _, stderr = head.run("submit", "--working-dir", tmp_path / "none", "prune", code=2)
     assert stderr == f"slimllm: the working directory {tmp_path / 'none'} is not there: pass a directory\n"
+    os.mkfifo(tmp_path / "pipe")
+    _, stderr = head.run("submit", "--working-dir", tmp_path, "prune", code=2)
+    assert stderr.startswith(f"slimllm: {tmp_path / 'pipe'} is neither a file nor a folder"), stderr
+    (tmp_path / "pipe").unlink()
     (tmp_path / "large").write_bytes(os.urandom(101 << 20))
     _, stderr = head.run("submit", "--working-dir", tmp_path, "prune", code=2)
     assert stderr.startswith(f"slimllm: the working directory {tmp_path} is too large for the job server (")

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from orchestrator.data import DataError, TextOptions, json_objects, rows, text_rows, token_rows
+from orchestrator.data import DataError, TextOptions, TokenBlocks, json_objects, rows, text, text_rows, token_rows
 from tests.orchestrator.data.sample_files import (
     DOCUMENTS,
     TEXT_FILES,
@@ -282,3 +282,27 @@ def test_a_vocabulary_whose_package_is_missing(
 
 def test_errors_travel_between_processes() -> None:
     assert str(pickle.loads(pickle.dumps(DataError("a: b: c")))) == "a: b: c"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", "\n" * 200, "line 101 follows 100 empty ones: drop them"),
+        ("x.csv", "text\n" + " \n" * 200, "line 102 follows 100 empty ones: drop them"),
+        ("x.jsonl", '{"text": ""}\n' * 200, "more than 100 documents without text follow each other: drop them"),
+    ],
+)
+def test_nothing_without_end_is_not_read_to_its_end(
+    load: Callable[..., TokenBlocks],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(text_rows, "MOST_EMPTY", 100)
+    monkeypatch.setattr(text, "MOST_EMPTY", 100)
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=said):
+        load(path)

@@ -196,9 +196,9 @@ def as_unreadable(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (as_pipe, "it is not a plain file"),
-        (as_socket, "it is not a plain file"),
-        (as_link_to_a_device, "it is not a plain file"),
+        (as_pipe, "it is a pipe"),
+        (as_socket, "it is a socket"),
+        (as_link_to_a_device, "it is a device"),
         (as_broken_link, "it is a broken link"),
         (as_loop, "it is a broken link"),
         (as_link_outside, "it is a link to .*/elsewhere/secret, which is outside the directory"),
