@@ -55,7 +55,9 @@ def exit_on_error(*, as_json: bool = False, verbose: bool = False) -> Iterator[N
         if ending is None:
             raise
         if verbose:
-            traceback.print_exc()
+            # Without its terminal, a program has nobody to tell.
+            with suppress(OSError):
+                click.echo(masked(traceback.format_exc()), err=True, nl=False)
         exit_with(*ending, as_json=as_json)
 
 
@@ -68,7 +70,7 @@ def _handle_signals(end: Callable[[int, object], NoReturn]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a result as one JSON value without secrets; NaN becomes null, infinity "inf"."""
+    """Print a result as one JSON value without the credentials of addresses; NaN becomes null, infinity "inf"."""
     from orchestrator.tracking.journal import json_value
 
     click.echo(json.dumps(json_value(value), allow_nan=False))
@@ -76,7 +78,8 @@ def print_json(value: Any) -> None:
 
 def exit_with(text: str, code: int = REFUSED, *, as_json: bool = False) -> NoReturn:
     """Print the reason in one line, without its secrets, and exit."""
-    line = masked(" ".join(text.split()))
+    # Mask first: in one line, a secret of several is no longer recognised.
+    line = " ".join(masked(text).split())
     # Without its terminal, a program has nobody to tell.
     with suppress(OSError):
         if as_json:

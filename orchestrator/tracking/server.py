@@ -118,7 +118,7 @@ class Server:
         from mlflow.tracking.context.registry import resolve_tags
 
         # Some tags quote the command line, or a git remote with its password.
-        tags = masked_all(resolve_tags({KEY_TAG: key}))
+        tags = masked_all(resolve_tags()) | {KEY_TAG: key}
         if parent_id:
             tags[PARENT_TAG] = parent_id
         with defer_signals():
