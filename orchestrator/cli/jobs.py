@@ -188,6 +188,8 @@ def _follow(server: "JobServer", job_id: str, address: str | None) -> NoReturn:
         except LostError as error:
             _leave(f"{error}; the job keeps running if its cluster does", FAILED, job_id, address)
         except KeyboardInterrupt:
+            # A second one answers the question, and does not end the command at once.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             if not _wants_stop(job_id):
                 _leave(f"job {job_id} keeps running", INTERRUPTED, job_id, address)
             click.echo(f"stopping job {job_id}", err=True)
