@@ -108,7 +108,8 @@ def masked(text: str) -> str:
     text = _BASIC.sub(_mask_basic, text)
     text = _masked_credentials(text)
     text = _CUT_CREDENTIALS.sub(rf"\1{MASK}", text)
-    text = _ENCODED_QUERY.sub(_mask_query, _QUERY.sub(_mask_query, text))
+    # Alone, %3F is a question mark in a path: that of a database, say.
+    text = _ENCODED_URI.sub(lambda found: _ENCODED_QUERY.sub(_mask_query, found[0]), _QUERY.sub(_mask_query, text))
     text = _IN_MAPPING.sub(lambda found: _mask_named(found, found[2], f"{found[1]}{found[2]}{found[3]}"), text)
     for named in (_ASSIGNED, _ENCODED_NAMED):
         text = named.sub(lambda found: _mask_named(found, found[1], found[1] + found[2]), text)
