@@ -24,6 +24,8 @@ from ray.cluster_utils import Cluster
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.random_model import Shape, write_model
 from benchmarks.random_tokens import write_tokens
+from cluster.local_ray import private_folder, private_settings
+from cluster.sockets import SUBFOLDER
 
 SHAPE = Shape(hidden=64, intermediate=160, layers=6, heads=4, kv_heads=2, vocabulary=256)
 METHODS = {
@@ -37,10 +39,8 @@ NODES, CPUS_PER_NODE = 3, 2
 LAST_SECONDS = 900.0
 # Processes that a driver started must end within this time after it.
 LEFT_SECONDS = 30.0
-# With authentication, Ray writes a token to the home folder, and clusters that others start ask for it.
 # Nobody reads Ray's metrics here, and they take most of a core on a cluster that has lost a node.
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
 }
@@ -84,8 +84,9 @@ def main(cases: int, seed: int, kinds: tuple[str, ...], methods: tuple[str, ...]
     """Run the campaign and write its table; the exit code is 1 if anything differs."""
     os.environ.update(ENVIRONMENT)
     outcomes = []
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), replace(SHAPE, layers=layers))
+    # The clusters and the commands have one token, and listen on this machine alone.
+    with tempfile.TemporaryDirectory() as folder, private_folder() as private, private_settings(private):
+        bench = Bench(Path(folder), private / SUBFOLDER, replace(SHAPE, layers=layers))
         for case in draw_cases(cases, seed, kinds or tuple(KINDS), methods or tuple(METHODS)):
             outcomes.append(bench.run(case, len(outcomes) + 1))
             print(*_cells(len(outcomes), outcomes[-1]), sep=" | ", flush=True)
@@ -147,8 +148,8 @@ class Attempt:
 class Bench:
     """A folder with a model, data, a tracking store, and the outputs of undisturbed runs."""
 
-    def __init__(self, folder: Path, shape: Shape) -> None:
-        self._folder, self._shape = folder, shape
+    def __init__(self, folder: Path, ray_folder: Path, shape: Shape) -> None:
+        self._folder, self._ray_folder, self._shape = folder, ray_folder, shape
         write_model(folder / "model", shape)
         for name, blocks in (("calibration", 64), ("held-out", 16)):
             write_tokens(folder / f"{name}.parquet", blocks, 64, shape.vocabulary)
@@ -193,7 +194,7 @@ class Bench:
     @contextmanager
     def _begun(self, case: Case, output: Path, *options: str) -> Iterator[tuple[Attempt, Cluster | None]]:
         """Start a run, on its own cluster if the case needs one."""
-        cluster = start_cluster() if case.on_cluster else None
+        cluster = start_cluster(self._ray_folder) if case.on_cluster else None
         place = ("--address", cluster.address, "--workers", str(NODES)) if cluster else ("--workers", "2")
         arguments = [
             *("prune", str(self._folder / "model"), *METHODS[case.method]),
@@ -268,9 +269,10 @@ def kill_head(attempt: Attempt, cluster: Cluster | None) -> tuple[str, list[str]
 KILLS = {"worker": kill_worker, "driver": kill_driver, "node": kill_node, "head": kill_head}
 
 
-def start_cluster() -> Cluster:
-    """Start a cluster of several nodes on this machine."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_NODE, "include_dashboard": False})
+def start_cluster(folder: Path) -> Cluster:
+    """Start a cluster of several nodes on this machine, with its files in a folder."""
+    head = {"num_cpus": CPUS_PER_NODE, "include_dashboard": False, "temp_dir": str(folder)}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(NODES - 1):
         cluster.add_node(num_cpus=CPUS_PER_NODE)
     cluster.wait_for_nodes()

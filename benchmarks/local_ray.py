@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import ray
 
+from cluster.local_ray import local_ray as start
+
 
 @contextmanager
 def local_ray(num_cpus: int) -> Iterator[None]:
@@ -12,8 +14,5 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with start(num_cpus=num_cpus, log_to_driver=False, logging_level="ERROR"):
         yield
-    finally:
-        ray.shutdown()

@@ -1,6 +1,7 @@
 """Uses what Ray has no public interface for. tests/cluster/test_ray_private.py says what is expected of each name.
 
-`JobClient` in job_client.py also overrides a private method of Ray's client. Ray is imported only when it is used.
+`JobClient` in job_client.py and `OwnPaths` in driver_paths.py also override a private method of Ray, and local_ray.py
+starts a Ray with the help of private names. Ray is imported only when it is used.
 """
 
 from typing import Any
@@ -27,3 +28,10 @@ def job_records() -> Any:
     from ray.dashboard.modules.job.common import JobInfoStorageClient
 
     return JobInfoStorageClient(global_worker.gcs_client)  # type: ignore[attr-defined]
+
+
+def asks_for_token() -> bool:
+    """Return whether the Ray that this program is connected to asks for a token."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return is_token_auth_enabled()

@@ -1,4 +1,4 @@
-"""Opens a Ray session: a local Ray sized to the machine, or a connection to a cluster. Importing it imports Ray."""
+"""Opens a Ray session: a local Ray (local_ray.py), or a connection to a cluster. Importing it imports Ray."""
 
 import os
 import socket
@@ -15,15 +15,13 @@ import ray
 from cluster.driver_paths import paths_of_a_cluster, paths_of_a_new_ray
 from cluster.errors import ClusterError
 from cluster.inside_job import carries_packages
+from cluster.local_ray import local_ray
 from cluster.ray_private import COMMAND_MODULE
 from cluster.resources import Node, Resources
 from cluster.signals import sigterm_handler_kept
 from cluster.sockets import require_room_for_sockets
 
 CONNECT_SECONDS = 10.0
-# Settings of a local Ray. If all CPUs are taken, as in a run, Ray ends an idle process after one second. Then almost
-# every solve would wait for a new process to start and import torch.
-LOCAL_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_idle_worker_killing_time_threshold_ms": "60000"}
 HEALTH_SECONDS = 30.0
 AS_THE_CLUSTER = "check {}, and that RAY_AUTH_MODE and the versions of Ray and Python are those of the cluster"
 ADDRESS_OPTION, ADDRESS_VARIABLE = "--address", "RAY_ADDRESS"
@@ -55,17 +53,15 @@ def session(address: str | None, packages: Sequence[ModuleType], *, verbose: boo
     address = _resolve(address)
     if address == NEW:
         require_room_for_sockets()
-    else:
-        require_answer(address, named_by)
+        with local_ray(job_config=paths_of_a_new_ray(Path(__file__).parents[1]), **_logging(verbose)):
+            yield read_resources()
+        return
+    require_answer(address, named_by)
     try:
         with sigterm_handler_kept():
-            if address == NEW:
-                _start(verbose)
-            else:
-                _connect(address, named_by, packages, verbose)
+            _connect(address, named_by, packages, verbose)
         yield read_resources()
     finally:
-        # Also if Ray has only begun to start.
         ray.shutdown()
 
 
@@ -76,14 +72,6 @@ def starts_a_ray(address: str | None) -> bool:
 
 def _resolve(address: str | None) -> str:
     return address or os.environ.get(ADDRESS_VARIABLE) or NEW
-
-
-def _start(verbose: bool) -> None:
-    for name, value in LOCAL_RAY.items():
-        os.environ.setdefault(name, value)
-    # "local" starts a new Ray, while None would join the one that last ran on this machine.
-    paths = paths_of_a_new_ray(Path(__file__).parents[1])
-    ray.init(NEW, include_dashboard=False, job_config=paths, **_logging(verbose))
 
 
 def _connect(address: str, named_by: str, packages: Sequence[ModuleType], verbose: bool) -> None:

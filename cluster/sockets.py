@@ -7,10 +7,17 @@ from cluster.errors import ClusterError
 
 # The system's limit for the path of a socket, in bytes.
 LONGEST_PATH = 107
-# What Ray adds to the folder: a session with its time and process, and the longest name of a socket.
-LONGEST_SOCKET = "ray/session_2000-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
-# Where Ray looks for the folder, in this order.
+# The private folder of a Ray, with random letters, and Ray's own folder in it (local_ray.py).
+PREFIX, SUBFOLDER = "ray-", "ray"
+# What Ray adds: a session with its time and process, and the longest name of a socket.
+LONGEST_SOCKET = f"{PREFIX}12345678/{SUBFOLDER}/session_2000-01-01_00-00-00_000000_{{pid}}/sockets/plasma_store"
+# What names the folder for temporary files, in this order.
 VARIABLES = ("RAY_TMPDIR", "TMPDIR")
+
+
+def temporary_folder() -> str:
+    """Return the folder in which a local Ray gets a folder of its own."""
+    return next((os.environ[name] for name in VARIABLES if os.environ.get(name)), "/tmp")
 
 
 def require_room_for_sockets() -> None:
@@ -20,7 +27,7 @@ def require_room_for_sockets() -> None:
         ClusterError: They are not; the message says which variable to set.
     """
     name = next((name for name in VARIABLES if os.environ.get(name)), "TMPDIR")
-    folder = os.environ.get(name) or "/tmp"
+    folder = temporary_folder()
     path = Path(folder) / LONGEST_SOCKET.format(pid=os.getpid())
     if (excess := len(os.fsencode(path)) - LONGEST_PATH) > 0:
         raise ClusterError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from orchestrator.config import PruneConfig
 from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
+from orchestrator.secrets import MASK
 from orchestrator.sources import storage
 from orchestrator.sources.models import Model, resolve_model
 from slimllm_ops.allocate.form import Form
@@ -144,6 +145,11 @@ def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, mome
         ) from error
     if not config.refine:
         return kept
+    if config.calibration is None and storage.is_uri(kept.spec) and MASK in kept.spec:
+        raise InputError(
+            f"the refinement reads {kept.spec}, from which the moments in {config.moments} are, and they keep no "
+            f"password: pass --calibration with the whole address"
+        )
     blocks = Calibration.of(_load(config, source, config.calibration or kept.pinned or kept.spec))
     if blocks.digest != kept.digest:
         raise InputError(
@@ -168,6 +174,8 @@ def model_name(model: str | None) -> str:
     """Return the name of a model in paths and runs: that of its directory, or of the link that the user gave."""
     if model is None:
         return BUILTIN_NAME
+    if storage.is_uri(model):
+        return storage.name_of(model)
     path = Path(model)
     return path.resolve().name if path.name in ("", "..") else path.name
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import ray
 import torch
 
-from cluster.session import LOCAL_RAY
+from cluster.local_ray import local_ray as started_ray
 from tests.elsewhere import Elsewhere
 from tests.forked_workers.server import forked_workers
 
@@ -83,10 +82,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for all tests, with more logical CPUs than the machine has, so that several workers fit."""
-    os.environ.update(LOCAL_RAY)
-    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with started_ray(num_cpus=8, log_to_driver=False, logging_level="ERROR"):
+        yield
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tests.test_imports import sources
 # The modules that their documentation names, as far as we use them.
 DOCUMENTED = {
     "ray": {
-        *("ray", "ray.exceptions", "ray.job_submission", "ray.autoscaler.sdk"),
+        *("ray", "ray.exceptions", "ray.job_config", "ray.job_submission", "ray.autoscaler.sdk"),
         *("ray.util.placement_group", "ray.util.scheduling_strategies"),
     },
     "mlflow": {"mlflow", "mlflow.entities", "mlflow.exceptions"},
@@ -24,16 +24,18 @@ DOCUMENTED = {
 }
 # Submodules that are read as attributes, which are no classes or functions of the package.
 UNDOCUMENTED = ("ray.util.client", "ray.experimental", "ray.core", "mlflow.tracking", "transformers.models")
-# One module for each library in each room, each with a test of its name beside it.
+# One module for each library in each room, or for one purpose, each with a test of its name beside it.
 PRIVATE = {
     "actors.ray_private",
+    "cluster.local_ray",
     "cluster.ray_private",
     "orchestrator.sources.hub_private",
     "orchestrator.tracking.mlflow_private",
     "slimllm_ops.models.transformers_private",
 }
-# A subclass that overrides the one method through which Ray's client of a job server asks; pinned with the others.
-OVERRIDES = {"cluster.job_client": {"_do_request"}}
+# Subclasses that override one method of Ray: through which a job server's client asks, and by which a job's settings
+# travel to the workers. They are pinned with the others.
+OVERRIDES = {"cluster.job_client": {"_do_request"}, "cluster.driver_paths": {"_serialize"}}
 # A whole string that names a module of a library, as for `python -m` and for a logger.
 MODULE_NAME = re.compile(r"(ray|transformers|huggingface_hub)(\.[a-z_0-9]+)+")
 

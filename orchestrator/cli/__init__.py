@@ -4,15 +4,21 @@ options.py declares every option once, and exit_codes.py turns errors into messa
 hold the commands.
 """
 
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from orchestrator.cli.doctor import doctor
+from orchestrator.cli.exit_codes import FAILED
 from orchestrator.cli.jobs import jobs, submit
 from orchestrator.cli.outputs import export, families, log
 from orchestrator.cli.runs import calibrate, compare, prune
 from orchestrator.cli.streams import escape_what_cannot_be_shown
+from orchestrator.secrets import masked
 from orchestrator.version import VERSION
 
 EXIT_CODES = """\b
@@ -25,12 +31,40 @@ Exit codes:
 
 
 class Commands(click.Group):
-    """The commands; a character that the terminal cannot show fails none of them."""
+    """The commands; a character that the terminal cannot show fails none of them, and none prints a secret."""
 
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run the command that the arguments name."""
         escape_what_cannot_be_shown()
-        return super().main(*args, **settings)
+        try:
+            return super().main(*args, **settings)
+        except Exception:
+            if not settings.get("standalone_mode", True):
+                raise
+            # A bug. Python would print the passwords of addresses too.
+            click.echo(masked(traceback.format_exc()), err=True, nl=False)
+            sys.exit(FAILED)
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        """Read the arguments before the command."""
+        with _masking_usage_errors():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, which reads its own arguments."""
+        with _masking_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _masking_usage_errors() -> Iterator[None]:
+    """Mask the words that an error about the arguments quotes."""
+    try:
+        yield
+    except click.ClickException as error:
+        # Its declaration, which nothing enforces, says that nobody sets it.
+        vars(error)["message"] = masked(error.message)
+        raise
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)

@@ -1,7 +1,7 @@
 """Defines `doctor`, the command that checks everything before a run."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,12 @@ def _examine(config: PruneConfig, as_json: bool) -> "list[Check]":
     from orchestrator.preflight.doctor import diagnose
 
     checks = []
-    for check in diagnose(config):
+    for found in diagnose(config):
+        check = replace(found, found=masked(found.found), remedy=masked(found.remedy))
         checks.append(check)
         if not as_json:
             said = [f"{check.name}: {check.found}", *([] if check.ok or not check.remedy else [check.remedy])]
-            click.echo(masked(f"{'ok' if check.ok else '--'}  {': '.join(said)}"))
+            click.echo(f"{'ok' if check.ok else '--'}  {': '.join(said)}")
     if as_json:
         print_json({"ok": all(check.ok for check in checks), "checks": [asdict(check) for check in checks]})
     return checks

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ REFUSED = 2
 INTERRUPTED = 130
 TERMINATED = 143
 HUNG_UP = 129
+# Two of SIGINT within this time are one Ctrl-C.
+SAME_INTERRUPT_SECONDS = 0.5
 # The signals that end a command as Ctrl-C does, with their exit codes and what it says.
 ENDINGS = {signal.SIGTERM: (TERMINATED, "terminated"), signal.SIGHUP: (HUNG_UP, "the terminal is gone")}
 
@@ -48,6 +51,7 @@ def exit_on_error(*, as_json: bool = False, verbose: bool = False) -> Iterator[N
     # In a program's other threads, signals are the program's own affair.
     if threading.current_thread() is threading.main_thread():
         _handle_signals(end)
+        _end_at_once_on_second_interrupt()
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -55,7 +59,9 @@ def exit_on_error(*, as_json: bool = False, verbose: bool = False) -> Iterator[N
         if ending is None:
             raise
         if verbose:
-            traceback.print_exc()
+            # Without its terminal, a program has nobody to tell.
+            with suppress(OSError):
+                click.echo(masked(traceback.format_exc()), err=True, nl=False)
         exit_with(*ending, as_json=as_json)
 
 
@@ -67,8 +73,39 @@ def _handle_signals(end: Callable[[int, object], NoReturn]) -> None:
             signal.signal(one, end)
 
 
+def _end_at_once_on_second_interrupt() -> None:
+    """Let the first Ctrl-C raise KeyboardInterrupt as usual, and a later one end the program where it stands.
+
+    Whatever is written appears whole or not at all, so there is nothing to finish.
+    """
+    first: list[float] = []
+
+    def interrupt(signum: int, frame: object) -> None:
+        if not first:
+            first.append(time.monotonic())
+            raise KeyboardInterrupt
+        # A terminal sends Ctrl-C to a group of processes, and some of them pass it on.
+        if time.monotonic() - first[0] > SAME_INTERRUPT_SECONDS:
+            os.write(2, b"slimllm: interrupted twice, ended at once; --resume continues\n")
+            _kill_children()
+            os._exit(INTERRUPTED)
+
+    # A shell has its background jobs ignore Ctrl-C. A program may have its own handler.
+    if getattr(signal.getsignal(signal.SIGINT), "__name__", "") in ("default_int_handler", "interrupt"):
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def _kill_children() -> None:
+    """End the processes that this one started, which cannot end by themselves as fast as it does."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+
+
 def print_json(value: Any) -> None:
-    """Print a result as one JSON value without secrets; NaN becomes null, infinity "inf"."""
+    """Print a result as one JSON value without the credentials of addresses; NaN becomes null, infinity "inf"."""
     from orchestrator.tracking.journal import json_value
 
     click.echo(json.dumps(json_value(value), allow_nan=False))
@@ -76,7 +113,8 @@ def print_json(value: Any) -> None:
 
 def exit_with(text: str, code: int = REFUSED, *, as_json: bool = False) -> NoReturn:
     """Print the reason in one line, without its secrets, and exit."""
-    line = masked(" ".join(text.split()))
+    # Mask first: in one line, a secret of several is no longer recognised.
+    line = " ".join(masked(text).split())
     # Without its terminal, a program has nobody to tell.
     with suppress(OSError):
         if as_json:

@@ -14,7 +14,7 @@ import click
 from orchestrator.cli.exit_codes import FAILED, HUNG_UP, INTERRUPTED, TERMINATED, exit_on_error, exit_with, print_json
 from orchestrator.cli.options import Command, with_options
 from orchestrator.config import ConfigError
-from orchestrator.secrets import masked
+from orchestrator.secrets import masked, masked_all
 
 if TYPE_CHECKING:
     from cluster.jobs import JobServer, JobState
@@ -96,7 +96,7 @@ def list_jobs(address: str | None, as_json: bool) -> None:
     with exit_on_error(as_json=as_json):
         states = _connect(address).states()
     if as_json:
-        print_json([_described(state) for state in states])
+        print_json(masked_all([_described(state) for state in states]))
         return
     for state in states:
         run = state.metadata.get("mlflow_run_id", "-")
@@ -188,6 +188,8 @@ def _follow(server: "JobServer", job_id: str, address: str | None) -> NoReturn:
         except LostError as error:
             _leave(f"{error}; the job keeps running if its cluster does", FAILED, job_id, address)
         except KeyboardInterrupt:
+            # A second one answers the question, and does not end the command at once.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             if not _wants_stop(job_id):
                 _leave(f"job {job_id} keeps running", INTERRUPTED, job_id, address)
             click.echo(f"stopping job {job_id}", err=True)

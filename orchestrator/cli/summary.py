@@ -48,7 +48,7 @@ def _of_one(totals: Totals) -> Table:
         _add_row(table, "layers", totals.layers_before, totals.layers_after, "{:,}")
     _add_row(table, "weights, MB", totals.bytes_before / 1e6, totals.bytes_after / 1e6, "{:,.1f}")
     for spec, (dense, pruned) in totals.perplexity.items():
-        _add_row(table, f"perplexity, {Path(spec).name}", dense, pruned, "{:,.3f}")
+        _add_row(table, f"perplexity, {masked(Path(spec).name)}", dense, pruned, "{:,.3f}")
         table.add_row(f"  on {totals.evaluated[spec]}")
     return table
 

@@ -32,7 +32,7 @@ from orchestrator.pruning.run_context import RunContext, open_context, open_sess
 from orchestrator.pruning.targets import Target, open_target, target_name
 from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs
-from orchestrator.record.params import run_params
+from orchestrator.record.params import for_people, run_params
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.totals import Totals, count_parameters, evaluated, metric_suffix
 from orchestrator.settings import declared
@@ -246,7 +246,7 @@ def _open_targets(
 def _log(run: Run, params: dict[str, Any], rows: Sequence[Row]) -> None:
     """Log a model's settings and its rows."""
     first = rows[0]
-    run.log_params(params)
+    run.log_params(for_people(params))
     run.log_metrics({"sparsity": first.sparsity, "parameters_after": first.parameters, "seconds": first.seconds})
     gaps = {f"gap{metric_suffix(number)}": row.gap for number, row in enumerate(rows)}
     run.log_metrics(_losses(rows, "after") | gaps)

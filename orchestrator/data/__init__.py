@@ -19,6 +19,7 @@ from orchestrator.data.files import local_file
 from orchestrator.data.pinning import pin
 from orchestrator.data.text import read_text
 from orchestrator.data.token_rows import has_token_rows, read_rows
+from orchestrator.secrets import uris_masked
 from orchestrator.sources import storage
 
 __all__ = ["DataError", "TextOptions", "TokenBlocks", "load_tokens", "save_blocks"]
@@ -58,4 +59,5 @@ def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int,
             ids_BT, found, source_digest = read_text(pinned or spec, path, model_dir, length, options)
             check_vocabulary(spec, ids_BT.reshape(-1), vocab_size, lambda position: position // length)
     check_length(spec, ids_BT, max_length)
-    return freeze(spec, ids_BT, found, source_digest, pinned)
+    # Records name the source; they need no password to do so.
+    return freeze(uris_masked(spec), ids_BT, found, source_digest, pinned)

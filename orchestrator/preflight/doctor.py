@@ -13,6 +13,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from cluster import ClusterError, Resources, WorkerPlan
+from cluster.authentication import others_can_read, token_file
+from cluster.ray_private import asks_for_token
 from orchestrator.config import PruneConfig
 from orchestrator.data.files import local_file
 from orchestrator.inputs import model_name
@@ -133,6 +135,29 @@ def check_hub(config: PruneConfig, *, found: bool) -> Check:
         return Check("hub", False, str(error), remedy)
 
 
+def check_authentication(config: PruneConfig) -> Check:
+    """Check that the connected Ray asks for a token, and that nobody else can read the user's; a run goes on without.
+
+    A Ray that a run starts has its own token (cluster/local_ray.py). The user's is for other clusters.
+    """
+    if (path := token_file()) is not None and others_can_read(path):
+        return Check(
+            "authentication",
+            False,
+            f"others can read {path}, and whoever has the token runs code on your clusters",
+            f"make a new token that only you can read: rm {path}; umask 077; ray get-auth-token --generate",
+        )
+    if asks_for_token():
+        return Check("authentication", True, "Ray asks for a token")
+    place = config.address or "this address"
+    return Check(
+        "authentication",
+        True,
+        f"off: whoever can reach the Ray at {place} runs code there; start it with RAY_AUTH_MODE=token, or keep others "
+        f"out of its network",
+    )
+
+
 def check_output(config: PruneConfig) -> Check:
     """Check that the output is free, or that the run can overwrite or resume it."""
     output = _output(config)
@@ -148,6 +173,8 @@ def _check_cluster(config: PruneConfig, source: Checkpoint | None) -> Iterator[C
             sizes = f"{len(resources.nodes)} node(s) with {resources.cpus} CPUs and {resources.gpus} GPUs"
             where = f"at {config.address}" if config.address else "of this machine"
             yield Check("Ray", True, f"{_version('ray')} {where}, {sizes}")
+            if not config.local:
+                yield from _run_check("authentication", lambda: check_authentication(config))
             yield from _check_nodes(config, backend, source, resources)
             return
     # Any exception: starting or joining Ray can fail in many ways.

@@ -13,7 +13,7 @@ from orchestrator.record.figures import LayerKept, ScoredUnits, draw_kept, draw_
 from orchestrator.record.model_card import write_model_card
 from orchestrator.record.params import settings_of
 from orchestrator.record.totals import Totals
-from orchestrator.secrets import masked_all
+from orchestrator.secrets import masked_all, uris_masked
 from slimllm_ops.decide.plan import Decision, LayerPlan, Plan
 from slimllm_ops.files import written_whole
 
@@ -26,7 +26,11 @@ def write_record(
     The same run writes the same bytes, whatever its output directory and speed.
     """
     pruning = directory / "pruning"
-    header = {"format": 1, "params": settings_of(params), "totals": masked_all(totals.reproducible_figures())}
+    header = {
+        "format": 1,
+        "params": settings_of(params),
+        "totals": masked_all(totals.reproducible_figures(), uris_masked),
+    }
     Plan(header, tuple(layers)).write(pruning / "plan.json")
     with written_whole(pruning / "importance.parquet") as partial:
         pq.write_table(importance_table(layers), partial)

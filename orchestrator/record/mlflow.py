@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from orchestrator.inputs import Inputs
 from orchestrator.record.figures import LayerKept
-from orchestrator.record.params import TOLD_OF_A_MODEL
+from orchestrator.record.params import TOLD_OF_A_MODEL, for_people
 from orchestrator.record.totals import Totals
+from orchestrator.secrets import masked
 from orchestrator.tracking import Run
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import Decision, LayerPlan
@@ -18,7 +19,7 @@ TAG_DIGITS = 4
 
 def log_inputs(run: Run, params: dict[str, Any], inputs: Inputs) -> None:
     """Log the parameters and the data with their digests, before anything is computed."""
-    run.log_params({name: value for name, value in params.items() if value is not None})
+    run.log_params({name: value for name, value in for_people(params).items() if value is not None})
     one = inputs.calibration
     _log_dataset(run, "calibration", one.spec, one.digest, (one.num_blocks, one.block_length), one.num_tokens)
     for blocks in inputs.held_out:
@@ -34,7 +35,8 @@ def _log_dataset(
     num_tokens: int,
 ) -> None:
     num_blocks, length = shape
-    run.log_dataset(Path(spec).name, digest, context, spec, num_blocks, length, num_tokens)
+    source = masked(spec)
+    run.log_dataset(Path(source).name, digest, context, source, num_blocks, length, num_tokens)
 
 
 def log_layer(run: Run, source: Checkpoint, layer: int, plan: LayerPlan) -> dict[str, float]:
@@ -90,7 +92,7 @@ def log_record(
     return run.log_checkpoint(
         directory,
         f"{inputs.name}-{target}",
-        told | {name: params[name] for name in TOLD_OF_A_MODEL if params.get(name)},
+        told | {name: value for name, value in for_people(params).items() if name in TOLD_OF_A_MODEL and value},
         measured={name: round(value, TAG_DIGITS) for name, value in totals.perplexities().items()},
         alias=target,
         description=description,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.inputs import Inputs
-from orchestrator.secrets import masked
+from orchestrator.secrets import uris_masked
 from slimllm_ops.files import write_text
 
 CARD = """---
@@ -64,4 +64,4 @@ def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], to
         digest=inputs.calibration.digest[:16],
         seed=params["seed"],
     )
-    write_text(directory / "README.md", masked(card))
+    write_text(directory / "README.md", uris_masked(card))

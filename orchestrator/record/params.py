@@ -11,7 +11,7 @@ from actors.node_state import installed_version
 from cluster import WorkerPlan
 from orchestrator.config import CompareConfig, PruneConfig
 from orchestrator.inputs import Inputs
-from orchestrator.secrets import masked_all
+from orchestrator.secrets import masked_all, uris_masked
 from orchestrator.settings import Effect, declared
 from orchestrator.version import VERSION
 
@@ -28,7 +28,7 @@ TOLD_OF_A_MODEL = (*(one.name for one in SETTINGS if one.tags_models), "model_di
 
 
 def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:
-    """Return a run's settings and what it ran on, without secrets: enough to repeat it."""
+    """Return a run's settings and what it ran on, without the credentials of addresses: enough to repeat it."""
     asked = {name: value for name, value in asdict(config).items() if value is not None and name not in OF_AN_ATTEMPT}
     found = {
         "model": config.model or inputs.name,
@@ -42,7 +42,13 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         **_versions(),
         **asdict(workers),
     }
-    return masked_all(asked | found | {name: pinned for name, pinned in _pinned(inputs).items() if pinned})
+    pinned = {name: commit for name, commit in _pinned(inputs).items() if commit}
+    return masked_all(asked | found | pinned, uris_masked)
+
+
+def for_people(params: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's parameters with the secrets in names of places and data masked, as a server may show them."""
+    return {name: masked_all(value) if name in PLACES | DIGESTED else value for name, value in params.items()}
 
 
 def settings_of(params: dict[str, Any]) -> dict[str, Any]:

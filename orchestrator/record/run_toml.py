@@ -15,7 +15,7 @@ from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
 from orchestrator.record.params import OF_AN_ATTEMPT, PLACES, versions
-from orchestrator.secrets import masked_all
+from orchestrator.secrets import masked_all, uris_masked
 from slimllm_ops.files import write_text
 
 RUN_FILE = "run.toml"
@@ -48,7 +48,7 @@ def _settings(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[
     if inputs.calibration.blocks is not None:
         settled["calibration"] = inputs.calibration.pinned or inputs.calibration.spec
     repeated = asked | settled | dict(inputs.model.settings)
-    return masked_all({name: value for name, value in repeated.items() if value is not None})
+    return masked_all({name: value for name, value in repeated.items() if value is not None}, uris_masked)
 
 
 def _header(command: str, inputs: Inputs) -> str:
@@ -60,4 +60,4 @@ def _header(command: str, inputs: Inputs) -> str:
         f"tokens of {calibration.spec}, {calibration.num_blocks} x {calibration.block_length}: {calibration.digest}",
         ", ".join(f"{package} {found}" for package, found in versions().items()),
     ]
-    return "".join(f"# {line}\n" for line in masked_all(lines)) + "\n"
+    return "".join(f"# {line}\n" for line in map(uris_masked, lines)) + "\n"

@@ -4,7 +4,6 @@ The hub's libraries wait for some answers forever, or for as long as a server te
 stopped. So they run in a child process (watched_process.py), which is killed if it produces nothing for a while.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
@@ -230,6 +229,10 @@ ANSWERS: dict[str, Callable[..., None]] = {
 }
 
 
+def answer(kind: str, *asked: str) -> None:
+    """Write what was asked for."""
+    ANSWERS[kind](*asked)
+
+
 if __name__ == "__main__":
-    kind, *asked = sys.argv[1:]
-    watched_process.answer(ANSWERS[kind], *asked)
+    watched_process.answer(answer)

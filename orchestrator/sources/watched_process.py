@@ -1,7 +1,8 @@
 """Runs a module in a child process and kills it if it produces nothing for N seconds.
 
-The child (`python -m MODULE ARGUMENTS`) writes lines of JSON: {"given": a result} or {"failed": a reason}. An empty
-line is a sign of life.
+The child (`python -m MODULE`) reads its arguments from stdin, as a list in JSON: all users of the machine can see a
+command line, and a URI may hold a password. It writes lines of JSON: {"given": a result} or {"failed": a reason}. An
+empty line is a sign of life.
 """
 
 import json
@@ -10,9 +11,11 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from orchestrator.secrets import masked
 
 # Limit on a line: a row of a dataset is a document, and documents have their own limit.
 MOST_BYTES = 1 << 28
@@ -46,13 +49,17 @@ def _start(module: str, arguments: tuple[str, ...]) -> Iterator["subprocess.Pope
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module, *arguments],
+        [sys.executable, "-P", "-m", module],
         env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
     try:
+        assert process.stdin is not None
+        # If it has ended already, its exit code says so.
+        with suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(json.dumps(arguments).encode())
         yield process
     finally:
         process.kill()
@@ -97,16 +104,17 @@ def give_sign_of_life() -> None:
     os.write(sys.stdout.fileno(), b"\n")
 
 
-def answer(do: Callable[..., None], *arguments: str) -> None:
-    """Call a function with the arguments; if it fails, write why."""
+def answer(do: Callable[..., None]) -> None:
+    """Call a function with the arguments on stdin; if it fails, write why."""
     try:
-        do(*arguments)
+        do(*json.load(sys.stdin))
     # Catch everything: these libraries have changed their HTTP library before, and with it the errors they raise.
     except Exception as error:
         write(failed=error_line(error))
 
 
 def error_line(error: BaseException) -> str:
-    """Return an error's type and the first line of its message."""
-    reason = next(iter(str(error).strip().splitlines()), "")[:200]
+    """Return an error's type and the first line of its message, short and without secrets."""
+    # Mask before cutting: a cut secret is no longer recognised.
+    reason = masked(next(iter(str(error).strip().splitlines()), ""))[:200]
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.secrets import masked
+from orchestrator.secrets import uris_masked
 from orchestrator.tracking.options import TrackingError
 from slimllm_ops.files import NotPlainError, naming, read_plain
 
@@ -25,7 +25,7 @@ class Journal:
         self._begun = False
 
     def append(self, event: dict[str, object]) -> dict[str, Any]:
-        """Write an event without secrets, and return it as it reads from the file."""
+        """Write an event without the credentials of addresses, and return it as it reads from the file."""
         of_child = {} if self.child is None else {"child": self.child}
         line = json.dumps(json_value({"time": time.time(), **event, **of_child}), allow_nan=False)
         # The file is opened for each line: if the process is killed, all lines but the last are complete and in order.
@@ -65,22 +65,26 @@ class Journal:
 
 
 def json_value(value: object) -> Any:
-    """Return a value as JSON can hold it: NaN as null, infinity as "inf" or "-inf", unknown types as their text."""
+    """Return a value as JSON can hold it: NaN as null, infinity as "inf" or "-inf", unknown types as their text.
+
+    The credentials of addresses are masked. What else is secret stays: a value of the environment may be any word, also
+    the name of an event or of a method. Who writes a text for people masks it first.
+    """
     match value:
         case None | bool() | int():
             return value
         case str():
-            return masked(value)
+            return uris_masked(value)
         case float():
             return value if math.isfinite(value) else None if math.isnan(value) else str(float(value))
         case Mapping():
-            return {masked(str(key)): json_value(item) for key, item in value.items()}
+            return {uris_masked(str(key)): json_value(item) for key, item in value.items()}
         case list() | tuple():
             return [json_value(item) for item in value]
         case _ if hasattr(value, "tolist"):
             return json_value(value.tolist())
         case _:
-            return masked(str(value))
+            return uris_masked(str(value))
 
 
 def _content(path: Path) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from orchestrator.config import PruneConfig
-from orchestrator.secrets import masked
+from orchestrator.secrets import uris_masked
 
 # The tracking URI of a run that writes only its journal.
 JOURNAL_ONLY = "none"
@@ -34,9 +34,9 @@ class TrackingOptions:
     register: str | None = None
 
     def __post_init__(self) -> None:
-        # These are shown wherever the run is listed.
-        object.__setattr__(self, "experiment", masked(self.experiment))
-        object.__setattr__(self, "run_name", self.run_name and masked(self.run_name))
+        # These are shown wherever the run is listed, and name it: they must not depend on the environment.
+        object.__setattr__(self, "experiment", uris_masked(self.experiment))
+        object.__setattr__(self, "run_name", self.run_name and uris_masked(self.run_name))
         if not self.experiment.strip():
             raise TrackingError("the experiment's name is empty: give a name")
         # MLflow would say so too, but only after the checkpoint is uploaded.

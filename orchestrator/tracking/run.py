@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.secrets import masked
 from orchestrator.tracking.journal import Journal
 from orchestrator.tracking.options import JOURNAL_ONLY, TrackingOptions
 from orchestrator.tracking.server import Server, Warn
@@ -135,7 +136,7 @@ class Run:
         except BaseException as error:
             # SystemExit is how a handler of SIGTERM or SIGHUP stops a run.
             killed = isinstance(error, (KeyboardInterrupt, SystemExit))
-            self._end("KILLED" if killed else "FAILED", f"{type(error).__name__}: {error}")
+            self._end("KILLED" if killed else "FAILED", masked(f"{type(error).__name__}: {error}"))
             raise
         self._end("FINISHED")
 
@@ -249,7 +250,7 @@ def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = Non
 
 def warn_on_stderr(line: str) -> None:
     """Print a warning."""
-    print(f"warning: {line}", file=sys.stderr)
+    print(f"warning: {masked(line)}", file=sys.stderr)
 
 
 @contextmanager

@@ -117,7 +117,7 @@ class Server:
     def create_run(self, key: str, begun: float, run_name: str | None, parent_id: str | None) -> StoredRun:
         """Create a run whose start time is that of its first event."""
         # Some tags quote the command line, or a git remote with its password.
-        tags = masked_all(context_tags({KEY_TAG: key}))
+        tags = masked_all(context_tags({})) | {KEY_TAG: key}
         if parent_id:
             tags[PARENT_TAG] = parent_id
         with defer_signals():

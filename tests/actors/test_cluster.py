@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from cluster.session import LOCAL_RAY
+from cluster.local_ray import LOCAL_RAY
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import prune
 

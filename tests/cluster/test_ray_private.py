@@ -4,13 +4,17 @@ import asyncio
 import importlib
 import inspect
 import logging
+from pathlib import Path
 
 import pytest
 from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import Config
 from ray.dashboard.modules.job.common import JobInfo
+from ray.job_config import JobConfig
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.ray_private import CHATTY, COMMAND_MODULE, find_local_head, job_records
+from cluster.driver_paths import OwnPaths
+from cluster.ray_private import CHATTY, COMMAND_MODULE, asks_for_token, find_local_head, job_records
 
 
 def test_the_command_can_ask_for_health() -> None:
@@ -44,3 +48,27 @@ def test_every_question_to_a_job_server_passes_one_method() -> None:
     assert asked[-1].kind is inspect.Parameter.VAR_KEYWORD
     for name in ("submit_job", "get_job_info", "get_job_logs", "list_jobs", "stop_job"):
         assert "self._do_request(" in inspect.getsource(getattr(JobSubmissionClient, name))
+
+
+def test_the_folders_of_a_driver_travel_in_a_list_that_can_be_replaced() -> None:
+    config = JobConfig()
+    config._py_driver_sys_path = ["/driver"]
+    assert JobConfig.from_json is not None
+    assert "/driver" in config._get_proto_job_config().py_driver_sys_path
+    assert list(OwnPaths(Path("/own"))._get_proto_job_config().py_driver_sys_path) == []
+    own = OwnPaths(Path("/own"))
+    own._serialize()
+    assert list(own._get_proto_job_config().py_driver_sys_path) == ["/own"]
+
+
+@pytest.mark.parametrize(("mode", "asks"), [("token", True), ("disabled", False)])
+def test_whether_ray_asks_for_a_token_follows_its_variable(
+    mode: str, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    try:
+        Config.initialize("")
+        assert asks_for_token() is asks
+    finally:
+        monkeypatch.undo()
+        Config.initialize("")

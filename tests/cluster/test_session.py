@@ -123,6 +123,8 @@ def shut_down(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         faulthandler.register(signal.SIGTERM, file=sys.__stderr__)
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    # The Ray of other tests keeps its token.
+    monkeypatch.setattr("cluster.local_ray._reload", lambda: None)
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(ray, "shutdown", lambda: times.append(True))

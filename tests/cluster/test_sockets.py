@@ -18,7 +18,8 @@ def ray_refuses() -> bool:
     """Return whether Ray would refuse its own socket in the folder that it chooses."""
     session = f"session_{time.strftime('%Y-%m-%d_%H-%M-%S')}_123456_{os.getpid()}"
     try:
-        validate_socket_filepath(str(Path(get_default_ray_temp_dir()) / session / "sockets" / "plasma_store"))
+        place = Path(get_default_ray_temp_dir()).parent / "ray-abcdefgh" / "ray"
+        validate_socket_filepath(str(place / session / "sockets" / "plasma_store"))
     except OSError:
         return True
     return False

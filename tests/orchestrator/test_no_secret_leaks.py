@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
 
+from orchestrator.cli import main
 from orchestrator.cli.summary import print_summary
+from orchestrator.inputs import model_name
 from orchestrator.pipeline import PruneResult
-from orchestrator.tracking import TrackingError, TrackingOptions, tracked_run
+from orchestrator.tracking import TrackingError, TrackingOptions, log_output, tracked_run
+from tests.conftest import content
 from tests.forks import Ended, Forks, slimllm
 from tests.orchestrator.tracked import TrackingServer
 
@@ -86,3 +90,84 @@ def test_a_lost_server_is_named_without_its_password(
     print_summary(result)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"slimllm log {result.output} --tracking-uri 'http://***@127.0.0.1:9'"
+
+
+# Secrets that are words of what a run records: its method, its events, its settings and files.
+WORDS = {
+    **{"X_TOKEN": "gram", "DB_PASS": "metrics", "MYSQL_PWD": "pruning", "OPENAI_KEY": "checkpoint"},
+    **{"A_SECRET": "slimllm", "B_PASSWORD": "params", "C_TOKEN": "tokens.parquet", "D_KEY": "artifacts"},
+    **{"E_TOKEN": "FINISHED", "F_TOKEN": "float32", "G_TOKEN": "0000"},
+}
+
+
+def test_secrets_in_the_environment_change_no_byte_of_an_output(
+    prune_model: Callable[..., PruneResult], gqa_model: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"method": "gram", "sparsity": (0.2, 0.4)}
+    plain = prune_model(gqa_model, **asked)
+    for name, value in WORDS.items():
+        monkeypatch.setenv(name, value)
+    secret = prune_model(gqa_model, **asked)
+    assert content(secret.output) == content(plain.output)
+    # The journal has all that MLflow is told later, under its name.
+    logged = log_output(secret.output, tracking_uri=uri)
+    client = MlflowClient(uri)
+    children = client.search_runs([logged.experiment_id], f"tags.mlflow.parentRunId = '{logged.run_id}'")
+    assert [(run.info.status, run.data.params["method"]) for run in children] == [("FINISHED", "gram")] * 2
+    assert client.get_experiment(logged.experiment_id).name == "slimllm"
+
+
+def test_a_secret_in_the_name_of_a_place_is_not_told_to_the_server(
+    prune_model: Callable[..., PruneResult], gqa_model: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("X_TOKEN", gqa_model.name)
+    result = prune_model(gqa_model, tracking_uri=uri)
+    assert result.run_id is not None
+    assert MlflowClient(uri).get_run(result.run_id).data.params["model"] == f"{gqa_model.parent}/***"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["prune", "nonsense://user:u-Zt58@host/model"], 2),
+        (["prune", "--moments", "nonsense://user:u-Zt58@host/m", "--method", "gram"], 2),
+        (["prune", "--calibration", "nonsense://host/text.txt?sig=u-Zt58"], 2),
+        (["prune", "a", "http://user:u-Zt58@host"], 2),
+        (["prune", "--sparsity", "http://user:u-Zt58@host"], 2),
+        (["http://user:u-Zt58@host"], 2),
+        (["log", "nonsense://user:u-Zt58@host/output"], 2),
+        (
+            ["doctor", "nonsense://user:u-Zt58@host/model", "--tracking-uri", "nonsense://user:u-Zt58@host", "--local"],
+            2,
+        ),
+    ],
+)
+@pytest.mark.parametrize("told", [["--verbose"], ["--json"]])
+def test_no_error_and_no_traceback_shows_a_secret(
+    words: list[str], code: int, told: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(main, [*words, *told])
+    assert result.exit_code == code, result.output
+    assert IN_URI not in result.output
+    assert not [path for path in tmp_path.rglob("*") if IN_URI in path.name]
+
+
+def test_the_traceback_of_a_bug_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_KEY", "sk-Xk93")
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("http://user:u-Zt58@host refused sk-Xk93")
+
+    monkeypatch.setattr("orchestrator.pipeline.load_inputs", fail)
+    for told in ([], ["--verbose"]):
+        result = CliRunner().invoke(main, ["prune", "--tracking-uri", "none", "--local", *told])
+        assert result.exit_code == 1
+        assert "AssertionError: http://***@host refused ***" in result.stderr
+        assert "sk-Xk93" not in result.output
+
+
+def test_the_name_of_a_model_in_a_store_has_no_password_and_no_query() -> None:
+    assert model_name("s3://user:u-Zt58@bucket/tiny?sig=a/b") == "tiny"
+    assert model_name("s3://user:u-Zt58@bucket") == "bucket"

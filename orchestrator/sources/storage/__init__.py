@@ -47,7 +47,7 @@ def naming_uri(place: str | None, copy: Path | None, *errors: type[Exception]) -
     except errors as error:
         if place is None or copy is None or not is_uri(place):
             raise
-        raise type(error)(str(error).replace(str(copy), place)) from error
+        raise type(error)(str(error).replace(str(copy), masked(place))) from error
 
 
 def name_of(uri: str) -> str:

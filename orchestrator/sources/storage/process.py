@@ -1,4 +1,4 @@
-"""Talks to a store in a child process: `python -m orchestrator.sources.storage.process OPERATION URI JSON`.
+"""Talks to a store in a child process, which gets an operation, a URI and the operation's arguments in JSON.
 
 fsspec's filesystem for the URI's scheme opens the files, with the credentials and the endpoint that its library finds
 in the environment.
@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -297,4 +296,4 @@ def _run_operation(operation: str, uri: str, asked: str) -> None:
 
 
 if __name__ == "__main__":
-    watched_process.answer(_run_operation, *sys.argv[1:])
+    watched_process.answer(_run_operation)

@@ -58,14 +58,17 @@ from orchestrator.sources import hub, watched_process
 
 class Fork:
     # In place of a process that imports the same once more; test_hub.py starts real ones.
-    def __init__(self, command, stdout, **settings):
-        (kind, *asked), ends = command[4:], os.pipe()
-        self.stdout = os.fdopen(ends[0], "rb")
+    def __init__(self, command, stdin, stdout, **settings):
+        asked, ends = os.pipe(), os.pipe()
         if (child := os.fork()) == 0:
+            os.close(asked[1])
+            sys.stdin = os.fdopen(asked[0])
             os.dup2(ends[1], 1)
-            watched_process.answer(hub.ANSWERS[kind], *asked)
+            watched_process.answer(hub.answer)
             os._exit(0)
+        os.close(asked[0])
         os.close(ends[1])
+        self.stdin, self.stdout = os.fdopen(asked[1], "wb"), os.fdopen(ends[0], "rb")
         self.pid, self.code = child, None
 
     def kill(self):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+import tempfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_without_a_model_what_needs_none_is_looked_at(doctor: Doctor, tmp_path: 
     assert result.exit_code == 0, result.output
     lines = lines_of(result)
     node = next(name for name in lines if name.startswith("node "))
-    assert list(lines) == ["versions", "Ray", node, "disk", "tracking", "hub"]
+    assert list(lines) == ["versions", "Ray", "authentication", node, "disk", "tracking", "hub"]
     assert f"torch {diagnosis.version('torch')}" in lines["versions"]
     assert lines["Ray"].endswith("of this machine, 1 node(s) with 8 CPUs and 0 GPUs")
     assert re.search(r"8 CPUs, 0 GPUs, [\d.]+ [GM]B of memory free", lines[node])
@@ -103,6 +104,37 @@ def test_what_is_to_be_mended_is_said_with_a_remedy_and_code_2(
     assert "is not empty: choose another --output" in wrong["output"]["found"]
     assert "does not answer" in wrong["tracking"]["found"]
     assert "pass@" not in result.output
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("mode", "folder", "readable"), [(0o644, 0o755, True), (0o600, 0o755, False), (0o644, 0o700, False)]
+)
+def test_a_token_that_others_can_read_is_told(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, mode: int, folder: int, readable: bool
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    # Everyone may enter this one's parents, unlike those of tmp_path.
+    with tempfile.TemporaryDirectory() as home:
+        token = Path(home, ".ray", "auth_token")
+        token.parent.mkdir()
+        token.write_text("a" * 64)
+        token.chmod(mode)
+        token.parent.chmod(0o755)
+        Path(home).chmod(folder)
+        for name, value in {"HOME": home, "RAY_AUTH_TOKEN_PATH": str(token)}.items():
+            with monkeypatch.context() as patch:
+                patch.setenv(name, value)
+                result = doctor()
+            line = lines_of(result)["authentication"]
+            assert (result.exit_code, line.startswith(f"-- others can read {token}")) == (2 * readable, readable), line
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_authentication_that_is_off_is_told(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lines_of(doctor())["authentication"] == "Ray asks for a token"
+    monkeypatch.setattr(diagnosis, "asks_for_token", lambda: False)
+    assert lines_of(doctor())["authentication"].startswith("off: whoever can reach the Ray at this address runs code")
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -11,7 +11,7 @@ from orchestrator.builtin import MODEL_DIR
 from orchestrator.config import ConfigError
 from orchestrator.data import DataError, TextOptions, load_tokens
 from orchestrator.output.destination import DeliveryError, Destination, deliver_output
-from orchestrator.sources import storage
+from orchestrator.sources import storage, watched_process
 from orchestrator.sources.models import resolve_model
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError
@@ -142,3 +142,25 @@ def test_an_upload_over_another_machines_output_is_refused(store: Store) -> None
         pass
     assert store.content("pruned/raced") == {"complete.json": b'{"by": "this"}'}
     assert not waiting()
+
+
+def test_no_command_line_of_a_process_shows_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    popen = watched_process.subprocess.Popen
+
+    def noted(*arguments: object, **settings: object) -> object:
+        process = popen(*arguments, **settings)
+        seen.append(Path(f"/proc/{process.pid}/cmdline").read_text())
+        return process
+
+    monkeypatch.setattr(watched_process.subprocess, "Popen", noted)
+    with pytest.raises(storage.StorageError, match=r"^nonsense://\*\*\*@host/model: unknown store type"):
+        storage.fetch_directory("nonsense://user:u-Zt58@host/model")
+    (line,) = seen
+    assert "storage.process" in line
+    assert "host" not in line
+
+
+def test_a_secret_is_masked_before_a_long_reason_is_cut() -> None:
+    reason = ValueError(f"{'x' * 180} http://user:{'u-Zt58' * 9}@host")
+    assert "u-Zt58" not in watched_process.error_line(reason)
