@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import Config
 from ray.dashboard.modules.job.common import JobInfo
 from ray.job_config import JobConfig
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -61,14 +60,5 @@ def test_the_folders_of_a_driver_travel_in_a_list_that_can_be_replaced() -> None
     assert list(own._get_proto_job_config().py_driver_sys_path) == ["/own"]
 
 
-@pytest.mark.parametrize(("mode", "asks"), [("token", True), ("disabled", False)])
-def test_whether_ray_asks_for_a_token_follows_its_variable(
-    mode: str, asks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    try:
-        Config.initialize("")
-        assert asks_for_token() is asks
-    finally:
-        monkeypatch.undo()
-        Config.initialize("")
+def test_a_local_ray_asks_for_a_token(local_ray: None) -> None:
+    assert asks_for_token() is True
