@@ -12,7 +12,8 @@ from orchestrator.config import PruneConfig
 from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from orchestrator.sources import hub, storage
 from slimllm_ops.allocate.form import Form
-from slimllm_ops.allocate.layer_ratios import measure_layer, require_reachable
+from slimllm_ops.allocate.layer_size import measure_layer
+from slimllm_ops.allocate.reachable import require_reachable
 from slimllm_ops.checkpoint.companions import plan_companions
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint

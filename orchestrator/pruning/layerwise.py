@@ -18,9 +18,9 @@ from slimllm_ops.allocate.layer_ratios import (
     LayerBudget,
     budget_by_ratio,
     budget_by_sparsity,
-    measure_layer,
     published_settings,
 )
+from slimllm_ops.allocate.layer_size import measure_layer
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.stream.passes import LayerStream

@@ -26,7 +26,7 @@ from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.candidates import module_candidates
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
-from slimllm_ops.allocate.layer_ratios import measure_layer, parameters_to_remove
+from slimllm_ops.allocate.layer_size import measure_layer, parameters_to_remove
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paths import LayerPaths, ModulePath

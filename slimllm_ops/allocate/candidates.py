@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from slimllm_ops.allocate.budget import Candidate
-from slimllm_ops.allocate.layer_ratios import LayerSize
+from slimllm_ops.allocate.layer_size import LayerSize
 from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from slimllm_ops.allocate.budget import Candidate, as_one, in_steps
-from slimllm_ops.allocate.layer_ratios import LayerBudget, LayerSize
+from slimllm_ops.allocate.layer_ratios import LayerBudget
+from slimllm_ops.allocate.layer_size import LayerSize
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slimllm_ops.allocate.budget import Candidate
-from slimllm_ops.allocate.layer_ratios import LayerSize
+from slimllm_ops.allocate.layer_size import LayerSize
 from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair

@@ -16,69 +16,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.allocate.layer_size import LayerSize, parameters_to_remove
+from slimllm_ops.allocate.reachable import unreachable
 from slimllm_ops.errors import InputError
-from slimllm_ops.models.families import Branch, layer_shape
 
 # (sparsity, fraction of the layers that is pruned, alpha), as published for LLaMA-7B.
 PUBLISHED = ((0.20, 0.81, 10.0), (0.50, 0.94, 7.0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSize:
-    """The size of a decoder layer; parameters are counts of scalars."""
-
-    num_units: int  # KV groups
-    unit_parameters: int
-    num_channels: int
-    channel_parameters: int
-    # A recovery adds a bias to an output projection that had none.
-    attention_bias_parameters: int
-    mlp_bias_parameters: int
-    parameters: int
-    # With experts, a channel stands for one channel of each expert.
-    num_experts: int = 1
-    # In a uniform model, a single size stands for all layers.
-    num_layers: int = 1
-
-    def removed_parameters(self, units: int, channels: int) -> int:
-        """Return by how many parameters the layer shrinks without these numbers of units and channels."""
-        added = self.attention_bias_parameters * (units > 0) + self.mlp_bias_parameters * (channels > 0)
-        return units * self.unit_parameters + channels * self.channel_parameters - added
-
-
-def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) -> LayerSize:
-    """Return the size of a decoder layer, from the shapes of its tensors.
-
-    Args:
-        checkpoint: The model.
-        layer: The number of the layer.
-        with_bias: Whether recovery adds biases.
-    """
-    shapes = checkpoint.layer_shapes(layer)
-    shape = layer_shape(checkpoint.config, layer)
-    attention, mlp = checkpoint.family.attention, checkpoint.family.mlp
-    return LayerSize(
-        num_units=shape.num_attention_units,
-        unit_parameters=_branch_parameters(shapes, attention) // shape.num_attention_units,
-        num_channels=shape.intermediate_size,
-        channel_parameters=_branch_parameters(shapes, mlp) // shape.intermediate_size,
-        attention_bias_parameters=_added_bias(shapes, attention) if with_bias else 0,
-        mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias and not mlp.has_experts else 0,
-        parameters=sum(math.prod(shape) for shape in shapes.values()),
-        num_experts=shape.num_experts,
-    )
-
-
-def _branch_parameters(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
-    """Return the number of parameters in a branch's units: all except the bias of its output projection."""
-    names = (*branch.input_weights, *(f"{name}.bias" for name in branch.inputs), branch.output_weight)
-    return sum(math.prod(shapes[name]) for name in names if name in shapes)
-
-
-def _added_bias(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
-    """Return how many parameters recovery adds to a branch: a bias, if its output projection has none yet."""
-    return 0 if branch.output_bias in shapes else shapes[branch.output_weight][0]
 
 
 @dataclass(frozen=True)
@@ -96,12 +39,6 @@ class Budget:
 
     layers: tuple[LayerBudget, ...]
     note: str = ""
-
-
-def parameters_to_remove(sizes: Sequence[LayerSize], sparsity: float) -> int:
-    """Return how many parameters a sparsity removes from decoder layers."""
-    # A sparsity computed from a count must give that count again, even if its last digit is rounded down.
-    return int(sparsity * sum(size.parameters for size in sizes) + 1e-3)
 
 
 def published_settings(sparsity: float, num_layers: int) -> tuple[int, float]:
@@ -175,52 +112,8 @@ def budget_by_sparsity(
         if least_missing < channel:
             break
     if nearest is None:
-        raise _unreachable(sizes, sparsity)
+        raise unreachable(sizes, sparsity)
     return nearest
-
-
-def require_reachable(sizes: Sequence[LayerSize], sparsity: float, *, drop_layers: bool = False) -> None:
-    """Check that a sparsity can be reached with one KV group and one channel left in every layer.
-
-    Args:
-        sizes: The size of each layer.
-        sparsity: Fraction of the layers' parameters to remove.
-        drop_layers: Whether whole layers may be removed, all but one.
-
-    Raises:
-        InputError: It cannot be reached, or removes less than any unit; the message says how much is possible.
-    """
-    least, total = _least_removable(sizes), sum(size.parameters for size in sizes)
-    if least is not None and parameters_to_remove(sizes, sparsity) < least:
-        raise InputError(
-            f"sparsity {sparsity:g} removes nothing: the smallest head (KV group) or channel is "
-            f"{math.ceil(1e6 * least / total) / 1e6:g} of the layers; ask for at least that"
-        )
-    if int(sparsity * total) > _most_removable(sizes, drop_layers):
-        raise _unreachable(sizes, sparsity, drop_layers)
-
-
-def _most_removable(sizes: Sequence[LayerSize], drop_layers: bool = False) -> int:
-    most = [size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes]
-    if not drop_layers:
-        return sum(most)
-    least_layer = min((size.parameters - gone) // size.num_layers for size, gone in zip(sizes, most, strict=True))
-    return sum(size.parameters for size in sizes) - least_layer
-
-
-def _least_removable(sizes: Sequence[LayerSize]) -> int | None:
-    """Return the size of the smallest removable unit; None if every layer has one unit and one channel left."""
-    units = [size.removed_parameters(1, 0) for size in sizes if size.num_units > 1]
-    return min(units + [size.removed_parameters(0, 1) for size in sizes if size.num_channels > 1], default=None)
-
-
-def _unreachable(sizes: Sequence[LayerSize], sparsity: float, drop_layers: bool = False) -> InputError:
-    reachable = _most_removable(sizes, drop_layers) / sum(size.parameters for size in sizes)
-    left = "in one layer" if drop_layers else "in every layer"
-    return InputError(
-        f"sparsity {sparsity:g} is not reachable: with one head (KV group) and one channel left {left} "
-        f"it is {reachable:.3f}; ask for less"
-    )
 
 
 def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) -> tuple[LayerBudget, ...] | None:
