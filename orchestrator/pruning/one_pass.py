@@ -179,7 +179,7 @@ def rank_modules(context: RunContext, store: MomentStore, method: Method) -> Ran
             with attempt:
                 submitted = in_flight(_submit_rankings(context.pool, source, store, method))
                 rankings = [pair.map(context.pool.get) for pair in submitted]
-    sizes = [measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)]
+    sizes = form.limited([measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)])
     layers = layer_candidates(sizes, paths) if form.drop_layers else ()
     return Ranked(method, module_candidates(sizes, paths, rankings), form, layers)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slimllm_ops.allocate.budget import removable
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.models.families import Branch, layer_shape
 
@@ -12,7 +13,7 @@ from slimllm_ops.models.families import Branch, layer_shape
 class LayerSize:
     """The size of a decoder layer; parameters are counts of scalars."""
 
-    num_units: int  # KV groups
+    num_units: int  # KV groups; a whole attention is one unit
     unit_parameters: int
     num_channels: int
     channel_parameters: int
@@ -20,10 +21,29 @@ class LayerSize:
     attention_bias_parameters: int
     mlp_bias_parameters: int
     parameters: int
+    # More than one where the whole attention is one unit.
+    kv_heads_per_unit: int = 1
     # With experts, a channel stands for one channel of each expert.
     num_experts: int = 1
-    # In a uniform model, a single size stands for all layers.
+    # In a uniform model, a single size stands for all layers. So does that of their heads, if only those are alike.
     num_layers: int = 1
+    # The greatest fraction of its units, and of its channels, that may go.
+    limit: float = 1.0
+
+    @property
+    def removable_units(self) -> int:
+        """The number of units that may go."""
+        return removable(self.num_units, self.limit)
+
+    @property
+    def removable_channels(self) -> int:
+        """The number of channels that may go."""
+        return removable(self.num_channels, self.limit)
+
+    @property
+    def most_removable(self) -> int:
+        """By how many parameters the layer can shrink."""
+        return self.removed_parameters(self.removable_units, self.removable_channels)
 
     def removed_parameters(self, units: int, channels: int) -> int:
         """Return by how many parameters the layer shrinks without these numbers of units and channels."""
@@ -50,6 +70,7 @@ def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) ->
         attention_bias_parameters=_added_bias(shapes, attention) if with_bias else 0,
         mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias and not mlp.has_experts else 0,
         parameters=sum(math.prod(shape) for shape in shapes.values()),
+        kv_heads_per_unit=shape.num_key_value_heads // shape.num_attention_units,
         num_experts=shape.num_experts,
     )
 
