@@ -64,7 +64,7 @@ def test_a_protected_layer_has_the_sources_bytes_and_the_sparsity_is_met(
 ) -> None:
     run = prune_model(deep_model, keep_layers=(0, -2), **METHODS[method])
     plan = Plan.read(run.output / "pruning" / "plan.json")
-    assert plan.header["settings"]["keep_layers"] == [0, -2]
+    assert plan.header["params"]["keep_layers"] == [0, -2]
     for layer in (0, 3):
         assert (plan.layers[layer].attention, plan.layers[layer].mlp, plan.layers[layer].dropped) == (None, None, False)
     assert not any(layer.dropped for layer in plan.layers)
