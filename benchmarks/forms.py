@@ -1,8 +1,9 @@
 """Measures what each form of a pruned model costs in perplexity: `python -m benchmarks.forms`.
 
 It prunes lab-llama-11m by both methods at 20 and 40 %. The forms are free, equal layers, channels in multiples, no new
-biases, and the last three together, which fits a stock class; `gram` may also drop layers. Each checkpoint that fits a
-stock class is exported to it, which checks that it computes the same to the last bit.
+biases, and the last three together, which fits a stock class; then heads in multiples, as many heads in all layers, and
+protected layers. `gram` may also drop layers. Each checkpoint that fits a stock class is exported to it, which checks
+that it computes the same to the last bit.
 """
 
 import tempfile
@@ -29,6 +30,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "channels by 32": {"multiple_of": 32},
     "no bias": {"no_bias": True},
     "uniform, channels by 32, no bias": {"uniform": True, "multiple_of": 32, "no_bias": True},
+    "heads by 2": {"heads_multiple_of": 2},
+    "tensor parallelism over 2": {"for_tp": 2},
+    "uniform heads": {"uniform_heads": True},
+    "uniform heads, channels by 32, no bias": {"uniform_heads": True, "multiple_of": 32, "no_bias": True},
+    "first and last layer whole": {"keep_layers": (0, -1)},
+    "at most half of a layer": {"max_layer_sparsity": 0.5},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "slimllm": {"method": "slimllm"},

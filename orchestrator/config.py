@@ -121,10 +121,44 @@ class PruneConfig:
         BOTH,
         check=Check(lambda value: 0 <= value < 1, "it must lie in [0, 1)"),
     )
+    keep_layers: tuple[int, ...] = setting(
+        (),
+        "Layers that stay whole, such as 0,1,-1; negative numbers count from the end.",
+        REMOVE,
+        BOTH,
+        metavar="N,N",
+        by_commas=True,
+        tags_models=True,
+    )
+    max_layer_sparsity: float | None = setting(
+        None,
+        "The greatest fraction of its heads, and of its channels, that any layer may lose.",
+        REMOVE,
+        BOTH,
+        check=FRACTION,
+        shown="no limit",
+    )
     uniform: bool = setting(
         False, "Keep the same number of heads and channels in every layer.", "Form", ("prune",), tags_models=True
     )
+    uniform_heads: bool = setting(
+        False, "Keep the same number of heads in every layer.", "Form", BOTH, tags_models=True
+    )
     multiple_of: int = setting(1, "Keep a multiple of N channels in every layer.", "Form", BOTH, check=AT_LEAST_ONE)
+    heads_multiple_of: int = setting(
+        1,
+        "Keep a multiple of N key/value heads, and so of heads, in every layer.",
+        "Form",
+        BOTH,
+        check=AT_LEAST_ONE,
+    )
+    for_tp: int = setting(
+        1,
+        "Keep what divides by N in every layer, for tensor parallelism over N GPUs: heads, key/value heads, channels.",
+        "Form",
+        BOTH,
+        check=AT_LEAST_ONE,
+    )
     no_bias: bool = setting(False, "Recover without new biases.", "Form", ("prune",), tags_models=True)
     drop_layers: bool = setting(
         False, "Remove whole layers where that costs less than heads and channels.", REMOVE, RESUMED, methods=GRAM
@@ -225,6 +259,7 @@ class PruneConfig:
         known = known_methods(self.method)
         require(self.method in known, f"method {self.method!r} is unknown: choose one of {', '.join(known)}")
         self._check_targets()
+        self._check_layers()
         require(
             self.revision is None or self.model is not None,
             f"revision {self.revision!r} is of a hub model, and none is named: pass MODEL, or leave the revision out",
@@ -241,6 +276,23 @@ class PruneConfig:
             "sparsity and ratio were both given: sparsity solves for the ratio, so give one of them",
         )
         require(len(set(self.sparsity)) == len(self.sparsity), "a sparsity was given twice: give each once")
+
+    def _check_layers(self) -> None:
+        for name in ("uniform", "uniform_heads"):
+            require(
+                not (self.keep_layers and getattr(self, name)),
+                f"keep_layers keeps every head of some layers, and {name} as many in all: give one of them",
+            )
+        limit = self.max_layer_sparsity
+        require(
+            limit is None or not self.drop_layers,
+            "max_layer_sparsity limits what a layer loses, and drop_layers takes whole layers: give one of them",
+        )
+        require(
+            limit is None or self.ratio is None or self.ratio <= limit,
+            f"ratio {self.ratio} is the mean of what pruned layers lose, and max_layer_sparsity {limit} the most: "
+            f"lower ratio, or raise max_layer_sparsity",
+        )
 
     def _check_command(self) -> None:
         for name in ("pruned_layers", "alpha"):

@@ -1,5 +1,6 @@
 """Finds and checks a run's inputs, the model's directory and its token blocks, before anything starts."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from orchestrator.secrets import MASK
 from orchestrator.sources import storage
 from orchestrator.sources.models import Model, resolve_model
-from slimllm_ops.allocate.form import Form
-from slimllm_ops.allocate.layer_ratios import measure_layer, require_reachable
+from slimllm_ops.allocate.form import Form, layers_named
+from slimllm_ops.allocate.layer_size import measure_layer
+from slimllm_ops.allocate.reachable import require_reachable
 from slimllm_ops.checkpoint.companions import plan_companions
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -96,16 +98,9 @@ def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
         warn(warning)
     if config.refine:
         require_refinable(source.family)
-    form = Form(
-        uniform=config.uniform,
-        multiple_of=config.multiple_of,
-        with_bias=not config.no_bias,
-        drop_layers=config.drop_layers,
-    )
-    sizes = form.sizes([measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)])
-    for sparsity in config.targets:
-        if sparsity is not None:
-            require_reachable(sizes, sparsity, drop_layers=form.drop_layers)
+    form = _form_of(config, source)
+    for warning in _require_possible(config, source, form):
+        warn(warning)
     defaults = (BUILTIN_HELDOUT,) if config.calibration is None and config.moments is None else ()
     specs = config.evaluate or defaults
     digest, moments = source.digest(), resolve_moments(config.moments)
@@ -119,6 +114,47 @@ def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
         form,
         moments,
     )
+
+
+def _form_of(config: PruneConfig, source: Checkpoint) -> Form:
+    """Return the form of a source's pruned models.
+
+    Raises:
+        InputError: A layer that should stay whole does not exist, or none or too few are left to prune.
+    """
+    whole = layers_named(config.keep_layers, source.num_layers)
+    others = source.num_layers - len(whole)
+    if whole and not others:
+        raise InputError(f"all {source.num_layers} layers are to stay whole: leave one out of --keep-layers")
+    if whole and config.pruned_layers and config.pruned_layers > others:
+        raise InputError(
+            f"{config.pruned_layers} layers are to be pruned, but only {others} need not stay whole: "
+            f"lower --pruned-layers, or name fewer --keep-layers"
+        )
+    return Form(
+        uniform=config.uniform,
+        uniform_heads=config.uniform_heads,
+        multiple_of=math.lcm(config.multiple_of, config.for_tp),
+        heads_multiple_of=math.lcm(config.heads_multiple_of, config.for_tp),
+        with_bias=not config.no_bias,
+        drop_layers=config.drop_layers,
+        whole_layers=whole,
+        limit=config.max_layer_sparsity or 1.0,
+    )
+
+
+def _require_possible(config: PruneConfig, source: Checkpoint, form: Form) -> list[str]:
+    """Check that a source's layers can take a form and reach the sparsities; return what to warn of.
+
+    Raises:
+        InputError: They cannot.
+    """
+    layers = [measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)]
+    sizes = form.sizes(layers)
+    for sparsity in config.targets:
+        if sparsity is not None:
+            require_reachable(sizes, sparsity, drop_layers=form.drop_layers)
+    return form.warnings(layers)
 
 
 def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, moments: Path | None) -> Calibration:

@@ -56,6 +56,7 @@ class Setting:
         metavar: The placeholder for the value in help texts; by default it follows from the type.
         shown: The default in help texts, if it is not the value itself.
         flag: The option, if it is not the name with dashes.
+        by_commas: Whether the option takes several values with commas between them.
         tags_models: Whether MLflow's model page shows it when it is set.
         name: The field's name.
         annotation: The field's type.
@@ -72,6 +73,7 @@ class Setting:
     metavar: str | None = None
     shown: str | None = None
     flag: str | None = None
+    by_commas: bool = False
     tags_models: bool = False
     name: str = ""
     annotation: Any = None

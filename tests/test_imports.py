@@ -24,6 +24,7 @@ MOST_LINES = 300
 # Files that may be longer, and why.
 LONGER = {
     "slimllm_ops/models/families.py": "a table of families",
+    "orchestrator/config.py": "a table of settings",
 }
 MATHEMATICS = {"torch", "transformers", "safetensors", "accelerate", "numpy", "wrapt"}
 

@@ -57,10 +57,26 @@ def option_of(setting: Setting) -> Decorator:
     given: dict[str, Any] = {"help": f"{setting.describe()}.{shown}", "default": None}
     if setting.kind is bool:
         given["is_flag"] = True
+    elif setting.by_commas:
+        given |= {"type": Separated(setting.kind), "metavar": setting.placeholder}
     else:
         given["type"] = click.Choice(setting.choices) if setting.choices else setting.kind
         given |= {"metavar": setting.placeholder, "multiple": setting.repeated}
     return click.option(setting.option, setting.name, **given)
+
+
+class Separated(click.ParamType):
+    """Values with commas between them: "0,1,-1"."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind, self.name = kind, f"{kind.__name__}s"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Return the values of a text."""
+        try:
+            return tuple(map(self.kind, value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} has something else than {self.name} with commas between them", param, ctx)
 
 
 def _with(*options: Decorator) -> Decorator:

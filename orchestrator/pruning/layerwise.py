@@ -18,9 +18,10 @@ from slimllm_ops.allocate.layer_ratios import (
     LayerBudget,
     budget_by_ratio,
     budget_by_sparsity,
-    measure_layer,
+    prunable,
     published_settings,
 )
+from slimllm_ops.allocate.layer_size import measure_layer
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.stream.passes import LayerStream
@@ -59,7 +60,7 @@ def allocate(context: RunContext, similarities: list[float], sparsity: float | N
         similarities = similarities[:1]
     # The paper's published settings fill in the settings that the config leaves out.
     num_pruned, alpha = published_settings(sparsity or config.ratio or 0.0, num_layers)
-    num_pruned = min(config.pruned_layers or num_pruned, len(sizes))
+    num_pruned = min(config.pruned_layers or num_pruned, len(prunable(sizes)))
     alpha = alpha if config.alpha is None else config.alpha
     if sparsity is not None:
         budget = budget_by_sparsity(sizes, similarities, sparsity=sparsity, num_pruned=num_pruned, alpha=alpha)

@@ -26,7 +26,7 @@ from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.candidates import module_candidates
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
-from slimllm_ops.allocate.layer_ratios import measure_layer, parameters_to_remove
+from slimllm_ops.allocate.layer_size import measure_layer, parameters_to_remove
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paths import LayerPaths, ModulePath
@@ -179,7 +179,7 @@ def rank_modules(context: RunContext, store: MomentStore, method: Method) -> Ran
             with attempt:
                 submitted = in_flight(_submit_rankings(context.pool, source, store, method))
                 rankings = [pair.map(context.pool.get) for pair in submitted]
-    sizes = [measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)]
+    sizes = form.limited([measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)])
     layers = layer_candidates(sizes, paths) if form.drop_layers else ()
     return Ranked(method, module_candidates(sizes, paths, rankings), form, layers)
 

@@ -49,6 +49,9 @@ def refine_model(context: RunContext, target: Target, pruned: Checkpoint) -> Non
                 if plans[layer].dropped:
                     shards.each(REFINED, RefinementStream.forward_dropped, layer)
                     tensors = {}
+                elif layer in context.inputs.form.whole_layers:
+                    shards.each(REFINED, RefinementStream.forward_whole, origins.index(layer))
+                    tensors = pruned.read_layer(origins.index(layer))
                 else:
                     tensors = _refine_layer(context, pruned, origins.index(layer))
                 draft.commit_tensors(plans[layer], tensors, shards.first(REFINED, RefinementStream.probe))

@@ -29,7 +29,9 @@ TOLD_OF_A_MODEL = (*(one.name for one in SETTINGS if one.tags_models), "model_di
 
 def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:
     """Return a run's settings and what it ran on, without the credentials of addresses: enough to repeat it."""
-    asked = {name: value for name, value in asdict(config).items() if value is not None and name not in OF_AN_ATTEMPT}
+    asked = {
+        name: value for name, value in asdict(config).items() if value not in (None, ()) and name not in OF_AN_ATTEMPT
+    }
     found = {
         "model": config.model or inputs.name,
         "revision": inputs.model.revision,

@@ -17,32 +17,45 @@ BISECTIONS = 60
 STREAM_WEIGHT = 0.75
 
 
+def removable(number: int, limit: float) -> int:
+    """Return how many of a module's units may go: at most a fraction of them, and never the last one."""
+    # A limit of .29 is stored as a little less, and times 100 it is less than 29.
+    return max(0, min(number - 1, math.floor(limit * number + 1e-9)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A module that units can be removed from.
 
     Attributes:
-        layer: The decoder layer that it belongs to.
+        layer: The decoder layer that it belongs to; the mean, if it stands for modules of several.
         ranking: The order in which its units are removed, and their costs.
         unit_parameters: The number of parameters in a unit.
         bias_parameters: The number of parameters that its recovery adds, once.
         output_variance: The variance of the module's output, summed over the dims: tr(W^T C W).
         stream_power: E|h|^2 of the layer's output, the residual stream.
         units_at_once: The number of units removed together: with experts, one of each.
+        limit: The greatest fraction of the units that may go.
     """
 
-    layer: int
+    layer: float
     ranking: Ranking
     unit_parameters: int
     bias_parameters: int
     output_variance: float
     stream_power: float
     units_at_once: int = 1
+    limit: float = 1.0
 
     @property
     def num_units(self) -> int:
         """The number of units in the module."""
         return len(self.ranking.order)
+
+    @property
+    def removable(self) -> int:
+        """The number of units that may go."""
+        return removable(self.num_units, self.limit)
 
     @property
     def scale(self) -> float:
@@ -64,18 +77,19 @@ def in_steps(candidate: Candidate, width: int) -> Candidate:
     return replace(candidate, ranking=ranking, unit_parameters=candidate.unit_parameters * width)
 
 
-def as_one(candidates: Sequence[Candidate]) -> Candidate:
+def as_one(candidates: Sequence[Candidate], layer: float = 0) -> Candidate:
     """Merge modules of one size that lose the same number of units into one, with their scaled errors summed."""
     costs = tuple(
         sum(one.ranking.costs[index] / one.scale for one in candidates) for index in range(candidates[0].num_units)
     )
     return Candidate(
-        layer=0,
+        layer=layer,
         ranking=Ranking(tuple(range(len(costs))), costs),
         unit_parameters=sum(one.unit_parameters for one in candidates),
         bias_parameters=sum(one.bias_parameters for one in candidates),
         output_variance=1.0,
         stream_power=1.0,
+        limit=min(one.limit for one in candidates),
     )
 
 
@@ -87,11 +101,12 @@ def spend_by_error(candidates: Sequence[Candidate], target: int) -> list[int]:
     alone, they are spared however little they matter. Of the exponents tried, .75 was best over all models
     (docs/method.md).
     """
+    return spend_by_price(candidates, target, error_per_parameter)
 
-    def price(candidate: Candidate, num_removed: int) -> float:
-        return candidate.ranking.costs[num_removed] / candidate.unit_parameters / candidate.scale
 
-    return spend_by_price(candidates, target, price)
+def error_per_parameter(candidate: Candidate, num_removed: int) -> float:
+    """Return the scaled error of removing the next unit of a module, for each of its parameters."""
+    return candidate.ranking.costs[num_removed] / candidate.unit_parameters / candidate.scale
 
 
 def spend_by_standard_score(candidates: Sequence[Candidate], target: int) -> list[int]:
@@ -128,14 +143,14 @@ def spend_by_price(candidates: Sequence[Candidate], target: int, price: Callable
     If a unit would overshoot, it and the rest of its module are skipped; smaller units of other modules fill the gap.
     """
     removed = [0] * len(candidates)
-    queue = [(price(candidate, 0), i) for i, candidate in enumerate(candidates) if candidate.num_units > 1]
+    queue = [(price(candidate, 0), i) for i, candidate in enumerate(candidates) if candidate.removable]
     heapq.heapify(queue)
     missing = target
     while queue:
         _, i = heapq.heappop(queue)
         missing -= (gain := _next_gain(candidates[i], removed[i], missing))
         removed[i] += gain > 0
-        if gain and removed[i] < candidates[i].num_units - 1:
+        if gain and removed[i] < candidates[i].removable:
             heapq.heappush(queue, (price(candidates[i], removed[i]), i))
     _require_spent(candidates, removed, missing)
     return removed
@@ -156,7 +171,7 @@ def _spend_by_shares(candidates: Sequence[Candidate], target: int, shares: Seque
     while given:
         given = False
         for i, candidate in enumerate(candidates):
-            if removed[i] < candidate.num_units - 1 and (gain := _next_gain(candidate, removed[i], missing)):
+            if removed[i] < candidate.removable and (gain := _next_gain(candidate, removed[i], missing)):
                 removed[i], missing, given = removed[i] + 1, missing - gain, True
     _require_spent(candidates, removed, missing)
     return removed
@@ -170,7 +185,7 @@ def _next_gain(candidate: Candidate, num_removed: int, missing: int) -> int:
 
 def _rounded(candidates: Sequence[Candidate], shares: Sequence[float], ratio: float) -> list[int]:
     return [
-        min(int(ratio * share * candidate.num_units), candidate.num_units - 1)
+        min(int(ratio * share * candidate.num_units), candidate.removable)
         for candidate, share in zip(candidates, shares, strict=True)
     ]
 
@@ -182,10 +197,10 @@ def _removed(candidates: Sequence[Candidate], removed: Sequence[int]) -> int:
 def _require_spent(candidates: Sequence[Candidate], removed: Sequence[int], missing: int) -> None:
     """Raise if the target exceeds what the modules can give; a gap smaller than the smallest unit is accepted."""
     target = _removed(candidates, removed) + missing
-    most = _removed(candidates, [candidate.num_units - 1 for candidate in candidates])
+    most = _removed(candidates, [candidate.removable for candidate in candidates])
     if target <= most or missing < min(candidate.unit_parameters for candidate in candidates):
         return
     raise InputError(
-        f"{target:,} parameters should be removed, but with one head (KV group) and one "
-        f"channel left in every layer only {most:,} can be: ask for a lower sparsity"
+        f"{target:,} parameters should be removed, but with the fewest heads (KV groups) and "
+        f"channels that may stay in every layer only {most:,} can be: ask for a lower sparsity"
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from slimllm_ops.allocate.budget import Candidate
-from slimllm_ops.allocate.layer_ratios import LayerSize
+from slimllm_ops.allocate.layer_size import LayerSize
 from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking
@@ -28,6 +28,7 @@ def module_candidates(
                 bias_parameters=size.attention_bias_parameters,
                 output_variance=path.attention.output_variance,
                 stream_power=path.stream_power,
+                limit=size.limit,
             ),
             Candidate(
                 layer=layer,
@@ -37,6 +38,7 @@ def module_candidates(
                 output_variance=path.mlp.output_variance,
                 stream_power=path.stream_power,
                 units_at_once=size.num_experts,
+                limit=size.limit,
             ),
         )
         for layer, (size, path, ranking) in enumerate(zip(sizes, paths, rankings, strict=True))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slimllm_ops.allocate.budget import Candidate
-from slimllm_ops.allocate.layer_ratios import LayerSize
+from slimllm_ops.allocate.layer_size import LayerSize
 from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair
@@ -43,6 +43,7 @@ def layer_candidates(sizes: Sequence[LayerSize], paths: Sequence[LayerPaths]) ->
             bias_parameters=0,
             output_variance=_change(path),
             stream_power=path.stream_power,
+            limit=size.limit,
         )
         for layer, (size, path) in enumerate(zip(sizes, paths, strict=True))
     ]
@@ -65,10 +66,11 @@ def spend_on_layers_too(
     Raises:
         InputError: The target cannot be met, however many layers are dropped.
     """
-    order = sorted(range(len(layers)), key=lambda layer: _error(layers[layer], 1) / layers[layer].unit_parameters)
+    may_go = [layer for layer, one in enumerate(layers) if one.limit > 0]
+    order = sorted(may_go, key=lambda layer: _error(layers[layer], 1) / layers[layer].unit_parameters)
     tried, refused = list[tuple[float, Spent]](), None
-    # At least one layer stays.
-    for number in range(len(layers)):
+    # At least one of them stays.
+    for number in range(len(order)):
         dropped = frozenset(order[:number])
         rest = target - sum(layers[layer].unit_parameters for layer in dropped)
         if rest < 0:

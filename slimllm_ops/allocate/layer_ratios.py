@@ -7,7 +7,8 @@ s_l is the mean cosine between the input and the output of decoder layer l. Over
 and layer l loses round(ratio_l H) heads and round(ratio_l P) channels.
 
 The published code does not bound ratio_l and fails if a layer would lose every head. Here every layer keeps at least
-one KV group and one channel, and the other layers make up the difference.
+one KV group and one channel, and the other layers make up the difference. Layers that must stay whole are not among
+the n. If all layers must keep as many heads, they lose round(ratio w H), where w is the mean of w_l over all layers.
 """
 
 import math
@@ -16,69 +17,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.allocate.gap import close_gap
+from slimllm_ops.allocate.layer_size import LayerSize, parameters_to_remove
+from slimllm_ops.allocate.reachable import unreachable
 from slimllm_ops.errors import InputError
-from slimllm_ops.models.families import Branch, layer_shape
 
 # (sparsity, fraction of the layers that is pruned, alpha), as published for LLaMA-7B.
 PUBLISHED = ((0.20, 0.81, 10.0), (0.50, 0.94, 7.0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSize:
-    """The size of a decoder layer; parameters are counts of scalars."""
-
-    num_units: int  # KV groups
-    unit_parameters: int
-    num_channels: int
-    channel_parameters: int
-    # A recovery adds a bias to an output projection that had none.
-    attention_bias_parameters: int
-    mlp_bias_parameters: int
-    parameters: int
-    # With experts, a channel stands for one channel of each expert.
-    num_experts: int = 1
-    # In a uniform model, a single size stands for all layers.
-    num_layers: int = 1
-
-    def removed_parameters(self, units: int, channels: int) -> int:
-        """Return by how many parameters the layer shrinks without these numbers of units and channels."""
-        added = self.attention_bias_parameters * (units > 0) + self.mlp_bias_parameters * (channels > 0)
-        return units * self.unit_parameters + channels * self.channel_parameters - added
-
-
-def measure_layer(checkpoint: Checkpoint, layer: int, with_bias: bool = True) -> LayerSize:
-    """Return the size of a decoder layer, from the shapes of its tensors.
-
-    Args:
-        checkpoint: The model.
-        layer: The number of the layer.
-        with_bias: Whether recovery adds biases.
-    """
-    shapes = checkpoint.layer_shapes(layer)
-    shape = layer_shape(checkpoint.config, layer)
-    attention, mlp = checkpoint.family.attention, checkpoint.family.mlp
-    return LayerSize(
-        num_units=shape.num_attention_units,
-        unit_parameters=_branch_parameters(shapes, attention) // shape.num_attention_units,
-        num_channels=shape.intermediate_size,
-        channel_parameters=_branch_parameters(shapes, mlp) // shape.intermediate_size,
-        attention_bias_parameters=_added_bias(shapes, attention) if with_bias else 0,
-        mlp_bias_parameters=_added_bias(shapes, mlp) if with_bias and not mlp.has_experts else 0,
-        parameters=sum(math.prod(shape) for shape in shapes.values()),
-        num_experts=shape.num_experts,
-    )
-
-
-def _branch_parameters(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
-    """Return the number of parameters in a branch's units: all except the bias of its output projection."""
-    names = (*branch.input_weights, *(f"{name}.bias" for name in branch.inputs), branch.output_weight)
-    return sum(math.prod(shapes[name]) for name in names if name in shapes)
-
-
-def _added_bias(shapes: dict[str, tuple[int, ...]], branch: Branch) -> int:
-    """Return how many parameters recovery adds to a branch: a bias, if its output projection has none yet."""
-    return 0 if branch.output_bias in shapes else shapes[branch.output_weight][0]
 
 
 @dataclass(frozen=True)
@@ -98,12 +43,6 @@ class Budget:
     note: str = ""
 
 
-def parameters_to_remove(sizes: Sequence[LayerSize], sparsity: float) -> int:
-    """Return how many parameters a sparsity removes from decoder layers."""
-    # A sparsity computed from a count must give that count again, even if its last digit is rounded down.
-    return int(sparsity * sum(size.parameters for size in sizes) + 1e-3)
-
-
 def published_settings(sparsity: float, num_layers: int) -> tuple[int, float]:
     """Return (pruned layers, alpha) for a sparsity: linear between the two published settings, constant outside."""
     (low, low_fraction, low_alpha), (high, high_fraction, high_alpha) = PUBLISHED
@@ -120,11 +59,27 @@ def layer_weights(similarities: Sequence[float], num_pruned: int, alpha: float) 
     return dict(zip(chosen, weights.tolist(), strict=True))
 
 
+def prunable(sizes: Sequence[LayerSize]) -> list[int]:
+    """Return the layers that may lose anything."""
+    return [layer for layer, size in enumerate(sizes) if size.limit > 0 and size.num_channels]
+
+
+def _weights(
+    sizes: Sequence[LayerSize], similarities: Sequence[float], num_pruned: int, alpha: float
+) -> dict[int, float]:
+    """Return the weight of each of the n most similar layers that may lose anything, and of heads that are alike."""
+    layers = prunable(sizes)
+    weights = layer_weights([similarities[layer] for layer in layers], num_pruned, alpha)
+    mean = sum(weights.values()) / len(similarities)
+    alike = {index: mean for index, size in enumerate(sizes) if not size.num_channels}
+    return {layers[index]: weight for index, weight in weights.items()} | alike
+
+
 def budget_by_ratio(
     sizes: Sequence[LayerSize], similarities: Sequence[float], *, ratio: float, num_pruned: int, alpha: float
 ) -> Budget:
     """Allocate by the paper's own settings; if a layer cannot give its share, the others give it instead."""
-    weights = layer_weights(similarities, num_pruned, alpha)
+    weights = _weights(sizes, similarities, num_pruned, alpha)
     asked = sum(
         sizes[layer].unit_parameters * round(ratio * weight * sizes[layer].num_units)
         + sizes[layer].channel_parameters * round(ratio * weight * sizes[layer].num_channels)
@@ -142,9 +97,9 @@ def budget_by_ratio(
     if met is None:
         raise InputError(
             f"ratio {ratio:g} over {num_pruned} layers (alpha {alpha:g}) asks for {asked:,} parameters, more than "
-            f"these layers have beyond one head and one channel each: lower --ratio or raise --pruned-layers"
+            f"these layers may lose: lower --ratio or raise --pruned-layers"
         )
-    return Budget(met, "some layers cannot give their share and keep one head or channel: others give it")
+    return Budget(met, "some layers cannot give their share and keep what they must: others give it")
 
 
 def budget_by_sparsity(
@@ -161,13 +116,13 @@ def budget_by_sparsity(
     layers cannot meet the target, more layers are pruned, and the note says so.
 
     Raises:
-        InputError: All layers together cannot meet the target with one KV group and one channel left in each.
+        InputError: All layers together cannot meet the target with what must stay in each.
     """
     target = parameters_to_remove(sizes, sparsity)
-    channel = min(size.channel_parameters for size in sizes)
+    channel = min(size.channel_parameters for size in sizes if size.num_channels)
     nearest, least_missing = None, math.inf
-    for pruned in range(num_pruned, len(sizes) + 1):
-        layers = _meet(sizes, layer_weights(similarities, pruned, alpha), target)
+    for pruned in range(num_pruned, len(prunable(sizes)) + 1):
+        layers = _meet(sizes, _weights(sizes, similarities, pruned, alpha), target)
         # The layers pruned so far may have no channel left to fill the gap; the next layer may have some.
         if layers is not None and (missing := target - _removed(sizes, layers)) < least_missing:
             note = f"{num_pruned} layers are not enough: {pruned} are pruned" if pruned > num_pruned else ""
@@ -175,52 +130,8 @@ def budget_by_sparsity(
         if least_missing < channel:
             break
     if nearest is None:
-        raise _unreachable(sizes, sparsity)
+        raise unreachable(sizes, sparsity)
     return nearest
-
-
-def require_reachable(sizes: Sequence[LayerSize], sparsity: float, *, drop_layers: bool = False) -> None:
-    """Check that a sparsity can be reached with one KV group and one channel left in every layer.
-
-    Args:
-        sizes: The size of each layer.
-        sparsity: Fraction of the layers' parameters to remove.
-        drop_layers: Whether whole layers may be removed, all but one.
-
-    Raises:
-        InputError: It cannot be reached, or removes less than any unit; the message says how much is possible.
-    """
-    least, total = _least_removable(sizes), sum(size.parameters for size in sizes)
-    if least is not None and parameters_to_remove(sizes, sparsity) < least:
-        raise InputError(
-            f"sparsity {sparsity:g} removes nothing: the smallest head (KV group) or channel is "
-            f"{math.ceil(1e6 * least / total) / 1e6:g} of the layers; ask for at least that"
-        )
-    if int(sparsity * total) > _most_removable(sizes, drop_layers):
-        raise _unreachable(sizes, sparsity, drop_layers)
-
-
-def _most_removable(sizes: Sequence[LayerSize], drop_layers: bool = False) -> int:
-    most = [size.removed_parameters(size.num_units - 1, size.num_channels - 1) for size in sizes]
-    if not drop_layers:
-        return sum(most)
-    least_layer = min((size.parameters - gone) // size.num_layers for size, gone in zip(sizes, most, strict=True))
-    return sum(size.parameters for size in sizes) - least_layer
-
-
-def _least_removable(sizes: Sequence[LayerSize]) -> int | None:
-    """Return the size of the smallest removable unit; None if every layer has one unit and one channel left."""
-    units = [size.removed_parameters(1, 0) for size in sizes if size.num_units > 1]
-    return min(units + [size.removed_parameters(0, 1) for size in sizes if size.num_channels > 1], default=None)
-
-
-def _unreachable(sizes: Sequence[LayerSize], sparsity: float, drop_layers: bool = False) -> InputError:
-    reachable = _most_removable(sizes, drop_layers) / sum(size.parameters for size in sizes)
-    left = "in one layer" if drop_layers else "in every layer"
-    return InputError(
-        f"sparsity {sparsity:g} is not reachable: with one head (KV group) and one channel left {left} "
-        f"it is {reachable:.3f}; ask for less"
-    )
 
 
 def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) -> tuple[LayerBudget, ...] | None:
@@ -242,7 +153,46 @@ def _meet(sizes: Sequence[LayerSize], weights: dict[int, float], target: int) ->
     for layer in weights:
         missing -= _take(sizes[layer], layers, layer, missing, units=above[layer].units)
     _fill_with_channels(sizes, list(weights), layers, missing)
+    if any(size.limit < 1 or not size.num_channels for size in sizes):
+        return _exchange(sizes, weights, layers, target)
     return tuple(layers)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """The heads or the channels of a layer; `weight` is the layer's."""
+
+    number: int
+    removable: int
+    unit_parameters: int
+    bias_parameters: int
+    weight: float
+
+    def removed_parameters(self, num_removed: int) -> int:
+        """Return by how many parameters the module shrinks without some units."""
+        return num_removed * self.unit_parameters - self.bias_parameters * (num_removed > 0)
+
+
+def _exchange(
+    sizes: Sequence[LayerSize], weights: dict[int, float], layers: Sequence[LayerBudget], target: int
+) -> tuple[LayerBudget, ...]:
+    """Remove heads in place of channels where the pruned layers have lost all channels that they may."""
+    modules = [
+        _Module(number, may_go * (layer in weights), parameters, bias, weights.get(layer, 0.0))
+        for layer, size in enumerate(sizes)
+        for number, may_go, parameters, bias in (
+            (size.num_units, size.removable_units, size.unit_parameters, size.attention_bias_parameters),
+            (size.num_channels, size.removable_channels, size.channel_parameters, size.mlp_bias_parameters),
+        )
+    ]
+    removed = [count for layer in layers for count in (layer.units, layer.channels)]
+
+    def ratio(index: int, count: int) -> float:
+        # A unit goes when the ratio, times the layer's weight, comes to it.
+        return (count + 1) / modules[index].number / max(modules[index].weight, 1e-300)
+
+    counts = iter(close_gap(modules, removed, target, ratio))
+    return tuple(replace(layer, units=next(counts), channels=next(counts)) for layer in layers)
 
 
 def _fill_with_channels(
@@ -253,7 +203,7 @@ def _fill_with_channels(
         still_open = []
         for layer in open_layers:
             channels = layers[layer].channels + 1
-            if channels < sizes[layer].num_channels:
+            if channels <= sizes[layer].removable_channels:
                 taken = _take(sizes[layer], layers, layer, missing, channels=channels)
                 missing -= taken
                 still_open += [layer] * (taken > 0)
@@ -275,8 +225,8 @@ def _round_ratio(sizes: Sequence[LayerSize], weights: dict[int, float], ratio: f
     layers = []
     for layer, size in enumerate(sizes):
         share = ratio * weights.get(layer, 0.0)
-        units = min(round(share * size.num_units), size.num_units - 1)
-        channels = min(round(share * size.num_channels), size.num_channels - 1)
+        units = min(round(share * size.num_units), size.removable_units)
+        channels = min(round(share * size.num_channels), size.removable_channels)
         layers.append(LayerBudget(share, units, channels))
     return tuple(layers)
 

@@ -99,8 +99,12 @@ class RefinementStream:
 
     def forward_refined(self, layer: int, refined: Checkpoint) -> None:
         """Run a refined layer in both streams, without observing it."""
-        self.forward_dropped(self._origins[layer])
         self._replace(layer, refined.read_layer(layer))
+        self.forward_whole(layer)
+
+    def forward_whole(self, layer: int) -> None:
+        """Run a layer in both streams with the weights that it has, without observing it."""
+        self.forward_dropped(self._origins[layer])
         self.pruned.forward_pruned(layer, LayerPlan())
 
     def forward_dropped(self, layer: int) -> None:

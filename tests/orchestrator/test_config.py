@@ -33,7 +33,7 @@ TAKEN: dict[type, list[tuple[Any, Any]]] = {
 REFUSED: dict[type, list[Any]] = {
     str: [3, 0.5, True, b"a", object(), {"a": 1}, "a\0b", ("a", 3), Path("s3://bucket/model")],
     bool: [0, 1, "true", 1.0, [], np.int64(1), object()],
-    int: ["3", 3.0, True, np.float64(3), np.True_, float("nan"), b"3", [3], {"a": 1}, 10**5000, np.array([3])],
+    int: ["3", 3.0, True, np.float64(3), np.True_, float("nan"), b"3", {"a": 1}, 10**5000, [[3]], np.array([[3]])],
     float: ["0.5", True, float("nan"), np.nan, 1j, b"1", {"a": 1}, 10**5000, np.True_, np.array(["0.5"])],
 }
 
@@ -139,6 +139,22 @@ def test_none_stands_for_a_setting_that_is_not_given_where_that_may_be(one: Sett
         ({"pruned_layers": 0}, "pruned_layers is 0"),
         ({"gpus_per_worker": -1.0}, "one GPU at most, so pass 0 to 1"),
         ({"gpus_per_worker": 1.5}, "one GPU at most, so pass 0 to 1"),
+        ({"heads_multiple_of": 0}, "heads_multiple_of is 0: it must be at least 1"),
+        ({"for_tp": -2}, "for_tp is -2: it must be at least 1"),
+        ({"max_layer_sparsity": 1.0}, "max_layer_sparsity is 1.0: it must lie between"),
+        (
+            {"uniform": True, "keep_layers": 0},
+            "keep_layers keeps every head of some layers, and uniform as many in all",
+        ),
+        ({"uniform_heads": True, "keep_layers": -1}, "every head of some layers, and uniform_heads as many in all"),
+        (
+            {"method": "gram", "drop_layers": True, "max_layer_sparsity": 0.5},
+            "drop_layers takes whole layers: give one",
+        ),
+        (
+            {"ratio": 0.5, "max_layer_sparsity": 0.3},
+            "ratio 0.5 is the mean .* and max_layer_sparsity 0.3 the most: lower",
+        ),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], said: str) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orchestrator.config import ConfigError, PruneConfig, read_config_file
 from orchestrator.data import DataError, TextOptions, load_tokens
-from slimllm_ops.allocate.layer_ratios import measure_layer
+from slimllm_ops.allocate.layer_size import measure_layer
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.tensor_index import INDEX, SINGLE
 from slimllm_ops.errors import InputError

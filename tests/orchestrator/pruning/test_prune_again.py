@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.pipeline import PruneResult
-from slimllm_ops.allocate.layer_ratios import measure_layer
+from slimllm_ops.allocate.layer_size import measure_layer
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import Decision, LayerPlan, Plan
 from slimllm_ops.models.families import Branch, Family, family_named, layer_shape

@@ -21,7 +21,7 @@ from tests.conftest import content
 from tests.orchestrator.conftest import PruneModel
 
 CASES: dict[str, dict[str, Any]] = {
-    "slimllm": {"ratio": 0.3, "alpha": 3.0, "keep_lowest": 0.0},
+    "slimllm": {"ratio": 0.3, "alpha": 3.0, "keep_lowest": 0.0, "keep_layers": (0, -3), "max_layer_sparsity": 0.8},
     "gram": {"method": "gram", "sparsity": (0.2, 0.4), "multiple_of": 4, "no_bias": True},
 }
 # Given, so that what is noted of them is the same: the file has what was settled, where nothing was given.
@@ -50,7 +50,8 @@ def test_it_has_every_setting_that_the_result_depends_on_and_says_of_what(
     settings = read_config_file(run_file)
     asked = {field.name for field in fields(PruneConfig)} - OF_AN_ATTEMPT - PLACES
     # What was not given and has no default stays out.
-    assert asked - settings.keys() == {"moments", "ratio", "pruned_layers", "alpha", "revision", "evaluate_tokens"}
+    unasked = {"moments", "ratio", "pruned_layers", "alpha", "revision", "evaluate_tokens", "max_layer_sparsity"}
+    assert asked - settings.keys() == unasked
     assert settings["workers"] >= 1
     assert settings["sparsity"] == (0.33,)
     assert settings["calibration"] == str(token_file)

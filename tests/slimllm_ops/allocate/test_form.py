@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from slimllm_ops.allocate.budget import Candidate, spend_by_error
 from slimllm_ops.allocate.form import Form
-from slimllm_ops.allocate.layer_ratios import LayerSize, budget_by_sparsity, measure_layer
+from slimllm_ops.allocate.layer_ratios import budget_by_sparsity
+from slimllm_ops.allocate.layer_size import LayerSize, measure_layer
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.decide.least_squares import Refit, refit

@@ -9,7 +9,7 @@ import pytest
 from slimllm_ops.allocate.budget import Candidate, spend_by_error
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
-from slimllm_ops.allocate.layer_ratios import LayerSize
+from slimllm_ops.allocate.layer_size import LayerSize
 from slimllm_ops.decide.paths import LayerPaths, ModulePath
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimllm_ops.allocate.layer_ratios import measure_layer
+from slimllm_ops.allocate.layer_size import measure_layer
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.least_squares import Refit
 from slimllm_ops.decide.paper import decide_channels
