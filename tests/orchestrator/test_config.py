@@ -218,5 +218,5 @@ def test_a_file_with_a_mistake_is_refused(tmp_path: Path, text: str, said: str) 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         read_config_file(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="cannot be read: it is a directory"):
         read_config_file(tmp_path)
