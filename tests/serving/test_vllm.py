@@ -51,7 +51,7 @@ def serve(model: Path, home: Path, **settings: object) -> dict[str, Any]:
         text=True,
         env=environment,
         cwd=home,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
