@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from slimllm_ops.models.config_checks import PER_LAYER_KINDS
 from slimllm_ops.models.families import Family
 
 SIZES: dict[str, Any] = {
@@ -18,19 +19,18 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LONGER = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # What differs by family: tied embeddings, sliding windows, kinds of layers, multipliers, scaled rotary tables.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
-        "tie_word_embeddings": True,
-    },
+    "llama": {"rope_parameters": LONGER, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},
@@ -42,12 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 4.0,
     },
-    "gemma3_text": {
-        "head_dim": 12,
-        "sliding_window": 8,
-        "query_pre_attn_scalar": 12,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
+    "gemma3_text": WINDOWS | {"head_dim": 12, "query_pre_attn_scalar": 12},
     "granite": {
         "attention_multiplier": 0.3,
         "residual_multiplier": 0.4,
@@ -70,7 +65,10 @@ def tiny_config(family: Family, **settings: Any) -> PretrainedConfig:
     """Return the config of a small model of a family."""
     sizes = SIZES | ({} if family.model_type in MULTI_HEAD else {"num_key_value_heads": 2})
     sizes |= {family.intermediate_size: 48}
-    return AutoConfig.for_model(family.model_type, **(sizes | SETTINGS.get(family.model_type, {}) | settings))
+    sizes |= SETTINGS.get(family.model_type, {}) | settings
+    # One value for each layer.
+    sizes |= {key: sizes[key][: sizes["num_hidden_layers"]] for key in PER_LAYER_KINDS if key in sizes}
+    return AutoConfig.for_model(family.model_type, **sizes)
 
 
 def save_tiny(family: Family, directory: Path, **settings: Any) -> Path:

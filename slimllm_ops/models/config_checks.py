@@ -169,7 +169,7 @@ def _check_sizes(described: dict[str, Any]) -> None:
 
 def _check_positions(described: dict[str, Any]) -> None:
     """Check the numbers used by the rotary tables and the norms."""
-    for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon"):
+    for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"):
         epsilon = described.get(key, 0)
         if not _number(epsilon) or not 0 <= epsilon <= 1:
             raise _wrong(key, epsilon, "a number from 0 to 1")

@@ -18,7 +18,7 @@ ones. A unit is a channel of one expert, and units are numbered expert by expert
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -184,7 +184,7 @@ class Family:
         mlp_reading: What the MLP does around its linear maps.
         intermediate_size: The config's name for the number of channels.
         residual_multiplier: The config's name for the multiplier of what branches add, if it has one.
-        parallel: The config's name for the flag that makes the MLP read the attention's input, if it has one.
+        parallel: Whether the MLP reads the attention's input, or the config's name for the flag that says so.
         requires: Settings with a single supported value: name, value, and the reason if it needs one.
         stored_as: Modules outside the layers, and their names in dense checkpoints if those differ.
         stored: Tensors of the layers that dense checkpoints store under another name or in parts.
@@ -200,7 +200,7 @@ class Family:
     mlp_reading: Reading = Reading(norm="post_attention_layernorm")
     intermediate_size: str = "intermediate_size"
     residual_multiplier: str | None = None
-    parallel: str | None = None
+    parallel: str | bool = False
     requires: tuple[tuple[str, object, str], ...] = ()
     stored_as: tuple[tuple[str, str], ...] = ()
     stored: tuple[Stored, ...] = ()
@@ -257,14 +257,28 @@ class Family:
 
     def is_parallel(self, config: PretrainedConfig) -> bool:
         """Return whether a layer's MLP reads the same input as its attention."""
-        return self.parallel is not None and getattr(config, self.parallel)
+        return self.parallel if isinstance(self.parallel, bool) else bool(getattr(config, self.parallel))
 
 
-# Gemma 2 and 3 normalise the input and output of a branch, OLMo 2 only the output.
+# Gemma 2 and 3 normalise the input and output of a branch, OLMo 2 and EXAONE 4 only the output.
 _GEMMA_ATTENTION = Reading(norm="input_layernorm", output_norm="post_attention_layernorm")
 _GEMMA_MLP = Reading(norm="pre_feedforward_layernorm", output_norm="post_feedforward_layernorm")
+_NORMED_OUTPUTS = Pair(
+    Reading(norm=None, output_norm="post_attention_layernorm"),
+    Reading(norm=None, output_norm="post_feedforward_layernorm"),
+)
+_NORMED_TOGETHER = "its q_norm and k_norm normalise all heads together, so removing one changes the others"
+_WITHOUT_GATE = LinearNames("mlp", ("up_proj",), "down_proj")
+_FUSED_GATE = LinearNames("mlp", ("gate_up_proj",), "down_proj")
 _ALL_ALIKE = "otherwise some layers have a plain MLP of another width, which is not supported"
 _EXPERTS = Reading(norm="post_attention_layernorm", stacked=2, experts=Experts())
+# How checkpoints store the experts of most families.
+_BY_EXPERT = (
+    Stored(
+        "mlp.experts.gate_up_proj", ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight")
+    ),
+    Stored("mlp.experts.down_proj", ("mlp.experts.{expert}.down_proj.weight",)),
+)
 
 FAMILIES = (
     Family(name="Llama", model_type="llama"),
@@ -284,7 +298,7 @@ FAMILIES = (
         name="Phi3",
         model_type="phi3",
         attention_names=LinearNames("self_attn", ("qkv_proj",), "o_proj"),
-        mlp_names=LinearNames("mlp", ("gate_up_proj",), "down_proj"),
+        mlp_names=_FUSED_GATE,
         attention_reading=Reading(norm="input_layernorm", stacked=3),
         mlp_reading=Reading(norm="post_attention_layernorm", stacked=2),
     ),
@@ -292,12 +306,8 @@ FAMILIES = (
     Family(
         name="Olmo2",
         model_type="olmo2",
-        attention_reading=Reading(
-            norm=None,
-            output_norm="post_attention_layernorm",
-            whole="its q_norm and k_norm normalise all heads together, so removing one changes the others",
-        ),
-        mlp_reading=Reading(norm=None, output_norm="post_feedforward_layernorm"),
+        attention_reading=replace(_NORMED_OUTPUTS.attention, whole=_NORMED_TOGETHER),
+        mlp_reading=_NORMED_OUTPUTS.mlp,
     ),
     Family(name="SmolLM3", model_type="smollm3"),
     Family(name="Starcoder2", model_type="starcoder2", mlp_names=LinearNames("mlp", ("c_fc",), "c_proj")),
@@ -343,13 +353,7 @@ FAMILIES = (
         mlp_reading=_EXPERTS,
         intermediate_size="moe_intermediate_size",
         requires=(("decoder_sparse_step", 1, _ALL_ALIKE), ("mlp_only_layers", [], _ALL_ALIKE)),
-        stored=(
-            Stored(
-                "mlp.experts.gate_up_proj",
-                ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
-            ),
-            Stored("mlp.experts.down_proj", ("mlp.experts.{expert}.down_proj.weight",)),
-        ),
+        stored=_BY_EXPERT,
     ),
 )
 
