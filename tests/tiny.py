@@ -56,6 +56,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.25},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "qwen3_moe": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 12, "norm_topk_prob": False},
+    "olmo3": WINDOWS
+    | {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+        }
+    },
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

@@ -355,6 +355,12 @@ FAMILIES = (
         requires=(("decoder_sparse_step", 1, _ALL_ALIKE), ("mlp_only_layers", [], _ALL_ALIKE)),
         stored=_BY_EXPERT,
     ),
+    Family(
+        name="Olmo3",
+        model_type="olmo3",
+        attention_reading=replace(_NORMED_OUTPUTS.attention, whole=_NORMED_TOGETHER),
+        mlp_reading=_NORMED_OUTPUTS.mlp,
+    ),
 )
 
 
