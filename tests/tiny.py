@@ -63,6 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
         }
     },
+    "seed_oss": {"head_dim": 12, "attention_bias": True, "attention_out_bias": False},
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

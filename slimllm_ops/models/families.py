@@ -361,6 +361,7 @@ FAMILIES = (
         attention_reading=replace(_NORMED_OUTPUTS.attention, whole=_NORMED_TOGETHER),
         mlp_reading=_NORMED_OUTPUTS.mlp,
     ),
+    Family(name="SeedOss", model_type="seed_oss"),
 )
 
 
