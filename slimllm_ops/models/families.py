@@ -362,6 +362,12 @@ FAMILIES = (
         mlp_reading=_NORMED_OUTPUTS.mlp,
     ),
     Family(name="SeedOss", model_type="seed_oss"),
+    Family(
+        name="Exaone4",
+        model_type="exaone4",
+        attention_reading=_NORMED_OUTPUTS.attention,
+        mlp_reading=_NORMED_OUTPUTS.mlp,
+    ),
 )
 
 
