@@ -65,6 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "seed_oss": {"head_dim": 12, "attention_bias": True, "attention_out_bias": False},
     "exaone4": WINDOWS,
+    "ernie4_5": {"head_dim": 12},
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

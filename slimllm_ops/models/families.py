@@ -368,6 +368,7 @@ FAMILIES = (
         attention_reading=_NORMED_OUTPUTS.attention,
         mlp_reading=_NORMED_OUTPUTS.mlp,
     ),
+    Family(name="Ernie4_5", model_type="ernie4_5"),
 )
 
 
