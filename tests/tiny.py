@@ -66,6 +66,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "seed_oss": {"head_dim": 12, "attention_bias": True, "attention_out_bias": False},
     "exaone4": WINDOWS,
     "ernie4_5": {"head_dim": 12},
+    "hunyuan_v1_dense": {
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+    },
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

@@ -369,6 +369,7 @@ FAMILIES = (
         mlp_reading=_NORMED_OUTPUTS.mlp,
     ),
     Family(name="Ernie4_5", model_type="ernie4_5"),
+    Family(name="HunYuanDenseV1", model_type="hunyuan_v1_dense"),
 )
 
 
