@@ -370,6 +370,13 @@ FAMILIES = (
     ),
     Family(name="Ernie4_5", model_type="ernie4_5"),
     Family(name="HunYuanDenseV1", model_type="hunyuan_v1_dense"),
+    Family(
+        name="Apertus",
+        model_type="apertus",
+        mlp_names=_WITHOUT_GATE,
+        attention_reading=Reading(norm="attention_layernorm"),
+        mlp_reading=Reading(norm="feedforward_layernorm"),
+    ),
 )
 
 

@@ -126,6 +126,14 @@ def test_a_missing_head_is_not_made_up(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
+def test_a_missing_constant_of_an_activation_is_named(tmp_path: Path) -> None:
+    save_tiny(family_named("apertus"), tmp_path)
+    lost = "model.layers.1.mlp.act_fn.beta"
+    rewrite(tmp_path, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lost})
+    with pytest.raises(CheckpointError, match=r"layer 1 .* has no mlp\.act_fn\.beta: the checkpoint is incomplete"):
+        Checkpoint.open(tmp_path)
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     save_tiny(family_named("llama"), tmp_path)
     rewrite(tmp_path, lambda tensors: tensors | {"norm.weight": tensors["model.norm.weight"]})
