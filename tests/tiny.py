@@ -71,6 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
     },
     "apertus": {"rope_parameters": LONGER},
+    "nemotron": {"head_dim": 12},
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

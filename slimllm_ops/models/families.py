@@ -377,6 +377,7 @@ FAMILIES = (
         attention_reading=Reading(norm="attention_layernorm"),
         mlp_reading=Reading(norm="feedforward_layernorm"),
     ),
+    Family(name="Nemotron", model_type="nemotron", mlp_names=_WITHOUT_GATE),
 )
 
 
