@@ -378,6 +378,12 @@ FAMILIES = (
         mlp_reading=Reading(norm="feedforward_layernorm"),
     ),
     Family(name="Nemotron", model_type="nemotron", mlp_names=_WITHOUT_GATE),
+    Family(
+        name="Glm",
+        model_type="glm",
+        mlp_names=_FUSED_GATE,
+        mlp_reading=Reading(norm="post_attention_layernorm", stacked=2),
+    ),
 )
 
 
