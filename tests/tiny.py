@@ -73,6 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": LONGER},
     "nemotron": {"head_dim": 12},
     "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

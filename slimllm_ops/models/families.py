@@ -384,6 +384,13 @@ FAMILIES = (
         mlp_names=_FUSED_GATE,
         mlp_reading=Reading(norm="post_attention_layernorm", stacked=2),
     ),
+    Family(
+        name="Glm4",
+        model_type="glm4",
+        mlp_names=_FUSED_GATE,
+        attention_reading=Reading(norm="input_layernorm", output_norm="post_self_attn_layernorm"),
+        mlp_reading=Reading(norm="post_attention_layernorm", output_norm="post_mlp_layernorm", stacked=2),
+    ),
 )
 
 
