@@ -74,6 +74,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 12},
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
+    "cohere2": WINDOWS | {"logit_scale": 0.25},
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

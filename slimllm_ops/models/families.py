@@ -391,6 +391,12 @@ FAMILIES = (
         attention_reading=Reading(norm="input_layernorm", output_norm="post_self_attn_layernorm"),
         mlp_reading=Reading(norm="post_attention_layernorm", output_norm="post_mlp_layernorm", stacked=2),
     ),
+    Family(
+        name="Cohere2",
+        model_type="cohere2",
+        mlp_reading=Reading(norm="input_layernorm"),
+        parallel=True,
+    ),
 )
 
 
