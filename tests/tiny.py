@@ -75,6 +75,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
     "cohere2": WINDOWS | {"logit_scale": 0.25},
+    "ministral": WINDOWS | {"head_dim": 12},
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

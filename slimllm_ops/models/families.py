@@ -397,6 +397,7 @@ FAMILIES = (
         mlp_reading=Reading(norm="input_layernorm"),
         parallel=True,
     ),
+    Family(name="Ministral", model_type="ministral"),
 )
 
 
