@@ -76,6 +76,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 12},
     "cohere2": WINDOWS | {"logit_scale": 0.25},
     "ministral": WINDOWS | {"head_dim": 12},
+    "ministral3": {
+        "head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

@@ -398,6 +398,7 @@ FAMILIES = (
         parallel=True,
     ),
     Family(name="Ministral", model_type="ministral"),
+    Family(name="Ministral3", model_type="ministral3"),
 )
 
 
