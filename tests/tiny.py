@@ -86,6 +86,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.5,
         },
     },
+    "olmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0},
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")

@@ -399,6 +399,14 @@ FAMILIES = (
     ),
     Family(name="Ministral", model_type="ministral"),
     Family(name="Ministral3", model_type="ministral3"),
+    Family(
+        name="Olmoe",
+        model_type="olmoe",
+        mlp_names=PrunedExpertsMixin.mlp_names,
+        attention_reading=Reading(norm="input_layernorm", whole=_NORMED_TOGETHER),
+        mlp_reading=_EXPERTS,
+        stored=_BY_EXPERT,
+    ),
 )
 
 
