@@ -29,6 +29,7 @@ from torch import Tensor
 from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.models.pair import Pair
 from slimllm_ops.models.pruned.pruned_layers import LinearNames, PrunedExpertsMixin, PrunedModelMixin
+from slimllm_ops.models.refusals import reason_against
 from slimllm_ops.models.tensor_layout import Stored
 
 # Processes that only solve read this table, and do not need transformers, which takes seconds to import.
@@ -426,17 +427,30 @@ def family_named(model_type: object) -> Family:
         CheckpointError: The table has no such family.
     """
     for family in FAMILIES:
-        if model_type in (family.model_type, f"pruned_{family.model_type}"):
+        if model_type in _types_of(family):
             return family
-    found = (
-        "no model_type is given"
-        if model_type is None
-        else f"models of type {shown(repr(model_type))} are not supported"
-    )
+    if model_type is None:
+        found = "no model_type is given"
+    elif reason := reason_against(model_type):
+        raise CheckpointError(
+            f"models of type {model_type!r} are not supported: {reason} (`slimllm families` lists those that are)"
+        )
+    else:
+        found = f"models of type {shown(repr(model_type))} are not supported"
     raise CheckpointError(
         f"{found}; supported: {', '.join(family.model_type for family in FAMILIES)} "
         f"(docs/families.md says how to add one)"
     )
+
+
+def is_supported(model_type: object) -> bool:
+    """Return whether the table has a family for a `model_type`."""
+    return any(model_type in _types_of(family) for family in FAMILIES)
+
+
+def _types_of(family: Family) -> tuple[str, str]:
+    """Return the `model_type` of a family's dense models, and that of its pruned ones."""
+    return family.model_type, f"pruned_{family.model_type}"
 
 
 @dataclass(frozen=True)

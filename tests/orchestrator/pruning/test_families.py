@@ -172,7 +172,7 @@ with torch.inference_mode():
     assert (name, float(power)) == ("PrunedPhi3Model", pytest.approx(expected, rel=1e-4))
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Granite", "Olmo2", "OPT", "Phi3", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["Gemma2", "Granite", "Olmo2", "OPT", "Phi3", "GPTNeoX", "Apertus", "Cohere2", "Glm4"])
 def test_refining_brings_every_build_nearer_to_the_dense_model(
     name: str,
     runs: Runs,
