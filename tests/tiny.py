@@ -1,5 +1,6 @@
 """Builds a small random model of every family, with norms and biases that differ from a fresh model's."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from slimllm_ops.models.config_checks import PER_LAYER_KINDS
-from slimllm_ops.models.families import Family
+from slimllm_ops.models.families import FAMILIES, Family
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -90,6 +91,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # The families whose every head has its own keys and values.
 MULTI_HEAD = ("opt", "gpt_neox")
+
+
+def first_of_build(family: Family) -> bool:
+    """Return whether no earlier row of the table describes layers that are built alike."""
+    builds = [replace(one, name="", model_type="", file="") for one in FAMILIES]
+    return builds.index(builds[FAMILIES.index(family)]) == FAMILIES.index(family)
 
 
 def tiny_config(family: Family, **settings: Any) -> PretrainedConfig:
