@@ -159,8 +159,10 @@ def _own(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
     described = {name: value for name, value in dense.items() if name not in (*PER_LAYER_SIZES, *PER_LAYER_FLAGS)}
     described.pop("auto_map", None)
     described |= _sizes(source, shape) | {source.family.intermediate_size: shape.intermediate_size}
-    # A family with one of these settings applies it to all projections of the module.
-    for setting, branch in (("attention_bias", source.family.attention), ("mlp_bias", source.family.mlp)):
+    attention, mlp = source.family.branches
+    # What a setting gives biases to is zero where the model has none.
+    settings = (("attention_bias", attention), ("attention_out_bias", attention), ("mlp_bias", mlp))
+    for setting, branch in (*settings, ("use_bias", attention), ("use_bias", mlp)):
         if setting in described and any(source.has(layer, branch.output_bias) for layer in range(source.num_layers)):
             described[setting] = True
     return _named(described, source.family.model_type, source.family.name)

@@ -42,13 +42,14 @@ def require_fit(index: TensorIndex, model: "PreTrainedModel") -> None:
     Raises:
         CheckpointError: A tensor is missing or does not match; the message names it.
     """
-    # `named_parameters` lists a tied weight once, as the index does.
-    for name, parameter in model.named_parameters():
-        for held, _ in index.stored_parts(name, tuple(parameter.shape)):
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # `named_parameters` lists a tied weight once, as the index does. Some activations have constants in buffers.
+    needed = (*model.named_parameters(), *((name, one) for name, one in model.named_buffers() if name in shapes))
+    for name, tensor in needed:
+        for held, _ in index.stored_parts(name, tuple(tensor.shape)):
             if held not in index.files:
                 described, key = index.place_of(held)
                 raise CheckpointError(f"{described} has no {key}: the checkpoint is incomplete")
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored_shapes = (one for name, shape in shapes.items() for one in index.stored_parts(name, shape))
     expected = {name: shape for name, shape in stored_shapes if name in index.files}
     for file_name in sorted({index.files[name].file for name in expected}):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.files import read_json_object
-from slimllm_ops.models.families import Family, family_named
+from slimllm_ops.models.families import Family, family_named, is_supported
 from slimllm_ops.models.quantisation import QUANTISED, Blocks, blocks_of
+from slimllm_ops.models.refusals import reason_against, wrapped_text
 
 # Processes that read weights but no config need not import transformers, which takes seconds.
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def read_config(directory: Path) -> "tuple[PretrainedConfig, Blocks | None]":
 
     described = _read_description(directory)
     try:
+        _require_text_model(described)
         family = family_named(described.get("model_type"))
         blocks = blocks_of(described)
         restored = {key: value for key, value in described.items() if key not in QUANTISED}
@@ -121,6 +123,27 @@ def _read_description(directory: Path) -> dict[str, Any]:
     if not has_config:
         raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face model directory")
     return read_json_object(directory / "config.json", LARGEST_CONFIG)
+
+
+def _require_text_model(described: dict[str, Any]) -> None:
+    """Refuse a model for pictures or sound, whose text model has a config within the model's.
+
+    Raises:
+        CheckpointError: It is one; the message says what its text model is, and whether that is supported.
+    """
+    wraps, text_type = wrapped_text(described)
+    if not wraps or is_supported(described.get("model_type")):
+        return
+    found = f"models of type {shown(repr(described.get('model_type')))} are for more than text"
+    if is_supported(text_type):
+        todo = f"save its text model, of type {text_type!r}, alone, as docs/families.md says, and prune that"
+    elif text_type is None:
+        todo = "pass a text model"
+    else:
+        reason = reason_against(text_type)
+        known = f": {reason}" if reason else ""
+        todo = f"its text model, of type {shown(repr(text_type))}, is not supported either{known}"
+    raise CheckpointError(f"{found}, and slimllm prunes text models alone: {todo}")
 
 
 def _check(described: dict[str, Any], family: Family) -> None:
@@ -169,7 +192,7 @@ def _check_sizes(described: dict[str, Any]) -> None:
 
 def _check_positions(described: dict[str, Any]) -> None:
     """Check the numbers used by the rotary tables and the norms."""
-    for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon"):
+    for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"):
         epsilon = described.get(key, 0)
         if not _number(epsilon) or not 0 <= epsilon <= 1:
             raise _wrong(key, epsilon, "a number from 0 to 1")

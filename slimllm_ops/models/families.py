@@ -18,7 +18,7 @@ ones. A unit is a channel of one expert, and units are numbered expert by expert
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from torch import Tensor
 from slimllm_ops.errors import CheckpointError, shown
 from slimllm_ops.models.pair import Pair
 from slimllm_ops.models.pruned.pruned_layers import LinearNames, PrunedExpertsMixin, PrunedModelMixin
+from slimllm_ops.models.refusals import reason_against
 from slimllm_ops.models.tensor_layout import Stored
 
 # Processes that only solve read this table, and do not need transformers, which takes seconds to import.
@@ -184,7 +185,7 @@ class Family:
         mlp_reading: What the MLP does around its linear maps.
         intermediate_size: The config's name for the number of channels.
         residual_multiplier: The config's name for the multiplier of what branches add, if it has one.
-        parallel: The config's name for the flag that makes the MLP read the attention's input, if it has one.
+        parallel: Whether the MLP reads the attention's input, or the config's name for the flag that says so.
         requires: Settings with a single supported value: name, value, and the reason if it needs one.
         stored_as: Modules outside the layers, and their names in dense checkpoints if those differ.
         stored: Tensors of the layers that dense checkpoints store under another name or in parts.
@@ -200,7 +201,7 @@ class Family:
     mlp_reading: Reading = Reading(norm="post_attention_layernorm")
     intermediate_size: str = "intermediate_size"
     residual_multiplier: str | None = None
-    parallel: str | None = None
+    parallel: str | bool = False
     requires: tuple[tuple[str, object, str], ...] = ()
     stored_as: tuple[tuple[str, str], ...] = ()
     stored: tuple[Stored, ...] = ()
@@ -257,14 +258,28 @@ class Family:
 
     def is_parallel(self, config: PretrainedConfig) -> bool:
         """Return whether a layer's MLP reads the same input as its attention."""
-        return self.parallel is not None and getattr(config, self.parallel)
+        return self.parallel if isinstance(self.parallel, bool) else bool(getattr(config, self.parallel))
 
 
-# Gemma 2 and 3 normalise the input and output of a branch, OLMo 2 only the output.
+# Gemma 2 and 3 normalise the input and output of a branch, OLMo 2 and EXAONE 4 only the output.
 _GEMMA_ATTENTION = Reading(norm="input_layernorm", output_norm="post_attention_layernorm")
 _GEMMA_MLP = Reading(norm="pre_feedforward_layernorm", output_norm="post_feedforward_layernorm")
+_NORMED_OUTPUTS = Pair(
+    Reading(norm=None, output_norm="post_attention_layernorm"),
+    Reading(norm=None, output_norm="post_feedforward_layernorm"),
+)
+_NORMED_TOGETHER = "its q_norm and k_norm normalise all heads together, so removing one changes the others"
+_WITHOUT_GATE = LinearNames("mlp", ("up_proj",), "down_proj")
+_FUSED_GATE = LinearNames("mlp", ("gate_up_proj",), "down_proj")
 _ALL_ALIKE = "otherwise some layers have a plain MLP of another width, which is not supported"
 _EXPERTS = Reading(norm="post_attention_layernorm", stacked=2, experts=Experts())
+# How checkpoints store the experts of most families.
+_BY_EXPERT = (
+    Stored(
+        "mlp.experts.gate_up_proj", ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight")
+    ),
+    Stored("mlp.experts.down_proj", ("mlp.experts.{expert}.down_proj.weight",)),
+)
 
 FAMILIES = (
     Family(name="Llama", model_type="llama"),
@@ -284,7 +299,7 @@ FAMILIES = (
         name="Phi3",
         model_type="phi3",
         attention_names=LinearNames("self_attn", ("qkv_proj",), "o_proj"),
-        mlp_names=LinearNames("mlp", ("gate_up_proj",), "down_proj"),
+        mlp_names=_FUSED_GATE,
         attention_reading=Reading(norm="input_layernorm", stacked=3),
         mlp_reading=Reading(norm="post_attention_layernorm", stacked=2),
     ),
@@ -292,12 +307,8 @@ FAMILIES = (
     Family(
         name="Olmo2",
         model_type="olmo2",
-        attention_reading=Reading(
-            norm=None,
-            output_norm="post_attention_layernorm",
-            whole="its q_norm and k_norm normalise all heads together, so removing one changes the others",
-        ),
-        mlp_reading=Reading(norm=None, output_norm="post_feedforward_layernorm"),
+        attention_reading=replace(_NORMED_OUTPUTS.attention, whole=_NORMED_TOGETHER),
+        mlp_reading=_NORMED_OUTPUTS.mlp,
     ),
     Family(name="SmolLM3", model_type="smollm3"),
     Family(name="Starcoder2", model_type="starcoder2", mlp_names=LinearNames("mlp", ("c_fc",), "c_proj")),
@@ -343,13 +354,59 @@ FAMILIES = (
         mlp_reading=_EXPERTS,
         intermediate_size="moe_intermediate_size",
         requires=(("decoder_sparse_step", 1, _ALL_ALIKE), ("mlp_only_layers", [], _ALL_ALIKE)),
-        stored=(
-            Stored(
-                "mlp.experts.gate_up_proj",
-                ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
-            ),
-            Stored("mlp.experts.down_proj", ("mlp.experts.{expert}.down_proj.weight",)),
-        ),
+        stored=_BY_EXPERT,
+    ),
+    Family(
+        name="Olmo3",
+        model_type="olmo3",
+        attention_reading=replace(_NORMED_OUTPUTS.attention, whole=_NORMED_TOGETHER),
+        mlp_reading=_NORMED_OUTPUTS.mlp,
+    ),
+    Family(name="SeedOss", model_type="seed_oss"),
+    Family(
+        name="Exaone4",
+        model_type="exaone4",
+        attention_reading=_NORMED_OUTPUTS.attention,
+        mlp_reading=_NORMED_OUTPUTS.mlp,
+    ),
+    Family(name="Ernie4_5", model_type="ernie4_5"),
+    Family(name="HunYuanDenseV1", model_type="hunyuan_v1_dense"),
+    Family(
+        name="Apertus",
+        model_type="apertus",
+        mlp_names=_WITHOUT_GATE,
+        attention_reading=Reading(norm="attention_layernorm"),
+        mlp_reading=Reading(norm="feedforward_layernorm"),
+    ),
+    Family(name="Nemotron", model_type="nemotron", mlp_names=_WITHOUT_GATE),
+    Family(
+        name="Glm",
+        model_type="glm",
+        mlp_names=_FUSED_GATE,
+        mlp_reading=Reading(norm="post_attention_layernorm", stacked=2),
+    ),
+    Family(
+        name="Glm4",
+        model_type="glm4",
+        mlp_names=_FUSED_GATE,
+        attention_reading=Reading(norm="input_layernorm", output_norm="post_self_attn_layernorm"),
+        mlp_reading=Reading(norm="post_attention_layernorm", output_norm="post_mlp_layernorm", stacked=2),
+    ),
+    Family(
+        name="Cohere2",
+        model_type="cohere2",
+        mlp_reading=Reading(norm="input_layernorm"),
+        parallel=True,
+    ),
+    Family(name="Ministral", model_type="ministral"),
+    Family(name="Ministral3", model_type="ministral3"),
+    Family(
+        name="Olmoe",
+        model_type="olmoe",
+        mlp_names=PrunedExpertsMixin.mlp_names,
+        attention_reading=Reading(norm="input_layernorm", whole=_NORMED_TOGETHER),
+        mlp_reading=_EXPERTS,
+        stored=_BY_EXPERT,
     ),
 )
 
@@ -370,17 +427,30 @@ def family_named(model_type: object) -> Family:
         CheckpointError: The table has no such family.
     """
     for family in FAMILIES:
-        if model_type in (family.model_type, f"pruned_{family.model_type}"):
+        if model_type in _types_of(family):
             return family
-    found = (
-        "no model_type is given"
-        if model_type is None
-        else f"models of type {shown(repr(model_type))} are not supported"
-    )
+    if model_type is None:
+        found = "no model_type is given"
+    elif reason := reason_against(model_type):
+        raise CheckpointError(
+            f"models of type {model_type!r} are not supported: {reason} (`slimllm families` lists those that are)"
+        )
+    else:
+        found = f"models of type {shown(repr(model_type))} are not supported"
     raise CheckpointError(
         f"{found}; supported: {', '.join(family.model_type for family in FAMILIES)} "
         f"(docs/families.md says how to add one)"
     )
+
+
+def is_supported(model_type: object) -> bool:
+    """Return whether the table has a family for a `model_type`."""
+    return any(model_type in _types_of(family) for family in FAMILIES)
+
+
+def _types_of(family: Family) -> tuple[str, str]:
+    """Return the `model_type` of a family's dense models, and that of its pruned ones."""
+    return family.model_type, f"pruned_{family.model_type}"
 
 
 @dataclass(frozen=True)

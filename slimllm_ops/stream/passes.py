@@ -83,7 +83,7 @@ class LayerStream:
 
     def weights(self, layer: int) -> dict[str, Tensor]:
         """Return a layer's tensors by their names in the layer, in the dtype that it computes in."""
-        return dict(self._weights.load(layer).named_parameters())
+        return dict(self._weights.load(layer).state_dict())
 
     def branch(self, layer: int, branch: Branch) -> LayerBranch[Any]:
         """Return a branch of a layer, ready to run."""

@@ -97,9 +97,11 @@ def test_with_new_biases_a_llama_like_model_is_a_granite(model_type: str, tmp_pa
     assert type(export(pruned, tmp_path / "stock", ids)).__name__ == "GraniteForCausalLM"
 
 
-def test_a_smollm3_with_new_biases_is_one_still(tmp_path: Path, ids: torch.Tensor) -> None:
-    pruned = prune(save_tiny(family_named("smollm3"), tmp_path / "dense"), tmp_path / "pruned", with_bias=True)
-    assert type(export(pruned, tmp_path / "stock", ids)).__name__ == "SmolLM3ForCausalLM"
+@pytest.mark.parametrize("model_type", ["smollm3", "starcoder2", "seed_oss", "ernie4_5", "nemotron"])
+def test_a_family_with_settings_for_biases_takes_new_ones(model_type: str, tmp_path: Path, ids: torch.Tensor) -> None:
+    family = family_named(model_type)
+    pruned = prune(save_tiny(family, tmp_path / "dense"), tmp_path / "pruned", with_bias=True)
+    assert type(export(pruned, tmp_path / "stock", ids)).__name__ == f"{family.name}ForCausalLM"
 
 
 def test_layers_that_differ_are_refused(gqa_model: Path, tmp_path: Path) -> None:

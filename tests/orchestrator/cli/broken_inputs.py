@@ -96,7 +96,10 @@ BROKEN_MODELS: dict[str, tuple[Broken, str]] = {
     "truncated": (truncated("model.safetensors", 1000), "shard model.safetensors .* truncated or broken"),
     "no weights": (removed("model.safetensors"), "holds no weights"),
     "pickle only": (pickle_only, "only the pickle pytorch_model.bin: convert it to safetensors"),
-    "other family": (config_with(model_type="gpt2"), "'gpt2' are not supported; supported: llama"),
+    "other family": (
+        config_with(model_type="gpt2"),
+        "'gpt2' are not supported: their linear maps",
+    ),
     "unknown family": (config_with(model_type="wombat"), "'wombat' are not supported; supported: llama"),
     "more layers in the config": (config_with(num_hidden_layers=5), "no tensors of layer 3.* incomplete"),
     "a tensor is missing": (

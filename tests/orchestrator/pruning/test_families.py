@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from slimllm_ops.models.families import FAMILIES, Family
 from tests.elsewhere import Elsewhere
 from tests.tiny import save_tiny
 
-Runs = dict[str, PruneResult]
+T = TypeVar("T")
 # One family of each build of a layer: plain, stacked projections, a parallel and a fused one, no norm of the input,
 # norms of the output, a multiplier, no modules for the MLP, experts.
 BUILDS = ("Llama", "Phi3", "GPTNeoX", "Olmo2", "Gemma2", "Granite", "OPT", "Mixtral")
@@ -27,22 +27,39 @@ def ids(token_blocks: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(token_blocks[:3].astype(np.int64))
 
 
+class ByFamily(dict[str, T]):
+    """What is made for each family when a test first asks for it."""
+
+    def __init__(self, make: Callable[[str], T]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> T:
+        self[name] = self._make(name)
+        return self[name]
+
+
+Models = ByFamily[Path]
+Runs = ByFamily[PruneResult]
+
+
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """A random model of every family."""
-    return {family.name: save_tiny(family, tmp_path_factory.mktemp(family.name)) for family in FAMILIES}
+    by_name = {family.name: family for family in FAMILIES}
+    return ByFamily(lambda name: save_tiny(by_name[name], tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="module")
-def runs(prune_model: Callable[..., PruneResult], dense: dict[str, Path]) -> Runs:
+def runs(prune_model: Callable[..., PruneResult], dense: Models) -> Runs:
     """Every family pruned by `gram` on one shard."""
-    return {name: prune_model(model, method="gram") for name, model in dense.items()}
+    return ByFamily(lambda name: prune_model(dense[name], method="gram"))
 
 
 @pytest.fixture(scope="module")
-def papers_runs(prune_model: Callable[..., PruneResult], dense: dict[str, Path]) -> Runs:
+def papers_runs(prune_model: Callable[..., PruneResult], dense: Models) -> Runs:
     """Every family pruned by `slimllm` on one shard."""
-    return {name: prune_model(model, method="slimllm") for name, model in dense.items()}
+    return ByFamily(lambda name: prune_model(dense[name], method="slimllm"))
 
 
 def plans_of(run: PruneResult) -> tuple[LayerPlan, ...]:
@@ -80,7 +97,7 @@ def test_any_number_of_shards_gives_the_same_model(
     method: str,
     runs: Runs,
     papers_runs: Runs,
-    dense: dict[str, Path],
+    dense: Models,
     prune_model: Callable[..., PruneResult],
 ) -> None:
     one = {"gram": runs, "slimllm": papers_runs}[method][name]
@@ -122,7 +139,7 @@ def test_generation_with_a_cache_is_the_one_without(family: Family, runs: Runs, 
 
 
 @each_family
-def test_tied_embeddings_stay_tied(family: Family, runs: Runs, dense: dict[str, Path]) -> None:
+def test_tied_embeddings_stay_tied(family: Family, runs: Runs, dense: Models) -> None:
     before = AutoModelForCausalLM.from_pretrained(dense[family.name])
     for model in (before, load(runs[family.name])):
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -155,11 +172,11 @@ with torch.inference_mode():
     assert (name, float(power)) == ("PrunedPhi3Model", pytest.approx(expected, rel=1e-4))
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Granite", "Olmo2", "OPT", "Phi3", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["Gemma2", "Granite", "Olmo2", "OPT", "Phi3", "GPTNeoX", "Apertus", "Cohere2", "Glm4"])
 def test_refining_brings_every_build_nearer_to_the_dense_model(
     name: str,
     runs: Runs,
-    dense: dict[str, Path],
+    dense: Models,
     prune_model: Callable[..., PruneResult],
     token_blocks: np.ndarray,
 ) -> None:

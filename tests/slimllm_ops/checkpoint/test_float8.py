@@ -16,8 +16,8 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.tensor_index import INDEX, SINGLE
 from slimllm_ops.errors import CheckpointError, NonFiniteError
 from slimllm_ops.models.families import FAMILIES, Family, family_named
-from tests.slimllm_ops.checkpoint.source_forms import Tensors, as_saved, rewrite
-from tests.slimllm_ops.checkpoint.test_resolution import only_for, read_by_slimllm
+from tests.slimllm_ops.checkpoint.source_forms import Tensors, rewrite
+from tests.slimllm_ops.checkpoint.test_resolution import read_by_slimllm
 from tests.tiny import save_tiny
 
 BLOCK = (16, 8)
@@ -95,7 +95,7 @@ def require_the_same(directory: Path) -> Checkpoint:
 def test_float8_is_restored_as_transformers_restores_it(
     family: Family, block: tuple[int, int] | None, tmp_path: Path
 ) -> None:
-    save_tiny(family, tmp_path, **only_for(family, as_saved, SIZES))
+    save_tiny(family, tmp_path, **SIZES)
     in_float8(family, tmp_path, block)
     checkpoint = require_the_same(tmp_path)
     assert any("stores weights in float8 with scales" in line for line in checkpoint.warnings)

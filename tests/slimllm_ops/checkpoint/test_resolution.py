@@ -69,15 +69,8 @@ def named(change: object) -> str | None:
 def test_what_transformers_loads_is_what_is_read(
     family: Family, change: Change, settings: dict[str, bool], tmp_path: Path
 ) -> None:
-    change(family, save_tiny(family, tmp_path, num_hidden_layers=2, **only_for(family, change, settings)))
+    change(family, save_tiny(family, tmp_path, num_hidden_layers=2, **settings))
     require_the_same(tmp_path)
-
-
-def only_for(family: Family, change: Change, settings: dict[str, bool]) -> dict[str, object]:
-    """Return the settings, with one kind for each layer."""
-    kinds = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]}}
-    kinds |= {"smollm3": {"no_rope_layers": [1, 0]}}
-    return settings | kinds.get(family.model_type, {})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "mixtral"])
@@ -130,6 +123,14 @@ def test_a_missing_head_is_not_made_up(tmp_path: Path) -> None:
     save_tiny(family_named("llama"), tmp_path, **UNTIED)
     rewrite(tmp_path, lambda tensors: {name: tensor for name, tensor in tensors.items() if "lm_head" not in name})
     with pytest.raises(CheckpointError, match=r"has no lm_head\.weight: the checkpoint is incomplete"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_missing_constant_of_an_activation_is_named(tmp_path: Path) -> None:
+    save_tiny(family_named("apertus"), tmp_path)
+    lost = "model.layers.1.mlp.act_fn.beta"
+    rewrite(tmp_path, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lost})
+    with pytest.raises(CheckpointError, match=r"layer 1 .* has no mlp\.act_fn\.beta: the checkpoint is incomplete"):
         Checkpoint.open(tmp_path)
 
 

@@ -78,8 +78,8 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {"bytes": byte_level, "sentences": s
 # The classes that hub files name; "" names none, and None is no tokenizer_config.json at all.
 CLASSES = (
     *("GPT2Tokenizer", "GPT2TokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"),
-    *("GemmaTokenizer", "GPTNeoXTokenizer", "CodeLlamaTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"),
-    *("MadeUpTokenizer", "", None),
+    *("GemmaTokenizer", "GPTNeoXTokenizer", "CodeLlamaTokenizer", "CohereTokenizer", "PreTrainedTokenizerFast"),
+    *("TokenizersBackend", "MadeUpTokenizer", "", None),
 )
 
 

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import NonFiniteError
-from slimllm_ops.models.families import layer_shape
+from slimllm_ops.models.families import FAMILIES, Family, layer_shape
 from slimllm_ops.moments.sums import DensePass
 from slimllm_ops.stream import passes as stream_module
 from slimllm_ops.stream.passes import LayerStream
 from tests.slimllm_ops.naive import masked_model, observations, random_channels, random_decision
 from tests.slimllm_ops.stream.whole import NUM_LAYERS, Whole, whole
+from tests.tiny import first_of_build, save_tiny
 
 CPU = torch.device("cpu")
 
@@ -36,6 +38,19 @@ def test_states_are_the_whole_models_after_every_layer(
     for layer in range(NUM_LAYERS):
         stream.forward(layer)
         assert_states(stream.hidden, expected.states[layer + 1])
+
+
+@pytest.mark.parametrize("family", [one for one in FAMILIES if not first_of_build(one)], ids=lambda one: one.name)
+def test_states_and_likelihood_of_the_other_families_are_the_whole_models_too(
+    family: Family, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    expected = Whole(AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path)).eval(), batches)
+    stream = LayerStream(Checkpoint.open(tmp_path), batches, CPU)
+    for layer in range(NUM_LAYERS):
+        stream.forward(layer)
+        assert_states(stream.hidden, expected.states[layer + 1])
+    weights = [ids.shape[0] * (ids.shape[1] - 1) for ids in batches]
+    assert stream.negative_log_likelihood().value == pytest.approx(np.average(expected.losses, weights=weights), 1e-6)
 
 
 def test_the_likelihood_is_the_whole_models_loss(
