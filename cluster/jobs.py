@@ -4,11 +4,10 @@ Every wait has a limit. Every failure is a `ClusterError` of one line.
 """
 
 import logging
-import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cluster.job_address import SERVER_VARIABLE, find_address, variable_set
 from cluster.job_client import JobClient, Tell
 from cluster.job_log import LogTail
 from cluster.ray_private import CHATTY
+from cluster.working_directory import without_code
 
 # How long a log may be silent before the job's state is checked, and a server before it counts as lost.
 QUIET_SECONDS = 1.0
@@ -30,9 +30,6 @@ LOST_SECONDS = 10.0
 # it shuts its workers down, and reports to a tracking server that may be slow.
 STOP_SECONDS = 60
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
-# What does not travel with a working directory: Ray puts the copy on the path of the job and of its workers, where a
-# stranger's file could take the place of a package. The patterns are those of .gitignore.
-CODE = ["*.py", "*.pyc", "*.so", "*.so.*"]
 AS_THE_CLUSTER = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to what the cluster has"
 
 
@@ -110,14 +107,13 @@ class JobServer:
             "py_modules": [str(package) for package in packages],
             "env_vars": {STOP_VARIABLE: str(STOP_SECONDS), **(environment or {})},
         }
-        if working_dir is not None:
-            if not working_dir.is_dir():
-                raise ClusterError(f"the working directory {working_dir} is not there: pass a directory")
-            _require_files(working_dir)
-            runtime_env |= {"working_dir": str(working_dir), "excludes": CODE}
-        with self._as_cluster_errors(working_dir=working_dir):
-            # Without `exec`, a shell in between hides the signal that ended the process.
-            return self._client.submit_job(entrypoint=f"exec {shlex.join(command)}", runtime_env=runtime_env)
+        # Without `exec`, a shell in between hides the signal that ended the process.
+        entrypoint = f"exec {shlex.join(command)}"
+        with without_code(working_dir) if working_dir is not None else nullcontext() as uploaded:
+            if uploaded is not None:
+                runtime_env["working_dir"] = str(uploaded)
+            with self._as_cluster_errors(working_dir=working_dir):
+                return self._client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
 
     def state(self, job_id: str) -> JobState:
         """Return the state of a job.
@@ -245,18 +241,6 @@ class JobServer:
             f"the server at {self.address} is not a Ray job server: {self._remedy}; that of a head is usually at "
             f"http://HEAD:8265"
         )
-
-
-def _require_files(folder: Path) -> None:
-    """Check that Ray can read what is in a folder: opening a pipe would block, and a device has no end.
-
-    Raises:
-        ClusterError: Something is neither a file nor a folder.
-    """
-    for place, _, names in os.walk(folder):
-        for path in (Path(place, name) for name in names):
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise ClusterError(f"{path} is neither a file nor a folder, and cannot be uploaded: remove it")
 
 
 def _state(job: JobDetails) -> JobState:

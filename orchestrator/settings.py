@@ -14,7 +14,6 @@ from typing import Any, get_args, get_origin
 
 from orchestrator.methods import Methods
 from orchestrator.values import items_of, read_value, shown_briefly
-from slimllm_ops.files import read_plain
 
 # The largest config file that is read.
 MOST_BYTES = 1 << 20
@@ -217,6 +216,9 @@ def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
         ConfigError: The file is missing, is not TOML, or holds an unknown key, a value of the wrong type, or a setting
             that is an option only.
     """
+    # This imports torch, which takes seconds, and most commands read no file.
+    from slimllm_ops.files import read_plain
+
     try:
         read = tomllib.loads(read_plain(path, MOST_BYTES).decode("utf-8").replace("\r\n", "\n"))
     except FileNotFoundError as error:

@@ -60,7 +60,9 @@ def test_a_package_that_is_not_installed(
 
 def test_a_hub_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert_one_line(run(["prune", "hf://me/tiny"], code=2), "model hf://me/tiny: the store refused (ConnectError")
+    assert_one_line(
+        run(["prune", "hf://me/tiny"], code=2), "model hf://me/tiny: the hub could not provide it (ConnectError"
+    )
 
 
 @pytest.mark.parametrize("fails", ["hang", "half"])

@@ -125,7 +125,7 @@ def test_a_config_that_is_no_description_is_refused(copy: Path, content: bytes, 
 def test_a_config_without_end_is_not_read(copy: Path) -> None:
     with (copy / "config.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CheckpointError, match=f"has {1 << 40:,} bytes, more than .*{LARGEST_CONFIG:,}"):
+    with pytest.raises(CheckpointError, match=f"has {1 << 40:,} bytes, and such a file needs .*{LARGEST_CONFIG:,}"):
         read_config(copy)
 
 
