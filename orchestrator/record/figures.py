@@ -6,6 +6,7 @@ apart. The width grows with the number of layers, so that 5 to 80 layers stay le
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import numpy as np
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import Decision, LayerPlan
-from slimllm_ops.files import written_whole
+from slimllm_ops.files import NotPlainError, cannot_be_read, require_plain, written_whole
 from slimllm_ops.models.families import layer_shape
 
 if TYPE_CHECKING:
@@ -33,6 +34,24 @@ MAX_WIDE_SLOTS = 12
 MAX_POINTS = 400
 # Scores whose highest-to-lowest ratio exceeds this are drawn on a logarithmic axis.
 MAX_LINEAR_SPAN = 30.0
+
+
+# What matplotlib reads from the working directory, which may be a stranger's model, when it is imported.
+STYLE = Path("matplotlibrc")
+LARGEST_STYLE = 1 << 20
+
+
+def require_plain_style() -> None:
+    """Check that matplotlib can be imported here without waiting for a pipe.
+
+    Raises:
+        CheckpointError: What stands in the place of its settings is no plain file.
+    """
+    with suppress(FileNotFoundError):
+        try:
+            require_plain(STYLE, LARGEST_STYLE)
+        except NotPlainError as error:
+            raise cannot_be_read(STYLE.absolute(), error) from error
 
 
 @dataclass(frozen=True, kw_only=True)

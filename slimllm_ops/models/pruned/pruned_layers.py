@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+# The attention by which vLLM builds a model.
+VLLM = "vllm"
 # Grouped matrix products on a GPU need rows of whole 16 bytes: this many channels of two bytes each.
 WHOLE_CHANNELS = 8
 
@@ -146,13 +148,22 @@ class PrunedExpertsMixin(PrunedModelMixin):
     """A pruned mixture of experts, whose expert weights are three-dimensional parameters."""
 
     mlp_names = LinearNames("mlp.experts", ("gate_up_proj",), "down_proj")
+    vllm_experts_size = "moe_intermediate_size"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         channels = config.intermediate_size_per_layer or []
         # Unless the user chooses, transformers uses grouped products, which restrict the number of channels.
         if config._experts_implementation is None and any(number % WHOLE_CHANNELS for number in channels):
             config._experts_implementation = "eager"
+        serves = config._attn_implementation == VLLM
+        if serves and channels:
+            # A number again, if a model was built from this config before.
+            vars(config)[self.vllm_experts_size] = max(channels)
         super().__init__(config, *args, **kwargs)
+        if serves and channels:
+            # vLLM builds experts of its own, whose size it reads here: a list has a number for each layer. A single
+            # number would leave a part of each weight as it is in memory. The config's checks take no list.
+            vars(config)[self.vllm_experts_size] = list(channels)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -175,7 +186,7 @@ def require_sizes_per_layer(config: Any) -> None:
     Raises:
         RuntimeError: This vLLM sizes all layers alike, which can give wrong text without an error.
     """
-    if config._attn_implementation != "vllm":
+    if config._attn_implementation != VLLM:
         return
     # Transformers refuses a model file that imports a package that is not installed.
     sizes = importlib.import_module("vllm.config.model_arch").ModelArchitectureConfig

@@ -152,7 +152,9 @@ def test_no_command_line_of_a_process_shows_an_address(monkeypatch: pytest.Monke
 
     def noted(*arguments: object, **settings: object) -> object:
         process = popen(*arguments, **settings)
-        seen.append(Path(f"/proc/{process.pid}/cmdline").read_text())
+        # For a moment after it has begun, the system shows no line.
+        shown = (Path(f"/proc/{process.pid}/cmdline").read_text() or time.sleep(0.01) for _ in range(500))
+        seen.append(next(filter(None, shown)))
         return process
 
     monkeypatch.setattr(watched_process.subprocess, "Popen", noted)

@@ -107,3 +107,15 @@ def test_a_vllm_that_sizes_all_layers_alike_is_refused(vllm: type, config: Pretr
     config.per_layer_config = None
     with pytest.raises(RuntimeError, match="prune with --uniform"):
         AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])
+def test_vllm_reads_the_channels_of_each_layers_experts(model_type: str, vllm: type, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(write_uneven(family_named(model_type), tmp_path))
+    vllm.from_layers = classmethod(lambda cls, layers: None)  # type: ignore[attr-defined]
+    config._attn_implementation = "vllm"
+    # A server may build a model from the same config twice.
+    for _ in range(2):
+        base = AutoModel.from_config(config)
+        assert config.moe_intermediate_size == config.intermediate_size_per_layer == [19, 33, 48]
+    assert [layer.mlp.experts.down_proj.shape[-1] for layer in base.layers] == [19, 33, 48]
