@@ -11,6 +11,7 @@ from orchestrator.config import ConfigError, PruneConfig, read_config_file
 from orchestrator.data import DataError
 from orchestrator.inputs import load_inputs
 from orchestrator.output.notes import read_settings
+from orchestrator.record.figures import require_plain_style
 from orchestrator.tracking import TrackingError
 from orchestrator.tracking.journal import Journal
 from slimllm_ops.checkpoint import generation
@@ -137,3 +138,11 @@ def test_the_rehearsal_of_a_tokenizer_says_what_is_no_file(model: Path) -> None:
     replaced(model / "tokenizer_config.json", "pipe")
     with within(10), pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read"):
         rehearse(companions, {})
+
+
+def test_the_settings_of_figures_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    require_plain_style()
+    replaced(tmp_path / "matplotlibrc", "pipe")
+    with within(10), pytest.raises(CheckpointError, match="matplotlibrc cannot be read"):
+        require_plain_style()
