@@ -1,4 +1,4 @@
-"""Reads what Ray has no public interface for. tests/actors/test_ray_private.py says what is expected of each name."""
+"""Uses private interfaces of Ray. tests/actors/test_ray_private.py says what we expect of each name."""
 
 import json
 from typing import Any

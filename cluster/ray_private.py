@@ -1,4 +1,4 @@
-"""Uses what Ray has no public interface for. tests/cluster/test_ray_private.py says what is expected of each name.
+"""Uses private interfaces of Ray. tests/cluster/test_ray_private.py says what we expect of each name.
 
 `JobClient` in job_client.py and `OwnPaths` in driver_paths.py also override a private method of Ray, and local_ray.py
 starts a Ray with the help of private names. Ray is imported only when it is used.

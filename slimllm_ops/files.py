@@ -31,7 +31,7 @@ KINDS = {
 
 
 class NotPlainError(OSError):
-    """What stands in the place of a file is none, or is larger than such a file can be."""
+    """A path leads to something other than a plain file, or the file is larger than its kind can be."""
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _mode_of_new_file(path: Path) -> int:
-    """Make an empty file, in the place of what an earlier process left there, and return its mode."""
+    """Make an empty file and return its mode; replace a file that an earlier process left."""
     path.unlink(missing_ok=True)
     path.touch()
     return stat.S_IMODE(path.stat().st_mode)
@@ -108,7 +108,7 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 
 
 def require_plain(path: Path, most_bytes: int | None = None) -> None:
-    """Check that a path leads to a plain file of at most so many bytes, before a library opens it.
+    """Check that a path leads to a plain file within a size limit, before a library opens it.
 
     Raises:
         NotPlainError: It leads to something else, or to a larger file.

@@ -1,4 +1,4 @@
-"""What a stranger may put in the place of a file, and a limit on the time that reading it may take."""
+"""Replaces files by what a stranger may put there, and limits the time that reading may take."""
 
 import os
 import signal

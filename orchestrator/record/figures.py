@@ -45,7 +45,7 @@ def require_plain_style() -> None:
     """Check that matplotlib can be imported here without waiting for a pipe.
 
     Raises:
-        CheckpointError: What stands in the place of its settings is no plain file.
+        CheckpointError: Its settings file is not a plain file.
     """
     with suppress(FileNotFoundError):
         try:

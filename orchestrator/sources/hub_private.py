@@ -1,4 +1,4 @@
-"""Uses what huggingface_hub does not document. tests/orchestrator/sources/test_hub_private.py says what is expected."""
+"""Uses what huggingface_hub does not document. tests/orchestrator/sources/test_hub_private.py says what we expect."""
 
 from pathlib import Path
 
