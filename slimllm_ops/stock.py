@@ -17,8 +17,8 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.errors import InputError, ReadBackError
-from slimllm_ops.models.config_checks import PER_LAYER_FLAGS, PER_LAYER_SIZES
-from slimllm_ops.models.families import LayerShape, layer_shape
+from slimllm_ops.models.config_checks import without_lists
+from slimllm_ops.models.families import LayerShape, head_dim, layer_shape
 from slimllm_ops.models.pruned.pruned_layers import WHOLE_CHANNELS
 from slimllm_ops.models.skeleton import build_on_meta
 from slimllm_ops.stream.passes import LayerStream
@@ -155,8 +155,7 @@ def _one_shape(source: Checkpoint) -> LayerShape:
 
 def _own(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
     """Describe the model as its family's own class."""
-    dense = source.config.to_dict()
-    described = {name: value for name, value in dense.items() if name not in (*PER_LAYER_SIZES, *PER_LAYER_FLAGS)}
+    described = without_lists(source.config)
     described.pop("auto_map", None)
     described |= _sizes(source, shape) | {source.family.intermediate_size: shape.intermediate_size}
     attention, mlp = source.family.branches
@@ -184,7 +183,7 @@ def _as_granite(source: Checkpoint, shape: LayerShape) -> dict[str, Any] | None:
         return None
     multipliers = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
     described = _shared(source, shape) | multipliers | {"attention_bias": True, "mlp_bias": True}
-    described["attention_multiplier"] = _head_dim(source) ** -0.5
+    described["attention_multiplier"] = head_dim(source.config) ** -0.5
     return _named(described, "granite", "Granite")
 
 
@@ -206,12 +205,7 @@ def _sizes(source: Checkpoint, shape: LayerShape) -> dict[str, Any]:
     if hasattr(source.config, "num_key_value_heads"):
         sizes["num_key_value_heads"] = shape.num_key_value_heads
     # Without `head_dim`, transformers derives it from the number of heads.
-    return sizes | {"head_dim": _head_dim(source)}
-
-
-def _head_dim(source: Checkpoint) -> int:
-    config = source.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return sizes | {"head_dim": head_dim(source.config)}
 
 
 def _named(described: dict[str, Any], model_type: str, name: str) -> dict[str, Any]:

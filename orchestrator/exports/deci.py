@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.exports import Export
-from orchestrator.exports.places import default_directory, open_pruned
+from orchestrator.exports.places import default_directory, narrow_window, open_pruned
 from orchestrator.output.staging import open_staging
 from slimllm_ops.checkpoint.companions import plan_record
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.errors import InputError
 from slimllm_ops.files import copy_file
-from slimllm_ops.models.config_checks import PER_LAYER_FLAGS, PER_LAYER_SIZES
-from slimllm_ops.models.families import LayerShape, layer_shape
+from slimllm_ops.models.config_checks import without_lists
+from slimllm_ops.models.families import LayerShape, head_dim, layer_shape
 from slimllm_ops.models.pruned import decilm, pruned_layers, pruned_llama
 
 # Model types of the families whose layers are a Llama's.
@@ -58,10 +58,8 @@ def _describe(source: Checkpoint) -> dict[str, Any]:
     """
     shapes = [layer_shape(source.config, layer) for layer in range(source.num_layers)]
     _require_fitting(source, shapes)
-    dense = source.config.to_dict()
-    config = {name: value for name, value in dense.items() if name not in (*PER_LAYER_SIZES, *PER_LAYER_FLAGS)}
-    # A Mistral's config has no such settings, and a window that has no effect.
-    config = {"attention_bias": False, "mlp_bias": False} | config
+    # A Mistral's config lacks the settings for biases. Its window covers the whole context, so it has no effect.
+    config = {"attention_bias": False, "mlp_bias": False} | without_lists(source.config)
     config.pop("sliding_window", None)
     heads, kv_heads = shapes[0].num_attention_heads, shapes[0].num_key_value_heads
     hidden = source.config.hidden_size
@@ -75,7 +73,7 @@ def _describe(source: Checkpoint) -> dict[str, Any]:
         },
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": getattr(source.config, "head_dim", None) or hidden // source.config.num_attention_heads,
+        "head_dim": head_dim(source.config),
         "intermediate_size": max(shape.intermediate_size for shape in shapes),
         "block_configs": [decilm.block_config(heads, kv_heads, shape.intermediate_size, hidden) for shape in shapes],
     }
@@ -85,8 +83,7 @@ def _require_fitting(source: Checkpoint, shapes: list[LayerShape]) -> None:
     name = source.family.name
     if source.family.model_type not in FAMILIES:
         raise _refusal(source, f"{name} is not a Llama in its layers; supported: {', '.join(FAMILIES)}")
-    window = getattr(source.config, "sliding_window", None)
-    if window is not None and window < source.config.max_position_embeddings:
+    if (window := narrow_window(source.config)) is not None:
         raise _refusal(source, f"its sliding window of {window} is narrower than its context")
     for layer, shape in enumerate(shapes):
         channels = shape.intermediate_size

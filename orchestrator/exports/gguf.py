@@ -18,11 +18,11 @@ from transformers import PretrainedConfig
 from orchestrator.exports import Export
 from orchestrator.exports.gguf_tensors import list_parts, matrix_dtype, write_parts
 from orchestrator.exports.gguf_vocabulary import read_vocabulary
-from orchestrator.exports.places import open_pruned
+from orchestrator.exports.places import narrow_window, open_pruned
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.files import written_whole
-from slimllm_ops.models.families import LayerShape, layer_shape
+from slimllm_ops.models.families import LayerShape, head_dim, layer_shape
 from slimllm_ops.models.transformers_private import llama_rotary
 
 # Model types of the families whose layers are a Llama's.
@@ -104,9 +104,7 @@ def _require_supported(checkpoint: Checkpoint) -> None:
         raise _refusal(checkpoint, f"{name} is not a Llama in llama.cpp; supported: {', '.join(FAMILIES)}")
     if config.hidden_act not in ("silu", "swish"):
         raise _refusal(checkpoint, f"its hidden_act is {config.hidden_act}, llama.cpp's is silu")
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = kinds is None or "sliding_attention" in kinds
-    if window is not None and slides and window < config.max_position_embeddings:
+    if (window := narrow_window(config)) is not None:
         raise _refusal(
             checkpoint,
             f"its sliding_window is {window}, of {config.max_position_embeddings} positions, and llama.cpp's "
@@ -124,7 +122,7 @@ def _refusal(checkpoint: Checkpoint, reason: str) -> InputError:
 def _rope_scaling(checkpoint: Checkpoint) -> tuple[Tensor | None, float]:
     """Return the divisors of RoPE's frequencies (W/2,), or None if it is unscaled, and its amplitude."""
     config: Any = checkpoint.config
-    rotary, width = llama_rotary(config), _head_width(config)
+    rotary, width = llama_rotary(config), head_dim(config)
     if (turned := len(rotary.inv_freq) * 2) != width:
         raise _refusal(checkpoint, f"RoPE rotates {turned} of {width} dimensions per head, llama.cpp all")
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -133,18 +131,14 @@ def _rope_scaling(checkpoint: Checkpoint) -> tuple[Tensor | None, float]:
     return None if unscaled else factors.float(), rotary.attention_scaling
 
 
-def _head_width(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _add_shapes(writer: Any, config: PretrainedConfig, shapes: list[LayerShape]) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(shapes))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_key_length(_head_width(config))
-    writer.add_value_length(_head_width(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
     same = len(set(shapes)) == 1
     for add, name in (
         (writer.add_head_count, "num_attention_heads"),
@@ -156,7 +150,7 @@ def _add_shapes(writer: Any, config: PretrainedConfig, shapes: list[LayerShape])
 
 
 def _add_rope(writer: Any, config: PretrainedConfig, amplitude: float) -> None:
-    writer.add_rope_dimension_count(_head_width(config))
+    writer.add_rope_dimension_count(head_dim(config))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if amplitude != 1:
         writer.add_rope_scaling_attn_factors(amplitude)

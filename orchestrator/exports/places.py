@@ -1,6 +1,8 @@
-"""Opens the checkpoint that is exported, and names the directory that an export writes."""
+"""Opens and examines the checkpoint that is exported, and names the directory that an export writes."""
 
 from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from slimllm_ops.checkpoint.companions import plan_companions
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -28,6 +30,13 @@ def open_pruned(output: Path, otherwise: str = "") -> Checkpoint:
     # An export would hold the content that a link leads to.
     plan_companions(output)
     return checkpoint
+
+
+def narrow_window(config: PretrainedConfig) -> int | None:
+    """Return the width of a model's sliding window; None if it has none, or one that covers the whole context."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    return window if window is not None and slides and window < config.max_position_embeddings else None
 
 
 def default_directory(output: Path, form: str) -> Path:

@@ -97,6 +97,12 @@ def read_config(directory: Path) -> "tuple[PretrainedConfig, Blocks | None]":
         raise wrong_config(directory, error) from error
 
 
+def without_lists(config: "PretrainedConfig") -> dict[str, Any]:
+    """Return a pruned model's settings without its lists with a number or flag for each layer."""
+    lists = (*PER_LAYER_SIZES, *PER_LAYER_FLAGS)
+    return {name: value for name, value in config.to_dict().items() if name not in lists}
+
+
 def kept_layers(described: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """Return a JSON config reduced to some of the model's layers."""
     lists = (*PER_LAYER_SIZES, *PER_LAYER_FLAGS, *PER_LAYER_KINDS)

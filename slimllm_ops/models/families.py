@@ -453,6 +453,11 @@ def _types_of(family: Family) -> tuple[str, str]:
     return family.model_type, f"pruned_{family.model_type}"
 
 
+def head_dim(config: PretrainedConfig) -> int:
+    """Return the width of a head, which pruning leaves as it is, from the config of a dense or pruned model."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """The shape of a layer's branches.

@@ -30,7 +30,7 @@ def write_uneven(family: Family, folder: Path, **settings: Any) -> Path:
         LayerPlan(None, _channels(2, shape, 33, hidden)),
         LayerPlan(),
     ]
-    return _write(source, plans, folder / "pruned")
+    return write_pruned(source, plans, folder / "pruned")
 
 
 def write_even_heads(family: Family, folder: Path, channels: Sequence[int], **settings: Any) -> Path:
@@ -43,10 +43,11 @@ def write_even_heads(family: Family, folder: Path, channels: Sequence[int], **se
         attention = random_decision(layer, [1], shape.num_attention_units, hidden)
         mlp = random_decision(layer, range(number), shape.num_channels, hidden)
         plans.append(LayerPlan(*(one and replace(one, with_bias=False) for one in (attention, mlp))))
-    return _write(source, plans, folder / "pruned")
+    return write_pruned(source, plans, folder / "pruned")
 
 
-def _write(source: Checkpoint, plans: Sequence[LayerPlan], directory: Path) -> Path:
+def write_pruned(source: Checkpoint, plans: Sequence[LayerPlan], directory: Path) -> Path:
+    """Write the model that plans make of a source, and return its directory."""
     writer = CheckpointWriter(source, directory)
     for layer, plan in enumerate(plans):
         writer.write_layer(layer, plan)

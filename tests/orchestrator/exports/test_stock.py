@@ -9,18 +9,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.cli import main
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.decide.plan import LayerPlan
 from tests.slimllm_ops.naive import random_decision
+from tests.slimllm_ops.pruned import write_pruned
 
 
 def pruned(source: Path, directory: Path, channels: tuple[int, int, int] = (20, 20, 20)) -> Path:
     """Write a model whose layers keep so many channels."""
-    writer = CheckpointWriter(Checkpoint.open(source), directory)
     plans = [LayerPlan(mlp=random_decision(layer, range(kept), 48)) for layer, kept in enumerate(channels)]
-    for layer, plan in enumerate(plans):
-        writer.write_layer(layer, plan)
-    writer.finish(plans)
+    write_pruned(Checkpoint.open(source), plans, directory)
     (directory / "pruning").mkdir()
     (directory / "pruning" / "plan.json").write_text("{}")
     return directory
@@ -75,10 +72,7 @@ def test_only_what_a_run_writes_comes_along_of_its_record(gqa_model: Path, tmp_p
 
 def test_the_tokenizer_comes_along(shared: Path, tmp_path: Path) -> None:
     source = shared / "models" / "lab-llama-11m"
-    writer = CheckpointWriter(Checkpoint.open(source), tmp_path / "pruned")
-    for layer in range(8):
-        writer.write_layer(layer, LayerPlan())
-    writer.finish([LayerPlan()] * 8)
+    write_pruned(Checkpoint.open(source), [LayerPlan()] * 8, tmp_path / "pruned")
     assert export(tmp_path / "pruned", "--output", tmp_path / "stock").exit_code == 0
     text = "The history of the city begins with a river ."
     assert AutoTokenizer.from_pretrained(tmp_path / "stock")(text) == AutoTokenizer.from_pretrained(source)(text)
