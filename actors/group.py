@@ -29,7 +29,7 @@ from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.moments import merge_tree
 from slimllm_ops.moments.sums import Mean
 from slimllm_ops.stream.footprint import Footprint
-from slimllm_ops.stream.opening import open_refinement, open_stream
+from slimllm_ops.stream.opening import open_refinement, open_sensitivity, open_stream
 from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.weights import compute_dtype
 
@@ -162,6 +162,20 @@ class ShardGroup:
         footprint = Footprint.of_refinement(dense, pruned, self._workers.device)
         models = (self.deliver(dense), self.deliver(pruned))
         self._open(name, blocks_BT, footprint, open_refinement, *models, origins)
+
+    def open_sensitivity(self, name: str, checkpoint: Checkpoint, blocks_BT: np.ndarray) -> None:
+        """Spread blocks over the shards; they pass through the dense model forward, then backward.
+
+        Args:
+            name: The stream's name in later calls.
+            checkpoint: The model.
+            blocks_BT: The blocks, int32.
+
+        Raises:
+            InputError: A worker lacks the memory for it.
+        """
+        footprint = Footprint.of_sensitivity(checkpoint, self._workers.device)
+        self._open(name, blocks_BT, footprint, open_sensitivity, self.deliver(checkpoint))
 
     def close_stream(self, name: str) -> None:
         """Close a stream and free its memory."""

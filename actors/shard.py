@@ -49,8 +49,8 @@ class Shard:
         # Ray may be told of more CPUs than there are.
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self._device = torch.device(device)
-        store: StateStore = partial(SpilledStates, Path(gettempdir()), self._device) if offload else list
-        self._workplace = Workplace(self._device, store)
+        spill: StateStore = partial(SpilledStates, Path(gettempdir()), self._device)
+        self._workplace = Workplace(self._device, spill if offload else list, spill)
         self._streams: dict[str, Any] = {}
 
     def open(self, name: str, build: Callable[..., Any], batches: list[np.ndarray], *models: Any) -> None:

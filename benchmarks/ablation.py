@@ -5,7 +5,6 @@ tokens, and have as many parameters as the published method leaves. The rows are
 are no method of the package are composed here from its steps.
 """
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.budgets import SCALES, gram_that_spends, spend_by_scale
 from benchmarks.machine import describe_machine, write_table
 from orchestrator.comparison.compare import Comparison, compare
 from orchestrator.comparison.contestants import LAYER_BY_LAYER, REFINED, Contestant, one_pass
@@ -22,7 +22,7 @@ from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import Ranked, rank_modules, write_models
 from orchestrator.pruning.run_context import RunContext
 from orchestrator.pruning.targets import Target
-from slimllm_ops.allocate.budget import STREAM_WEIGHT, Candidate, spend_by_price
+from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.methods import METHODS
@@ -108,33 +108,21 @@ def _order_of(decision: Decision) -> Ranking:
 def rows() -> list[tuple[str, Contestant]]:
     """Return the table's rows: the name and the contestant of each."""
     published = PublishedChoice()
-    scales: dict[str, Callable[[Candidate], float]] = {
-        "budget over all layers, divided by the output's variance, tr(W^T C W)": lambda one: one.output_variance,
-        "budget, divided by the stream's power, E abs(h)^2": lambda one: one.stream_power,
-        "budget, divided by the geometric mean of the two": lambda one: math.sqrt(
-            one.output_variance * one.stream_power
-        ),
-    }
-    budgets = [(name, one_pass(replace(METHODS["gram"], spend=_spending_by(scale)))) for name, scale in scales.items()]
-    shares = f"the powers of {STREAM_WEIGHT:g} and {1 - STREAM_WEIGHT:g}"
+    budgets = [
+        (f"budget over all layers, divided by {name}", gram_that_spends(spend_by_scale(scale)))
+        for name, scale in SCALES.items()
+    ]
     named = [
         ("SlimLLM, published", replace(LAYER_BY_LAYER, prune=published.prune)),
         ("FLAP's metric and bias compensation", one_pass(METHODS["flap"])),
         ("paper's choice + full least squares, one pass", Contestant("", "", published.refit)),
         ("paper's counts + elimination order, one pass", Contestant("", "", published.eliminate)),
         *budgets,
-        (f"budget, divided by the stream's and the output's to {shares} (`gram`)", one_pass(METHODS["gram"])),
+        ("budget by the loss, errors times E abs(g)^2 (`gram`)", one_pass(METHODS["gram"])),
         ("`gram --refine`", REFINED),
     ]
     # Contestants need distinct names; the first keeps the published method's.
     return [named[0]] + [(name, replace(one, name=f"row-{n}")) for n, (name, one) in enumerate(named[1:], start=1)]
-
-
-def _spending_by(scale: Callable[[Candidate], float]) -> Callable[[Sequence[Candidate], int], list[int]]:
-    def price(candidate: Candidate, num_removed: int) -> float:
-        return candidate.ranking.costs[num_removed] / candidate.unit_parameters / max(scale(candidate), 1e-300)
-
-    return lambda candidates, target: spend_by_price(candidates, target, price)
 
 
 def measure(setting: Setting, contestants: Sequence[Contestant], shared: Path, work: Path) -> Comparison:

@@ -22,7 +22,7 @@ from slimllm_ops.moments.sums import DensePass
 
 @torch.inference_mode()
 def eliminate_module(weight: Tensor, observed: Observed, num_units: int) -> ModulePath:
-    """Return gram's elimination path and output variance of a module, both measured in the residual stream.
+    """Return gram's elimination path and output variance of a module, per token of the stream.
 
     Args:
         weight: The output projection's weight on the device to compute on: (D, P), or (E, D, P) with experts.
@@ -34,15 +34,14 @@ def eliminate_module(weight: Tensor, observed: Observed, num_units: int) -> Modu
     """
     rankings, variance = [], 0.0
     for part in observed.parts(weight):
-        counts = observed.gain * part.share
-        rankings.append(rank_part(part, num_units, eliminate).scaled(counts))
-        variance += counts * part.output_variance
+        rankings.append(rank_part(part, num_units, eliminate).scaled(part.share))
+        variance += part.share * part.output_variance
     return ModulePath(Ranking.in_turn(rankings), variance)
 
 
 @torch.inference_mode()
 def rank_module(weight: Tensor, observed: Observed, num_units: int, method: Method) -> Ranking:
-    """Return a method's ranking of a module's units, with costs measured in the residual stream.
+    """Return a method's ranking of a module's units, with costs per token of the stream.
 
     Args:
         weight: The output projection's weight on the device to compute on: (D, P), or (E, D, P) with experts.
@@ -54,7 +53,7 @@ def rank_module(weight: Tensor, observed: Observed, num_units: int, method: Meth
         SolveError: The moments cannot be inverted.
     """
     return Ranking.in_turn(
-        [rank_part(part, num_units, method.rank).scaled(observed.gain * part.share) for part in observed.parts(weight)]
+        [rank_part(part, num_units, method.rank).scaled(part.share) for part in observed.parts(weight)]
     )
 
 

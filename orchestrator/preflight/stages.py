@@ -16,6 +16,7 @@ from orchestrator.preflight.workload import Text, Workload
 from orchestrator.tracking import TrackingOptions
 from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
 from slimllm_ops.stream.passes import LOGIT_TOKENS
+from slimllm_ops.stream.sensitivity import sensitivity_blocks
 from slimllm_ops.stream.weights import compute_dtype
 
 # Host memory of a worker's libraries, measured on a worker with a tiny model (benchmarks/memory.py).
@@ -26,6 +27,10 @@ SOLVE_LIBRARIES = 195_000_000
 LATER_LIBRARIES = 200_000_000
 # Copies of the head's logits in memory: the logits, and the log-softmax that cross-entropy makes of them.
 LOGIT_COPIES = 2
+# The same where tokens are sampled and the loss goes back: probabilities, their sums, and the logits' gradients too.
+LOSS_COPIES = 6
+# A pass of a few blocks reads every layer twice: forward, then backward.
+SENSITIVITY_PASSES = 2
 
 
 def estimate_pruning(work: Workload) -> Estimate:
@@ -47,7 +52,8 @@ def estimate_pruning(work: Workload) -> Estimate:
 def estimate_calibration(work: Workload) -> Estimate:
     """Estimate what `calibrate` will take."""
     output = _kept_moments(work)
-    return _estimate(work, [_calibration_stage(work)], observing=1, passing=1, output=output, beside=0, tracked=0)
+    stages = [_sensitivity_stage(work), _calibration_stage(work)]
+    return _estimate(work, stages, observing=1, passing=1 + SENSITIVITY_PASSES, output=output, beside=0, tracked=0)
 
 
 def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bool) -> Estimate:
@@ -61,7 +67,7 @@ def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bo
     """
     targets, models = len(work.config.targets), _output_bytes(work)
     layerwise = _layerwise(work)
-    stages = [_calibration_stage(work), *layerwise.stages]
+    stages = [_sensitivity_stage(work), _calibration_stage(work), *layerwise.stages]
     if one_pass:
         stages.append(_deciding_stage(work))
     if refined:
@@ -72,7 +78,7 @@ def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bo
         work,
         [*stages, *_final_stages(work)],
         observing=observing,
-        passing=observing + layerwise.forward + measured,
+        passing=observing + SENSITIVITY_PASSES + layerwise.forward + measured,
         output=models * (1 + one_pass) if kept else 0,
         beside=_kept_moments(work) + (1 - kept + bool(refined)) * models,
         tracked=0,
@@ -129,7 +135,7 @@ def _one_pass(work: Workload) -> _Passes:
     return _Passes(
         stages=tuple(_one_pass_stages(work)),
         observing=int(calibrating),
-        forward=0,
+        forward=SENSITIVITY_PASSES if calibrating else 0,
         kept=_kept_moments(work) if calibrating else 0,
     )
 
@@ -137,6 +143,7 @@ def _one_pass(work: Workload) -> _Passes:
 def _one_pass_stages(work: Workload) -> Iterator[Stage]:
     """Yield the calibration pass unless moments are given, the decisions, and the refining pass if asked for."""
     if work.config.moments is None:
+        yield _sensitivity_stage(work)
         yield _calibration_stage(work)
     yield _deciding_stage(work)
     if work.config.refine:
@@ -151,6 +158,22 @@ def _deciding_stage(work: Workload) -> Stage:
 def _refining_stage(work: Workload) -> Stage:
     """Return the stage that passes dense and pruned models side by side, and refits what is left."""
     return _stage(work, "refining", Footprint.of_refinement(work.source, work.source, work.device))
+
+
+def _sensitivity_stage(work: Workload) -> Stage:
+    """Return the pass of a few blocks, forward and backward, whose states are in files."""
+    return _stage(
+        work,
+        "sensitivities",
+        Footprint.of_sensitivity(work.source, work.device),
+        text=_sensitivity_text(work),
+        outside=_head_bytes(work, LOSS_COPIES),
+    )
+
+
+def _sensitivity_text(work: Workload) -> Text:
+    num_blocks, length = work.calibration.num_blocks, work.calibration.length
+    return Text(min(num_blocks, sensitivity_blocks(length)), length)
 
 
 def _calibration_stage(work: Workload) -> Stage:
@@ -172,11 +195,15 @@ def _final_stages(work: Workload) -> Iterator[Stage]:
 
 def _perplexity_stage(work: Workload, name: str, text: Text) -> Stage:
     """Return the stage that passes a held-out text and computes its logits."""
-    vocabulary, hidden = work.source.config.vocab_size, work.source.config.hidden_size
     footprint = Footprint.of(work.source, work.device, deciding=False).passing()
+    return _stage(work, name, footprint, text=text, outside=_head_bytes(work, LOGIT_COPIES))
+
+
+def _head_bytes(work: Workload, copies: int) -> int:
+    """Return the bytes of the head, with that many copies of the logits that it computes at once."""
+    vocabulary, hidden = work.source.config.vocab_size, work.source.config.hidden_size
     head = compute_dtype(work.device).itemsize * vocabulary * hidden
-    logits = LOGIT_COPIES * torch.float32.itemsize * LOGIT_TOKENS * vocabulary
-    return _stage(work, name, footprint, text=text, outside=head + max(work.embedding_bytes, logits))
+    return head + max(work.embedding_bytes, copies * torch.float32.itemsize * LOGIT_TOKENS * vocabulary)
 
 
 def _stage(
@@ -219,13 +246,22 @@ def _tokens_per_worker(work: Workload, text: Text) -> int:
 
 def _spilled_bytes(work: Workload) -> int:
     """Return the most bytes of states that a worker holds in files."""
+    in_one_pass = work.config.in_one_pass
+    backward = _sensitivity_bytes(work) if in_one_pass and work.config.moments is None else 0
     if not work.config.offload:
-        return 0
-    deciding = not work.config.in_one_pass
-    footprint = Footprint.of(work.source, work.device, deciding=deciding, measures_change=work.config.drop_layers)
+        return backward
+    footprint = Footprint.of(
+        work.source, work.device, deciding=not in_one_pass, measures_change=work.config.drop_layers
+    )
     if work.config.refine:
         footprint = Footprint.of_refinement(work.source, work.source, work.device)
-    return footprint.states_per_token * _tokens_per_worker(work, work.calibration)
+    return max(backward, footprint.states_per_token * _tokens_per_worker(work, work.calibration))
+
+
+def _sensitivity_bytes(work: Workload) -> int:
+    """Return the bytes of the states that enter each layer, which a worker holds in files to go back from them."""
+    per_token = compute_dtype(work.device).itemsize * work.source.config.hidden_size * (work.source.num_layers + 2)
+    return per_token * _tokens_per_worker(work, _sensitivity_text(work))
 
 
 def _library_memory(work: Workload, on_cpu: int) -> int:

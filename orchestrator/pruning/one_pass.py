@@ -1,6 +1,7 @@
 """One forward pass of the dense model; from its moments, models by any method at any number of sparsities.
 
 prune_one_pass
+measure_sensitivities    one pass of a few blocks, forward and backward
 calibrate                one pass; for each layer and module:
 observe                  LayerStream.observe_dense on every shard, moments merged
 eliminate                eliminate_observed as a solve, while the shards observe the next layer
@@ -21,6 +22,7 @@ from actors.pool import SolverPool, in_flight
 from actors.workers import Reference
 from orchestrator.inputs import Inputs
 from orchestrator.pruning.run_context import RunContext
+from orchestrator.pruning.sensitivities import measure_sensitivities
 from orchestrator.pruning.targets import Target
 from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.candidates import module_candidates
@@ -109,6 +111,7 @@ def observed_moments(context: RunContext) -> MomentStore:
 
 def calibrate(context: RunContext, store: MomentStore) -> None:
     """Pass the calibration data through the dense model once; save each layer's moments and elimination paths."""
+    measure_sensitivities(context, store)
     shards, num_layers, tokens = context.shards, context.source.num_layers, context.inputs.calibration.num_tokens
     num_saved = partial(store.num_saved, num_layers)
     for attempt in context.attempts(num_saved):
@@ -180,8 +183,9 @@ def rank_modules(context: RunContext, store: MomentStore, method: Method) -> Ran
                 submitted = in_flight(_submit_rankings(context.pool, source, store, method))
                 rankings = [pair.map(context.pool.get) for pair in submitted]
     sizes = form.limited([measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)])
-    layers = layer_candidates(sizes, paths) if form.drop_layers else ()
-    return Ranked(method, module_candidates(sizes, paths, rankings), form, layers)
+    sensitivities = store.load_sensitivities(source.num_layers)
+    layers = layer_candidates(sizes, paths, sensitivities) if form.drop_layers else ()
+    return Ranked(method, module_candidates(sizes, paths, rankings, sensitivities), form, layers)
 
 
 def _submit_rankings(

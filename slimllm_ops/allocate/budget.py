@@ -13,8 +13,6 @@ from slimllm_ops.errors import InputError
 from slimllm_ops.moments.ranking import Ranking
 
 BISECTIONS = 60
-# Weight of the residual stream's power in the scale of a module's errors; the rest goes to the module's own output.
-STREAM_WEIGHT = 0.75
 
 
 def removable(number: int, limit: float) -> int:
@@ -34,6 +32,7 @@ class Candidate:
         bias_parameters: The number of parameters that its recovery adds, once.
         output_variance: The variance of the module's output, summed over the dims: tr(W^T C W).
         stream_power: E|h|^2 of the layer's output, the residual stream.
+        sensitivity: E|g|^2 of the gradient of the loss at the module's output.
         units_at_once: The number of units removed together: with experts, one of each.
         limit: The greatest fraction of the units that may go.
     """
@@ -44,6 +43,7 @@ class Candidate:
     bias_parameters: int
     output_variance: float
     stream_power: float
+    sensitivity: float
     units_at_once: int = 1
     limit: float = 1.0
 
@@ -56,11 +56,6 @@ class Candidate:
     def removable(self) -> int:
         """The number of units that may go."""
         return removable(self.num_units, self.limit)
-
-    @property
-    def scale(self) -> float:
-        """The divisor that makes its errors comparable with other modules'."""
-        return max(self.stream_power**STREAM_WEIGHT * self.output_variance ** (1 - STREAM_WEIGHT), 1e-300)
 
     def removed_parameters(self, num_removed: int) -> int:
         """Return by how many parameters the module shrinks when `num_removed` units are removed."""
@@ -80,7 +75,8 @@ def in_steps(candidate: Candidate, width: int) -> Candidate:
 def as_one(candidates: Sequence[Candidate], layer: float = 0) -> Candidate:
     """Merge modules of one size that lose the same number of units into one, with their scaled errors summed."""
     costs = tuple(
-        sum(one.ranking.costs[index] / one.scale for one in candidates) for index in range(candidates[0].num_units)
+        sum(one.ranking.costs[index] * one.sensitivity for one in candidates)
+        for index in range(candidates[0].num_units)
     )
     return Candidate(
         layer=layer,
@@ -89,24 +85,24 @@ def as_one(candidates: Sequence[Candidate], layer: float = 0) -> Candidate:
         bias_parameters=sum(one.bias_parameters for one in candidates),
         output_variance=1.0,
         stream_power=1.0,
+        sensitivity=1.0,
         limit=min(one.limit for one in candidates),
     )
 
 
 def spend_by_error(candidates: Sequence[Candidate], target: int) -> list[int]:
-    """Remove the units with the least squared error per parameter, scaled to be comparable across modules.
+    """Remove the units that cost the loss least per parameter.
 
-    A module's errors are divided by (E|h|^2)^.75 (tr W^T C W)^.25, which weighs the residual stream's power against the
-    module's own. With the first alone, modules that hardly add to the stream are removed at once; with the second
-    alone, they are spared however little they matter. Of the exponents tried, .75 was best over all models
-    (docs/method.md).
+    A unit costs its squared error times the sensitivity of its module, E|g|^2, where g is the gradient of the loss at
+    the module's output: the loss that the error adds to second order, up to a constant. docs/method.md has what other
+    scales cost.
     """
     return spend_by_price(candidates, target, error_per_parameter)
 
 
 def error_per_parameter(candidate: Candidate, num_removed: int) -> float:
     """Return the scaled error of removing the next unit of a module, for each of its parameters."""
-    return candidate.ranking.costs[num_removed] / candidate.unit_parameters / candidate.scale
+    return candidate.ranking.costs[num_removed] * candidate.sensitivity / candidate.unit_parameters
 
 
 def spend_by_standard_score(candidates: Sequence[Candidate], target: int) -> list[int]:

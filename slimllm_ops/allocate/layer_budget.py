@@ -1,8 +1,7 @@
 r"""Spends a budget on whole layers as well as on heads and channels.
 
 Removing a layer removes what it added to the residual stream, and nothing recovers that. So its error is
-E|h_out - h_in|^2, in the same units as a module's, and it is scaled in the same way: the power of the output, which
-for a layer is what it adds, is weighed against the stream's.
+E|h_out - h_in|^2, in the same units as a module's, and it is scaled in the same way, by the layer's sensitivity.
 
 Layers are ordered by their error per parameter. The number of layers to remove is found by trying every number: the
 rest of the target is spent on the units of the layers that stay, and the least sum of scaled errors wins. Comparing
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.layer_size import LayerSize
-from slimllm_ops.decide.paths import LayerPaths
+from slimllm_ops.decide.paths import LayerPaths, Sensitivity
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking
@@ -28,12 +27,15 @@ class Spent:
     dropped: frozenset[int] = frozenset()
 
 
-def layer_candidates(sizes: Sequence[LayerSize], paths: Sequence[LayerPaths]) -> list[Candidate]:
+def layer_candidates(
+    sizes: Sequence[LayerSize], paths: Sequence[LayerPaths], sensitivities: Sequence[Sensitivity]
+) -> list[Candidate]:
     """Return every layer as a candidate with one unit, the layer itself.
 
     Args:
         sizes: The size of each layer.
         paths: The results of the calibration pass for each layer, including `change`.
+        sensitivities: The sensitivity of each layer.
     """
     return [
         Candidate(
@@ -43,9 +45,10 @@ def layer_candidates(sizes: Sequence[LayerSize], paths: Sequence[LayerPaths]) ->
             bias_parameters=0,
             output_variance=_change(path),
             stream_power=path.stream_power,
+            sensitivity=sensitivity.output,
             limit=size.limit,
         )
-        for layer, (size, path) in enumerate(zip(sizes, paths, strict=True))
+        for layer, (size, path, sensitivity) in enumerate(zip(sizes, paths, sensitivities, strict=True))
     ]
 
 
@@ -103,7 +106,7 @@ def _spend_on_kept(
 
 def _error(candidate: Candidate, num_removed: int) -> float:
     """Return the scaled error of removing `num_removed` units, comparable across modules."""
-    return sum(candidate.ranking.costs[:num_removed]) / candidate.scale
+    return sum(candidate.ranking.costs[:num_removed]) * candidate.sensitivity
 
 
 def _change(path: LayerPaths) -> float:

@@ -1,6 +1,7 @@
 """Stores the moments of a calibration pass on disk, one file per layer, so that pruning needs no forward pass.
 
 MOMENTS/moments.json                which model and data they are from, by digest
+MOMENTS/sensitivities.json          how much the loss depends on every layer
 MOMENTS/layer-00000.safetensors     the layer's moments and elimination paths
 
 A layer's file holds stream_power, and change if it was measured. For attention and mlp each, it holds count, mean,
@@ -9,8 +10,10 @@ output_variance). For a mixture of experts, mlp holds the number of experts and 
 other arrays are stored for each expert that received tokens, as mlp.0.count and so on.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from slimllm_ops.decide.paths import LayerPaths, ModulePath
+from slimllm_ops.decide.paths import LayerPaths, ModulePath, Sensitivity
 from slimllm_ops.errors import InputError
 from slimllm_ops.files import NotPlainError, read_json_object, require_plain, write_json, written_whole
 from slimllm_ops.moments.observation import Observed
 from slimllm_ops.moments.ranking import Ranking
 from slimllm_ops.moments.routing import observed_from_arrays
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "moments.json"
+SENSITIVITIES = "sensitivities.json"
 MOST_BYTES = 1 << 20
 MANIFEST_FIELDS = {"model": str, "model_digest": str, "calibration": dict}
 MODULES = ("attention", "mlp")
@@ -43,6 +47,33 @@ class MomentStore:
     def __init__(self, directory: Path, intercept: bool = True) -> None:
         self.directory = directory
         self.intercept = intercept
+
+    def save_sensitivities(self, sensitivities: Sequence[Sensitivity]) -> None:
+        """Write every layer's sensitivity (`slimllm_ops.stream.sensitivity`)."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / SENSITIVITIES, {"layers": list(map(asdict, sensitivities))}, indent=1)
+
+    def has_sensitivities(self) -> bool:
+        """Return whether the sensitivities are stored."""
+        return (self.directory / SENSITIVITIES).exists()
+
+    def load_sensitivities(self, num_layers: int) -> list[Sensitivity]:
+        """Read every layer's sensitivity.
+
+        Raises:
+            InputError: The file is missing or broken, or of another number of layers.
+        """
+        path = self.directory / SENSITIVITIES
+        if not path.exists():
+            raise InputError(f"{path} is missing: run `slimllm calibrate` again")
+        layers = read_json_object(path, MOST_BYTES).get("layers")
+        if not isinstance(layers, list) or not all(map(_is_sensitivity, layers)):
+            raise InputError(f"{path} holds no sensitivities of layers: run `slimllm calibrate` again")
+        if len(layers) != num_layers:
+            raise InputError(
+                f"{path} is of {len(layers)} layers, and the model has {num_layers}: run `slimllm calibrate` again"
+            )
+        return [Sensitivity(**layer) for layer in layers]
 
     def save(self, layer: int, paths: LayerPaths, attention: Observed, mlp: Observed) -> None:
         """Write a layer's file."""
@@ -125,6 +156,13 @@ class MomentStore:
 
     def _path(self, layer: int) -> Path:
         return self.directory / f"layer-{layer:05d}.safetensors"
+
+
+def _is_sensitivity(layer: object) -> bool:
+    names = {one.name for one in fields(Sensitivity)}
+    if not isinstance(layer, dict) or layer.keys() != names:
+        return False
+    return all(isinstance(number, float) and 0 <= number < math.inf for number in layer.values())
 
 
 def _pack_path(path: ModulePath) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The results of a calibration pass for each layer: its modules' elimination paths, and the power of its states."""
+"""The results of calibration for each layer: its modules' elimination paths, and measurements of it as a whole."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,21 @@ class ModulePath:
 
     ranking: Ranking
     output_variance: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much the loss depends on a layer, as the mean squared norm of its gradients (`stream/sensitivity.py`).
+
+    Attributes:
+        attention: E|g|^2 at the output of the attention's output projection.
+        mlp: The same of the MLP, or of the sum of its experts.
+        output: E|g|^2 at the states after the layer.
+    """
+
+    attention: float
+    mlp: float
+    output: float
 
 
 @dataclass(frozen=True)

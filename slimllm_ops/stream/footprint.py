@@ -29,6 +29,8 @@ from slimllm_ops.stream.weights import compute_dtype
 WIDE_ACTIVATIONS, NARROW_ACTIVATIONS = 5, 8
 # How many of each were measured alive at once (benchmarks/results/memory.md), in the MLP and in attention.
 LIKELY_MLP, LIKELY_ATTENTION = (3, 3), (0, 8)
+# How many times the activations of a pass a backward pass holds: those of a layer are saved, and have gradients.
+SAVED_ACTIVATIONS = 3
 # P x P matrices at the measured peak of a solve, which also holds the weight in float32 and in the dtype of sums.
 SOLVE_SQUARES = 6
 
@@ -95,6 +97,17 @@ class Footprint:
             activations_per_token=one.activations_per_token + other.activations_per_token,
             stored_layer=one.stored_layer,
             likely_activations_per_token=one.likely_activations_per_token + other.likely_activations_per_token,
+        )
+
+    @classmethod
+    def of_sensitivity(cls, checkpoint: Checkpoint, device: torch.device) -> "Footprint":
+        """Return what a pass forward and backward needs; its states are in files."""
+        passing = cls.of(checkpoint, device, deciding=False).passing()
+        return replace(
+            passing,
+            states_per_token=0,
+            activations_per_token=SAVED_ACTIVATIONS * passing.activations_per_token,
+            likely_activations_per_token=SAVED_ACTIVATIONS * passing.likely_activations_per_token,
         )
 
     @property

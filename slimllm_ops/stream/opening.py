@@ -1,4 +1,4 @@
-"""Opens the two kinds of streams that shards hold, from token ids and the place where they run."""
+"""Opens the kinds of streams that shards hold, from token ids and the place where they run."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,16 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.states import StateStore
 from slimllm_ops.stream.passes import LayerStream
 from slimllm_ops.stream.refinement import RefinementStream
+from slimllm_ops.stream.sensitivity import SensitivityStream
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """The device that a stream runs on, and the kind of store that holds its states."""
+    """The device that a stream runs on, the kind of store that holds its states, and one that is not in memory."""
 
     device: torch.device
-    store: StateStore = list
+    store: StateStore
+    spill: StateStore
 
 
 def open_stream(
@@ -48,3 +50,14 @@ def open_refinement(
     """
     of_dense, of_pruned = (LayerStream(model, ids, place.device, place.store) for model in (dense, pruned))
     return RefinementStream(of_dense, of_pruned, origins)
+
+
+def open_sensitivity(place: Workplace, ids: list[Tensor], checkpoint: Checkpoint) -> SensitivityStream:
+    """Embed batches of token ids as the input of a model's first layer, to measure the layers' sensitivities.
+
+    Args:
+        place: Where the layers run, and what holds the states that enter each layer.
+        ids: Token ids, each (b, T), int64.
+        checkpoint: The model.
+    """
+    return SensitivityStream(checkpoint, ids, place.device, place.spill)

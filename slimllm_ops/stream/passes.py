@@ -133,7 +133,7 @@ class LayerStream:
                 seen.add_powers(_power(self.tokens(index, output)), _power(self.tokens(index, added)))
             power = power.merge(self._add(index, added))
             if before is not None:
-                change = change.merge(_summed_power(self.tokens(index, self.hidden[index] - before[index])))
+                change = change.merge(summed_power(self.tokens(index, self.hidden[index] - before[index])))
         observed = self.require_finite(seen.packed(), layer, branch)
         return DensePass(observed, power, None if before is None else change)
 
@@ -176,7 +176,7 @@ class LayerStream:
         total, count = 0.0, 0
         with self._weights.head():
             for hidden, ids in zip(self.hidden, self.batches, strict=True):
-                for states_bTD, targets_bT in _spans(hidden[:, :-1], ids[:, 1:].to(self.device)):
+                for states_bTD, targets_bT in spans(hidden[:, :-1], ids[:, 1:].to(self.device)):
                     logits_NV = self._weights.logits(states_bTD).flatten(0, 1).float()
                     targets_N = targets_bT.flatten()
                     lost = functional.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=PADDING)
@@ -228,7 +228,7 @@ class LayerStream:
         """Add a branch's contribution to a batch's states; return their new squared norm, summed over tokens."""
         hidden = self.hidden[index] + added
         self.hidden[index] = hidden
-        return _summed_power(self.tokens(index, hidden))
+        return summed_power(self.tokens(index, hidden))
 
     def _entered_by(self, layer: int) -> States:
         """Return the states that entered a layer, saved on the first call for that layer."""
@@ -251,7 +251,7 @@ class LayerStream:
         )
 
 
-def _spans(states_BTD: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def spans(states_BTD: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Split states and targets into parts of at most `LOGIT_TOKENS` tokens."""
     blocks = max(1, LOGIT_TOKENS // states_BTD.shape[1])
     for states_bTD, targets_bT in zip(states_BTD.split(blocks), targets_BT.split(blocks), strict=True):
@@ -263,7 +263,7 @@ def _power(states: Tensor) -> float:
     return float(states.float().square().sum(dim=-1).double().sum())
 
 
-def _summed_power(states_bTD: Tensor) -> Mean:
+def summed_power(states_bTD: Tensor) -> Mean:
     """Return the squared norm of a batch's states, summed over tokens."""
     return Mean(_power(states_bTD), states_bTD.shape[0] * states_bTD.shape[1])
 

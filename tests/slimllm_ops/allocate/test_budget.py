@@ -43,6 +43,7 @@ def model(seed: int, layers: int = 4, heads: int = 4, channels: int = 40) -> lis
                     bias_parameters=BIAS,
                     output_variance=float(costs.sum() * rng.uniform(1, 2)),
                     stream_power=float(10 + 20 * layer),
+                    sensitivity=1 / (10 + 20 * layer),
                 )
             )
     return candidates
@@ -117,12 +118,12 @@ def test_the_cheapest_next_unit_of_any_module_goes_first(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_error_per_parameter_is_compared_on_the_scale_of_the_weighted_geometric_mean(seed: int) -> None:
+def test_what_a_unit_costs_the_loss_is_its_error_times_the_sensitivity_of_its_layer(seed: int) -> None:
     candidates = model(seed)
     removed = spend_by_error(candidates, 3000)
 
     def price(one: Candidate, n: int) -> float:
-        return one.ranking.costs[n] / one.unit_parameters / (one.stream_power**0.75 * one.output_variance**0.25)
+        return one.ranking.costs[n] / one.unit_parameters * one.sensitivity
 
     assert removed == spend_by_price(candidates, 3000, price)
     # No channel that went was dearer than one that stayed elsewhere, but for the last few that fill what is left.
@@ -138,8 +139,7 @@ def test_the_unit_of_measurement_does_not_matter(factor: float) -> None:
         replace(
             one,
             ranking=Ranking(one.ranking.order, tuple(cost * factor for cost in one.ranking.costs)),
-            output_variance=one.output_variance * factor,
-            stream_power=one.stream_power * factor,
+            sensitivity=one.sensitivity / factor,
         )
         for one in candidates
     ]
@@ -159,7 +159,7 @@ def test_standard_scores_look_past_a_module_s_level_and_spread() -> None:
 def test_modules_without_any_error_are_spent_first_and_break_nothing() -> None:
     candidates = model(5)
     nothing = Ranking(candidates[3].ranking.order, (0.0,) * candidates[3].num_units)
-    candidates[3] = replace(candidates[3], ranking=nothing, output_variance=0.0)
+    candidates[3] = replace(candidates[3], ranking=nothing)
     for spend in (spend_by_error, spend_by_standard_score):
         removed = spend(candidates, 3000)
         assert 0 <= 3000 - spent(candidates, removed) < CHANNEL

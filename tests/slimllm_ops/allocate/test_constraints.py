@@ -69,7 +69,7 @@ class Case:
                 ranking = Ranking(tuple(rng.permutation(units).tolist()), tuple(costs))
                 modules.append(Candidate(layer=layer, ranking=ranking, unit_parameters=parameters, limit=size.limit,
                                          bias_parameters=self.bias, output_variance=float(sum(costs)),
-                                         stream_power=float(10 + 20 * layer)))  # fmt: skip
+                                         stream_power=1.0, sensitivity=1 / (10 + 20 * layer)))  # fmt: skip
             made.append(Pair(*modules))
         return made
 
@@ -212,9 +212,7 @@ def naive_spend(case: Case, target: int) -> Counts:
                 module = tuple(pairs[layer])[kind]
                 start = after[layer][kind]
                 after[layer][kind] += width
-                error += sum(module.ranking.costs[start : start + width]) / (
-                    module.stream_power**0.75 * module.output_variance**0.25
-                )
+                error += sum(module.ranking.costs[start : start + width]) * module.sensitivity
             if not case.allowed([(one[0], one[1]) for one in after]) or (*layers, kind) in closed:
                 continue
             parameters = (case.unit, case.channel)[kind] * width * len(layers)

@@ -37,7 +37,8 @@ def candidates(layers: int = 4, heads: int = 4, channels: int = 40) -> list[Pair
             costs = np.sort(rng.gamma(1.0, 10.0 ** rng.normal(), size=units))
             ranking = Ranking(tuple(rng.permutation(units).tolist()), tuple(costs.tolist()))
             made.append(Candidate(layer=layer, ranking=ranking, unit_parameters=parameters, bias_parameters=BIAS,
-                                  output_variance=float(costs.sum()), stream_power=float(10 + 20 * layer)))  # fmt: skip
+                                  output_variance=float(costs.sum()), stream_power=1.0,
+                                  sensitivity=1 / (10 + 20 * layer)))  # fmt: skip
     return paired(made)
 
 
@@ -79,7 +80,13 @@ def test_a_uniform_budget_takes_the_kind_of_unit_that_costs_least_over_all_layer
     free = [Ranking((0, 1), (0.0, 0.0)), Ranking((0, 1, 2, 3), (9.0, 9.0, 9.0, 9.0))]
     given = [
         Candidate(
-            layer=layer, ranking=ranking, unit_parameters=10, bias_parameters=0, output_variance=1.0, stream_power=1.0
+            layer=layer,
+            ranking=ranking,
+            unit_parameters=10,
+            bias_parameters=0,
+            output_variance=1.0,
+            stream_power=1.0,
+            sensitivity=1.0,
         )
         for layer in range(2)
         for ranking in free

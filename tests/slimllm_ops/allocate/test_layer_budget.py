@@ -10,7 +10,7 @@ from slimllm_ops.allocate.budget import Candidate, spend_by_error
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
 from slimllm_ops.allocate.layer_size import LayerSize
-from slimllm_ops.decide.paths import LayerPaths, ModulePath
+from slimllm_ops.decide.paths import LayerPaths, ModulePath, Sensitivity
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair
 from tests.slimllm_ops.allocate.test_budget import BIAS, CHANNEL, UNIT, flat, model, paired, spent
@@ -39,7 +39,8 @@ def whole(modules: Sequence[Pair[Candidate]], changes: Sequence[float]) -> list[
     for module, change in zip(modules, changes, strict=True):
         attention, mlp = module.map(lambda one: ModulePath(one.ranking, one.output_variance))
         paths.append(LayerPaths(attention, mlp, module.attention.stream_power, change))
-    return layer_candidates([SIZE] * len(changes), paths)
+    sensitivities = [Sensitivity(0.0, 0.0, module.attention.sensitivity) for module in modules]
+    return layer_candidates([SIZE] * len(changes), paths, sensitivities)
 
 
 def removed(modules: Sequence[Pair[Candidate]], result: Spent) -> int:
@@ -48,8 +49,8 @@ def removed(modules: Sequence[Pair[Candidate]], result: Spent) -> int:
 
 def scaled_error(modules: Sequence[Pair[Candidate]], layers: Sequence[Candidate], result: Spent) -> float:
     removals = zip(flat(modules), flat(result.units), strict=True)
-    errors = [sum(one.ranking.costs[:count]) / one.scale for one, count in removals]
-    return sum(errors) + sum(layers[layer].ranking.costs[0] / layers[layer].scale for layer in result.dropped)
+    errors = [sum(one.ranking.costs[:count]) * one.sensitivity for one, count in removals]
+    return sum(errors) + sum(layers[layer].ranking.costs[0] * layers[layer].sensitivity for layer in result.dropped)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -83,7 +84,7 @@ def test_no_number_of_the_cheapest_layers_would_have_cost_less(seed: int) -> Non
     modules, target = paired(model(seed)), int(0.55 * 4 * LAYER)
     layers = whole(modules, [0.4, 3.0, 0.9, 30.0])
     result = spend_on_layers_too(layers, modules, target, spend)
-    order = sorted(range(4), key=lambda layer: layers[layer].ranking.costs[0] / layers[layer].scale)
+    order = sorted(range(4), key=lambda layer: layers[layer].ranking.costs[0] * layers[layer].sensitivity)
     for number in range(3):
         kept = [layer for layer in range(4) if layer not in order[:number]]
         counts = spend([modules[layer] for layer in kept], target - number * LAYER)
@@ -94,7 +95,7 @@ def test_no_number_of_the_cheapest_layers_would_have_cost_less(seed: int) -> Non
 
 def test_of_layers_that_change_as_much_the_larger_goes() -> None:
     modules = paired(model(2))
-    layers = [replace(one, stream_power=1.0) for one in whole(modules, [1e-9] * 4)]
+    layers = [replace(one, sensitivity=1.0) for one in whole(modules, [1e-9] * 4)]
     layers[3] = replace(layers[3], unit_parameters=2 * LAYER)
     assert spend_on_layers_too(layers, modules, 2 * LAYER, spend).dropped == {3}
 

@@ -93,7 +93,7 @@ def test_the_scatter_takes_half_the_room_of_the_square(store: MomentStore, tmp_p
 
 
 def test_the_manifest_has_its_format(store: MomentStore) -> None:
-    assert store.manifest() == {"format": 2, "model": "a model", "model_digest": "0123", "calibration": {}}
+    assert store.manifest() == {"format": 3, "model": "a model", "model_digest": "0123", "calibration": {}}
 
 
 def test_a_layer_that_is_missing_is_named(store: MomentStore) -> None:
@@ -122,12 +122,12 @@ def test_a_folder_without_a_manifest_holds_no_moments(store: MomentStore) -> Non
     ("text", "said"),
     [
         ("", "is not valid JSON"),
-        ('{"format": 2', "is not valid JSON"),
+        ('{"format": 3', "is not valid JSON"),
         ("\0", "is not valid JSON"),
         ("[]", "holds a list, expected a JSON object"),
         ("[" * 100_000, "is nested too deeply"),
         (
-            '{"format": 2, "model": "a", "model_digest": "b", "calibration": 3}',
+            '{"format": 3, "model": "a", "model_digest": "b", "calibration": 3}',
             "has no valid calibration, expected a dict",
         ),
     ],
@@ -144,10 +144,10 @@ def test_the_layers_that_are_saved_are_counted_from_the_first(store: MomentStore
     assert store.num_saved(5) == 0
 
 
-@pytest.mark.parametrize("content", [{"format": 1}, {}, {"model": "a model"}])
+@pytest.mark.parametrize("content", [{"format": 2}, {}, {"model": "a model"}])
 def test_another_format_is_refused(store: MomentStore, content: dict[str, object]) -> None:
     (store.directory / "moments.json").write_text(json.dumps(content))
     with pytest.raises(
-        InputError, match=r"moments.json has format (1|None), expected 2: run `slimllm calibrate` again"
+        InputError, match=r"moments.json has format (2|None), expected 3: run `slimllm calibrate` again"
     ):
         store.manifest()

@@ -1,0 +1,191 @@
+r"""Measures how much the loss depends on what each module computes: one pass forward and one backward.
+
+Let g be the gradient of a token block's loss with respect to the output y of a module's output projection. The loss is
+that of tokens sampled from the model itself, so E[g g^T] is the Fisher information of y: an error e in y costs
+
+    KL(dense || damaged) = 1/2 e^T E[g g^T] e
+
+to second order. The sensitivity is the trace, E|g|^2: in the budget it turns squared errors of different modules into
+the same unit. The power of the states is no substitute. A few tokens with massive activations hold nearly all of it,
+from some layer on, and the loss does not depend on them (docs/method.md).
+
+The tokens are sampled with a seed that comes from the block, so they do not depend on how blocks are spread.
+
+Amari 1998; as a metric for pruning: Theis et al. 2018, van der Ouderaa et al. 2024 (The LLM Surgeon).
+
+Shapes: b blocks in a batch, T tokens in a block, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.paths import Sensitivity
+from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.models.families import Family
+from slimllm_ops.moments.states import States, StateStore
+from slimllm_ops.moments.sums import Mean
+from slimllm_ops.stream.padding import PADDING, filled, without_padding
+from slimllm_ops.stream.passes import spans, summed_power
+from slimllm_ops.stream.weights import ModelWeights
+
+# From this many tokens the sensitivities of a model of 135M parameters are known to a few percent (docs/method.md).
+SENSITIVITY_TOKENS = 4096
+
+
+def sensitivity_blocks(length: int) -> int:
+    """Return how many blocks of a length are enough to measure sensitivities on."""
+    return max(1, SENSITIVITY_TOKENS // length)
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """A layer's sensitivity over the tokens of a shard (`slimllm_ops.decide.paths.Sensitivity`)."""
+
+    attention: Mean
+    mlp: Mean
+    output: Mean
+
+    def merge(self, other: "LayerSensitivity") -> "LayerSensitivity":
+        """Return the sums over both sets of tokens."""
+        return LayerSensitivity(
+            self.attention.merge(other.attention), self.mlp.merge(other.mlp), self.output.merge(other.output)
+        )
+
+    @property
+    def value(self) -> Sensitivity:
+        """The means over tokens."""
+        return Sensitivity(attention=self.attention.value, mlp=self.mlp.value, output=self.output.value)
+
+
+class SensitivityStream:
+    """The states of token blocks before every layer, on the way forward, then their gradients, on the way back.
+
+    Call `forward` for every layer in order, then `begin_backward`, then `backward` for every layer in reverse.
+
+    Args:
+        checkpoint: The model.
+        batches: Token ids, each (b, T), int64; padding stands at the end of a block, as `PADDING`.
+        device: Where the layers run.
+        store: Returns an empty store for the states; there is one for each layer, so it should not be in memory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, batches: list[Tensor], device: torch.device, store: StateStore) -> None:
+        self._batches = batches
+        self._device = device
+        self._store = store
+        self._weights = ModelWeights(checkpoint, device)
+        # Tensors of inference mode cannot be saved for a backward pass.
+        embedded = (states.clone() for states in self._weights.embed([filled(ids) for ids in batches]))
+        self._states = [self._held(embedded)]
+        self._gradients = store()
+
+    @torch.no_grad()
+    def forward(self, layer: int) -> None:
+        """Run a layer, and keep the states that entered it."""
+        module, call = self._weights.load(layer), self._call(layer)
+        self._states.append(self._held(module(states, **call) for states in self._states[layer]))
+
+    def begin_backward(self) -> None:
+        """Compute the gradient of the loss with respect to the states after the last layer."""
+        with self._weights.head():
+            self._gradients = self._held(map(self._gradient_of_loss, self._states.pop(), self._batches))
+
+    def backward(self, layer: int) -> "LayerSensitivity":
+        """Return |g|^2 of a layer's modules, summed over tokens, then go back to the states before the layer.
+
+        Raises:
+            NonFiniteError: A gradient holds NaN or infinity.
+        """
+        module, call, entered = self._weights.load(layer), self._call(layer), self._states.pop()
+        sums = []
+        for index, ids in enumerate(self._batches):
+            states, after = entered[index].requires_grad_(), self._gradients[index]
+            with _recorded_outputs(module, self._weights.checkpoint.family) as outputs:
+                left = module(states, **call)
+            *inner, self._gradients[index] = torch.autograd.grad(left, [*outputs, states], after)
+            sums.append(LayerSensitivity(*(self._power(one, ids) for one in (*inner, after))))
+        seen = reduce(LayerSensitivity.merge, sums)
+        if not all(one.total < float("inf") for one in (seen.attention, seen.mlp, seen.output)):
+            raise NonFiniteError(
+                f"layer {layer}: the gradient of the loss holds NaN or infinity in {self._weights.dtype}: the weights "
+                f"of {self._weights.checkpoint.directory} are damaged, or its activations are too large for this dtype"
+            )
+        return seen
+
+    def close(self) -> None:
+        """Free all memory now."""
+        self._weights.close()
+        self._states, self._gradients = [], self._store()
+
+    def _gradient_of_loss(self, states_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        """Return the gradient, shape (b, T, D), of the loss of tokens that are sampled from the model; 0 at padding."""
+        gradient_BTD, uniform_BT = torch.zeros_like(states_BTD), _uniform(ids_BT)
+        parts = (spans(states_BTD, other) for other in (gradient_BTD, uniform_BT, ids_BT))
+        for (states_bTD, gradient_bTD), (_, uniform_bT), (_, ids_bT) in zip(*parts, strict=True):
+            leaf = states_bTD.clone().requires_grad_()
+            logits_NV = self._weights.logits(leaf).flatten(0, 1).float()
+            sampled_N = _sampled(logits_NV.detach(), uniform_bT.flatten().to(self._device))
+            sampled_N[ids_bT.flatten().to(self._device) == PADDING] = PADDING
+            loss = functional.cross_entropy(logits_NV, sampled_N, reduction="sum", ignore_index=PADDING)
+            gradient_bTD.copy_(torch.autograd.grad(loss, leaf)[0])
+        return gradient_BTD
+
+    def _power(self, gradient: Tensor, ids_bT: Tensor) -> Mean:
+        """Return the squared norm of a gradient, (b, T, D) or (b T, D), summed over tokens that are not padding."""
+        mask_bT = (ids_bT != PADDING).to(self._device)
+        return summed_power(without_padding(gradient.reshape(*mask_bT.shape, -1), mask_bT))
+
+    def _call(self, layer: int) -> dict[str, Any]:
+        return {name: _outside_inference(value) for name, value in self._weights.call(layer).items()}
+
+    def _held(self, batches: Iterable[Tensor]) -> States:
+        states = self._store()
+        for batch in batches:
+            states.append(batch)
+        return states
+
+
+@contextmanager
+def _recorded_outputs(layer: nn.Module, family: Family) -> Iterator[list[Tensor]]:
+    """Record the outputs of the attention's output projection and of the MLP's, or of its experts; in that order."""
+    outputs: list[Tensor] = []
+    found: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for branch in family.branches:
+            name = branch.module if branch.has_experts else branch.output
+            hook = layer.get_submodule(name).register_forward_hook(partial(_keep, found, name))
+            hooks.callback(hook.remove)
+        yield outputs
+    outputs += [found[branch.module if branch.has_experts else branch.output] for branch in family.branches]
+
+
+def _keep(found: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    found[name] = output[0] if isinstance(output, tuple) else output
+
+
+def _uniform(ids_BT: Tensor) -> Tensor:
+    """Return a number in [0, 1) for each token, from generators that are seeded by the blocks."""
+    generators = (torch.Generator().manual_seed(int(ids_T.sum())) for ids_T in ids_BT)
+    return torch.stack([torch.rand(ids_BT.shape[1], generator=one) for one in generators])
+
+
+def _sampled(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Return one sample (N,) from each row's distribution, by inverting its cumulative sum."""
+    cumulative_NV = logits_NV.softmax(dim=-1).cumsum(dim=-1)
+    below_N = uniform_N * cumulative_NV[:, -1]
+    return torch.searchsorted(cumulative_NV, below_N[:, None], right=True)[:, 0].clamp_(max=logits_NV.shape[1] - 1)
+
+
+def _outside_inference(value: Any) -> Any:
+    """Return an argument of a layer with copies of its tensors, which may be saved for a backward pass."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return tuple(map(_outside_inference, value)) if isinstance(value, tuple) else value
