@@ -26,20 +26,6 @@ os.environ[server.SERVE_ARTIFACTS_ENV_VAR] = "true"
 os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = {artifacts!r}
 server.app.run(host="127.0.0.1", port={port})
 """
-# What these programs import sooner or later, which takes seconds.
-IMPORTS = """
-import gc
-import alembic.command, git, grpc, matplotlib.backends.backend_agg, matplotlib.figure
-import pyarrow.json, pyarrow.pandas_compat, sqlalchemy.dialects.sqlite
-import ray.dashboard.optional_deps, transformers.models.llama.modeling_llama
-import mlflow, mlflow.server, mlflow.server.handlers, mlflow.store.tracking.sqlalchemy_store
-import mlflow.store.tracking.sqlalchemy_workspace_store, mlflow.system_metrics.system_metrics_monitor
-import actors.local, actors.ray_workers, cluster.session
-import orchestrator.cli, orchestrator.cli.summary, orchestrator.pipeline
-import slimllm_ops.models.pruned.pruned_llama
-# The garbage collector leaves all of this alone in the forks.
-gc.freeze()
-"""
 
 
 @dataclass(frozen=True)
