@@ -6,9 +6,21 @@ starts a Ray with the help of private names. Ray is imported only when it is use
 
 from typing import Any
 
-# The module of the command `ray`, and loggers that report every uploaded package and every closed connection.
-COMMAND_MODULE = "ray.scripts.scripts"
+# Loggers that report every uploaded package and every closed connection.
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+# A program that fails unless a Ray of this release answers at the address that it is given, and lets us in. Ray's own
+# command does the same, and imports all other commands first, which takes seconds.
+HEALTH_CHECK = """
+import sys
+import ray
+from ray._common.usage.usage_lib import get_cluster_metadata
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray._raylet import GcsClient
+
+theirs = get_cluster_metadata(GcsClient(address=canonicalize_bootstrap_address_or_die(sys.argv[1])))["ray_version"]
+if theirs != ray.__version__:
+    sys.exit(f"Ray version mismatch: cluster has Ray version {theirs} but local Ray version is {ray.__version__}")
+"""
 
 
 def find_local_head() -> str | None:

@@ -16,7 +16,7 @@ from cluster.driver_paths import paths_of_a_cluster, paths_of_a_new_ray
 from cluster.errors import ClusterError
 from cluster.inside_job import carries_packages
 from cluster.local_ray import local_ray
-from cluster.ray_private import COMMAND_MODULE
+from cluster.ray_private import HEALTH_CHECK
 from cluster.resources import Node, Resources
 from cluster.signals import sigterm_handler_kept
 from cluster.sockets import require_room_for_sockets
@@ -141,7 +141,7 @@ def _require_healthy(address: str, named_by: str) -> None:
 
     A child process asks, because Ray's client complains on stderr every second until it gives up.
     """
-    command = [sys.executable, "-P", "-m", COMMAND_MODULE, "health-check", "--address", address]
+    command = [sys.executable, "-P", "-c", HEALTH_CHECK, address]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_SECONDS, check=False)
         found = (answer.stdout + answer.stderr).strip().splitlines() or ["unhealthy"]

@@ -17,8 +17,10 @@ import torch
 from cluster.local_ray import local_ray as started_ray
 from tests.elsewhere import Elsewhere
 from tests.forked_workers.server import forked_workers
+from tests.forks import RUN_IMPORTS, Forks
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 # Every process that tests start inherits these. Ray gives its processes half a minute to start: too little here.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 # Ray's workers give way to other processes: they would wait for all tests that run beside theirs.
@@ -90,6 +92,18 @@ def local_ray() -> Iterator[None]:
 def whole_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a Ray that the test starts run workers that import everything themselves, as users' do."""
     monkeypatch.delenv("SLIMLLM_FORKED_WORKERS")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Forks of a process that has imported all of this project, MLflow and its server."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_ADDRESS"))}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]), "OMP_NUM_THREADS": "1"}
+    # A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
+    environment |= {"RAY_AUTH_MODE": "disabled"}
+    forks = Forks(RUN_IMPORTS, environment, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,21 @@ for line in sys.stdin:
     print(json.dumps(finish(asked) if asked["seconds"] else start(asked)), flush=True)
 """
 
+# What runs, and an MLflow server, import sooner or later, which takes seconds.
+RUN_IMPORTS = """
+import gc
+import alembic.command, git, grpc, matplotlib.backends.backend_agg, matplotlib.figure
+import pyarrow.json, pyarrow.pandas_compat, sqlalchemy.dialects.sqlite
+import ray.dashboard.optional_deps, transformers.models.llama.modeling_llama
+import mlflow, mlflow.server, mlflow.server.handlers, mlflow.store.tracking.sqlalchemy_store
+import mlflow.store.tracking.sqlalchemy_workspace_store, mlflow.system_metrics.system_metrics_monitor
+import actors.local, actors.ray_workers, cluster.session
+import orchestrator.cli, orchestrator.cli.summary, orchestrator.pipeline
+import slimllm_ops.models.pruned.pruned_llama
+# The garbage collector leaves all of this alone in the forks.
+gc.freeze()
+"""
+
 
 def slimllm(*words: object) -> str:
     """Return the program that the command line runs for these words."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from orchestrator.config import ConfigError
+from orchestrator.json_values import json_value
 from orchestrator.secrets import masked
 
 FAILED = 1
@@ -106,8 +107,6 @@ def _kill_children() -> None:
 
 def print_json(value: Any) -> None:
     """Print a result as one JSON value without the credentials of addresses; NaN becomes null, infinity "inf"."""
-    from orchestrator.tracking.journal import json_value
-
     click.echo(json.dumps(json_value(value), allow_nan=False))
 
 

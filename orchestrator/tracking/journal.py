@@ -1,14 +1,12 @@
 """Reads and writes a run's journal: a file of events, each written before it is sent to a server."""
 
 import json
-import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.secrets import uris_masked
+from orchestrator.json_values import json_value
 from orchestrator.tracking.options import TrackingError
 from slimllm_ops.files import NotPlainError, naming, read_plain
 
@@ -62,29 +60,6 @@ class Journal:
             content = _content(self.path)
             if (size := _whole_events(self.path, content)[1]) < len(content):
                 os.truncate(self.path, size)
-
-
-def json_value(value: object) -> Any:
-    """Return a value as JSON can hold it: NaN as null, infinity as "inf" or "-inf", unknown types as their text.
-
-    The credentials of addresses are masked. What else is secret stays: a value of the environment may be any word, also
-    the name of an event or of a method. Who writes a text for people masks it first.
-    """
-    match value:
-        case None | bool() | int():
-            return value
-        case str():
-            return uris_masked(value)
-        case float():
-            return value if math.isfinite(value) else None if math.isnan(value) else str(float(value))
-        case Mapping():
-            return {uris_masked(str(key)): json_value(item) for key, item in value.items()}
-        case list() | tuple():
-            return [json_value(item) for item in value]
-        case _ if hasattr(value, "tolist"):
-            return json_value(value.tolist())
-        case _:
-            return uris_masked(str(value))
 
 
 def _content(path: Path) -> bytes:

@@ -1,13 +1,10 @@
 """A cluster of three nodes: work is spread, weights reach nodes without shared storage, and results match one node's.
 
-The cluster runs in its own process, since this one is connected to the Ray of the other tests.
+A fork runs the cluster, since this process is connected to the Ray of the other tests.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,7 @@ from safetensors.torch import load_file
 from cluster.local_ray import LOCAL_RAY
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import prune
-
-ROOT = Path(__file__).parents[2]
+from tests.forks import Forks
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +24,18 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seen(outputs: Path, gqa_model: Path, token_file: Path) -> dict[str, Any]:
+def seen(forks: Forks, outputs: Path, gqa_model: Path, token_file: Path) -> dict[str, Any]:
     """What was seen on three nodes, which pruned by the paper's method."""
-    return see(outputs, gqa_model, token_file, "slimllm")
+    return see(forks, outputs, gqa_model, token_file, "slimllm")
 
 
-def see(outputs: Path, model: Path, tokens: Path, method: str) -> dict[str, Any]:
+def see(forks: Forks, outputs: Path, model: Path, tokens: Path, method: str) -> dict[str, Any]:
     """Use three nodes, prune a model on them, and return what was seen."""
-    words = map(str, (model, tokens, outputs / method, method))
-    command = [sys.executable, "-m", "tests.actors.three_nodes", *words]
-    # Loopback only: the token that authentication wants would be written to the home folder.
-    path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
-    environment = os.environ | LOCAL_RAY | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    words = tuple(map(str, (model, tokens, outputs / method, method)))
+    program = f"import json; from tests.actors.three_nodes import main; print(json.dumps(main(*{words!r})))"
+    ended = forks.run(program, seconds=600, **LOCAL_RAY)
+    assert ended.code == 0, ended.stderr[-3000:]
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def test_workers_and_solves_are_spread_over_the_nodes(seen: dict[str, Any]) -> None:
@@ -77,8 +70,8 @@ def test_a_run_that_lost_one_of_three_nodes_writes_what_one_process_writes(
 
 
 @pytest.mark.slow
-def test_gram_does_too(outputs: Path, tmp_path: Path, gqa_model: Path, token_file: Path) -> None:
-    see(outputs, gqa_model, token_file, "gram")
+def test_gram_does_too(forks: Forks, outputs: Path, tmp_path: Path, gqa_model: Path, token_file: Path) -> None:
+    see(forks, outputs, gqa_model, token_file, "gram")
     require_same_weights(outputs, tmp_path, gqa_model, token_file, "gram")
 
 

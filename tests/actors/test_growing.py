@@ -23,10 +23,10 @@ REQUESTS = """
 import json, ray
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
-from actors.growing import _status
+from actors.ray_private import cluster_status
 ray.init({address!r}, logging_level="ERROR")
 first = json.loads(internal_kv_get_gcs_client().internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
-constraints = _status().cluster_resource_state.cluster_resource_constraints
+constraints = cluster_status().cluster_resource_state.cluster_resource_constraints
 print(len(first) + sum(one.count for each in constraints for one in each.resource_requests))
 """
 

@@ -1,13 +1,6 @@
-"""Runs a cluster of three nodes for `test_cluster.py`, in its own process, and uses it as the driver does.
-
-    python -m tests.actors.three_nodes MODEL TOKENS OUTPUT METHOD
-
-Prints its observations as JSON.
-"""
+"""Runs a cluster of three nodes for `test_cluster.py`, which calls it in a fork, and uses it as the driver does."""
 
 import io
-import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -158,7 +151,3 @@ def refuse_files(_: object) -> None:
         raise AssertionError("a worker read a file itself")
 
     slimllm_ops.checkpoint.reading.read_tensors = refuse
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))

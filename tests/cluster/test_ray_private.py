@@ -4,21 +4,33 @@ import asyncio
 import importlib
 import inspect
 import logging
+import sys
 from pathlib import Path
 
 import pytest
+import ray
 from ray._private.services import canonicalize_bootstrap_address
 from ray.dashboard.modules.job.common import JobInfo
 from ray.job_config import JobConfig
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.driver_paths import OwnPaths
-from cluster.ray_private import CHATTY, COMMAND_MODULE, asks_for_token, find_local_head, job_records
+from cluster.ray_private import CHATTY, HEALTH_CHECK, asks_for_token, find_local_head, job_records
 
 
-def test_the_command_can_ask_for_health() -> None:
-    commands = importlib.import_module(COMMAND_MODULE).cli.commands
-    assert "--address" in [name for option in commands["health-check"].params for name in option.opts]
+def test_a_ray_of_this_release_is_healthy_and_another_one_is_not(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Here, because this process has the token; session.py gives the program a process of its own.
+    monkeypatch.setattr(sys, "argv", ["-c", ray.get_runtime_context().gcs_address])
+    exec(HEALTH_CHECK, {})
+    theirs = ray.__version__
+    monkeypatch.setattr(ray, "__version__", "1.2.3")
+    with pytest.raises(SystemExit) as ended:
+        exec(HEALTH_CHECK, {})
+    assert ended.value.code == (
+        f"Ray version mismatch: cluster has Ray version {theirs} but local Ray version is 1.2.3"
+    )
 
 
 @pytest.mark.parametrize("name", CHATTY)

@@ -22,9 +22,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+# A process that asks for a fork says first whether it is the driver of a job.
+DRIVER = b"d"
 WORKERS_IMPORT = (
     *("aiohttp", "jsonschema", "psutil", "pyarrow", "requests", "yaml"),
     *("transformers.generation", "transformers.models.llama.modeling_llama"),
+)
+# The driver of a job also tracks its run and draws figures.
+DRIVERS_IMPORT = (
+    *("alembic.command", "git", "grpc", "matplotlib.backends.backend_agg", "matplotlib.figure", "mlflow"),
+    *("mlflow.store.tracking.sqlalchemy_store", "mlflow.system_metrics.system_metrics_monitor", "pyarrow.json"),
+    *("rich.console", "rich.table", "sqlalchemy.dialects.sqlite"),
 )
 
 
@@ -53,15 +61,19 @@ def serve(listener: socket.socket) -> None:
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         worker, _ = listener.accept()
         # Import at the first request: a run of a few tests may need no worker.
-        _import_what_workers_import()
+        _import(WORKERS_IMPORT)
+        if worker.recv(1) == DRIVER:
+            _import(DRIVERS_IMPORT)
         if os.fork() == 0:
             listener.close()
             _become(worker)
         worker.close()
 
 
-def _import_what_workers_import() -> None:
-    for name in WORKERS_IMPORT:
+def _import(names: tuple[str, ...]) -> None:
+    if sys.modules.keys() >= {*names}:
+        return
+    for name in names:
         importlib.import_module(name)
     assert "ray" not in sys.modules
     # The garbage collector leaves these objects alone from now on, and so the forks share their memory.

@@ -19,6 +19,7 @@ def run_in_fork(address: str) -> None:
 
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
+        server.send(b"d" if IS_DRIVER else b"w")
         asked = {"words": sys.orig_argv[1:], "folder": str(Path.cwd()), "environment": dict(os.environ)}
         socket.send_fds(server, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
         fork = int(server.recv(16))

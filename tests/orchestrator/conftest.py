@@ -22,9 +22,8 @@ from orchestrator.progress import Reporter
 from orchestrator.pruning import backends
 from orchestrator.record import figures
 from tests.forks import Forks
-from tests.orchestrator.tracked import IMPORTS, TrackingServer, serving
+from tests.orchestrator.tracked import TrackingServer, serving
 
-ROOT = Path(__file__).parents[2]
 PruneModel = Callable[..., PruneResult]
 
 
@@ -110,18 +109,6 @@ def other_store(first_run: tuple[Path, str], tmp_path: Path) -> Path:
     folder.mkdir()
     shutil.copyfile(first_run[0] / "copy.db", folder / "mlflow.db")
     return folder
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Forks of a process that has imported all of this project, MLflow and its server."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_ADDRESS"))}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]), "OMP_NUM_THREADS": "1"}
-    # A cluster without authentication is reached by clients without it, whatever token lies in the home folder.
-    environment |= {"RAY_AUTH_MODE": "disabled"}
-    forks = Forks(IMPORTS, environment, tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
 
 
 @pytest.fixture

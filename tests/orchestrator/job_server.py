@@ -1,6 +1,5 @@
 """Helpers for tests of jobs: a cluster head with a token, a terminal to type in, and a proxy that can be cut off."""
 
-import fcntl
 import json
 import os
 import pty
@@ -11,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ import psutil
 
 from orchestrator.version import DISTRIBUTION
 from tests.forked_workers.server import FOLDER
-from tests.forks import Forks, slimllm
+from tests.forks import Forks, Started, slimllm
 from tests.ports import free_ports
 from tests.ray_head import SECONDS, ray_head
 
@@ -74,11 +72,15 @@ class Head:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, *words: object, **streams: Any) -> "subprocess.Popen[str]":
-        """Start a command of slimllm in a session of its own, as a client with the cluster's token."""
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | streams
+    def start(self, *words: object) -> "subprocess.Popen[str]":
+        """Start a command of slimllm in a process that imports Ray anew, as a client with the cluster's token."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
         command = [str(BIN / "slimllm"), *map(str, words)]
         return subprocess.Popen(command, env=self.environment, text=True, start_new_session=True, **streams)
+
+    def fork(self, *words: object, first: str = "") -> Started:
+        """Start a command in a fork, which has a session of its own; `first` is a program that runs before it."""
+        return self.client.start(f"{first}\n{slimllm(*words)}")
 
     def run(self, *words: object, code: int = 0, **environment: str) -> tuple[str, str]:
         """Run a command to its end, in a fork with more variables; return what it said on stdout and on stderr."""
@@ -162,24 +164,30 @@ def started_head(folder: Path) -> Iterator[Head]:
         shutil.rmtree(with_short_path, ignore_errors=True)
 
 
+# The first terminal that the leader of a session opens is its own.
+READY = "ready"
+ON_A_TERMINAL = f"""
+import os, sys
+for number in range(3):
+    os.dup2(os.open({{!r}}, os.O_RDWR), number)
+sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+print("{READY}", flush=True)
+"""
+
+
 class Terminal:
     """A command on a terminal, to read from and to type at."""
 
     def __init__(self, head: Head, *words: object) -> None:
         self._end, its_end = pty.openpty()
         self._read = ""
-        self.process = head.start(
-            *words,
-            stdin=its_end,
-            stdout=its_end,
-            stderr=its_end,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
+        self.started = head.fork(*words, first=ON_A_TERMINAL.format(os.ttyname(its_end)))
+        self.read_to(READY)
         os.close(its_end)
 
     def type(self, text: str) -> None:
         """Type a text once the command waits for it: Python's readline misses a Ctrl-C that comes before."""
-        wait_for(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING)
+        wait_for(lambda: self.started.process.status() == psutil.STATUS_SLEEPING)
         os.write(self._end, text.encode())
 
     def read_to(self, text: str) -> str:
@@ -188,18 +196,18 @@ class Terminal:
         while text not in self._read:
             assert time.monotonic() < deadline, self._read
             if select.select([self._end], [], [], 0.2)[0]:
-                self._read += os.read(self._end, 1 << 16).decode()
+                try:
+                    self._read += os.read(self._end, 1 << 16).decode()
+                except OSError as error:
+                    raise AssertionError(self._read) from error
         shown, _, self._read = self._read.partition(text)
         return shown + text
 
     def end(self) -> int:
         """Wait for the command's end; return its exit code."""
-        while self.process.poll() is None:
-            with suppress(OSError):
-                if select.select([self._end], [], [], 0.2)[0]:
-                    self._read += os.read(self._end, 1 << 16).decode()
+        code = self.started.wait(SECONDS).code
         os.close(self._end)
-        return self.process.returncode
+        return code
 
 
 class Proxy:

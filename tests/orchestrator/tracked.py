@@ -26,11 +26,6 @@ os.environ[server.SERVE_ARTIFACTS_ENV_VAR] = "true"
 os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = {artifacts!r}
 server.app.run(host="127.0.0.1", port={port})
 """
-# What these programs import, which takes seconds.
-IMPORTS = """
-import mlflow, mlflow.server, mlflow.server.handlers, mlflow.store.tracking.sqlalchemy_store
-import orchestrator.cli, orchestrator.cli.summary, orchestrator.pipeline
-"""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
@@ -17,8 +19,19 @@ from orchestrator.cli import main
 from orchestrator.config import ConfigError
 from orchestrator.tracking import TrackingOptions, log_output, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
+from tests.forks import Ended, Started
 from tests.orchestrator.cli.test_working_directory import fill
-from tests.orchestrator.job_server import SECONDS, Head, Proxy, Terminal, started_head, thaw_when_told_to_end
+from tests.orchestrator.job_server import (
+    SECONDS,
+    Head,
+    Proxy,
+    Terminal,
+    started_head,
+    thaw_when_told_to_end,
+    wait_for,
+)
+
+LAST_SIMILARITY = "layer similarities: layer 12/12"
 
 
 @pytest.fixture(scope="module")
@@ -239,37 +252,130 @@ def test_a_job_that_is_refused_says_so_here_and_gives_its_exit_code(
     assert stderr.splitlines()[-1] == f"job {job_of(stderr)}: FAILED, exit code 2"
 
 
-def test_a_job_that_is_stopped_ends_its_run_and_the_next_job_goes_on_with_it(
-    head: Head, deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    words = ["prune", deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri, "--output", output]
-    stdout, stderr = head.run("submit", "--no-follow", "--", *words)
-    job_id = stdout.strip()
-    assert stderr == f"to follow it: slimllm jobs logs {job_id} --follow\n"
-    # Between two layers, when nothing is being told to MLflow.
-    driver = head.frozen(output, lambda: layers_logged(tracking_uri, job_id) >= 2)
-    running = head.state(job_id)
-    assert (running["status"], running["ended"], running["exit_code"]) == ("RUNNING", None, None)
-    assert mlflow_run(tracking_uri, running["mlflow_run_id"]).info.status == "RUNNING"
+@dataclass(frozen=True)
+class Followed:
+    """A job that was submitted and is followed, and frozen between two layers.
 
-    stopping = head.start("jobs", "stop", job_id)
-    thaw_when_told_to_end(driver)
-    assert stopping.communicate(timeout=SECONDS) == (f"job {job_id}: STOPPED\n", "")
-    assert stopping.returncode == 0
+    Attributes:
+        words: What it runs.
+        follower: Who submitted it.
+        driver: Its process, which is frozen.
+    """
+
+    job_id: str
+    words: tuple[object, ...]
+    follower: Started
+    driver: psutil.Process
+
+
+@pytest.fixture(scope="module")
+def followed(
+    head: Head, deep_model: Path, token_file: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory
+) -> Followed:
+    output = tmp_path_factory.mktemp("followed") / "out"
+    words = ("prune", deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri, "--output", output)
+    follower = head.fork("submit", "--", *words)
+    wait_for(lambda: "raysubmit_" in follower.printed()[1])
+    job_id = job_of(follower.printed()[1])
+    # When nothing is being told to MLflow, and the log has what the tests need of it.
+    return Followed(job_id, words, follower, head.frozen(output, lambda: layers_logged(tracking_uri, job_id) >= 2))
+
+
+def test_who_follows_a_job_may_go_and_come_back(head: Head, followed: Followed) -> None:
+    job_id, follower, log = followed.job_id, followed.follower, head.log_file(followed.job_id)
+    # The log comes while the job runs.
+    wait_for(lambda: LAST_SIMILARITY in follower.printed()[0])
+    os.killpg(follower.process.pid, signal.SIGINT)
+    ended = follower.wait(SECONDS)
+    assert ended.code == 130
+    assert ended.stderr.splitlines() == [
+        f"job {job_id} on {head.address}",
+        f"slimllm: job {job_id} keeps running; to follow it: slimllm jobs logs {job_id} --follow; "
+        f"to stop it: slimllm jobs stop {job_id}",
+    ]
+    assert head.state(job_id)["status"] == "RUNNING"
+
+    # A connection that is cut is made again, and nothing is shown twice; a server that is gone is told of.
+    proxy, before = Proxy(head.port), log.read_text()
+    impatient = "import cluster.jobs; cluster.jobs.LOST_SECONDS = 1.0"
+    follower = head.fork("jobs", "logs", job_id, "--follow", "--address", proxy.address, first=impatient)
+    wait_for(lambda: follower.printed()[0] == before)
+    proxy.cut()
+    with log.open("a") as file:
+        file.write("after the cut\n")
+    wait_for(lambda: follower.printed()[0] == before + "after the cut\n")
+    proxy.close()
+    ended = follower.wait(SECONDS)
+    assert (ended.code, ended.stdout) == (1, before + "after the cut\n"), ended.stderr
+    assert ended.stderr.startswith(f"slimllm: no Ray job server answers at {proxy.address}: check --address, ")
+    assert f"to follow it: slimllm jobs logs {job_id} --address {proxy.address} --follow; " in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+    # SIGTERM is for who follows, not for the job.
+    follower = head.fork("jobs", "logs", job_id, "--follow")
+    wait_for(lambda: bool(follower.printed()[0]))
+    follower.process.terminate()
+    assert follower.wait(SECONDS).code == 143
+    assert head.state(job_id)["status"] == "RUNNING"
+
+
+def test_who_follows_a_job_on_a_terminal_is_asked_and_stops_it(
+    head: Head, followed: Followed, tracking_uri: str
+) -> None:
+    job_id = followed.job_id
+    # On a terminal Ctrl-C asks; another one is no answer.
+    for answer, code in (("d\n", 130), ("\x03", 130), ("s\n", 143)):
+        assert head.state(job_id)["status"] == "RUNNING"
+        terminal = Terminal(head, "jobs", "logs", job_id, "--follow")
+        terminal.read_to(LAST_SIMILARITY)
+        terminal.type("\x03")
+        terminal.read_to(f"job {job_id}: stop the job, or detach and leave it running? (s, d): ")
+        terminal.type(answer)
+        if code == 143:
+            thaw_when_told_to_end(followed.driver)
+            terminal.read_to("slimllm: terminated; no checkpoint was written")
+            terminal.read_to(f"job {job_id}: STOPPED")
+        assert terminal.end() == code
+    state = head.state(job_id)
+    assert state["status"] == "STOPPED"
+    assert mlflow_run(tracking_uri, state["mlflow_run_id"]).info.status == "KILLED"
+
+
+def test_a_job_that_was_stopped_says_so_and_the_next_job_goes_on_with_its_run(
+    head: Head, followed: Followed, tracking_uri: str
+) -> None:
+    job_id = followed.job_id
+    # Unless the test before this one has stopped it.
+    with suppress(psutil.NoSuchProcess):
+        followed.driver.resume()
+    assert head.run("jobs", "stop", job_id) == (f"job {job_id}: STOPPED\n", "")
     log, _ = head.run("jobs", "logs", job_id)
     assert "warning" not in log
     assert log.splitlines()[-1].startswith("slimllm: terminated; no checkpoint was written; what was solved is in ")
     assert head.run("jobs", "logs", job_id, "--follow", code=143) == (log, f"job {job_id}: STOPPED\n")
-    assert head.run("jobs", "stop", job_id)[0] == f"job {job_id}: STOPPED\n"
-    assert mlflow_run(tracking_uri, running["mlflow_run_id"]).info.status == "KILLED"
+    stopped = head.state(job_id)
+    assert mlflow_run(tracking_uri, stopped["mlflow_run_id"]).info.status == "KILLED"
 
-    stdout, stderr = head.run("submit", *words, "--resume")
+    stdout, stderr = head.run("submit", *followed.words, "--resume")
     assert "\ncontinuing from earlier results" in stdout
     again = head.state(job_of(stderr))
-    assert again["mlflow_run_id"] == running["mlflow_run_id"]
-    run = mlflow_run(tracking_uri, running["mlflow_run_id"])
+    assert again["mlflow_run_id"] == stopped["mlflow_run_id"]
+    run = mlflow_run(tracking_uri, stopped["mlflow_run_id"])
     assert (run.info.status, run.data.tags["slimllm.ray_job_id"]) == ("FINISHED", again["job_id"])
+
+
+def test_a_job_that_runs_is_stopped(head: Head, deep_model: Path, tmp_path: Path) -> None:
+    stdout, stderr = head.run("submit", "--no-follow", "--", "prune", deep_model, "--output", tmp_path / "out")
+    job_id = stdout.strip()
+    assert stderr == f"to follow it: slimllm jobs logs {job_id} --follow\n"
+    driver = head.driver(tmp_path / "out")
+    driver.suspend()
+    running = head.state(job_id)
+    assert (running["status"], running["ended"], running["exit_code"]) == ("RUNNING", None, None)
+    stopping = head.fork("jobs", "stop", job_id)
+    thaw_when_told_to_end(driver)
+    assert stopping.wait(SECONDS) == Ended(0, f"job {job_id}: STOPPED\n", "")
+    assert not psutil.pid_exists(driver.pid)
 
 
 def test_a_job_whose_process_is_killed_ends_as_a_shell_would_say(
@@ -280,72 +386,6 @@ def test_a_job_whose_process_is_killed_ends_as_a_shell_would_say(
     head.driver(tmp_path / "out").kill()
     _, stderr = head.run("jobs", "logs", job_id, "--follow", code=137)
     assert stderr == f"job {job_id}: FAILED, ended by SIGKILL\n"
-
-
-def test_who_follows_a_job_may_go_and_come_back_and_stop_it(
-    head: Head, deep_model: Path, token_file: Path, tracking_uri: str, tmp_path: Path
-) -> None:
-    words = ["prune", deep_model, "--calibration", token_file, "--tracking-uri", tracking_uri]
-    output = tmp_path / "out"
-    follower = head.start("submit", "--", *words, "--output", output)
-    assert follower.stdout is not None
-    begun = [next(follower.stdout) for _ in range(2)]
-    job_id = job_of(begun[-1])
-    log = head.log_file(job_id)
-    # What the test needs of the log is there, and the job is not over, however fast it is.
-    driver = head.frozen(output, lambda: "layer similarities: layer 12/12" in log.read_text())
-    # The log comes while the job runs.
-    assert next(line for line in follower.stdout if line.startswith("layer similarities: layer 12/12"))
-    os.killpg(follower.pid, signal.SIGINT)
-    _, stderr = follower.communicate(timeout=SECONDS)
-    assert follower.returncode == 130
-    assert stderr.splitlines() == [
-        f"job {job_id} on {head.address}",
-        f"slimllm: job {job_id} keeps running; to follow it: slimllm jobs logs {job_id} --follow; "
-        f"to stop it: slimllm jobs stop {job_id}",
-    ]
-    assert head.state(job_id)["status"] == "RUNNING"
-
-    # A connection that is cut is made again, and nothing is shown twice; a server that is gone is told of.
-    proxy = Proxy(head.port)
-    before = log.read_text().splitlines(keepends=True)
-    follower = head.start("jobs", "logs", job_id, "--follow", "--address", proxy.address)
-    assert follower.stdout is not None
-    assert [next(follower.stdout) for _ in before] == before
-    proxy.cut()
-    with log.open("a") as file:
-        file.write("after the cut\n")
-    assert next(follower.stdout) == "after the cut\n"
-    proxy.close()
-    rest, stderr = follower.communicate(timeout=SECONDS)
-    assert (follower.returncode, rest) == (1, ""), stderr
-    assert stderr.startswith(f"slimllm: no Ray job server answers at {proxy.address}: check --address, ")
-    assert f"to follow it: slimllm jobs logs {job_id} --address {proxy.address} --follow; " in stderr
-    assert len(stderr.splitlines()) == 1
-
-    # SIGTERM is for who follows, not for the job.
-    follower = head.start("jobs", "logs", job_id, "--follow")
-    assert follower.stdout is not None
-    next(follower.stdout)
-    follower.terminate()
-    assert follower.wait(timeout=SECONDS) == 143
-
-    # On a terminal Ctrl-C asks; another one is no answer.
-    for answer, code in (("d\n", 130), ("\x03", 130), ("s\n", 143)):
-        assert head.state(job_id)["status"] == "RUNNING"
-        terminal = Terminal(head, "jobs", "logs", job_id, "--follow")
-        terminal.read_to("layer similarities: layer ")
-        terminal.type("\x03")
-        terminal.read_to(f"job {job_id}: stop the job, or detach and leave it running? (s, d): ")
-        terminal.type(answer)
-        if code == 143:
-            thaw_when_told_to_end(driver)
-            terminal.read_to("slimllm: terminated; no checkpoint was written")
-            terminal.read_to(f"job {job_id}: STOPPED")
-        assert terminal.end() == code
-    state = head.state(job_id)
-    assert state["status"] == "STOPPED"
-    assert mlflow_run(tracking_uri, state["mlflow_run_id"]).info.status == "KILLED"
 
 
 @pytest.mark.parametrize(
