@@ -1,7 +1,8 @@
-"""Runs Ray's workers and the drivers of jobs as forks of one process that has imported torch and transformers.
+"""Runs Ray's workers, the drivers of jobs and what talks to stores as forks of one process that has imported much.
 
-A process that imports them itself takes five seconds of CPU time, and the tests start hundreds of them. The server does
-not import Ray, because Ray reads settings from the environment at import, such as the authentication mode.
+A process that imports torch and transformers itself takes five seconds of CPU time, and the tests start hundreds of
+them. The server does not import Ray, because Ray reads settings from the environment at import, such as the
+authentication mode. So do the hub's libraries: a fork that talks to a store or to the hub imports them again.
 """
 
 import atexit
@@ -25,7 +26,10 @@ FOLDER = Path(__file__).parent
 WORKERS_IMPORT = (
     *("aiohttp", "jsonschema", "psutil", "pyarrow", "requests", "yaml"),
     *("transformers.generation", "transformers.models.llama.modeling_llama"),
+    # What talks to a store or to the hub imports these.
+    *("dill", "multiprocess", "pandas", "pyarrow.dataset", "pyarrow.parquet", "s3fs", "xxhash"),
 )
+READ_THE_ENVIRONMENT = {"datasets", "huggingface_hub", "transformers"}
 
 
 @contextmanager
@@ -113,6 +117,9 @@ def _run(words: list[str]) -> None:
     # Python does so when it starts. The server may have imported one itself, and a cluster's head has another
     # (job_server.py).
     sys.modules.pop("sitecustomize", None)
+    if program.startswith("orchestrator.sources."):
+        for name in [name for name in sys.modules if name.partition(".")[0] in READ_THE_ENVIRONMENT]:
+            del sys.modules[name]
     importlib.import_module("sitecustomize")
     if is_module:
         runpy.run_module(program, run_name="__main__", alter_sys=True)
