@@ -23,6 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+# With these variables `python -c PROGRAM`, `-m MODULE` or `FILE` is a fork, in which none of NOT_IMPORTED is imported.
+FORKED = {"SLIMLLM_FORKED": "1"}
+NOT_IMPORTED = {"ray", "mlflow", "datasets", "matplotlib", "orchestrator", "slimllm_ops"}
 WORKERS_IMPORT = (
     *("aiohttp", "jsonschema", "psutil", "pyarrow", "requests", "yaml"),
     *("transformers.generation", "transformers.models.llama.modeling_llama"),
@@ -67,7 +70,7 @@ def serve(listener: socket.socket) -> None:
 def _import_what_workers_import() -> None:
     for name in WORKERS_IMPORT:
         importlib.import_module(name)
-    assert "ray" not in sys.modules
+    assert NOT_IMPORTED.isdisjoint(sys.modules)
     # The garbage collector leaves these objects alone from now on, and so the forks share their memory.
     gc.freeze()
 
@@ -107,12 +110,12 @@ def _end_with(asking: socket.socket) -> None:
 
 
 def _run(words: list[str]) -> None:
-    """Run `python WORDS`, for a program that is a file or a module, perhaps with -P."""
+    """Run `python WORDS`, for a program that is a file, a module or text, perhaps with -P."""
     is_safe, words = words[0] == "-P", words[words[0] == "-P" :]
-    is_module = words[0] == "-m"
-    program = words[1] if is_module else words[0]
-    sys.argv[:] = words[1:] if is_module else words
-    first = str(Path.cwd()) if is_module else str(Path(program).parent)
+    is_module, is_text = words[0] == "-m", words[0] == "-c"
+    program = words[1] if is_module or is_text else words[0]
+    sys.argv[:] = words[1:] if is_module else [words[0], *words[2:]] if is_text else words
+    first = str(Path(program).parent) if not (is_module or is_text) else str(Path.cwd())
     sys.path[:1] = [*([] if is_safe else [first]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     # Python does so when it starts. The server may have imported one itself, and a cluster's head has another
     # (job_server.py).
@@ -121,7 +124,9 @@ def _run(words: list[str]) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] in READ_THE_ENVIRONMENT]:
             del sys.modules[name]
     importlib.import_module("sitecustomize")
-    if is_module:
+    if is_text:
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+    elif is_module:
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(program, run_name="__main__")

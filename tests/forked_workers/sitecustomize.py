@@ -11,6 +11,9 @@ IS_WORKER = sys.orig_argv[1:2] and sys.orig_argv[1].endswith("/default_worker.py
 MODULES = ("orchestrator", "orchestrator.sources.hub", "orchestrator.sources.storage.process")
 IS_OURS = sys.orig_argv[1:3] == ["-P", "-m"] and sys.orig_argv[3] in MODULES
 
+# A test may ask for a fork (server.py: FORKED).
+IS_ASKED = bool(os.environ.pop("SLIMLLM_FORKED", None))
+
 
 def run_in_fork(address: str) -> None:
     """Run this process's program in a fork; pass signals on to it, and end as it ends."""
@@ -31,10 +34,10 @@ def run_in_fork(address: str) -> None:
         # This returns when the fork ends, so that this process lives as long as its fork.
         code = server.recv(16)
     # A fork that was killed gave no code, nor does a worker that Ray ends.
-    if not code and IS_OURS:
+    if not code and not IS_WORKER:
         os.kill(os.getpid(), signal.SIGKILL)
     os._exit(int(code or 0))
 
 
-if (IS_WORKER or IS_OURS) and (server_address := os.environ.get("SLIMLLM_FORKED_WORKERS")):
+if (IS_WORKER or IS_OURS or IS_ASKED) and (server_address := os.environ.get("SLIMLLM_FORKED_WORKERS")):
     run_in_fork(server_address)
