@@ -14,6 +14,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+
+# Threads that wait sleep, if this is said before torch is imported. By default they spin, which costs the tests beside
+# them a third of their time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from cluster.local_ray import local_ray as started_ray
@@ -25,8 +30,6 @@ SHARED = Path(__file__).parents[2] / "shared"
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 # Ray's workers give way to other processes: they would wait for all tests that run beside theirs.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Threads that wait sleep. By default they spin, which costs the tests beside them a third of their time.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
