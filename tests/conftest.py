@@ -1,10 +1,12 @@
 """Shared fixtures: small models on disk, tokens for them, one local Ray and one MLflow store per session."""
 
+import fcntl
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+
+# Threads that wait sleep, if this is said before torch is imported. By default they spin, which costs the tests beside
+# them a third of their time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from cluster.local_ray import local_ray as started_ray
@@ -25,8 +32,6 @@ SHARED = ROOT.parent / "shared"
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 # Ray's workers give way to other processes: they would wait for all tests that run beside theirs.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Threads that wait sleep. By default they spin, which costs the tests beside them a third of their time.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,17 +119,39 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
     python.close()
 
 
+def one_for_all(make: Callable[[Path], None], name: str, factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that the first of all processes of these tests makes."""
+    # Processes of xdist have folders side by side.
+    everyones = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder = everyones / name
+    with (everyones / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = Path(tempfile.mkdtemp(dir=everyones))
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A new store, migrated by a run in a process of its own; its folder and what that process printed."""
-    folder = tmp_path_factory.mktemp("store")
+    made = one_for_all(make_first_run, "first-run", tmp_path_factory)
+    # Each process has a store of its own.
+    folder = tmp_path_factory.mktemp("store") / "store"
+    shutil.copytree(made, folder)
+    return folder, (folder / "printed").read_text()
+
+
+def make_first_run(folder: Path) -> None:
+    """Make a store by a run in a process of its own, and keep what that process printed."""
     arguments = [f"sqlite:///{folder / 'mlflow.db'}", str(folder / "metrics.jsonl")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     command = [sys.executable, "-c", FIRST_RUN, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     shutil.copyfile(folder / "mlflow.db", folder / "copy.db")
-    return folder, done.stdout + done.stderr
+    (folder / "printed").write_text(done.stdout + done.stderr)
 
 
 @pytest.fixture(scope="session")

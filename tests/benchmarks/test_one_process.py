@@ -1,10 +1,12 @@
 """Whole runs in one process need neither Ray nor MLflow nor datasets, and every step of them is timed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.benchmarks.tables import read_table, require_positive
+from tests.forked_workers.server import FORKED
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -24,7 +26,9 @@ STEPS = {
 def test_both_methods_run_where_ray_is_not_and_every_step_is_timed(tmp_path: Path) -> None:
     table = tmp_path / "one_process.md"
     command = [sys.executable, "-c", PROGRAM, *SHAPE, f"--output={table}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=os.environ | FORKED, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = read_table(table)
     for method, steps in STEPS.items():

@@ -1,7 +1,8 @@
-"""Runs Ray's workers and the drivers of jobs as forks of one process that has imported torch and transformers.
+"""Runs Ray's workers, the drivers of jobs and what talks to stores as forks of one process that has imported much.
 
-A process that imports them itself takes five seconds of CPU time, and the tests start hundreds of them. The server does
-not import Ray, because Ray reads settings from the environment at import, such as the authentication mode.
+A process that imports torch and transformers itself takes five seconds of CPU time, and the tests start hundreds of
+them. The server does not import Ray, because Ray reads settings from the environment at import, such as the
+authentication mode. So do the hub's libraries: a fork that talks to a store or to the hub imports them again.
 """
 
 import atexit
@@ -22,18 +23,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-# A process that asks for a fork says first whether it is the driver of a job.
-DRIVER = b"d"
+# With these variables `python -c PROGRAM`, `-m MODULE` or `FILE` is a fork, in which none of NOT_IMPORTED is imported.
+FORKED = {"SLIMLLM_FORKED": "1"}
+NOT_IMPORTED = {"ray", "mlflow", "datasets", "matplotlib", "orchestrator", "slimllm_ops"}
 WORKERS_IMPORT = (
     *("aiohttp", "jsonschema", "psutil", "pyarrow", "requests", "yaml"),
     *("transformers.generation", "transformers.models.llama.modeling_llama"),
+    # What talks to a store or to the hub imports these.
+    *("dill", "multiprocess", "pandas", "pyarrow.dataset", "pyarrow.parquet", "s3fs", "xxhash"),
 )
-# The driver of a job also tracks its run and draws figures.
-DRIVERS_IMPORT = (
-    *("alembic.command", "git", "grpc", "matplotlib.backends.backend_agg", "matplotlib.figure", "mlflow"),
-    *("mlflow.store.tracking.sqlalchemy_store", "mlflow.system_metrics.system_metrics_monitor", "pyarrow.json"),
-    *("rich.console", "rich.table", "sqlalchemy.dialects.sqlite"),
-)
+READ_THE_ENVIRONMENT = {"datasets", "huggingface_hub", "transformers"}
 
 
 @contextmanager
@@ -61,21 +60,17 @@ def serve(listener: socket.socket) -> None:
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         worker, _ = listener.accept()
         # Import at the first request: a run of a few tests may need no worker.
-        _import(WORKERS_IMPORT)
-        if worker.recv(1) == DRIVER:
-            _import(DRIVERS_IMPORT)
+        _import_what_workers_import()
         if os.fork() == 0:
             listener.close()
             _become(worker)
         worker.close()
 
 
-def _import(names: tuple[str, ...]) -> None:
-    if sys.modules.keys() >= {*names}:
-        return
-    for name in names:
+def _import_what_workers_import() -> None:
+    for name in WORKERS_IMPORT:
         importlib.import_module(name)
-    assert "ray" not in sys.modules
+    assert NOT_IMPORTED.isdisjoint(sys.modules)
     # The garbage collector leaves these objects alone from now on, and so the forks share their memory.
     gc.freeze()
 
@@ -115,18 +110,23 @@ def _end_with(asking: socket.socket) -> None:
 
 
 def _run(words: list[str]) -> None:
-    """Run `python WORDS`, for a program that is a file or a module, perhaps with -P."""
+    """Run `python WORDS`, for a program that is a file, a module or text, perhaps with -P."""
     is_safe, words = words[0] == "-P", words[words[0] == "-P" :]
-    is_module = words[0] == "-m"
-    program = words[1] if is_module else words[0]
-    sys.argv[:] = words[1:] if is_module else words
-    first = str(Path.cwd()) if is_module else str(Path(program).parent)
+    is_module, is_text = words[0] == "-m", words[0] == "-c"
+    program = words[1] if is_module or is_text else words[0]
+    sys.argv[:] = words[1:] if is_module else [words[0], *words[2:]] if is_text else words
+    first = str(Path(program).parent) if not (is_module or is_text) else str(Path.cwd())
     sys.path[:1] = [*([] if is_safe else [first]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     # Python does so when it starts. The server may have imported one itself, and a cluster's head has another
     # (job_server.py).
     sys.modules.pop("sitecustomize", None)
+    if program.startswith("orchestrator.sources."):
+        for name in [name for name in sys.modules if name.partition(".")[0] in READ_THE_ENVIRONMENT]:
+            del sys.modules[name]
     importlib.import_module("sitecustomize")
-    if is_module:
+    if is_text:
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+    elif is_module:
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(program, run_name="__main__")

@@ -1,4 +1,4 @@
-"""Replaces a worker or a job's driver that Ray starts by a fork (see server.py).
+"""Replaces a worker or a job's driver that Ray starts, or a process that reads from afar, by a fork (see server.py).
 
 Python imports this module before it runs its program, because PYTHONPATH names the folder.
 """
@@ -7,7 +7,12 @@ import os
 import sys
 
 IS_WORKER = sys.orig_argv[1:2] and sys.orig_argv[1].endswith("/default_worker.py")
-IS_DRIVER = sys.orig_argv[1:4] == ["-P", "-m", "orchestrator"]
+# A job's driver, and what talks to the hub or to a store for us.
+MODULES = ("orchestrator", "orchestrator.sources.hub", "orchestrator.sources.storage.process")
+IS_OURS = sys.orig_argv[1:3] == ["-P", "-m"] and sys.orig_argv[3] in MODULES
+
+# A test may ask for a fork (server.py: FORKED).
+IS_ASKED = bool(os.environ.pop("SLIMLLM_FORKED", None))
 
 
 def run_in_fork(address: str) -> None:
@@ -19,7 +24,6 @@ def run_in_fork(address: str) -> None:
 
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
-        server.send(b"d" if IS_DRIVER else b"w")
         asked = {"words": sys.orig_argv[1:], "folder": str(Path.cwd()), "environment": dict(os.environ)}
         socket.send_fds(server, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
         fork = int(server.recv(16))
@@ -30,10 +34,10 @@ def run_in_fork(address: str) -> None:
         # This returns when the fork ends, so that this process lives as long as its fork.
         code = server.recv(16)
     # A fork that was killed gave no code, nor does a worker that Ray ends.
-    if not code and IS_DRIVER:
+    if not code and not IS_WORKER:
         os.kill(os.getpid(), signal.SIGKILL)
     os._exit(int(code or 0))
 
 
-if (IS_WORKER or IS_DRIVER) and (server_address := os.environ.get("SLIMLLM_FORKED_WORKERS")):
+if (IS_WORKER or IS_OURS or IS_ASKED) and (server_address := os.environ.get("SLIMLLM_FORKED_WORKERS")):
     run_in_fork(server_address)

@@ -1,6 +1,7 @@
 """The output directory is complete or absent; beside it lies only what `--resume` needs."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from orchestrator.completion import MARK
 from orchestrator.config import ConfigError
 from orchestrator.output.staging import is_finished, open_staging
 from slimllm_ops.errors import NonFiniteError, ReadBackError
+from tests.forked_workers.server import FORKED
 
 ASKED: dict[str, Any] = {"sparsity": (0.2,), "model_digest": "abc"}
 # Begins an output, solves something, and is killed.
@@ -24,7 +26,7 @@ with open_staging(Path(sys.argv[1]), False, {"sparsity": (0.2,), "model_digest":
     if sys.argv[2] == "solved":
         (staging.solved / "layer").write_text("seven")
     (staging.directory / "half").touch()
-    print("there", flush=True)
+    print(os.getpid(), flush=True)
     sys.stdin.readline()
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -104,13 +106,19 @@ def test_a_place_in_a_read_only_file_system_is_refused() -> None:
 # ---- Runs that end early
 
 
-def begun(output: Path, solved: str) -> "subprocess.Popen[str]":
-    """Start a process that begins an output and waits to be told to end."""
+def begun(output: Path, solved: str) -> tuple["subprocess.Popen[str]", int]:
+    """Start a process that begins an output and waits to be told to end; return it, and the id of who holds it."""
     arguments = [sys.executable, "-c", KILLED, str(output), solved]
-    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(arguments, env=os.environ | FORKED, text=True, **pipes)
     assert process.stdout is not None
-    assert process.stdout.readline() == "there\n"
-    return process
+    return process, int(process.stdout.readline())
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Let it kill itself."""
+    process.communicate("\n")
+    assert process.returncode == -signal.SIGKILL
 
 
 def partial_of(output: Path) -> Path:
@@ -121,7 +129,7 @@ def partial_of(output: Path) -> Path:
 def killed(tmp_path: Path) -> Path:
     """An output whose run was killed when something was solved."""
     output = tmp_path / "out"
-    begun(output, "solved").communicate("\n")
+    end(begun(output, "solved")[0])
     assert not output.exists()
     return output
 
@@ -165,7 +173,7 @@ def test_what_is_solved_is_neither_forgotten_nor_overwritten_unasked(killed: Pat
 
 def test_a_run_that_solved_nothing_is_begun_anew(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    begun(output, "nothing").communicate("\n")
+    end(begun(output, "nothing")[0])
     with open_staging(output, False, ASKED) as staging:
         assert not (staging.directory / "half").exists()
     assert list(tmp_path.iterdir()) == [output]
@@ -218,14 +226,14 @@ def test_a_run_that_overwrites_is_resumed_beside_what_it_is_to_replace(tmp_path:
 @pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"resume": True}])
 def test_a_second_run_is_refused_with_who_holds_the_output(tmp_path: Path, settings: dict[str, bool]) -> None:
     output = tmp_path / "out"
-    first = begun(output, "solved")
+    first, holder = begun(output, "solved")
     with (
-        pytest.raises(ConfigError, match=rf"another run \(process {first.pid} on "),
+        pytest.raises(ConfigError, match=rf"another run \(process {holder} on "),
         open_staging(output, **{"overwrite": False, "asked": ASKED} | settings),
     ):
         pass
     assert (partial_of(output) / "half").exists()
-    first.communicate("\n")
+    end(first)
     with open_staging(output, False, ASKED, resume=True) as staging:
         assert staging.resumed
 

@@ -1,5 +1,6 @@
 """A run in this process gives the same result as a run on Ray, and needs neither Ray nor MLflow."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 
 from orchestrator.pipeline import PruneResult
 from tests.conftest import content
+from tests.forked_workers.server import FORKED
 
 # `slimllm` where neither can be imported.
 WITHOUT = """
@@ -52,6 +54,6 @@ def test_the_same_bytes_as_on_ray_with_as_many_shards(
 def test_neither_ray_nor_mlflow_is_needed(gqa_model: Path, token_file: Path, tmp_path: Path) -> None:
     words = ["prune", gqa_model, "--local", "--tracking-uri", "none", "--calibration", token_file, "--method", "gram"]
     command = [sys.executable, "-c", WITHOUT, *map(str, words), "--output", str(tmp_path / "pruned")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=os.environ | FORKED, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "pruned" / "config.json").exists()

@@ -14,7 +14,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import LayerPlan, Plan
 from slimllm_ops.models.families import FAMILIES, Family
 from tests.elsewhere import Elsewhere
-from tests.tiny import save_tiny
+from tests.tiny import first_of_build, save_tiny
 
 T = TypeVar("T")
 # One family of each build of a layer: plain, stacked projections, a parallel and a fused one, no norm of the input,
@@ -79,6 +79,15 @@ def each_family(test: Any) -> Any:
     return pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)(test)
 
 
+def each_build(test: Any) -> Any:
+    """Test the first family of each build; `make slow` tests the families that are built alike."""
+    families = [
+        pytest.param(family, marks=() if first_of_build(family) else pytest.mark.slow, id=family.name)
+        for family in FAMILIES
+    ]
+    return pytest.mark.parametrize("family", families)(test)
+
+
 @each_family
 def test_a_third_is_gone_and_what_is_left_is_what_the_plan_says(family: Family, runs: Runs) -> None:
     run, model = runs[family.name], load(runs[family.name])
@@ -90,11 +99,20 @@ def test_a_third_is_gone_and_what_is_left_is_what_the_plan_says(family: Family, 
         assert layer.attention is None or not family.attention.reading.whole
 
 
-@pytest.mark.parametrize("name", BUILDS)
-@pytest.mark.parametrize("method", ["slimllm", "gram"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *(("gram", name) for name in BUILDS),
+        # Shards of the other method do so too: a plain build, a parallel one and experts show it in seconds.
+        *(
+            pytest.param("slimllm", name, marks=() if name in ("Llama", "GPTNeoX", "Mixtral") else pytest.mark.slow)
+            for name in BUILDS
+        ),
+    ],
+)
 def test_any_number_of_shards_gives_the_same_model(
-    name: str,
     method: str,
+    name: str,
     runs: Runs,
     papers_runs: Runs,
     dense: Models,
@@ -112,7 +130,7 @@ def test_any_number_of_shards_gives_the_same_model(
             torch.testing.assert_close(tensor, others[key], rtol=1e-4, atol=1e-5)
 
 
-@each_family
+@each_build
 def test_the_paper_takes_heads_wherever_they_can_go(family: Family, papers_runs: Runs) -> None:
     # Its ratios are those of heads and channels alike.
     plans = plans_of(papers_runs[family.name])
@@ -120,7 +138,7 @@ def test_the_paper_takes_heads_wherever_they_can_go(family: Family, papers_runs:
     assert any(layer.mlp for layer in plans)
 
 
-@each_family
+@each_build
 def test_every_attention_computes_the_same(family: Family, runs: Runs, ids: torch.Tensor) -> None:
     model = load(runs[family.name], attn_implementation="eager")
     expected = logits(model, ids)
@@ -130,7 +148,7 @@ def test_every_attention_computes_the_same(family: Family, runs: Runs, ids: torc
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@each_family
+@each_build
 def test_generation_with_a_cache_is_the_one_without(family: Family, runs: Runs, ids: torch.Tensor) -> None:
     model, settings = load(runs[family.name]), {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     cached = model.generate(ids, use_cache=True, **settings)

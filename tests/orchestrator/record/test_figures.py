@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,6 +15,7 @@ from orchestrator.record.figures import (
     draw_perplexity_over_sparsity,
     draw_scores,
 )
+from tests.forked_workers.server import FORKED
 
 
 @pytest.fixture
@@ -172,7 +174,7 @@ def test_importing_and_drawing_leave_pyplot_alone(tmp_path):
         f"f.draw_perplexity_over_sparsity({{'a': [(0.1, 2.0)]}}, 1.0, Path({str(tmp_path / 'p.png')!r}));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], env=os.environ | FORKED, check=True, timeout=60)
 
 
 def test_no_two_of_many_methods_are_drawn_alike(drawn, tmp_path):

@@ -2,15 +2,24 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.forked_workers.server import FORKED
 from tests.orchestrator.sources.hubs import Hub
 from tests.orchestrator.sources.storage_commands import IN_URI, OUTPUT, SECRETS, SMALL, run
 from tests.orchestrator.stores import BUCKET, Store, serving_store
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks_are_ready() -> None:
+    """Let imports be over before a test gives what is silent a second or two."""
+    subprocess.run([sys.executable, "-c", ""], env=os.environ | FORKED, check=True, timeout=120)
 
 
 @pytest.fixture(scope="module")

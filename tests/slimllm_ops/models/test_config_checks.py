@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import CheckpointError, NonFiniteError
 from slimllm_ops.models.config_checks import LARGEST_CONFIG, _settings_of, read_config
 from slimllm_ops.models.families import FAMILIES, Family, family_named
+from tests.forked_workers.server import FORKED
 from tests.tiny import save_tiny
 
 REMOVE = object()
@@ -304,6 +306,7 @@ def test_the_largest_config_takes_no_memory(copy: Path) -> None:
         "else: raise SystemExit('opened')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(copy)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", program, str(copy)]
+    done = subprocess.run(command, env=os.environ | FORKED, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100 * 1024
