@@ -138,7 +138,7 @@ def test_the_paper_takes_heads_wherever_they_can_go(family: Family, papers_runs:
     assert any(layer.mlp for layer in plans)
 
 
-@each_build
+@each_family
 def test_every_attention_computes_the_same(family: Family, runs: Runs, ids: torch.Tensor) -> None:
     model = load(runs[family.name], attn_implementation="eager")
     expected = logits(model, ids)
@@ -148,7 +148,7 @@ def test_every_attention_computes_the_same(family: Family, runs: Runs, ids: torc
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@each_build
+@each_family
 def test_generation_with_a_cache_is_the_one_without(family: Family, runs: Runs, ids: torch.Tensor) -> None:
     model, settings = load(runs[family.name]), {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     cached = model.generate(ids, use_cache=True, **settings)
