@@ -118,7 +118,7 @@ def rows() -> list[tuple[str, Contestant]]:
         ("paper's choice + full least squares, one pass", Contestant("", "", published.refit)),
         ("paper's counts + elimination order, one pass", Contestant("", "", published.eliminate)),
         *budgets,
-        ("budget by the loss, errors times E abs(g)^2 (`gram`)", one_pass(METHODS["gram"])),
+        ("elimination and budget by the loss, 1/2 e^T F e (`gram`)", one_pass(METHODS["gram"])),
         ("`gram --refine`", REFINED),
     ]
     # Contestants need distinct names; the first keeps the published method's.

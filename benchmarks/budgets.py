@@ -6,7 +6,10 @@ from dataclasses import replace
 
 from orchestrator.comparison.contestants import Contestant, one_pass
 from slimllm_ops.allocate.budget import Candidate, spend_by_price, spend_evenly
+from slimllm_ops.decide.elimination import eliminate
 from slimllm_ops.methods import METHODS
+from slimllm_ops.moments.projection import Projection
+from slimllm_ops.moments.ranking import Ranking
 
 Spend = Callable[[Sequence[Candidate], int], list[int]]
 
@@ -22,8 +25,12 @@ SCALES: dict[str, Callable[[Candidate], float]] = {
 
 
 def gram_that_spends(spend: Spend) -> Contestant:
-    """Return `gram` with another budget."""
-    return one_pass(replace(METHODS["gram"], spend=spend))
+    """Return `gram` with another budget, which counts squared errors as they are."""
+    return one_pass(replace(METHODS["gram"], rank=_eliminate_by_squared_error, spend=spend))
+
+
+def _eliminate_by_squared_error(projection: Projection, num_units: int) -> Ranking:
+    return eliminate(replace(projection, fisher_DD=None), num_units)
 
 
 def spend_by_scale(scale: Callable[[Candidate], float]) -> Spend:

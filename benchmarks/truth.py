@@ -36,7 +36,7 @@ def rows() -> list[tuple[str, Contestant]]:
     powers = "the stream's and the output's to the powers of .75 and .25"
     named = [
         ("`slimllm`", LAYER_BY_LAYER),
-        *((f"`{name}`", one_pass(METHODS[name])) for name in ("flap", "fasp", "slimgpt")),
+        *((f"`{name}`", one_pass(METHODS[name])) for name in ("flap", "fasp")),
         (f"`gram`, errors divided by {powers}", gram_that_spends(spend_by_scale(SCALES[powers]))),
         ("`gram`, the same share of every MLP's channels, no heads", gram_that_spends(spend_on_channels_evenly)),
         ("`gram`", one_pass(METHODS["gram"])),
@@ -45,36 +45,32 @@ def rows() -> list[tuple[str, Contestant]]:
     return [named[0]] + [(name, replace(one, name=f"row-{n}")) for n, (name, one) in enumerate(named[1:], start=1)]
 
 
-def measure(
-    model: Path, texts: Path, contestants: Sequence[Contestant], sparsities: Sequence[float], work: Path
-) -> Comparison:
-    """Run all contestants at all sparsities."""
+def measure(model: Path, texts: Path, contestants: Sequence[Contestant], sparsity: float, work: Path) -> Comparison:
+    """Run all contestants at a sparsity."""
     calibration = write_blocks(model, texts / "valid.txt", CALIBRATION_BLOCKS, LENGTH, work / "calibration.parquet")
     held_out = write_blocks(model, texts / "test.txt", HELD_OUT_BLOCKS, LENGTH, work / "held-out.parquet")
     config = CompareConfig(
         model=str(model),
-        sparsity=tuple(sparsities),
+        sparsity=(sparsity,),
         calibration=str(calibration),
         evaluate=(str(held_out),),
         local=True,
-        output=str(work / "comparison"),
+        output=str(work / f"{sparsity:g}"),
         tracking_uri="none",
     )
     return compare(config, chosen=contestants)
 
 
-def tabulate(named: Sequence[tuple[str, Contestant]], comparison: Comparison) -> list[list[str]]:
+def tabulate(names: Sequence[str], columns: dict[float, Comparison]) -> list[list[str]]:
     """Return the table's rows, the heading first."""
-    dense, *models = comparison.rows
-    sparsities = sorted({round(row.sparsity, 2) for row in models})
-    cells = {(row.method, round(row.sparsity, 2)): [f"{row.perplexity:.2f}", f"{row.gap:.2f}"] for row in models}
-    heading = ["", *(text for one in sparsities for text in (f"{one:.0%}: perplexity", "gap"))]
-    first = ["dense", *(text for _ in sparsities for text in (f"{dense.perplexity:.2f}", ""))]
-    body = [
-        [name, *(cell for sparsity in sparsities for cell in cells[contestant.name, sparsity])]
-        for name, contestant in named
-    ]
-    return [heading, first, *body]
+    heading, table = [""], [["dense"], *([name] for name in names)]
+    for sparsity, comparison in columns.items():
+        heading += [f"{sparsity:.0%}: perplexity", f"{sparsity:.0%}: gap"]
+        dense, *models = comparison.rows
+        cells = [("", dense), *((f"{row.gap:.2f}", row) for row in models)]
+        for line, (gap, row) in zip(table, cells, strict=True):
+            line += [f"{row.perplexity:.2f}", gap]
+    return [heading, *table]
 
 
 @click.command()
@@ -83,13 +79,16 @@ def tabulate(named: Sequence[tuple[str, Contestant]], comparison: Comparison) ->
 @click.option("--sparsity", "sparsities", type=float, multiple=True, default=(0.2, 0.4))
 @click.option("--output", type=Path, default=RESULT)
 def main(model: Path | None, texts: Path, sparsities: tuple[float, ...], output: Path) -> None:
-    """Measure all rows, and write the table."""
+    """Measure all rows, and rewrite the table after each sparsity."""
     start, named = time.perf_counter(), rows()
-    with tempfile.TemporaryDirectory() as work:
-        comparison = measure(model or real_model(), texts, [one for _, one in named], sparsities, Path(work))
-    spent = f"{(time.perf_counter() - start) / 60:.0f} minutes, one worker, on {describe_machine()}"
     explanation = EXPLANATION.format(length=LENGTH, calibration=CALIBRATION_BLOCKS, held_out=HELD_OUT_BLOCKS)
-    write_table(output, TITLE, f"{explanation}.\n\n{spent}", tabulate(named, comparison))
+    columns: dict[float, Comparison] = {}
+    with tempfile.TemporaryDirectory() as work:
+        for sparsity in sparsities:
+            contestants = [contestant for _, contestant in named]
+            columns[sparsity] = measure(model or real_model(), texts, contestants, sparsity, Path(work))
+            spent = f"{(time.perf_counter() - start) / 60:.0f} minutes, one worker, on {describe_machine()}"
+            write_table(output, TITLE, f"{explanation}.\n\n{spent}", tabulate([name for name, _ in named], columns))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from orchestrator.preflight.dry_run import Intent, require_room
 from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import Backend, backend_of
+from orchestrator.pruning.calibrate import calibrate as observe_model
 from orchestrator.pruning.finish import complete
 from orchestrator.pruning.layerwise import prune_layerwise
-from orchestrator.pruning.one_pass import calibrate as observe_model
 from orchestrator.pruning.one_pass import prune_one_pass
 from orchestrator.pruning.run_context import RunContext, open_context, open_session, settle_workers
 from orchestrator.pruning.targets import Target, open_targets, target_name

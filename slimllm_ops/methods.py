@@ -13,8 +13,8 @@ from torch import Tensor
 
 from slimllm_ops.allocate.budget import (
     Candidate,
+    spend_by_cost,
     spend_by_depth,
-    spend_by_error,
     spend_by_standard_score,
     spend_evenly,
 )
@@ -95,7 +95,7 @@ METHODS = {
         Method(
             "gram",
             eliminate,
-            spend_by_error,
+            spend_by_cost,
             refit,
             "slimllm: backward elimination, least squares, one budget by error",
             "",

@@ -6,6 +6,7 @@ The functions are pure and read only their arguments, so they can run wherever a
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,39 +22,44 @@ from slimllm_ops.moments.sums import DensePass
 
 
 @torch.inference_mode()
-def eliminate_module(weight: Tensor, observed: Observed, num_units: int) -> ModulePath:
+def eliminate_module(weight: Tensor, observed: Observed, num_units: int, fisher_DD: np.ndarray | None) -> ModulePath:
     """Return gram's elimination path and output variance of a module, per token of the stream.
 
     Args:
         weight: The output projection's weight on the device to compute on: (D, P), or (E, D, P) with experts.
         observed: The module's merged observation.
         num_units: The number of units in each part.
+        fisher_DD: The Fisher information of the module's output; None to count squared errors.
 
     Raises:
         SolveError: The moments cannot be inverted.
     """
-    rankings, variance = [], 0.0
+    rankings, variance, fisher = [], 0.0, _on_device(fisher_DD, weight)
     for part in observed.parts(weight):
-        rankings.append(rank_part(part, num_units, eliminate).scaled(part.share))
+        rankings.append(rank_part(part, num_units, eliminate, fisher).scaled(part.share))
         variance += part.share * part.output_variance
     return ModulePath(Ranking.in_turn(rankings), variance)
 
 
 @torch.inference_mode()
-def rank_module(weight: Tensor, observed: Observed, num_units: int, method: Method) -> Ranking:
+def rank_module(
+    weight: Tensor, observed: Observed, num_units: int, fisher_DD: np.ndarray | None, method: Method
+) -> Ranking:
     """Return a method's ranking of a module's units, with costs per token of the stream.
 
     Args:
         weight: The output projection's weight on the device to compute on: (D, P), or (E, D, P) with experts.
         observed: The module's merged observation.
         num_units: The number of units in each part.
+        fisher_DD: The Fisher information of the module's output; None to count squared errors.
         method: The method that ranks the units.
 
     Raises:
         SolveError: The moments cannot be inverted.
     """
+    fisher = _on_device(fisher_DD, weight)
     return Ranking.in_turn(
-        [rank_part(part, num_units, method.rank).scaled(part.share) for part in observed.parts(weight)]
+        [rank_part(part, num_units, method.rank, fisher).scaled(part.share) for part in observed.parts(weight)]
     )
 
 
@@ -88,11 +94,15 @@ def decide_module(
     return [observed.joined(fits[number], join).decision(observed) if number else None for number in removals]
 
 
+def _on_device(matrix_DD: np.ndarray | None, weight: Tensor) -> Tensor | None:
+    return None if matrix_DD is None else torch.from_numpy(matrix_DD.copy()).to(weight.device)
+
+
 def _by_part(kept: Sequence[int], size: int, num_parts: int) -> list[tuple[int, ...]]:
     """Split the kept units of a module by part, numbered within each part, ascending."""
     return [tuple(unit % size for unit in kept if unit // size == part) for part in range(num_parts)]
 
 
-def eliminate_observed(weight: Tensor, seen: DensePass, num_units: int) -> ModulePath:
+def eliminate_observed(weight: Tensor, seen: DensePass, num_units: int, fisher_DD: np.ndarray | None) -> ModulePath:
     """Return gram's elimination path of a module observed in a pass of the dense model; see `eliminate_module`."""
-    return eliminate_module(weight, seen.observed, num_units)
+    return eliminate_module(weight, seen.observed, num_units, fisher_DD)

@@ -1,11 +1,7 @@
-"""One forward pass of the dense model; from its moments, models by any method at any number of sparsities.
+"""Prunes from the moments of the dense model: by any one-pass method, to any number of sparsities.
 
 prune_one_pass
-measure_sensitivities    one pass of a few blocks, forward and backward
-calibrate                one pass; for each layer and module:
-observe                  LayerStream.observe_dense on every shard, moments merged
-eliminate                eliminate_observed as a solve, while the shards observe the next layer
-save                     moments and elimination paths, in the MomentStore
+observed_moments         from a MomentStore, or from a pass now (calibrate.py)
 rank_modules             the order in which the method removes units
 write_models             spends the budget; decides, writes and commits each layer for every target
 """
@@ -13,36 +9,30 @@ write_models             spends the budget; decides, writes and commits each lay
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from actors.pool import SolverPool, in_flight
 from actors.workers import Reference
-from orchestrator.inputs import Inputs
+from orchestrator.pruning.calibrate import calibrate
 from orchestrator.pruning.run_context import RunContext
-from orchestrator.pruning.sensitivities import measure_sensitivities
 from orchestrator.pruning.targets import Target
 from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.candidates import module_candidates
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
-from slimllm_ops.allocate.layer_size import measure_layer, parameters_to_remove
+from slimllm_ops.allocate.layer_size import LayerSize, measure_layer, parameters_to_remove
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paths import LayerPaths, ModulePath
+from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.methods import METHODS, Method
 from slimllm_ops.models.families import layer_shape
 from slimllm_ops.models.pair import MODULES, Pair
-from slimllm_ops.module_solves import decide_module, eliminate_observed, rank_module
-from slimllm_ops.moments.observation import require_tokens
+from slimllm_ops.module_solves import decide_module, rank_module
 from slimllm_ops.moments.ranking import Ranking
-from slimllm_ops.moments.sums import DensePass
 from slimllm_ops.stream.passes import PROBED_TOKENS, LayerStream
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -79,14 +69,6 @@ class Ranked:
         return spend_on_layers_too(self.layers, self.candidates, target, spend)
 
 
-@dataclass(frozen=True)
-class _ObservedModule:
-    """References to the pass of a module over all shards, and to its elimination."""
-
-    seen: Reference[DensePass]
-    path: Reference[ModulePath]
-
-
 def prune_one_pass(method: Method, context: RunContext, targets: list[Target]) -> None:
     """Prune by a one-pass method to every target, from kept moments or from one pass over the dense model."""
     prune_from_moments(context, observed_moments(context), method, targets)
@@ -109,68 +91,6 @@ def observed_moments(context: RunContext) -> MomentStore:
     return store
 
 
-def calibrate(context: RunContext, store: MomentStore) -> None:
-    """Pass the calibration data through the dense model once; save each layer's moments and elimination paths."""
-    measure_sensitivities(context, store)
-    shards, num_layers, tokens = context.shards, context.source.num_layers, context.inputs.calibration.num_tokens
-    num_saved = partial(store.num_saved, num_layers)
-    for attempt in context.attempts(num_saved):
-        with attempt:
-            if (first := num_saved()) == num_layers:
-                continue
-            measures_change = context.inputs.form.drop_layers
-            blocks_BT = context.inputs.calibration_blocks()
-            shards.open_stream(DENSE, context.source, blocks_BT, measures_change=measures_change)
-            for layer in context.reporter.layers("replaying", first, tokens):
-                shards.each(DENSE, LayerStream.forward_pruned, layer, LayerPlan())
-            observed = in_flight(_observe_layers(context, range(first, num_layers)))
-            for layer in context.reporter.layers("calibrating", num_layers, tokens, first):
-                _save_layer(context, store, layer, next(observed))
-            shards.close_stream(DENSE)
-    store.seal(moments_of(context.inputs))
-
-
-def _observe_layers(context: RunContext, layers: range) -> Iterator[Pair[_ObservedModule]]:
-    """Submit the observations and eliminations of layers; yield references to their results."""
-    source = context.source
-    for layer in layers:
-        shape = layer_shape(source.config, layer)
-        modules = []
-        for branch, num_units in zip(
-            source.family.branches, (shape.num_attention_units, shape.intermediate_size), strict=True
-        ):
-            seen = context.shards.merge(DENSE, LayerStream.observe_dense, layer, branch)
-            path = context.pool.submit(eliminate_observed, layer, branch, seen, num_units)
-            modules.append(_ObservedModule(seen, path))
-        yield Pair(*modules)
-
-
-def _save_layer(context: RunContext, store: MomentStore, layer: int, modules: Pair[_ObservedModule]) -> None:
-    """Wait for a layer's observations and eliminations, and save them."""
-    # Moments go through the driver to its disk, so that a killed run can resume from there.
-    seen = modules.map(lambda module: context.pool.get(module.seen))
-    paths = modules.map(lambda module: context.pool.get(module.path))
-    for branch, one in zip(context.source.family.branches, seen, strict=True):
-        require_tokens(one, context.inputs.calibration.num_tokens, f"layer {layer}, {branch.described}")
-    change = None if seen.mlp.change is None else seen.mlp.change.value
-    store.save(
-        layer,
-        LayerPaths(paths.attention, paths.mlp, seen.mlp.power.value, change),
-        seen.attention.observed,
-        seen.mlp.observed,
-    )
-
-
-def moments_of(inputs: Inputs) -> dict[str, Any]:
-    """Return the values that identify moments: the digests of the weights and of the calibration tokens."""
-    return {
-        "model": inputs.name,
-        "model_digest": inputs.source_digest,
-        "calibration": inputs.calibration.describe(),
-        "drop_layers": inputs.form.drop_layers,
-    }
-
-
 def rank_modules(context: RunContext, store: MomentStore, method: Method) -> Ranked:
     """Rank each module's units by a method; the moments' store has gram's ranking with an intercept already."""
     source, form = context.source, context.inputs.form
@@ -183,9 +103,18 @@ def rank_modules(context: RunContext, store: MomentStore, method: Method) -> Ran
                 submitted = in_flight(_submit_rankings(context.pool, source, store, method))
                 rankings = [pair.map(context.pool.get) for pair in submitted]
     sizes = form.limited([measure_layer(source, layer, form.with_bias) for layer in range(source.num_layers)])
-    sensitivities = store.load_sensitivities(source.num_layers)
-    layers = layer_candidates(sizes, paths, sensitivities) if form.drop_layers else ()
-    return Ranked(method, module_candidates(sizes, paths, rankings, sensitivities), form, layers)
+    return Ranked(
+        method, module_candidates(sizes, paths, rankings), form, _droppable_layers(context, store, sizes, paths)
+    )
+
+
+def _droppable_layers(
+    context: RunContext, store: MomentStore, sizes: Sequence[LayerSize], paths: Sequence[LayerPaths]
+) -> Sequence[Candidate]:
+    """Return the layers as candidates, if layers may be dropped."""
+    if not context.inputs.form.drop_layers:
+        return ()
+    return layer_candidates(sizes, paths, list(map(store.load_sensitivity, range(len(sizes)))))
 
 
 def _submit_rankings(
@@ -194,10 +123,21 @@ def _submit_rankings(
     for layer in range(source.num_layers):
         shape = layer_shape(source.config, layer)
         units = Pair(shape.num_attention_units, shape.intermediate_size)
+        fishers = store.load_sensitivity(layer).modules
         yield Pair(
             *(
-                pool.submit(rank_module, layer, branch, pool.put(store.load_moments(layer, module)), num_units, method)
-                for module, branch, num_units in zip(MODULES, source.family.branches, units, strict=True)
+                pool.submit(
+                    rank_module,
+                    layer,
+                    branch,
+                    pool.put(store.load_moments(layer, module)),
+                    num_units,
+                    fisher_DD,
+                    method,
+                )
+                for module, branch, num_units, fisher_DD in zip(
+                    MODULES, source.family.branches, units, fishers, strict=True
+                )
             )
         )
 

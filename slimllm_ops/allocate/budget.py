@@ -32,7 +32,6 @@ class Candidate:
         bias_parameters: The number of parameters that its recovery adds, once.
         output_variance: The variance of the module's output, summed over the dims: tr(W^T C W).
         stream_power: E|h|^2 of the layer's output, the residual stream.
-        sensitivity: E|g|^2 of the gradient of the loss at the module's output.
         units_at_once: The number of units removed together: with experts, one of each.
         limit: The greatest fraction of the units that may go.
     """
@@ -43,7 +42,6 @@ class Candidate:
     bias_parameters: int
     output_variance: float
     stream_power: float
-    sensitivity: float
     units_at_once: int = 1
     limit: float = 1.0
 
@@ -73,11 +71,8 @@ def in_steps(candidate: Candidate, width: int) -> Candidate:
 
 
 def as_one(candidates: Sequence[Candidate], layer: float = 0) -> Candidate:
-    """Merge modules of one size that lose the same number of units into one, with their scaled errors summed."""
-    costs = tuple(
-        sum(one.ranking.costs[index] * one.sensitivity for one in candidates)
-        for index in range(candidates[0].num_units)
-    )
+    """Merge modules of one size that lose the same number of units into one, with their costs summed."""
+    costs = tuple(sum(one.ranking.costs[index] for one in candidates) for index in range(candidates[0].num_units))
     return Candidate(
         layer=layer,
         ranking=Ranking(tuple(range(len(costs))), costs),
@@ -85,24 +80,18 @@ def as_one(candidates: Sequence[Candidate], layer: float = 0) -> Candidate:
         bias_parameters=sum(one.bias_parameters for one in candidates),
         output_variance=1.0,
         stream_power=1.0,
-        sensitivity=1.0,
         limit=min(one.limit for one in candidates),
     )
 
 
-def spend_by_error(candidates: Sequence[Candidate], target: int) -> list[int]:
-    """Remove the units that cost the loss least per parameter.
-
-    A unit costs its squared error times the sensitivity of its module, E|g|^2, where g is the gradient of the loss at
-    the module's output: the loss that the error adds to second order, up to a constant. docs/method.md has what other
-    scales cost.
-    """
-    return spend_by_price(candidates, target, error_per_parameter)
+def spend_by_cost(candidates: Sequence[Candidate], target: int) -> list[int]:
+    """Remove the units that cost least per parameter; gram's costs are what an error adds to the loss, in nats."""
+    return spend_by_price(candidates, target, cost_per_parameter)
 
 
-def error_per_parameter(candidate: Candidate, num_removed: int) -> float:
-    """Return the scaled error of removing the next unit of a module, for each of its parameters."""
-    return candidate.ranking.costs[num_removed] * candidate.sensitivity / candidate.unit_parameters
+def cost_per_parameter(candidate: Candidate, num_removed: int) -> float:
+    """Return the cost of removing the next unit of a module, for each of its parameters."""
+    return candidate.ranking.costs[num_removed] / candidate.unit_parameters
 
 
 def spend_by_standard_score(candidates: Sequence[Candidate], target: int) -> list[int]:

@@ -4,16 +4,13 @@ from collections.abc import Sequence
 
 from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.layer_size import LayerSize
-from slimllm_ops.decide.paths import LayerPaths, Sensitivity
+from slimllm_ops.decide.paths import LayerPaths
 from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking
 
 
 def module_candidates(
-    sizes: Sequence[LayerSize],
-    paths: Sequence[LayerPaths],
-    rankings: Sequence[Pair[Ranking]],
-    sensitivities: Sequence[Sensitivity],
+    sizes: Sequence[LayerSize], paths: Sequence[LayerPaths], rankings: Sequence[Pair[Ranking]]
 ) -> list[Pair[Candidate]]:
     """Return the modules of each layer as candidates for a budget.
 
@@ -21,7 +18,6 @@ def module_candidates(
         sizes: The size of each layer.
         paths: The results of the calibration pass for each layer.
         rankings: The order in which a method removes each layer's heads and channels.
-        sensitivities: The sensitivity of each layer.
     """
     return [
         Pair(
@@ -32,7 +28,6 @@ def module_candidates(
                 bias_parameters=size.attention_bias_parameters,
                 output_variance=path.attention.output_variance,
                 stream_power=path.stream_power,
-                sensitivity=sensitivity.attention,
                 limit=size.limit,
             ),
             Candidate(
@@ -42,12 +37,9 @@ def module_candidates(
                 bias_parameters=size.mlp_bias_parameters,
                 output_variance=path.mlp.output_variance,
                 stream_power=path.stream_power,
-                sensitivity=sensitivity.mlp,
                 units_at_once=size.num_experts,
                 limit=size.limit,
             ),
         )
-        for layer, (size, path, ranking, sensitivity) in enumerate(
-            zip(sizes, paths, rankings, sensitivities, strict=True)
-        )
+        for layer, (size, path, ranking) in enumerate(zip(sizes, paths, rankings, strict=True))
     ]

@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from slimllm_ops.allocate.budget import Candidate, as_one, error_per_parameter, in_steps
+from slimllm_ops.allocate.budget import Candidate, as_one, cost_per_parameter, in_steps
 from slimllm_ops.allocate.gap import close_gap
 from slimllm_ops.allocate.layer_ratios import LayerBudget
 from slimllm_ops.allocate.layer_size import LayerSize
@@ -113,7 +113,7 @@ class Form:
         removed = rule(modules, target)
         if not (self.uniform_heads or self.whole_layers or self.limit < 1):
             return removed
-        return close_gap(modules, removed, target, lambda i, count: error_per_parameter(modules[i], count))
+        return close_gap(modules, removed, target, lambda i, count: cost_per_parameter(modules[i], count))
 
     def warnings(self, sizes: Sequence[LayerSize]) -> list[str]:
         """Return what a user may not expect of the form: that no head, or no channel, can go."""

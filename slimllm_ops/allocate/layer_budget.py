@@ -1,10 +1,11 @@
 r"""Spends a budget on whole layers as well as on heads and channels.
 
 Removing a layer removes what it added to the residual stream, and nothing recovers that. So its error is
-E|h_out - h_in|^2, in the same units as a module's, and it is scaled in the same way, by the layer's sensitivity.
+e = h_out - h_in. It costs the loss 1/2 E|g|^2 E|e|^2 / D, with g the gradient of the loss at the layer's output. The
+costs of a module's units are in the same unit, nats per token.
 
 Layers are ordered by their error per parameter. The number of layers to remove is found by trying every number: the
-rest of the target is spent on the units of the layers that stay, and the least sum of scaled errors wins. Comparing
+rest of the target is spent on the units of the layers that stay, and the least sum of costs wins. Comparing
 units and layers one at a time would not work, since a layer is worth less the more of its units are gone.
 """
 
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 
 from slimllm_ops.allocate.budget import Candidate
 from slimllm_ops.allocate.layer_size import LayerSize
-from slimllm_ops.decide.paths import LayerPaths, Sensitivity
+from slimllm_ops.decide.paths import LayerPaths
+from slimllm_ops.decide.sensitivity import Sensitivity
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking
@@ -40,12 +42,11 @@ def layer_candidates(
     return [
         Candidate(
             layer=layer,
-            ranking=Ranking((0,), (_change(path),)),
+            ranking=Ranking((0,), (sensitivity.loss_of_change(_change(path)),)),
             unit_parameters=size.parameters,
             bias_parameters=0,
             output_variance=_change(path),
             stream_power=path.stream_power,
-            sensitivity=sensitivity.output,
             limit=size.limit,
         )
         for layer, (size, path, sensitivity) in enumerate(zip(sizes, paths, sensitivities, strict=True))
@@ -105,8 +106,8 @@ def _spend_on_kept(
 
 
 def _error(candidate: Candidate, num_removed: int) -> float:
-    """Return the scaled error of removing `num_removed` units, comparable across modules."""
-    return sum(candidate.ranking.costs[:num_removed]) * candidate.sensitivity
+    """Return what the first `num_removed` removals cost."""
+    return sum(candidate.ranking.costs[:num_removed])
 
 
 def _change(path: LayerPaths) -> float:

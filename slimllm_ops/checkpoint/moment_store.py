@@ -1,19 +1,17 @@
 """Stores the moments of a calibration pass on disk, one file per layer, so that pruning needs no forward pass.
 
-MOMENTS/moments.json                which model and data they are from, by digest
-MOMENTS/sensitivities.json          how much the loss depends on every layer
-MOMENTS/layer-00000.safetensors     the layer's moments and elimination paths
+MOMENTS/moments.json                    which model and data they are from, by digest
+MOMENTS/sensitivity-00000.safetensors   how much the loss depends on the layer: attention and mlp (D, D), and output
+MOMENTS/layer-00000.safetensors         the layer's moments and elimination paths
 
 A layer's file holds stream_power, and change if it was measured. For attention and mlp each, it holds count, mean,
-scatter (block rows of the triangle), input_squares, powers, and gram's elimination path (order, costs,
-output_variance). For a mixture of experts, mlp holds the number of experts and of tokens, powers and the path; the
+scatter (block rows of the triangle), input_squares, and gram's elimination path (order, costs,
+output_variance). For a mixture of experts, mlp holds the number of experts and of tokens, and the path; the
 other arrays are stored for each expert that received tokens, as mlp.0.count and so on.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,19 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from slimllm_ops.decide.paths import LayerPaths, ModulePath, Sensitivity
+from slimllm_ops.decide.paths import LayerPaths, ModulePath
+from slimllm_ops.decide.sensitivity import Sensitivity
 from slimllm_ops.errors import InputError
 from slimllm_ops.files import NotPlainError, read_json_object, require_plain, write_json, written_whole
+from slimllm_ops.models.pair import MODULES, Pair
 from slimllm_ops.moments.observation import Observed
 from slimllm_ops.moments.ranking import Ranking
 from slimllm_ops.moments.routing import observed_from_arrays
 
 FORMAT = 3
 MANIFEST = "moments.json"
-SENSITIVITIES = "sensitivities.json"
 MOST_BYTES = 1 << 20
 MANIFEST_FIELDS = {"model": str, "model_digest": str, "calibration": dict}
-MODULES = ("attention", "mlp")
 
 
 class MomentStore:
@@ -48,32 +46,25 @@ class MomentStore:
         self.directory = directory
         self.intercept = intercept
 
-    def save_sensitivities(self, sensitivities: Sequence[Sensitivity]) -> None:
-        """Write every layer's sensitivity (`slimllm_ops.stream.sensitivity`)."""
+    def save_sensitivity(self, layer: int, sensitivity: Sensitivity) -> None:
+        """Write a layer's sensitivity."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / SENSITIVITIES, {"layers": list(map(asdict, sensitivities))}, indent=1)
+        arrays = dict(zip(MODULES, sensitivity.modules, strict=True)) | {"output": np.array([sensitivity.output])}
+        with written_whole(self._sensitivity_path(layer)) as partial:
+            save_file(arrays, partial)
 
-    def has_sensitivities(self) -> bool:
-        """Return whether the sensitivities are stored."""
-        return (self.directory / SENSITIVITIES).exists()
+    def has_sensitivity(self, layer: int) -> bool:
+        """Return whether a layer's sensitivity is stored."""
+        return self._sensitivity_path(layer).exists()
 
-    def load_sensitivities(self, num_layers: int) -> list[Sensitivity]:
-        """Read every layer's sensitivity.
+    def load_sensitivity(self, layer: int) -> Sensitivity:
+        """Read a layer's sensitivity.
 
         Raises:
-            InputError: The file is missing or broken, or of another number of layers.
+            InputError: The file is missing or broken.
         """
-        path = self.directory / SENSITIVITIES
-        if not path.exists():
-            raise InputError(f"{path} is missing: run `slimllm calibrate` again")
-        layers = read_json_object(path, MOST_BYTES).get("layers")
-        if not isinstance(layers, list) or not all(map(_is_sensitivity, layers)):
-            raise InputError(f"{path} holds no sensitivities of layers: run `slimllm calibrate` again")
-        if len(layers) != num_layers:
-            raise InputError(
-                f"{path} is of {len(layers)} layers, and the model has {num_layers}: run `slimllm calibrate` again"
-            )
-        return [Sensitivity(**layer) for layer in layers]
+        with _opened(self._sensitivity_path(layer)) as file:
+            return Sensitivity(Pair(*map(file.get_tensor, MODULES)), _list(file, "output")[0])
 
     def save(self, layer: int, paths: LayerPaths, attention: Observed, mlp: Observed) -> None:
         """Write a layer's file."""
@@ -97,7 +88,7 @@ class MomentStore:
         Raises:
             InputError: The file is missing or broken.
         """
-        with self._opened(layer) as file:
+        with _opened(self._path(layer)) as file:
             attention, mlp = (
                 ModulePath(
                     Ranking(tuple(_list(file, f"{module}.order")), tuple(_list(file, f"{module}.costs"))),
@@ -114,20 +105,10 @@ class MomentStore:
         Raises:
             InputError: The file is missing or broken.
         """
-        with self._opened(layer) as file:
+        with _opened(self._path(layer)) as file:
             names = [name for name in file.keys() if name.startswith(f"{module}.")]  # noqa: SIM118 - no mapping
             arrays = {name.removeprefix(f"{module}."): file.get_tensor(name) for name in names}
         return observed_from_arrays(arrays).with_intercept(self.intercept)
-
-    @contextmanager
-    def _opened(self, layer: int) -> Iterator[safe_open]:
-        path = self._path(layer)
-        try:
-            require_plain(path)
-            with safe_open(path, framework="np") as file:
-                yield file
-        except (FileNotFoundError, NotPlainError, SafetensorError) as error:
-            raise InputError(f"{path} is missing or broken ({error}): run `slimllm calibrate` again") from error
 
     def seal(self, manifest: dict[str, Any]) -> None:
         """Write the manifest; call this last, because it marks the moments as complete."""
@@ -157,12 +138,23 @@ class MomentStore:
     def _path(self, layer: int) -> Path:
         return self.directory / f"layer-{layer:05d}.safetensors"
 
+    def _sensitivity_path(self, layer: int) -> Path:
+        return self.directory / f"sensitivity-{layer:05d}.safetensors"
 
-def _is_sensitivity(layer: object) -> bool:
-    names = {one.name for one in fields(Sensitivity)}
-    if not isinstance(layer, dict) or layer.keys() != names:
-        return False
-    return all(isinstance(number, float) and 0 <= number < math.inf for number in layer.values())
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """Open a file of arrays.
+
+    Raises:
+        InputError: It is missing or broken.
+    """
+    try:
+        require_plain(path)
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (FileNotFoundError, NotPlainError, SafetensorError) as error:
+        raise InputError(f"{path} is missing or broken ({error}): run `slimllm calibrate` again") from error
 
 
 def _pack_path(path: ModulePath) -> dict[str, np.ndarray]:

@@ -8,6 +8,9 @@ inputs and A = (C + d I)^-1, removing group g and refitting the rest by least sq
 Remove the cheapest group, update W -= A[:, g] A_gg^-1 W_g and A -= A[:, g] A_gg^-1 A[g, :], and repeat. The path is
 nested: one elimination serves every ratio, and the running sum of err_g is the module's error curve.
 
+With the Fisher information F of the output, an error e of the output costs 1/2 e^T F e in place of |e|^2. So W stands
+for W (F / 2)^(1/2), and err_g is in nats per token (`slimllm_ops/stream/sensitivity.py`).
+
 Hassibi and Stork 1993; on groups as in ZipLM (Kurtic et al. 2023) and OSSCAR (Meng et al. 2024).
 
 Shapes: P inputs, D hidden size, H groups of w inputs each, B eliminations per block.
@@ -28,7 +31,9 @@ BLOCK = 128
 
 
 def eliminate(projection: Projection, num_units: int) -> Ranking:
-    """Rank units by elimination; costs are squared errors per token, summed over the output dims.
+    """Rank units by elimination; costs are what their errors add to the loss, in nats per token.
+
+    Without the output's Fisher information, costs are squared errors per token, summed over the output dims.
 
     Raises:
         SolveError: The regularised covariance cannot be inverted.
@@ -37,9 +42,10 @@ def eliminate(projection: Projection, num_units: int) -> Ranking:
         # A bias recovers constant inputs fully, so removing them is free; the formula would charge for the ridge.
         return Ranking(tuple(range(num_units)), (0.0,) * num_units)
     inverse_PP = invert(projection)
+    weight_PD = projection.loss_weight_PD
     if num_units < len(inverse_PP):
-        return _eliminate_groups(inverse_PP, projection.weight_PD.clone(), num_units)
-    return _eliminate_single(inverse_PP, projection.weight_PD @ projection.weight_PD.T)
+        return _eliminate_groups(inverse_PP, weight_PD.clone(), num_units)
+    return _eliminate_single(inverse_PP, weight_PD @ weight_PD.T)
 
 
 def is_constant(covariance_PP: Tensor) -> bool:

@@ -5,7 +5,7 @@ output projection over its own tokens, so both kinds use the same functions to r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Fit:
         return Decision(self.kept, self.scores, self.recovery, error, observed.intercept, observed.idle)
 
 
-def rank_part(part: Part, num_units: int, rank: Rank) -> Ranking:
+def rank_part(part: Part, num_units: int, rank: Rank, fisher_DD: Tensor | None) -> Ranking:
     """Rank a part's units; costs are per token that passes through the part.
 
     A part without tokens loses the units with the smallest weights, at no cost.
@@ -55,7 +55,7 @@ def rank_part(part: Part, num_units: int, rank: Rank) -> Ranking:
         by_norm = Ranking.by_score(part.weight_DP.norm(dim=0).cpu())
         return Ranking(by_norm.order, (0.0,) * len(by_norm.order))
     with part.named_in_errors():
-        return rank(part.projection, num_units)
+        return rank(replace(part.projection, fisher_DD=fisher_DD), num_units)
 
 
 def fit_part(part: Part, kept: tuple[int, ...], scores: tuple[float, ...], recover: Recover) -> Fit:

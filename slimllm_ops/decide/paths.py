@@ -14,21 +14,6 @@ class ModulePath:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """How much the loss depends on a layer, as the mean squared norm of its gradients (`stream/sensitivity.py`).
-
-    Attributes:
-        attention: E|g|^2 at the output of the attention's output projection.
-        mlp: The same of the MLP, or of the sum of its experts.
-        output: E|g|^2 at the states after the layer.
-    """
-
-    attention: float
-    mlp: float
-    output: float
-
-
-@dataclass(frozen=True)
 class LayerPaths:
     """The elimination paths of a decoder layer's modules, and measurements of the layer as a whole.
 

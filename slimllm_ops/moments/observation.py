@@ -98,10 +98,6 @@ class Observed(Protocol):
         """The size of the arrays in bytes."""
 
     @property
-    def gain(self) -> float:
-        """The squared error in the residual stream per squared error of the branch's output projection."""
-
-    @property
     def idle(self) -> tuple[int, ...]:
         """The parts that received no tokens."""
 
@@ -145,14 +141,11 @@ class PackedObservation:
     Attributes:
         moments: Moments of X.
         input_squares_D: Sums of squares of the branch's input.
-        powers: Sums of squares of the output projection's output, and of what the branch adds to the residual stream;
-            zeros where the two are the same.
         intercept: Whether recovery may fit an intercept.
     """
 
     moments: PackedMoments
     input_squares_D: np.ndarray
-    powers: tuple[float, float] = (0.0, 0.0)
     intercept: bool = True
 
     @classmethod
@@ -161,8 +154,7 @@ class PackedObservation:
         num_rows = sum(name.startswith("scatter.") for name in arrays)
         rows = tuple(arrays[f"scatter.{number}"] for number in range(num_rows))
         moments = PackedMoments(int(arrays["count"][0]), arrays["mean"], rows)
-        output, added = arrays["powers"].tolist()
-        return cls(moments, arrays["input_squares"], (output, added))
+        return cls(moments, arrays["input_squares"])
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the observation as named arrays."""
@@ -170,7 +162,6 @@ class PackedObservation:
             "count": np.array([self.moments.count]),
             "mean": self.moments.mean_P,
             "input_squares": self.input_squares_D,
-            "powers": np.array(self.powers),
         }
         return arrays | {f"scatter.{number}": row for number, row in enumerate(self.moments.rows)}
 
@@ -178,11 +169,6 @@ class PackedObservation:
     def num_bytes(self) -> int:
         """The size of the arrays in bytes."""
         return self.moments.num_bytes + self.input_squares_D.nbytes
-
-    @property
-    def gain(self) -> float:
-        """The squared error in the residual stream per squared error of the output projection."""
-        return gain_of(self.powers)
 
     @property
     def idle(self) -> tuple[int, ...]:
@@ -207,7 +193,6 @@ class PackedObservation:
             self,
             moments=self.moments.merge(other.moments),
             input_squares_D=self.input_squares_D + other.input_squares_D,
-            powers=add_powers(self.powers, other.powers),
         )
 
     def with_intercept(self, intercept: bool) -> "PackedObservation":
@@ -240,7 +225,6 @@ class ObservationSum:
     def __init__(self) -> None:
         self._moments = MomentSum()
         self._squares_D: Tensor | None = None
-        self._powers = (0.0, 0.0)
 
     def add(self, x_NP: Tensor, input_ND: Tensor) -> None:
         """Add the input of a branch's output projection (N, P) and of the branch itself (N, D); N may be (b, T)."""
@@ -249,25 +233,10 @@ class ObservationSum:
         squares_D = input_ND.flatten(0, -2).double().square_().sum(dim=0)
         self._squares_D = squares_D if self._squares_D is None else self._squares_D + squares_D
 
-    def add_powers(self, output: float, added: float) -> None:
-        """Add sums of squares of the output projection's output, and of what the branch added to the stream."""
-        self._powers = add_powers(self._powers, (output, added))
-
     def packed(self) -> PackedObservation:
         """Return the observation of all tokens so far."""
         assert self._squares_D is not None, "a stream without blocks has nothing to observe"
-        return PackedObservation(self._moments.packed(), self._squares_D.cpu().numpy(), self._powers)
-
-
-def add_powers(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    """Return two pairs of summed squares, added up."""
-    return one[0] + other[0], one[1] + other[1]
-
-
-def gain_of(powers: tuple[float, float]) -> float:
-    """Return the power added to the stream per power of the output; 1 if nothing lies between the two."""
-    output, added = powers
-    return added / output if output > 0 else 1.0
+        return PackedObservation(self._moments.packed(), self._squares_D.cpu().numpy())
 
 
 def require_count(found: int, num_tokens: int) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from slimllm_ops.moments.moments import Moments
 
+# The share of the identity in the Fisher information of an output (docs/method.md).
+SHRINKAGE = 0.5
+
 
 @dataclass(frozen=True, eq=False)
 class Projection:
@@ -23,6 +26,8 @@ class Projection:
 
     moments: Moments
     weight_PD: Tensor
+    # The Fisher information E[g g^T] of the output; without it, errors count as they are.
+    fisher_DD: Tensor | None = None
 
     @classmethod
     def of(cls, moments: Moments, weight_DP: Tensor) -> "Projection":
@@ -39,6 +44,19 @@ class Projection:
     def image_PD(self) -> Tensor:
         """C W: the covariance of every input with every output dim."""
         return self.covariance_PP @ self.weight_PD
+
+    @property
+    def loss_weight_PD(self) -> Tensor:
+        """W (F / 2)^(1/2): squared errors of X times this are what the errors of X W add to the loss, in nats.
+
+        F is shrunk towards the multiple of the identity that has its trace (Ledoit and Wolf 2004), since it is known
+        from a few tokens.
+        """
+        if self.fisher_DD is None:
+            return self.weight_PD
+        values_D, vectors_DD = torch.linalg.eigh(self.fisher_DD.to(self.weight_PD))
+        shrunk_D = torch.lerp(values_D, values_D.mean(), SHRINKAGE).clamp(min=0)
+        return self.weight_PD @ (vectors_DD * (shrunk_D / 2).sqrt())
 
     def removed_image(self, kept_S: Tensor) -> Tensor:
         """Return C_SR W_R (S, D): the covariance of the kept inputs with the removed inputs' output."""

@@ -27,8 +27,6 @@ from slimllm_ops.moments.observation import (
     Observed,
     PackedObservation,
     Part,
-    add_powers,
-    gain_of,
     require_count,
 )
 from slimllm_ops.moments.states import States, StateStore
@@ -115,26 +113,21 @@ class PackedExperts:
     Attributes:
         count: Number of tokens in the stream.
         experts: Each expert's observation over the tokens it received; None without tokens.
-        powers: Sums of squares of the experts' joint output, and of what the branch adds to the residual stream.
     """
 
     count: int
     experts: tuple[PackedObservation | None, ...]
-    powers: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PackedExperts":
         """Return the observations that `to_arrays` wrote, and ignore other arrays."""
         num_experts, count = arrays["experts"].tolist()
-        output, added = arrays["powers"].tolist()
         experts = (_beginning_with(f"{expert}.", arrays) for expert in range(num_experts))
-        return cls(
-            count, tuple(PackedObservation.from_arrays(one) if one else None for one in experts), (output, added)
-        )
+        return cls(count, tuple(PackedObservation.from_arrays(one) if one else None for one in experts))
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the observations as named arrays: "0.count" is the count of expert 0."""
-        arrays = {"experts": np.array([len(self.experts), self.count]), "powers": np.array(self.powers)}
+        arrays = {"experts": np.array([len(self.experts), self.count])}
         for expert, seen in enumerate(self.experts):
             if seen is not None:
                 arrays |= {f"{expert}.{name}": array for name, array in seen.to_arrays().items()}
@@ -160,11 +153,6 @@ class PackedExperts:
         seen = self.experts[expert]
         return 0.0 if seen is None else seen.moments.count / self.count
 
-    @property
-    def gain(self) -> float:
-        """The squared error in the residual stream per squared error of the experts' output."""
-        return gain_of(self.powers)
-
     def require_tokens(self, num_tokens: int) -> None:
         """Check that the observations cover `num_tokens` tokens.
 
@@ -180,7 +168,7 @@ class PackedExperts:
     def merge(self, other: "PackedExperts") -> "PackedExperts":
         """Return the observations of both sets of tokens."""
         merged = tuple(map(_merge, self.experts, other.experts))
-        return PackedExperts(self.count + other.count, merged, add_powers(self.powers, other.powers))
+        return PackedExperts(self.count + other.count, merged)
 
     def with_intercept(self, intercept: bool) -> "PackedExperts":
         """Return the same observations; experts never have an intercept."""
@@ -213,7 +201,6 @@ class RoutedSum:
     def __init__(self, num_experts: int) -> None:
         self._count = 0
         self._experts: list[ObservationSum | None] = [None] * num_experts
-        self._powers = (0.0, 0.0)
 
     def add(self, routed: Routed, input_bTD: Tensor) -> None:
         """Add the inputs of the experts' output projections and of the branch itself (b, T, D)."""
@@ -223,14 +210,10 @@ class RoutedSum:
             seen.add(x_NkI[tokens_n, places_n], input_ND[tokens_n])
         self._count += len(input_ND)
 
-    def add_powers(self, output: float, added: float) -> None:
-        """Add sums of squares of the experts' joint output, and of what the branch added to the stream."""
-        self._powers = add_powers(self._powers, (output, added))
-
     def packed(self) -> PackedExperts:
         """Return the observations of all tokens so far."""
         experts = tuple(None if seen is None else seen.packed() for seen in self._experts)
-        return PackedExperts(self._count, experts, self._powers)
+        return PackedExperts(self._count, experts)
 
 
 def _merge(one: PackedObservation | None, other: PackedObservation | None) -> PackedObservation | None:

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
+from slimllm_ops.moments.moments import accumulation_dtype
 from slimllm_ops.moments.observation import Observed
 
 
@@ -20,6 +24,29 @@ class Mean:
     def value(self) -> float:
         """The mean."""
         return self.total / self.count
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """E[g g^T] over tokens, kept as the sum (D, D) and the number of tokens."""
+
+    total_DD: np.ndarray
+    count: int
+
+    @classmethod
+    def of(cls, g_ND: Tensor) -> "SecondMoment":
+        """Return the sum over rows (N, D), in the precision of moments."""
+        g_ND = g_ND.float()
+        return cls((g_ND.T @ g_ND).to(accumulation_dtype(g_ND.device)).cpu().numpy(), len(g_ND))
+
+    def merge(self, other: "SecondMoment") -> "SecondMoment":
+        """Return the sum over both sets of tokens."""
+        return SecondMoment(self.total_DD + other.total_DD, self.count + other.count)
+
+    @property
+    def value(self) -> np.ndarray:
+        """The mean, shape (D, D), in float32."""
+        return (self.total_DD / self.count).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,6 @@ class Sum(Protocol[Taken]):
     def add(self, x: Taken, inputs: Tensor, /) -> None:
         """Add the inputs of the output projection and of the branch itself (b, T, D)."""
 
-    def add_powers(self, output: float, added: float) -> None:
-        """Add sums of squares of the projection's output, and of what the branch added to the stream."""
-
     def packed(self) -> Observed:
         """Return the observation of all tokens so far."""
 

@@ -126,12 +126,8 @@ class LayerStream:
         before = self._entered_by(layer) if self._measures_change else None
         project = run.projected(None)
         for index, (normalised, x_bTP) in enumerate(self._run(layer, branch, run)):
-            output = project(x_bTP)
-            added = run.contribution(output)
             seen.add(self._tokens_of(run, index, x_bTP), self.tokens(index, normalised))
-            if added is not output:
-                seen.add_powers(_power(self.tokens(index, output)), _power(self.tokens(index, added)))
-            power = power.merge(self._add(index, added))
+            power = power.merge(self._add(index, run.contribution(project(x_bTP))))
             if before is not None:
                 change = change.merge(summed_power(self.tokens(index, self.hidden[index] - before[index])))
         observed = self.require_finite(seen.packed(), layer, branch)

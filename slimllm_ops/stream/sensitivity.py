@@ -1,13 +1,13 @@
 r"""Measures how much the loss depends on what each module computes: one pass forward and one backward.
 
 Let g be the gradient of a token block's loss with respect to the output y of a module's output projection. The loss is
-that of tokens sampled from the model itself, so E[g g^T] is the Fisher information of y: an error e in y costs
+that of tokens sampled from the model itself, so F = E[g g^T] is the Fisher information of y: an error e in y costs
 
-    KL(dense || damaged) = 1/2 e^T E[g g^T] e
+    KL(dense || damaged) = 1/2 e^T F e
 
-to second order. The sensitivity is the trace, E|g|^2: in the budget it turns squared errors of different modules into
-the same unit. The power of the states is no substitute. A few tokens with massive activations hold nearly all of it,
-from some layer on, and the loss does not depend on them (docs/method.md).
+to second order. So errors of different modules are in one unit, and errors that the model does not notice cost nothing.
+The power of the states is no substitute. A few tokens with massive activations hold nearly all of it, from some layer
+on, and the loss does not depend on them (docs/method.md).
 
 The tokens are sampled with a seed that comes from the block, so they do not depend on how blocks are spread.
 
@@ -22,16 +22,18 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paths import Sensitivity
+from slimllm_ops.decide.sensitivity import Sensitivity
 from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.models.families import Family
+from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.states import States, StateStore
-from slimllm_ops.moments.sums import Mean
+from slimllm_ops.moments.sums import Mean, SecondMoment
 from slimllm_ops.stream.padding import PADDING, filled, without_padding
 from slimllm_ops.stream.passes import spans, summed_power
 from slimllm_ops.stream.weights import ModelWeights
@@ -47,10 +49,16 @@ def sensitivity_blocks(length: int) -> int:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """A layer's sensitivity over the tokens of a shard (`slimllm_ops.decide.paths.Sensitivity`)."""
+    """How much the loss depends on a layer, over the tokens of a shard.
 
-    attention: Mean
-    mlp: Mean
+    Attributes:
+        attention: Moments of g at the output of the attention's output projection.
+        mlp: The same of the MLP, or of the sum of its experts.
+        output: |g|^2 at the states after the layer.
+    """
+
+    attention: SecondMoment
+    mlp: SecondMoment
     output: Mean
 
     def merge(self, other: "LayerSensitivity") -> "LayerSensitivity":
@@ -62,7 +70,7 @@ class LayerSensitivity:
     @property
     def value(self) -> Sensitivity:
         """The means over tokens."""
-        return Sensitivity(attention=self.attention.value, mlp=self.mlp.value, output=self.output.value)
+        return Sensitivity(Pair(self.attention.value, self.mlp.value), self.output.value)
 
 
 class SensitivityStream:
@@ -99,7 +107,7 @@ class SensitivityStream:
             self._gradients = self._held(map(self._gradient_of_loss, self._states.pop(), self._batches))
 
     def backward(self, layer: int) -> "LayerSensitivity":
-        """Return |g|^2 of a layer's modules, summed over tokens, then go back to the states before the layer.
+        """Return the moments of g in a layer, then go back to the states before the layer.
 
         Raises:
             NonFiniteError: A gradient holds NaN or infinity.
@@ -111,9 +119,10 @@ class SensitivityStream:
             with _recorded_outputs(module, self._weights.checkpoint.family) as outputs:
                 left = module(states, **call)
             *inner, self._gradients[index] = torch.autograd.grad(left, [*outputs, states], after)
-            sums.append(LayerSensitivity(*(self._power(one, ids) for one in (*inner, after))))
+            attention, mlp, output = (self._tokens(one, ids) for one in (*inner, after))
+            sums.append(LayerSensitivity(SecondMoment.of(attention[0]), SecondMoment.of(mlp[0]), summed_power(output)))
         seen = reduce(LayerSensitivity.merge, sums)
-        if not all(one.total < float("inf") for one in (seen.attention, seen.mlp, seen.output)):
+        if not all(np.isfinite(one).all() for one in (seen.attention.total_DD, seen.mlp.total_DD, seen.output.total)):
             raise NonFiniteError(
                 f"layer {layer}: the gradient of the loss holds NaN or infinity in {self._weights.dtype}: the weights "
                 f"of {self._weights.checkpoint.directory} are damaged, or its activations are too large for this dtype"
@@ -138,10 +147,10 @@ class SensitivityStream:
             gradient_bTD.copy_(torch.autograd.grad(loss, leaf)[0])
         return gradient_BTD
 
-    def _power(self, gradient: Tensor, ids_bT: Tensor) -> Mean:
-        """Return the squared norm of a gradient, (b, T, D) or (b T, D), summed over tokens that are not padding."""
+    def _tokens(self, gradient: Tensor, ids_bT: Tensor) -> Tensor:
+        """Return a gradient, (b, T, D) or (b T, D), at the tokens that are not padding: (1, N, D)."""
         mask_bT = (ids_bT != PADDING).to(self._device)
-        return summed_power(without_padding(gradient.reshape(*mask_bT.shape, -1), mask_bT))
+        return without_padding(gradient.reshape(*mask_bT.shape, -1), mask_bT)
 
     def _call(self, layer: int) -> dict[str, Any]:
         return {name: _outside_inference(value) for name, value in self._weights.call(layer).items()}

@@ -98,7 +98,7 @@ def use_parts(inputs: Inputs) -> dict[str, Any]:
         seen = shards.merge("served", LayerStream.observe_dense, 1, branch)
         pool = SolverPool(workers, served, threads=1)
         num_channels = inputs.source.config.intermediate_size
-        ranking = pool.get(pool.submit(eliminate_observed, 1, branch, seen, num_channels)).ranking
+        ranking = pool.get(pool.submit(eliminate_observed, 1, branch, seen, num_channels, None)).ranking
         return {
             "actors": nodes,
             "solves": ray.get(solves),

@@ -110,7 +110,7 @@ def test_a_user_s_method_is_three_functions_and_a_row() -> None:
     x_NP, weight_PD = random_activations(5)
     weight_DP = torch.from_numpy(weight_PD).T.float()
     observed = observe(torch.from_numpy(x_NP))
-    ranking = rank_module(weight_DP, observed, 6, mine)
+    ranking = rank_module(weight_DP, observed, 6, None, mine)
     assert ranking.order == (5, 4, 3, 2, 1, 0)
     none, decision = decide_module(weight_DP, observed, mine, ranking, [0, 2])
     assert none is None

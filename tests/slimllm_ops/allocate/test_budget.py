@@ -11,8 +11,8 @@ import pytest
 
 from slimllm_ops.allocate.budget import (
     Candidate,
+    spend_by_cost,
     spend_by_depth,
-    spend_by_error,
     spend_by_price,
     spend_by_standard_score,
     spend_evenly,
@@ -24,7 +24,7 @@ from slimllm_ops.moments.ranking import Ranking
 T = TypeVar("T")
 Spend = Callable[[Sequence[Candidate], int], list[int]]
 
-RULES = (spend_by_error, spend_by_standard_score, spend_evenly, spend_by_depth)
+RULES = (spend_by_cost, spend_by_standard_score, spend_evenly, spend_by_depth)
 UNIT, CHANNEL, BIAS = 640, 48, 16
 
 
@@ -43,7 +43,6 @@ def model(seed: int, layers: int = 4, heads: int = 4, channels: int = 40) -> lis
                     bias_parameters=BIAS,
                     output_variance=float(costs.sum() * rng.uniform(1, 2)),
                     stream_power=float(10 + 20 * layer),
-                    sensitivity=1 / (10 + 20 * layer),
                 )
             )
     return candidates
@@ -118,12 +117,12 @@ def test_the_cheapest_next_unit_of_any_module_goes_first(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_a_unit_costs_the_loss_is_its_error_times_the_sensitivity_of_its_layer(seed: int) -> None:
+def test_the_units_that_cost_least_per_parameter_go(seed: int) -> None:
     candidates = model(seed)
-    removed = spend_by_error(candidates, 3000)
+    removed = spend_by_cost(candidates, 3000)
 
     def price(one: Candidate, n: int) -> float:
-        return one.ranking.costs[n] / one.unit_parameters * one.sensitivity
+        return one.ranking.costs[n] / one.unit_parameters
 
     assert removed == spend_by_price(candidates, 3000, price)
     # No channel that went was dearer than one that stayed elsewhere, but for the last few that fill what is left.
@@ -139,11 +138,10 @@ def test_the_unit_of_measurement_does_not_matter(factor: float) -> None:
         replace(
             one,
             ranking=Ranking(one.ranking.order, tuple(cost * factor for cost in one.ranking.costs)),
-            sensitivity=one.sensitivity / factor,
         )
         for one in candidates
     ]
-    assert spend_by_error(scaled, 3000) == spend_by_error(candidates, 3000)
+    assert spend_by_cost(scaled, 3000) == spend_by_cost(candidates, 3000)
 
 
 def test_standard_scores_look_past_a_module_s_level_and_spread() -> None:
@@ -153,17 +151,17 @@ def test_standard_scores_look_past_a_module_s_level_and_spread() -> None:
         for i, one in enumerate(candidates)
     ]
     assert spend_by_standard_score(stretched, 3000) == spend_by_standard_score(candidates, 3000)
-    assert spend_by_error(stretched, 3000) != spend_by_error(candidates, 3000)
+    assert spend_by_cost(stretched, 3000) != spend_by_cost(candidates, 3000)
 
 
 def test_modules_without_any_error_are_spent_first_and_break_nothing() -> None:
     candidates = model(5)
     nothing = Ranking(candidates[3].ranking.order, (0.0,) * candidates[3].num_units)
     candidates[3] = replace(candidates[3], ranking=nothing)
-    for spend in (spend_by_error, spend_by_standard_score):
+    for spend in (spend_by_cost, spend_by_standard_score):
         removed = spend(candidates, 3000)
         assert 0 <= 3000 - spent(candidates, removed) < CHANNEL
-    assert spend_by_error(candidates, 39 * CHANNEL - BIAS)[3] == 39
+    assert spend_by_cost(candidates, 39 * CHANNEL - BIAS)[3] == 39
 
 
 def test_even_shares_differ_by_a_unit_or_two() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from slimllm_ops.allocate.budget import (
     Candidate,
+    spend_by_cost,
     spend_by_depth,
-    spend_by_error,
     spend_by_standard_score,
     spend_evenly,
 )
@@ -24,7 +24,7 @@ from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.ranking import Ranking
 
-RULES = (spend_by_error, spend_by_standard_score, spend_evenly, spend_by_depth)
+RULES = (spend_by_cost, spend_by_standard_score, spend_evenly, spend_by_depth)
 Counts = tuple[tuple[int, int], ...]
 
 
@@ -69,7 +69,7 @@ class Case:
                 ranking = Ranking(tuple(rng.permutation(units).tolist()), tuple(costs))
                 modules.append(Candidate(layer=layer, ranking=ranking, unit_parameters=parameters, limit=size.limit,
                                          bias_parameters=self.bias, output_variance=float(sum(costs)),
-                                         stream_power=1.0, sensitivity=1 / (10 + 20 * layer)))  # fmt: skip
+                                         stream_power=1.0))  # fmt: skip
             made.append(Pair(*modules))
         return made
 
@@ -212,7 +212,7 @@ def naive_spend(case: Case, target: int) -> Counts:
                 module = tuple(pairs[layer])[kind]
                 start = after[layer][kind]
                 after[layer][kind] += width
-                error += sum(module.ranking.costs[start : start + width]) * module.sensitivity
+                error += sum(module.ranking.costs[start : start + width])
             if not case.allowed([(one[0], one[1]) for one in after]) or (*layers, kind) in closed:
                 continue
             parameters = (case.unit, case.channel)[kind] * width * len(layers)
@@ -237,5 +237,5 @@ def test_the_error_rule_takes_the_steps_that_a_naive_loop_over_legal_steps_takes
     if target - case.gone(expected) >= smallest:
         # There small units are put back for a large one, which the loop does not do.
         return
-    found = case.form.spend(spend_by_error, case.candidates(), target)
+    found = case.form.spend(spend_by_cost, case.candidates(), target)
     assert tuple((one.attention, one.mlp) for one in found) == expected

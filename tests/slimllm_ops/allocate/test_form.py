@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimllm_ops.allocate.budget import Candidate, spend_by_error
+from slimllm_ops.allocate.budget import Candidate, spend_by_cost
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_ratios import budget_by_sparsity
 from slimllm_ops.allocate.layer_size import LayerSize, measure_layer
@@ -37,8 +37,7 @@ def candidates(layers: int = 4, heads: int = 4, channels: int = 40) -> list[Pair
             costs = np.sort(rng.gamma(1.0, 10.0 ** rng.normal(), size=units))
             ranking = Ranking(tuple(rng.permutation(units).tolist()), tuple(costs.tolist()))
             made.append(Candidate(layer=layer, ranking=ranking, unit_parameters=parameters, bias_parameters=BIAS,
-                                  output_variance=float(costs.sum()), stream_power=1.0,
-                                  sensitivity=1 / (10 + 20 * layer)))  # fmt: skip
+                                  output_variance=float(costs.sum()), stream_power=1.0))  # fmt: skip
     return paired(made)
 
 
@@ -51,7 +50,7 @@ def removed_parameters(spent: Sequence[int]) -> int:
 @pytest.mark.parametrize("uniform", [False, True])
 def test_experts_give_as_many_channels_each(multiple_of: int, uniform: bool) -> None:
     given = [Pair(one.attention, replace(one.mlp, units_at_once=4)) for one in candidates()]
-    spent = flat(Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_error, given, 6000))
+    spent = flat(Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_cost, given, 6000))
     assert all(count % (4 * multiple_of) == 0 for count in spent[1::2])
     assert 0 <= 6000 - removed_parameters(spent) < 4 * multiple_of * CHANNEL * (4 if uniform else 1)
 
@@ -62,7 +61,7 @@ def test_experts_give_as_many_channels_each(multiple_of: int, uniform: bool) -> 
 def test_a_budget_is_met_to_within_one_step(multiple_of: int, uniform: bool, fraction: float) -> None:
     given = candidates()
     target = int(fraction * sum(one.num_units * one.unit_parameters for one in flat(given)))
-    spent = flat(Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_error, given, target))
+    spent = flat(Form(uniform=uniform, multiple_of=multiple_of).spend(spend_by_cost, given, target))
     step = CHANNEL * multiple_of * (4 if uniform else 1)
     assert 0 <= target - removed_parameters(spent) < step + 4 * BIAS
     assert not any((40 - channels) % multiple_of for channels in spent[1::2])
@@ -73,7 +72,7 @@ def test_a_budget_is_met_to_within_one_step(multiple_of: int, uniform: bool, fra
 
 def test_a_free_form_spends_as_the_rule_does() -> None:
     given = candidates()
-    assert flat(Form().spend(spend_by_error, given, 5000)) == spend_by_error(flat(given), 5000)
+    assert flat(Form().spend(spend_by_cost, given, 5000)) == spend_by_cost(flat(given), 5000)
 
 
 def test_a_uniform_budget_takes_the_kind_of_unit_that_costs_least_over_all_layers() -> None:
@@ -86,12 +85,11 @@ def test_a_uniform_budget_takes_the_kind_of_unit_that_costs_least_over_all_layer
             bias_parameters=0,
             output_variance=1.0,
             stream_power=1.0,
-            sensitivity=1.0,
         )
         for layer in range(2)
         for ranking in free
     ]
-    assert Form(uniform=True).spend(spend_by_error, paired(given), 20) == [Pair(1, 0)] * 2
+    assert Form(uniform=True).spend(spend_by_cost, paired(given), 20) == [Pair(1, 0)] * 2
 
 
 def sizes(layers: int = 4, channels: int = 40) -> list[LayerSize]:

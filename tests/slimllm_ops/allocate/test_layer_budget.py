@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 
-from slimllm_ops.allocate.budget import Candidate, spend_by_error
+from slimllm_ops.allocate.budget import Candidate, spend_by_cost
 from slimllm_ops.allocate.form import Form
 from slimllm_ops.allocate.layer_budget import Spent, layer_candidates, spend_on_layers_too
 from slimllm_ops.allocate.layer_size import LayerSize
-from slimllm_ops.decide.paths import LayerPaths, ModulePath, Sensitivity
+from slimllm_ops.decide.paths import LayerPaths, ModulePath
+from slimllm_ops.decide.sensitivity import Sensitivity
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.pair import Pair
 from tests.slimllm_ops.allocate.test_budget import BIAS, CHANNEL, UNIT, flat, model, paired, spent
@@ -30,7 +32,7 @@ SIZE = LayerSize(
 
 
 # Spends a budget on modules, each in any number of units.
-spend = partial(Form().spend, spend_by_error)
+spend = partial(Form().spend, spend_by_cost)
 
 
 def whole(modules: Sequence[Pair[Candidate]], changes: Sequence[float]) -> list[Candidate]:
@@ -39,7 +41,8 @@ def whole(modules: Sequence[Pair[Candidate]], changes: Sequence[float]) -> list[
     for module, change in zip(modules, changes, strict=True):
         attention, mlp = module.map(lambda one: ModulePath(one.ranking, one.output_variance))
         paths.append(LayerPaths(attention, mlp, module.attention.stream_power, change))
-    sensitivities = [Sensitivity(0.0, 0.0, module.attention.sensitivity) for module in modules]
+    # The loss of a change is then the change itself.
+    sensitivities = [Sensitivity(Pair(*np.zeros((2, 4, 4))), 2 * 4)] * len(modules)
     return layer_candidates([SIZE] * len(changes), paths, sensitivities)
 
 
@@ -49,8 +52,8 @@ def removed(modules: Sequence[Pair[Candidate]], result: Spent) -> int:
 
 def scaled_error(modules: Sequence[Pair[Candidate]], layers: Sequence[Candidate], result: Spent) -> float:
     removals = zip(flat(modules), flat(result.units), strict=True)
-    errors = [sum(one.ranking.costs[:count]) * one.sensitivity for one, count in removals]
-    return sum(errors) + sum(layers[layer].ranking.costs[0] * layers[layer].sensitivity for layer in result.dropped)
+    errors = [sum(one.ranking.costs[:count]) for one, count in removals]
+    return sum(errors) + sum(layers[layer].ranking.costs[0] for layer in result.dropped)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -75,7 +78,7 @@ def test_a_layer_that_changes_nothing_goes_first_and_the_others_stay_whole() -> 
 def test_layers_that_matter_stay_and_the_budget_is_that_of_units_alone() -> None:
     modules, target = paired(model(1)), int(0.4 * 4 * LAYER)
     layers = whole(modules, [1e6] * 4)
-    expected = Spent(tuple(paired(spend_by_error(flat(modules), target))))
+    expected = Spent(tuple(paired(spend_by_cost(flat(modules), target))))
     assert spend_on_layers_too(layers, modules, target, spend) == expected
 
 
@@ -84,7 +87,7 @@ def test_no_number_of_the_cheapest_layers_would_have_cost_less(seed: int) -> Non
     modules, target = paired(model(seed)), int(0.55 * 4 * LAYER)
     layers = whole(modules, [0.4, 3.0, 0.9, 30.0])
     result = spend_on_layers_too(layers, modules, target, spend)
-    order = sorted(range(4), key=lambda layer: layers[layer].ranking.costs[0] * layers[layer].sensitivity)
+    order = sorted(range(4), key=lambda layer: layers[layer].ranking.costs[0])
     for number in range(3):
         kept = [layer for layer in range(4) if layer not in order[:number]]
         counts = spend([modules[layer] for layer in kept], target - number * LAYER)
@@ -95,7 +98,7 @@ def test_no_number_of_the_cheapest_layers_would_have_cost_less(seed: int) -> Non
 
 def test_of_layers_that_change_as_much_the_larger_goes() -> None:
     modules = paired(model(2))
-    layers = [replace(one, sensitivity=1.0) for one in whole(modules, [1e-9] * 4)]
+    layers = whole(modules, [1e-9] * 4)
     layers[3] = replace(layers[3], unit_parameters=2 * LAYER)
     assert spend_on_layers_too(layers, modules, 2 * LAYER, spend).dropped == {3}
 
@@ -115,7 +118,7 @@ def test_layers_reach_further_than_units_until_one_is_left() -> None:
 def test_the_layers_that_stay_are_alike_where_that_is_asked() -> None:
     modules = paired(model(4))
     layers = whole(modules, [1e6, 1e-9, 1e6, 1e6])
-    alike = partial(Form(uniform=True, multiple_of=4).spend, spend_by_error)
+    alike = partial(Form(uniform=True, multiple_of=4).spend, spend_by_cost)
     result = spend_on_layers_too(layers, modules, int(0.5 * 4 * LAYER), alike)
     assert result.dropped == {1}
     first, _, *others = result.units

@@ -9,7 +9,9 @@ import torch
 
 from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.decide.paths import LayerPaths, ModulePath
+from slimllm_ops.decide.sensitivity import Sensitivity
 from slimllm_ops.errors import InputError
+from slimllm_ops.models.pair import Pair
 from slimllm_ops.moments.observation import PackedObservation
 from slimllm_ops.moments.ranking import Ranking
 from slimllm_ops.moments.routing import PackedExperts
@@ -59,14 +61,14 @@ def test_what_is_read_is_what_was_written_to_the_last_bit(store: MomentStore, la
 
 
 def test_experts_are_read_as_they_were_written_and_one_without_tokens_stays_so(tmp_path: Path) -> None:
-    experts = PackedExperts(150, (observed(1, 16), None, observed(2, 16)), (2.0, 3.0))
+    experts = PackedExperts(150, (observed(1, 16), None, observed(2, 16)))
     store = MomentStore(tmp_path)
     store.save(0, LayerPaths(path_of(0, 4), path_of(1, 48), 0.5), observed(0, 12), experts)
     assert store.load_paths(0) == LayerPaths(path_of(0, 4), path_of(1, 48), 0.5)
     assert isinstance(store.load_moments(0, "attention"), PackedObservation)
     read = store.load_moments(0, "mlp")
     assert isinstance(read, PackedExperts)
-    assert (read.count, read.idle, read.powers, read.intercept) == (150, (1,), (2.0, 3.0), False)
+    assert (read.count, read.idle, read.intercept) == (150, (1,), False)
     for one, other in ((read.experts[0], experts.experts[0]), (read.experts[2], experts.experts[2])):
         assert one is not None
         assert other is not None
@@ -90,6 +92,19 @@ def test_the_intercept_is_chosen_when_moments_are_read(store: MomentStore, inter
 def test_the_scatter_takes_half_the_room_of_the_square(store: MomentStore, tmp_path: Path) -> None:
     store.save(2, LayerPaths(path_of(0, 4), path_of(0, 400), 1.0), observed(0, 16), observed(0, 400))
     assert (tmp_path / "layer-00002.safetensors").stat().st_size < 0.62 * 400 * 400 * 8
+
+
+def test_sensitivities_are_read_as_they_were_written_and_one_that_is_missing_is_named(store: MomentStore) -> None:
+    fishers = Pair(*np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32))
+    assert not store.has_sensitivity(1)
+    store.save_sensitivity(1, Sensitivity(fishers, 0.3))
+    assert store.has_sensitivity(1)
+    read = store.load_sensitivity(1)
+    assert read.output == 0.3
+    for one, other in zip(read.modules, fishers, strict=True):
+        assert np.array_equal(one, other)
+    with pytest.raises(InputError, match=r"sensitivity-00000.safetensors is missing or broken .*: run `slimllm cal"):
+        store.load_sensitivity(0)
 
 
 def test_the_manifest_has_its_format(store: MomentStore) -> None:

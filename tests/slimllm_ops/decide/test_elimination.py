@@ -9,6 +9,7 @@ is L(R) = tr( W_R^T (A_RR)^-1 W_R ), A = (C + d I)^-1. A removal's cost is the i
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,22 @@ def test_all_costs_together_are_the_whole_output(num_units: int) -> None:
     projection = exact_projection(x_NP, weight_PD)
     whole = (x_NP @ weight_PD).var(axis=0).sum() + ridge(projection.covariance_PP) * (weight_PD**2).sum()
     assert sum(eliminate(projection, num_units).costs) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("num_units", [6, 24])
+def test_with_the_fisher_information_costs_are_what_the_errors_add_to_the_loss(num_units: int) -> None:
+    x_NP, weight_PD = random_activations(11)
+    hidden = weight_PD.shape[1]
+    gradient_ND = np.random.default_rng(0).normal(size=(40, hidden)) * np.geomspace(1, 100, hidden)
+    fisher_DD = gradient_ND.T @ gradient_ND / 40
+    projection = replace(exact_projection(x_NP, weight_PD), fisher_DD=torch.from_numpy(fisher_DD))
+    ranking = eliminate(projection, num_units)
+    # Half of it is spread over all dims. With any root of it, the loss of an error is a sum of squares.
+    shrunk_DD = (fisher_DD + np.trace(fisher_DD) / hidden * np.eye(hidden)) / 2
+    order, costs = eliminate_naively(x_NP, weight_PD @ np.linalg.cholesky(shrunk_DD / 2), num_units)
+    assert list(ranking.order) == order
+    np.testing.assert_allclose(ranking.costs, costs, rtol=1e-9)
+    assert list(ranking.order) != list(eliminate(exact_projection(x_NP, weight_PD), num_units).order)
 
 
 def test_every_cost_is_positive_and_no_unit_goes_twice() -> None:

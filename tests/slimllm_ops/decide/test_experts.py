@@ -90,7 +90,7 @@ def eliminated(seen: Seen, *removals: int) -> tuple[list[Decision | None], tuple
     observed, stream, branch = seen
     weights = stream.checkpoint.read_layer(LAYER)
     weight_EDI = weights[branch.output_weight]
-    ranking = eliminate_module(weight_EDI, observed, CHANNELS).ranking
+    ranking = eliminate_module(weight_EDI, observed, CHANNELS, None).ranking
     numbers = [number * len(weight_EDI) for number in removals]
     return decide_module(weight_EDI, observed, GRAM, ranking, numbers), ranking.costs
 
@@ -121,7 +121,7 @@ def test_costs_add_up_to_the_squared_error_per_token_of_the_stream(
     observed, stream, branch = seen
     weights = stream.checkpoint.read_layer(LAYER)
     weight_EDI = weights[branch.output_weight]
-    path = eliminate_module(weight_EDI, observed, CHANNELS)
+    path = eliminate_module(weight_EDI, observed, CHANNELS, None)
     ranking, power = path.ranking, path.output_variance
     expected = sum(((x_NI @ one.T) ** 2).sum() for (x_NI, _), one in zip(activations, weight_EDI.numpy(), strict=True))
     assert power == pytest.approx(expected / observed.count, rel=1e-5)
@@ -139,7 +139,7 @@ def test_one_channel_of_each_expert_goes_at_a_time(seen: Seen) -> None:
     observed, stream, branch = seen
     weights = stream.checkpoint.read_layer(LAYER)
     for method in METHODS.values():
-        ranking = rank_module(weights[branch.output_weight], observed, CHANNELS, method)
+        ranking = rank_module(weights[branch.output_weight], observed, CHANNELS, None, method)
         experts = np.array(ranking.order).reshape(CHANNELS, -1) // CHANNELS
         assert (experts == np.arange(len(observed.experts))).all()
         assert sorted(ranking.order) == list(range(CHANNELS * len(observed.experts)))
@@ -206,7 +206,7 @@ def test_a_solve_that_fails_names_the_expert(seen: Seen) -> None:
     broken = replace(one, moments=replace(one.moments, rows=rows, mean_P=0 * one.moments.mean_P))
     observed = replace(observed, experts=(observed.experts[0], broken, *observed.experts[2:]))
     with pytest.raises(SolveError, match=r"^expert 1: the covariance of 48 inputs cannot be factorised"):
-        eliminate_module(weights[branch.output_weight], observed, CHANNELS)
+        eliminate_module(weights[branch.output_weight], observed, CHANNELS, None)
 
 
 def test_a_decision_about_experts_is_read_as_it_was_written(seen: Seen) -> None:

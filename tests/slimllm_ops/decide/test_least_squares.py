@@ -103,7 +103,7 @@ def test_an_elimination_that_fails_names_condition_and_remedy(
 ) -> None:
     message = r"^the covariance of 8 inputs cannot be factorised \(eigenvalues from -0.49 to 1\): calibrate on"
     with pytest.raises(SolveError, match=message):
-        eliminate_module(*indefinite, 8)
+        eliminate_module(*indefinite, 8, None)
 
 
 def test_a_refit_that_fails_names_condition_and_remedy(
@@ -119,7 +119,7 @@ def test_decisions_at_several_counts_are_those_at_each() -> None:
     x_NP, weight_PD = random_activations(5)
     weight_DP = torch.from_numpy(weight_PD).T.float()
     observed = observe(torch.from_numpy(x_NP))
-    path = eliminate_module(weight_DP, observed, 6)
+    path = eliminate_module(weight_DP, observed, 6, None)
     ranking, variance = path.ranking, path.output_variance
     assert variance == pytest.approx((x_NP @ weight_PD).var(axis=0).sum(), rel=1e-5)
     together = decide_module(weight_DP, observed, METHODS["gram"], ranking, [0, 2, 5])

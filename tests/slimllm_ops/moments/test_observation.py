@@ -1,7 +1,5 @@
 """Observations of plain branches and of experts follow one protocol."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -16,12 +14,12 @@ CPU = torch.device("cpu")
 def plain(seed: int, num_tokens: int = 50) -> PackedObservation:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(num_tokens, 6, generator=generator, dtype=torch.float64) + 3
-    return replace(observe(rows, torch.rand(num_tokens, 4, generator=generator)), powers=(2.0, 3.0 + seed))
+    return observe(rows, torch.rand(num_tokens, 4, generator=generator))
 
 
 def experts(seed: int) -> PackedExperts:
     """Three experts over 80 tokens, the second without any."""
-    return PackedExperts(80, (plain(seed), None, plain(seed + 10, 20)), (2.0, 5.0))
+    return PackedExperts(80, (plain(seed), None, plain(seed + 10, 20)))
 
 
 @pytest.mark.parametrize("observed", [plain(0), experts(0)])
@@ -30,7 +28,7 @@ def test_an_observation_is_read_from_the_arrays_that_it_was_written_as(
 ) -> None:
     found = observed_from_arrays(observed.to_arrays() | {"order": torch.arange(3).numpy()})
     assert type(found) is type(observed)
-    assert (found.gain, found.idle, found.num_bytes) == (observed.gain, observed.idle, observed.num_bytes)
+    assert (found.idle, found.num_bytes) == (observed.idle, observed.num_bytes)
     for one, other in zip(*map(observations, (found, observed)), strict=True):
         unpacked, expected = one.unpack(CPU), other.unpack(CPU)
         assert torch.equal(unpacked.moments.covariance_PP, expected.moments.covariance_PP)
@@ -83,7 +81,6 @@ def test_a_merged_observation_keeps_its_choice_of_intercept() -> None:
     assert one.merge(other).intercept
     merged = one.with_intercept(False).merge(other.with_intercept(False))
     assert not merged.intercept
-    assert merged.powers == (4.0, 7.0)
 
 
 def test_moments_that_are_not_of_all_tokens_are_an_error() -> None:

@@ -1,8 +1,8 @@
 """The sensitivities of a layer are the squared norms of the loss's gradients in it, as autograd has them."""
 
 from collections.abc import Callable
-from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "_sampled", lambda logits_NV, uniform_N: logits_NV.argmax(dim=-1))
 
 
-def measured(directory: Path, batches: list[torch.Tensor], store: StateStore = list) -> list[tuple[float, ...]]:
+def measured(directory: Path, batches: list[torch.Tensor], store: StateStore = list) -> list[Any]:
     stream = SensitivityStream(Checkpoint.open(directory), batches, CPU, store)
     for layer in range(NUM_LAYERS):
         stream.forward(layer)
@@ -37,11 +37,11 @@ def measured(directory: Path, batches: list[torch.Tensor], store: StateStore = l
     found = [stream.backward(layer) for layer in reversed(range(NUM_LAYERS))][::-1]
     stream.close()
     assert {one.mlp.count for one in found} == {sum(int((ids != PADDING).sum()) for ids in batches)}
-    return [astuple(one.value) for one in found]
+    return [(*one.value.modules, one.value.output) for one in found]
 
 
-def expected(directory: Path, blocks: list[torch.Tensor]) -> list[tuple[float, ...]]:
-    """Return E|g|^2 of every layer, from one backward pass through the whole model for each block."""
+def expected(directory: Path, blocks: list[torch.Tensor]) -> list[Any]:
+    """Return E[g g^T] and E|g|^2 of every layer, from one backward pass through the whole model for each block."""
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     family, outputs = family_of(model.config), dict[int, torch.Tensor]()
     for layer, module in enumerate(model.get_submodule(family.layers)):
@@ -53,18 +53,21 @@ def expected(directory: Path, blocks: list[torch.Tensor]) -> list[tuple[float, .
                 output.retain_grad()
 
             part.register_forward_hook(keep)
-    totals = [0.0] * (3 * NUM_LAYERS)
+    totals: list[Any] = [0.0] * (3 * NUM_LAYERS)
     for ids in blocks:
         logits = model(ids[None]).logits[0].float()
         functional.cross_entropy(logits, logits.detach().argmax(dim=-1), reduction="sum").backward()
         for key, output in outputs.items():
-            totals[key] += float(output.grad.double().square().sum())
+            gradient_ND = output.grad.double().flatten(0, -2)
+            totals[key] += (gradient_ND.T @ gradient_ND).numpy()
     means = [total / sum(len(ids) for ids in blocks) for total in totals]
-    return [tuple(means[start : start + 3]) for start in range(0, len(means), 3)]
+    return [(*means[start : start + 2], np.trace(means[start + 2])) for start in range(0, len(means), 3)]
 
 
-def require_close(found: list[tuple[float, ...]], expected: list[tuple[float, ...]], tolerance: float) -> None:
-    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=tolerance)
+def require_close(found: list[Any], expected: list[Any], tolerance: float) -> None:
+    for layer, other in zip(found, expected, strict=True):
+        for one, right in zip(layer, other, strict=True):
+            np.testing.assert_allclose(one, right, rtol=tolerance, atol=tolerance * np.abs(right).max())
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.name)
