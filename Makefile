@@ -22,8 +22,10 @@ test: install
 slow: install
 	$(BIN)/pytest -m slow --durations=20 tests
 
-# Serves pruned checkpoints in vLLM on the CPU. vLLM gets an environment of its own in the user's cache: minutes, 3 GB.
+# Serves pruned checkpoints in vLLM on the CPU, and measures one in lm-eval. vLLM gets an environment of its own in the
+# user's cache: minutes, 3 GB.
 serve-test: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[eval]'
 	$(BIN)/python -m tests.serving.vllm_environment
 	$(BIN)/pytest --durations=20 tests/serving
 

@@ -105,6 +105,8 @@ class Footprint:
         passing = cls.of(checkpoint, device, deciding=False).passing()
         return replace(
             passing,
+            # Of both modules: the sum, and the copy that is sent.
+            moments=4 * accumulation_dtype(device).itemsize * checkpoint.config.hidden_size**2,
             states_per_token=0,
             activations_per_token=SAVED_ACTIVATIONS * passing.activations_per_token,
             likely_activations_per_token=SAVED_ACTIVATIONS * passing.likely_activations_per_token,
