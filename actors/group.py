@@ -23,10 +23,9 @@ import torch
 
 from actors.batching import into_batches, micro_batch_tokens, split_evenly
 from actors.shard import Arguments, Shard
-from actors.workers import Reference, Workers
+from actors.workers import Reference, Workers, merge_on
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.models.families import Branch
-from slimllm_ops.moments.moments import merge_tree
 from slimllm_ops.moments.sums import Mean
 from slimllm_ops.stream.footprint import Footprint
 from slimllm_ops.stream.opening import open_refinement, open_sensitivity, open_stream
@@ -205,7 +204,7 @@ class ShardGroup:
         """
         workers = [share.worker for share in self._streams[name].shares]
         references = self._submit(name, step, (arguments, named))
-        return merge_on_workers(self._workers, workers, references)
+        return merge_on(self._workers, workers, references)
 
     def decide(
         self,
@@ -283,16 +282,6 @@ class ShardGroup:
         answers = self._workers.call_all(Shard.free_memory)
         sharers = Counter(where for where, _ in answers)
         return min(free // sharers[where] for where, free in answers)
-
-
-def merge_on_workers(workers: Workers, holders: list[int], references: list[Reference[R]]) -> Reference[R]:
-    """Merge results in a tree, each pair on the worker that holds its left part."""
-
-    def merge(left: tuple[int, Reference[R]], right: tuple[int, Reference[R]]) -> tuple[int, Reference[R]]:
-        worker, reference = left
-        return worker, workers.call(worker, "merge", Shard.merge, reference, right[1])
-
-    return merge_tree(list(zip(holders, references, strict=True)), merge)[1]
 
 
 def _label(step: Callable[..., Any], arguments: tuple[Any, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from actors.shard import Shard
+from slimllm_ops.moments.moments import merge_tree
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -70,6 +71,16 @@ class Workers(Protocol):
 
     def close(self) -> None:
         """End the workers."""
+
+
+def merge_on(workers: Workers, holders: list[int], references: list[Reference[R]]) -> Reference[R]:
+    """Merge results in a tree, each pair on the worker that holds its left part."""
+
+    def merge(left: tuple[int, Reference[R]], right: tuple[int, Reference[R]]) -> tuple[int, Reference[R]]:
+        worker, reference = left
+        return worker, workers.call(worker, "merge", Shard.merge, reference, right[1])
+
+    return merge_tree(list(zip(holders, references, strict=True)), merge)[1]
 
 
 def held_cpus(cpus_per_worker: int) -> float:

@@ -39,6 +39,8 @@ BLOCK = 2048
 # The table's names of a run's steps, by function; the table leaves out other functions.
 STEPS = {
     "forward": "similarities",
+    "forward_kept": "sensitivities",
+    "backward": "sensitivities",
     "observe": "observing",
     "observe_dense": "observing",
     "decide_heads": "deciding heads",

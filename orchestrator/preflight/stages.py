@@ -14,7 +14,6 @@ from actors.pool import IN_FLIGHT
 from orchestrator.preflight.estimate import Estimate, Stage
 from orchestrator.preflight.workload import Text, Workload
 from orchestrator.tracking import TrackingOptions
-from slimllm_ops.models.pair import MODULES
 from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
 from slimllm_ops.stream.passes import LOGIT_TOKENS
 from slimllm_ops.stream.sensitivity import sensitivity_blocks
@@ -288,5 +287,5 @@ def _output_bytes(work: Workload) -> int:
 
 
 def _kept_moments(work: Workload) -> int:
-    sensitivity = len(MODULES) * torch.float32.itemsize * work.source.config.hidden_size**2
+    sensitivity = 2 * torch.float32.itemsize * work.source.config.hidden_size**2
     return work.source.num_layers * (moment_bytes(work.source, work.device) + sensitivity)

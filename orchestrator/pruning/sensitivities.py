@@ -19,7 +19,7 @@ def measure_sensitivities(context: RunContext, store: MomentStore) -> None:
                 continue
             shards.open_sensitivity(SENSITIVITY, context.source, blocks_BT)
             for layer in range(num_layers):
-                shards.each(SENSITIVITY, SensitivityStream.forward, layer)
+                shards.each(SENSITIVITY, SensitivityStream.forward_kept, layer)
             shards.each(SENSITIVITY, SensitivityStream.begin_backward)
             for done in context.reporter.layers("sensitivities", num_layers, blocks_BT.size):
                 layer = num_layers - 1 - done

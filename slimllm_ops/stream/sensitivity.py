@@ -76,7 +76,7 @@ class LayerSensitivity:
 class SensitivityStream:
     """The states of token blocks before every layer, on the way forward, then their gradients, on the way back.
 
-    Call `forward` for every layer in order, then `begin_backward`, then `backward` for every layer in reverse.
+    Call `forward_kept` for every layer in order, then `begin_backward`, then `backward` for every layer in reverse.
 
     Args:
         checkpoint: The model.
@@ -96,7 +96,7 @@ class SensitivityStream:
         self._gradients = store()
 
     @torch.no_grad()
-    def forward(self, layer: int) -> None:
+    def forward_kept(self, layer: int) -> None:
         """Run a layer, and keep the states that entered it."""
         module, call = self._weights.load(layer), self._call(layer)
         self._states.append(self._held(module(states, **call) for states in self._states[layer]))

@@ -14,6 +14,7 @@ from benchmarks.sampling import private_memory
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.stream.passes import LayerStream
+from slimllm_ops.stream.sensitivity import SensitivityStream
 
 # Of so many tokens is every micro-batch, however many there are.
 AT_ONCE = 512
@@ -33,7 +34,7 @@ class Peak:
 
 
 def main(model: str, way: str, blocks: str, length: str, *options: str) -> None:
-    """Pass every layer of a model, `deciding` or `dense`; print the peak above what was taken before, in bytes."""
+    """Pass every layer of a model in a way, such as `deciding`; print the peak above what was taken before, in bytes."""
     offload = "offload" in options
     workers = LocalWorkers(1, 2, offload=offload)
     shard = ShardGroup(workers, 1, offload=offload, settle=lambda name, compute: AT_ONCE)
@@ -47,7 +48,16 @@ def main(model: str, way: str, blocks: str, length: str, *options: str) -> None:
 
 
 def pass_layer(shard: ShardGroup, checkpoint: Checkpoint, way: str, ids: np.ndarray, layers: range) -> None:
-    """Pass layers as a method does that decides on the way, or as one that leaves the model dense."""
+    """Pass layers as a method does that decides on the way, as one that leaves the model dense, or there and back."""
+    if way == "sensitivity":
+        shard.open_sensitivity("a", checkpoint, ids)
+        for layer in layers:
+            shard.each("a", SensitivityStream.forward_kept, layer)
+        shard.each("a", SensitivityStream.begin_backward)
+        for layer in reversed(layers):
+            shard.each("a", SensitivityStream.backward, layer)
+        shard.close_stream("a")
+        return
     attention, mlp = checkpoint.family.branches
     shard.open_stream("a", checkpoint, ids, deciding=way != "dense")
     for layer in layers:

@@ -66,7 +66,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(write_model(tmp_path_factory.mktemp("one") / "model", shape_of(2)))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "sensitivity"])
 def test_four_times_the_layers_take_no_more_memory(peaks: Peaks, way: str) -> None:
     # Of what the further layers would take, were they held, the tenth part is more than the allocator's moods.
     further = (DEEP - SHALLOW) * 4 * shape_of(DEEP).layer_parameters

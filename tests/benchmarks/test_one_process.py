@@ -19,7 +19,7 @@ main()
 SHAPE = ("--hidden=64", "--intermediate=176", "--layers=2", "--heads=8", "--kv-heads=4", "--blocks=1", "--device=cpu")
 STEPS = {
     "slimllm, 20 %": ("similarities", "observing", "deciding heads", "deciding channels", "applying", "whole run"),
-    "gram, 20, 30 and 50 %": ("observing", "eliminating", "refitting", "whole run"),
+    "gram, 20, 30 and 50 %": ("sensitivities", "observing", "eliminating", "refitting", "whole run"),
 }
 
 

@@ -96,9 +96,9 @@ def everything(run_comparison: Compare, passes: list[tuple[str, int, str]]) -> C
     def keep_the_first(projection: Projection, num_units: int) -> Ranking:
         return Ranking(tuple(reversed(range(num_units))), (1.0,) * num_units)
 
-    def count(self: ShardGroup, name: str, step: Callable[..., Any], layer: int, branch: Any) -> Any:
-        passes.append((name, layer, branch.module))
-        return merge(self, name, step, layer, branch)
+    def count(self: ShardGroup, name: str, step: Callable[..., Any], layer: int, *branches: Any) -> Any:
+        passes.extend((name, layer, branch.module) for branch in branches)
+        return merge(self, name, step, layer, *branches)
 
     merge = ShardGroup.merge
 

@@ -236,7 +236,9 @@ def test_a_dry_run_leaves_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.
 def test_a_dry_run_as_json(run: Run, tmp_path: Path) -> None:
     plan = json.loads(run("--dry-run", "--json", "--method", "gram", "--offload").stdout)
     assert plan["output"] == str(tmp_path / "parent" / "out")
-    assert [stage["name"] for stage in plan["estimate"]["stages"]] == ["start", "calibrating", "deciding", "read back"]
+    assert [stage["name"] for stage in plan["estimate"]["stages"]] == [
+        *("start", "sensitivities", "calibrating", "deciding", "read back")
+    ]
     assert plan["estimate"]["worker"] == max(stage["worker"] for stage in plan["estimate"]["stages"]) > LIBRARIES
     assert "seconds" not in json.dumps(plan)
     assert plan["estimate"]["spilled"] > 0

@@ -167,14 +167,23 @@ def test_states_are_shared_by_workers_and_go_to_files(source: Checkpoint) -> Non
 def test_what_is_asked_for_decides_the_stages(source: Checkpoint) -> None:
     gram = told(source, method="gram", sparsity=(0.2, 0.5), refine=True, evaluate=("x",))
     assert [stage.name for stage in gram.stages] == [
-        *("start", "calibrating", "deciding", "refining", "read back", "perplexity, dense", "perplexity, pruned")
+        *(
+            "start",
+            "sensitivities",
+            "calibrating",
+            "deciding",
+            "refining",
+            "read back",
+            "perplexity, dense",
+            "perplexity, pruned",
+        )
     ]
     kept = told(source, method="gram", moments="kept")
     assert [stage.name for stage in kept.stages] == ["start", "deciding", "read back"]
     # No worker starts, and no moments are kept.
     assert (kept.worker, kept.beside, kept.tokens) == (0, 0, 0)
     calibration = told(source, estimate_calibration, method="gram")
-    assert [stage.name for stage in calibration.stages] == ["start", "calibrating"]
+    assert [stage.name for stage in calibration.stages] == ["start", "sensitivities", "calibrating"]
     moments = told(source, method="gram").beside
     assert (calibration.output, calibration.tracked) == (moments, 0)
     assert (gram.tracked, told(source, tracking_uri="none").tracked) == (gram.output, 0)
@@ -189,7 +198,7 @@ def test_a_comparison_takes_what_the_largest_of_its_methods_does(source: Checkpo
     both = told(source, estimating, **settings)
     paper, refined = told(source, **settings), told(source, method="gram", refine=True, **settings)
     assert [stage.name for stage in both.stages] == [
-        *("start", "calibrating", "layer similarities", "pruning", "deciding", "refining"),
+        *("start", "sensitivities", "calibrating", "layer similarities", "pruning", "deciding", "refining"),
         *("read back", "perplexity, dense", "perplexity, pruned"),
     ]
     assert both.worker == max(paper.worker, refined.worker)

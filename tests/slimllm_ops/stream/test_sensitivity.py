@@ -32,7 +32,7 @@ def likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(directory: Path, batches: list[torch.Tensor], store: StateStore = list) -> list[Any]:
     stream = SensitivityStream(Checkpoint.open(directory), batches, CPU, store)
     for layer in range(NUM_LAYERS):
-        stream.forward(layer)
+        stream.forward_kept(layer)
     stream.begin_backward()
     found = [stream.backward(layer) for layer in reversed(range(NUM_LAYERS))][::-1]
     stream.close()
