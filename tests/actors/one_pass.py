@@ -34,7 +34,7 @@ class Peak:
 
 
 def main(model: str, way: str, blocks: str, length: str, *options: str) -> None:
-    """Pass every layer of a model in a way, such as `deciding`; print the peak above what was taken before, in bytes."""
+    """Pass every layer of a model in a way, such as `deciding`; print the further bytes that it took at its peak."""
     offload = "offload" in options
     workers = LocalWorkers(1, 2, offload=offload)
     shard = ShardGroup(workers, 1, offload=offload, settle=lambda name, compute: AT_ONCE)
