@@ -106,7 +106,7 @@ class SensitivityStream:
         with self._weights.head():
             self._gradients = self._held(map(self._gradient_of_loss, self._states.pop(), self._batches))
 
-    def backward(self, layer: int) -> "LayerSensitivity":
+    def backward(self, layer: int) -> LayerSensitivity:
         """Return the moments of g in a layer, then go back to the states before the layer.
 
         Raises:
