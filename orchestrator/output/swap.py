@@ -17,6 +17,7 @@ a mount point is half filled                                        the rest is 
 import ctypes
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.completion import MARK, is_marked
@@ -50,7 +51,7 @@ def publish(staging: Path, output: Path) -> None:
         else:
             _swap(staging, output)
         flush(output.parent)
-    shutil.rmtree(output / WORK, ignore_errors=True)
+    _delete_working_files(output / WORK)
 
 
 def recover(staging: Path, output: Path) -> None:
@@ -74,7 +75,7 @@ def recover(staging: Path, output: Path) -> None:
             if _is_replaced(staging, output):
                 staging.rename(output / WORK / REPLACED)
             flush(output.parent)
-            shutil.rmtree(output / WORK, ignore_errors=True)
+            _delete_working_files(output / WORK)
 
 
 def is_publishing(staging: Path) -> bool:
@@ -97,6 +98,15 @@ def discard(staging: Path) -> None:
     except OSError:
         return
     shutil.rmtree(staging, ignore_errors=True)
+
+
+def _delete_working_files(work: Path) -> None:
+    """Delete working files as far as possible, last the one by which `recover` knows them."""
+    with suppress(OSError):
+        for path in work.iterdir():
+            if path.name != HOLDER:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        shutil.rmtree(work)
 
 
 def exchange(one: Path, other: Path) -> bool:
