@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from slimllm_ops.allocate.gap import close_gap
 from slimllm_ops.errors import InputError
 from slimllm_ops.moments.ranking import Ranking
 
@@ -126,6 +127,7 @@ def spend_by_price(candidates: Sequence[Candidate], target: int, price: Callable
     """Remove the cheapest next unit of any module until the target is met.
 
     If a unit would overshoot, it and the rest of its module are skipped; smaller units of other modules fill the gap.
+    If those are used up, a large unit goes and small ones are put back.
     """
     removed = [0] * len(candidates)
     queue = [(price(candidate, 0), i) for i, candidate in enumerate(candidates) if candidate.removable]
@@ -138,7 +140,7 @@ def spend_by_price(candidates: Sequence[Candidate], target: int, price: Callable
         if gain and removed[i] < candidates[i].removable:
             heapq.heappush(queue, (price(candidates[i], removed[i]), i))
     _require_spent(candidates, removed, missing)
-    return removed
+    return close_gap(candidates, removed, target, lambda i, count: price(candidates[i], count))
 
 
 def _spend_by_shares(candidates: Sequence[Candidate], target: int, shares: Sequence[float]) -> list[int]:

@@ -8,6 +8,7 @@ authentication mode. So do the hub's libraries: a fork that talks to a store or 
 import atexit
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -87,6 +88,9 @@ def _become(asking: socket.socket) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    # Those of the server were made for files of another kind.
+    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), line_buffering=os.isatty(1))  # noqa: SIM115
+    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), line_buffering=True, errors="backslashreplace")  # noqa: SIM115
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])

@@ -202,4 +202,4 @@ def test_refining_brings_every_build_nearer_to_the_dense_model(
     expected = logits(AutoModelForCausalLM.from_pretrained(dense[name]).eval(), every)
     refined = prune_model(dense[name], method="gram", refine=True)
     before, after = ((logits(load(run), every) - expected).square().mean() for run in (runs[name], refined))
-    assert after < 0.9 * before
+    assert after < 0.97 * before
