@@ -114,7 +114,7 @@ def _droppable_layers(
     """Return the layers as candidates, if layers may be dropped."""
     if not context.inputs.form.drop_layers:
         return ()
-    return layer_candidates(sizes, paths, list(map(store.load_sensitivity, range(len(sizes)))))
+    return layer_candidates(sizes, paths, map(store.load_sensitivity, range(len(sizes))))
 
 
 def _submit_rankings(

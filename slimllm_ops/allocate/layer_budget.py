@@ -9,7 +9,7 @@ rest of the target is spent on the units of the layers that stay, and the least 
 units and layers one at a time would not work, since a layer is worth less the more of its units are gone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from slimllm_ops.allocate.budget import Candidate
@@ -30,14 +30,14 @@ class Spent:
 
 
 def layer_candidates(
-    sizes: Sequence[LayerSize], paths: Sequence[LayerPaths], sensitivities: Sequence[Sensitivity]
+    sizes: Sequence[LayerSize], paths: Sequence[LayerPaths], sensitivities: Iterable[Sensitivity]
 ) -> list[Candidate]:
     """Return every layer as a candidate with one unit, the layer itself.
 
     Args:
         sizes: The size of each layer.
         paths: The results of the calibration pass for each layer, including `change`.
-        sensitivities: The sensitivity of each layer.
+        sensitivities: The sensitivity of each layer; one at a time is held.
     """
     return [
         Candidate(

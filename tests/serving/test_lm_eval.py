@@ -8,12 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.plan import LayerPlan
-from slimllm_ops.models.families import layer_shape
-from tests.slimllm_ops.naive import random_decision
-from tests.slimllm_ops.pruned import write_pruned
-
 QUESTIONS = [
     {"text": "The cat sat on the", "choices": [" mat", " moon", " tree"], "answer": 0},
     {"text": "Once upon a", "choices": [" dog", " time", " red"], "answer": 1},
@@ -36,21 +30,6 @@ metric_list:
 """
 
 
-@pytest.fixture(scope="module")
-def model(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real model in which every layer keeps other numbers of heads and channels."""
-    source = Checkpoint.open(shared / "models" / "stories260k-gqa")
-    shape, hidden = layer_shape(source.config, 0), source.config.hidden_size
-    plans = [
-        LayerPlan(
-            random_decision(layer, range(1 + layer % shape.num_key_value_heads), shape.num_attention_units, hidden),
-            random_decision(layer, range(shape.num_channels - 5 * layer), shape.num_channels, hidden),
-        )
-        for layer in range(source.num_layers)
-    ]
-    return write_pruned(source, plans, tmp_path_factory.mktemp("lm-eval"))
-
-
 @torch.inference_mode()
 def log_likelihood(model: Any, tokenizer: Any, text: str, choice: str) -> float:
     before, whole = (tokenizer(one, return_tensors="pt")["input_ids"] for one in (text, text + choice))
@@ -60,7 +39,7 @@ def log_likelihood(model: Any, tokenizer: Any, text: str, choice: str) -> float:
 
 
 @pytest.mark.slow
-def test_what_lm_eval_finds_is_what_transformers_gives(model: Path, tmp_path: Path) -> None:
+def test_what_lm_eval_finds_is_what_transformers_gives(directory: Path, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`: `make serve-test` installs it")
     from lm_eval.tasks import TaskManager
 
@@ -69,14 +48,14 @@ def test_what_lm_eval_finds_is_what_transformers_gives(model: Path, tmp_path: Pa
     (tmp_path / "task.yaml").write_text(TASK.format(questions=questions))
     found = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(model), "trust_remote_code": True, "dtype": "float32"},
+        model_args={"pretrained": str(directory), "trust_remote_code": True, "dtype": "float32"},
         tasks=["three_questions"],
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         device="cpu",
         bootstrap_iters=0,
     )
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     right = 0
     for question, sample in zip(QUESTIONS, found["samples"]["three_questions"], strict=True):
         expected = [log_likelihood(loaded, tokenizer, question["text"], choice) for choice in question["choices"]]
