@@ -30,7 +30,7 @@ def gram_that_spends(spend: Spend) -> Contestant:
 
 
 def _eliminate_by_squared_error(projection: Projection, num_units: int) -> Ranking:
-    return eliminate(replace(projection, fisher_DD=None), num_units)
+    return eliminate(replace(projection, fisher=None), num_units)
 
 
 def spend_by_scale(scale: Callable[[Candidate], float]) -> Spend:

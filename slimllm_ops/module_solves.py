@@ -16,7 +16,9 @@ from slimllm_ops.decide.parts import Fit, fit_part, rank_part
 from slimllm_ops.decide.paths import ModulePath
 from slimllm_ops.decide.plan import Decision
 from slimllm_ops.methods import Method
+from slimllm_ops.moments.moments import accumulation_dtype
 from slimllm_ops.moments.observation import Observed
+from slimllm_ops.moments.projection import Fisher
 from slimllm_ops.moments.ranking import Ranking
 from slimllm_ops.moments.sums import DensePass
 
@@ -34,7 +36,7 @@ def eliminate_module(weight: Tensor, observed: Observed, num_units: int, fisher_
     Raises:
         SolveError: The moments cannot be inverted.
     """
-    rankings, variance, fisher = [], 0.0, _on_device(fisher_DD, weight)
+    rankings, variance, fisher = [], 0.0, _fisher(fisher_DD, weight)
     for part in observed.parts(weight):
         rankings.append(rank_part(part, num_units, eliminate, fisher).scaled(part.share))
         variance += part.share * part.output_variance
@@ -57,7 +59,7 @@ def rank_module(
     Raises:
         SolveError: The moments cannot be inverted.
     """
-    fisher = _on_device(fisher_DD, weight)
+    fisher = _fisher(fisher_DD, weight)
     return Ranking.in_turn(
         [rank_part(part, num_units, method.rank, fisher).scaled(part.share) for part in observed.parts(weight)]
     )
@@ -94,8 +96,12 @@ def decide_module(
     return [observed.joined(fits[number], join).decision(observed) if number else None for number in removals]
 
 
-def _on_device(matrix_DD: np.ndarray | None, weight: Tensor) -> Tensor | None:
-    return None if matrix_DD is None else torch.from_numpy(matrix_DD.copy()).to(weight.device)
+def _fisher(matrix_DD: np.ndarray | None, weight: Tensor) -> Fisher | None:
+    """Return the Fisher information on the weight's device, in the dtype of moments."""
+    if matrix_DD is None:
+        return None
+    device = weight.device
+    return Fisher(torch.from_numpy(matrix_DD.copy()).to(device, accumulation_dtype(device)))
 
 
 def _by_part(kept: Sequence[int], size: int, num_parts: int) -> list[tuple[int, ...]]:

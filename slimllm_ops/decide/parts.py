@@ -14,7 +14,7 @@ from slimllm_ops.decide.plan import Decision, Recovery
 from slimllm_ops.decide.recovery import Line
 from slimllm_ops.models.families import unit_rows
 from slimllm_ops.moments.observation import Observed, Part
-from slimllm_ops.moments.projection import Projection
+from slimllm_ops.moments.projection import Fisher, Projection
 from slimllm_ops.moments.ranking import Ranking
 
 Rank = Callable[[Projection, int], Ranking]
@@ -43,7 +43,7 @@ class Fit:
         return Decision(self.kept, self.scores, self.recovery, error, observed.intercept, observed.idle)
 
 
-def rank_part(part: Part, num_units: int, rank: Rank, fisher_DD: Tensor | None) -> Ranking:
+def rank_part(part: Part, num_units: int, rank: Rank, fisher: Fisher | None) -> Ranking:
     """Rank a part's units; costs are per token that passes through the part.
 
     A part without tokens loses the units with the smallest weights, at no cost.
@@ -55,7 +55,7 @@ def rank_part(part: Part, num_units: int, rank: Rank, fisher_DD: Tensor | None) 
         by_norm = Ranking.by_score(part.weight_DP.norm(dim=0).cpu())
         return Ranking(by_norm.order, (0.0,) * len(by_norm.order))
     with part.named_in_errors():
-        return rank(replace(part.projection, fisher_DD=fisher_DD), num_units)
+        return rank(replace(part.projection, fisher=fisher), num_units)
 
 
 def fit_part(part: Part, kept: tuple[int, ...], scores: tuple[float, ...], recover: Recover) -> Fit:

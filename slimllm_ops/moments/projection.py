@@ -18,6 +18,24 @@ SHRINKAGE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
+class Fisher:
+    """The Fisher information F = E[g g^T] (D, D) of an output; the experts of a module share one."""
+
+    matrix_DD: Tensor
+
+    @cached_property
+    def half_root_DD(self) -> Tensor:
+        """(F / 2)^(1/2), up to a rotation.
+
+        F is shrunk towards the multiple of the identity that has its trace (Ledoit and Wolf 2004), since it is known
+        from a few tokens.
+        """
+        values_D, vectors_DD = torch.linalg.eigh(self.matrix_DD)
+        shrunk_D = torch.lerp(values_D, values_D.mean(), SHRINKAGE).clamp(min=0)
+        return vectors_DD * (shrunk_D / 2).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
 class Projection:
     """`o_proj` or `down_proj`: the moments of its input and its weight (P, D), in one precision.
 
@@ -26,8 +44,8 @@ class Projection:
 
     moments: Moments
     weight_PD: Tensor
-    # The Fisher information E[g g^T] of the output; without it, errors count as they are.
-    fisher_DD: Tensor | None = None
+    # The Fisher information of the output; without it, errors count as they are.
+    fisher: Fisher | None = None
 
     @classmethod
     def of(cls, moments: Moments, weight_DP: Tensor) -> "Projection":
@@ -47,16 +65,8 @@ class Projection:
 
     @property
     def loss_weight_PD(self) -> Tensor:
-        """W (F / 2)^(1/2): squared errors of X times this are what the errors of X W add to the loss, in nats.
-
-        F is shrunk towards the multiple of the identity that has its trace (Ledoit and Wolf 2004), since it is known
-        from a few tokens.
-        """
-        if self.fisher_DD is None:
-            return self.weight_PD
-        values_D, vectors_DD = torch.linalg.eigh(self.fisher_DD.to(self.weight_PD))
-        shrunk_D = torch.lerp(values_D, values_D.mean(), SHRINKAGE).clamp(min=0)
-        return self.weight_PD @ (vectors_DD * (shrunk_D / 2).sqrt())
+        """W (F / 2)^(1/2): squared errors of X times this are what the errors of X W add to the loss, in nats."""
+        return self.weight_PD if self.fisher is None else self.weight_PD @ self.fisher.half_root_DD.to(self.weight_PD)
 
     def removed_image(self, kept_S: Tensor) -> Tensor:
         """Return C_SR W_R (S, D): the covariance of the kept inputs with the removed inputs' output."""

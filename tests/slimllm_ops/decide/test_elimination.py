@@ -19,6 +19,7 @@ from slimllm_ops.decide import elimination
 from slimllm_ops.decide.elimination import eliminate, factorise, invert, ridge
 from slimllm_ops.decide.least_squares import refit
 from slimllm_ops.errors import SolveError
+from slimllm_ops.moments.projection import Fisher
 from tests.slimllm_ops.naive import exact_projection, random_activations, ridge_residual, unit_columns
 
 
@@ -101,7 +102,7 @@ def test_with_the_fisher_information_costs_are_what_the_errors_add_to_the_loss(n
     hidden = weight_PD.shape[1]
     gradient_ND = np.random.default_rng(0).normal(size=(40, hidden)) * np.geomspace(1, 100, hidden)
     fisher_DD = gradient_ND.T @ gradient_ND / 40
-    projection = replace(exact_projection(x_NP, weight_PD), fisher_DD=torch.from_numpy(fisher_DD))
+    projection = replace(exact_projection(x_NP, weight_PD), fisher=Fisher(torch.from_numpy(fisher_DD)))
     ranking = eliminate(projection, num_units)
     # Half of it is spread over all dims. With any root of it, the loss of an error is a sum of squares.
     shrunk_DD = (fisher_DD + np.trace(fisher_DD) / hidden * np.eye(hidden)) / 2
