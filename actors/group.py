@@ -14,7 +14,6 @@ A driver names the step that it wants and writes it as it would call it:
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 
 from actors.batching import into_batches, micro_batch_tokens, split_evenly
+from actors.calls import Share, SharedStream, label_of
 from actors.shard import Arguments, Shard
 from actors.workers import Reference, Workers, merge_on
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.sums import Mean
 from slimllm_ops.stream.footprint import Footprint
 from slimllm_ops.stream.opening import open_refinement, open_sensitivity, open_stream
@@ -41,22 +40,6 @@ P = ParamSpec("P")
 Settle = Callable[[str, Callable[[], int]], int]
 # Makes a checkpoint that every node can read from the driver's.
 Delivery = Callable[[Checkpoint], Checkpoint]
-
-
-@dataclass(frozen=True)
-class Share:
-    """One shard of a stream: the worker that holds it, and its name there."""
-
-    worker: int
-    stream: str
-
-
-@dataclass(frozen=True)
-class SharedStream:
-    """A stream spread over shards; a short text does not give every shard a share."""
-
-    shares: list[Share]
-    num_tokens: int
 
 
 class ShardGroup:
@@ -192,7 +175,7 @@ class ShardGroup:
     def first(self, name: str, step: Callable[Concatenate[S, P], R], *arguments: P.args, **named: P.kwargs) -> R:
         """Run a step on the first shard alone."""
         share, packed = self._streams[name].shares[0], self._workers.put((arguments, named))
-        call = self._workers.call(share.worker, _label(step, arguments), Shard.run, share.stream, step, packed)
+        call = self._workers.call(share.worker, label_of(step, arguments), Shard.run, share.stream, step, packed)
         return self._workers.get([call])[0]
 
     def merge(
@@ -219,7 +202,7 @@ class ShardGroup:
         Raises:
             MiscountError: The merged moments are not of all tokens.
         """
-        stream, label = self._streams[name], _label(step, arguments)
+        stream, label = self._streams[name], label_of(step, arguments)
         share, packed = stream.shares[0], self._workers.put((arguments, named))
         checked = self._workers.call(share.worker, label, Shard.require_tokens, merged, stream.num_tokens, label)
         self._workers.get([checked])
@@ -234,7 +217,7 @@ class ShardGroup:
         **named: P.kwargs,
     ) -> list[R]:
         """Run a step on every shard; its first argument is a value that is on the cluster."""
-        packed, label = self._workers.put((arguments, named)), _label(step, arguments)
+        packed, label = self._workers.put((arguments, named)), label_of(step, arguments)
         return self._workers.get(
             [
                 self._workers.call(share.worker, label, Shard.run_with, share.stream, step, value, packed)
@@ -252,7 +235,7 @@ class ShardGroup:
         return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
 
     def _submit(self, name: str, step: Callable[..., R], arguments: Arguments) -> list[Reference[R]]:
-        packed, label = self._workers.put(arguments), _label(step, arguments[0])
+        packed, label = self._workers.put(arguments), label_of(step, arguments[0])
         return [
             self._workers.call(share.worker, label, Shard.run, share.stream, step, packed)
             for share in self._streams[name].shares
@@ -282,13 +265,3 @@ class ShardGroup:
         answers = self._workers.call_all(Shard.free_memory)
         sharers = Counter(where for where, _ in answers)
         return min(free // sharers[where] for where, free in answers)
-
-
-def _label(step: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
-    """Return what Ray's dashboard and messages call a step: its name, its layer and its module."""
-    places = [f"layer {one}" if isinstance(one, int) else one.described for one in arguments if _is_place(one)]
-    return ", ".join([*places, step.__name__])
-
-
-def _is_place(argument: Any) -> bool:
-    return isinstance(argument, int | Branch) and not isinstance(argument, bool)
