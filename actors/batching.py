@@ -10,6 +10,8 @@ from slimllm_ops.stream.footprint import Footprint
 
 # Tokens that keep a processor busy; more take memory and gain nothing.
 BATCH_TOKENS = 4096
+# Sequences that a model samples together; more take memory, and leave workers without any.
+SEQUENCES_AT_ONCE = 32
 # Small data give at least this many batches, so that they spread over workers.
 MIN_BATCHES = 16
 
@@ -31,6 +33,32 @@ def split_evenly(batches: list[np.ndarray], num_shares: int) -> list[list[np.nda
     size, longer = divmod(len(batches), num_shares)
     starts = [share * size + min(share, longer) for share in range(num_shares + 1)]
     return [batches[start:stop] for start, stop in pairwise(starts)]
+
+
+def sequences_that_fit(footprint: Footprint, length: int, free: int) -> int:
+    """Return how many sequences of a length are sampled together in some free bytes; 0 if none fits."""
+    return max(0, min(SEQUENCES_AT_ONCE, footprint.tokens_at_once(free, 0) // length))
+
+
+def sequences_at_once(whole: Footprint, by_layer: Footprint, length: int, free: int) -> int:
+    """Return how many sequences a worker samples together.
+
+    Args:
+        whole: The memory that sampling takes with all layers in memory.
+        by_layer: The memory that it takes with one layer at a time in memory.
+        length: The tokens of a sequence.
+        free: The bytes that are free for a worker.
+
+    Raises:
+        InputError: The memory does not hold one sequence.
+    """
+    if number := sequences_that_fit(whole, length, free) or sequences_that_fit(by_layer, length, free):
+        return number
+    needed = by_layer.fixed + by_layer.activations_per_token * length
+    raise InputError(
+        f"to sample a sequence of {length} tokens, each worker needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+        f"are free for it: lower --sequence-length, or calibrate on text"
+    )
 
 
 def micro_batch_tokens(

@@ -20,14 +20,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import torch
 
-from actors.batching import into_batches, micro_batch_tokens, split_evenly
+from actors.batching import into_batches, micro_batch_tokens, sequences_at_once, sequences_that_fit, split_evenly
 from actors.calls import Share, SharedStream, label_of
 from actors.shard import Arguments, Shard
 from actors.workers import Reference, Workers, merge_on
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.sums import Mean
 from slimllm_ops.stream.footprint import Footprint
-from slimllm_ops.stream.opening import open_refinement, open_sensitivity, open_stream
+from slimllm_ops.stream.opening import open_generation, open_refinement, open_sensitivity, open_stream
 from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.weights import compute_dtype
 
@@ -159,6 +159,33 @@ class ShardGroup:
         footprint = Footprint.of_sensitivity(checkpoint, self._workers.device)
         self._open(name, blocks_BT, footprint, open_sensitivity, self.deliver(checkpoint))
 
+    def open_generation(self, name: str, checkpoint: Checkpoint, prompts: np.ndarray, *, length: int, seed: int) -> int:
+        """Spread prompts over the workers, each of which holds the model that continues them.
+
+        Args:
+            name: The stream's name in later calls.
+            checkpoint: The model.
+            prompts: Rows (N, 1 + P), int32: the number of each sequence, then its prompt.
+            length: The tokens of a sequence, prompt included.
+            seed: The seed of the random numbers.
+
+        Returns:
+            The most batches that a worker has to sample.
+
+        Raises:
+            InputError: A worker lacks the memory for one sequence.
+        """
+        num_workers, device, free = self._workers.start(), self._workers.device, self._free_memory()
+        whole, by_layer = (Footprint.of_generation(checkpoint, device, keep_layers=keep) for keep in (True, False))
+        at_once = self._settle(name, lambda: sequences_at_once(whole, by_layer, length, free))
+        if not (keeps_layers := sequences_that_fit(whole, length, free) >= at_once):
+            self._note(f"the model does not fit the {free / 1e9:.1f} GB per worker: every token reads it from the disk")
+        batches = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
+        # Results do not depend on the shard, so a worker never holds the model twice.
+        parts = split_evenly(batches, min(self._num_shards, num_workers))
+        self._spread(name, parts, open_generation, self.deliver(checkpoint), length, seed, keeps_layers)
+        return len(parts[0])
+
     def close_stream(self, name: str) -> None:
         """Close a stream and free its memory."""
         shares = self._streams.pop(name).shares
@@ -249,10 +276,14 @@ class ShardGroup:
         tokens = self._settle(
             name, lambda: micro_batch_tokens(footprint, blocks_BT, held_blocks, self._free_memory(), self._note)
         )
+        self._spread(name, split_evenly(into_batches(blocks_BT, tokens), self._num_shards), build, *models)
+
+    def _spread(self, name: str, parts: list[list[np.ndarray]], build: Callable[..., Any], *models: Any) -> None:
+        """Give each shard its batches, unless it has none, and let it open a stream of them."""
+        num_workers, parts = self._workers.start(), [part for part in parts if part]
         sent = [self._workers.put(model) for model in models]
-        parts = [part for part in split_evenly(into_batches(blocks_BT, tokens), self._num_shards) if part]
         shares = [Share(number % num_workers, f"{name}, shard {number}") for number in range(len(parts))]
-        self._streams[name] = SharedStream(shares, count_tokens(blocks_BT))
+        self._streams[name] = SharedStream(shares, sum(count_tokens(batch) for part in parts for batch in part))
         self._workers.get(
             [
                 self._workers.call(share.worker, f"open {name}", Shard.open, share.stream, build, part, *sent)

@@ -168,12 +168,20 @@ class PruneConfig:
     )
     calibration: str | None = setting(
         None,
-        "Text or tokens to calibrate on.",
+        "Text or tokens to calibrate on; self:N has the model sample N sequences instead.",
         "Data",
         EVERY,
         effect=Effect.INPUT,
         metavar="SPEC",
         shown="builtin:calibration",
+    )
+    generate: int = setting(
+        0,
+        "Sequences to add to the calibration text, which the model samples itself.",
+        "Data",
+        EVERY,
+        check=Check(lambda value: value >= 0, "it must be at least 0"),
+        tags_models=True,
     )
     samples: int = setting(128, "Blocks to draw from a text to calibrate on.", "Data", EVERY, check=AT_LEAST_ONE)
     sequence_length: int = setting(
@@ -260,6 +268,7 @@ class PruneConfig:
         require(self.method in known, f"method {self.method!r} is unknown: choose one of {', '.join(known)}")
         self._check_targets()
         self._check_layers()
+        self._check_generate()
         require(
             self.revision is None or self.model is not None,
             f"revision {self.revision!r} is of a hub model, and none is named: pass MODEL, or leave the revision out",
@@ -292,6 +301,16 @@ class PruneConfig:
             limit is None or self.ratio is None or self.ratio <= limit,
             f"ratio {self.ratio} is the mean of what pruned layers lose, and max_layer_sparsity {limit} the most: "
             f"lower ratio, or raise max_layer_sparsity",
+        )
+
+    def _check_generate(self) -> None:
+        require(
+            not (self.generate and (self.calibration or "").startswith("self:")),
+            f"calibration {self.calibration} is sampled by the model already: raise its number, or leave generate out",
+        )
+        require(
+            not (self.generate and self.moments),
+            "moments stand for the calibration data, and generate adds to these: pass generate to calibrate instead",
         )
 
     def _check_command(self) -> None:

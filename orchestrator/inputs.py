@@ -4,61 +4,26 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from orchestrator.calibration import Calibration, Sampling, load_blocks, load_calibration, stored_calibration
 from orchestrator.config import PruneConfig
-from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
-from orchestrator.secrets import MASK
+from orchestrator.data import DataError, TextOptions, TokenBlocks
+from orchestrator.data.prompts import sequences_asked
 from orchestrator.sources import storage
 from orchestrator.sources.models import Model, resolve_model
 from slimllm_ops.allocate.form import Form, layers_named
 from slimllm_ops.allocate.layer_size import measure_layer
 from slimllm_ops.allocate.reachable import require_reachable
 from slimllm_ops.checkpoint.companions import plan_companions
-from slimllm_ops.checkpoint.moment_store import MomentStore
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import InputError
 from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.refinement import require_refinable
 
 BUILTIN_NAME = "builtin"
-BUILTIN_CALIBRATION = "builtin:calibration"
 BUILTIN_HELDOUT = "builtin:heldout"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A run's calibration data; it includes the blocks only if they pass through the model in this run.
-
-    `padding` counts the places of the blocks that hold no token; `pinned` is that of the blocks.
-    """
-
-    spec: str
-    digest: str
-    num_blocks: int
-    block_length: int
-    padding: int = 0
-    pinned: str | None = None
-    blocks: TokenBlocks | None = None
-
-    @classmethod
-    def of(cls, blocks: TokenBlocks) -> "Calibration":
-        """Describe blocks, and include them."""
-        num_blocks, block_length = blocks.input_ids_BT.shape
-        padding = num_blocks * block_length - blocks.num_tokens
-        return cls(blocks.spec, blocks.digest, num_blocks, block_length, padding, blocks.pinned, blocks)
-
-    @property
-    def num_tokens(self) -> int:
-        """The total number of tokens, without padding."""
-        return self.num_blocks * self.block_length - self.padding
-
-    def describe(self) -> dict[str, Any]:
-        """Return everything except the blocks, as a manifest stores it."""
-        names = ("spec", "digest", "num_blocks", "block_length", "padding", "pinned")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -73,10 +38,12 @@ class Inputs:
     held_out: tuple[TokenBlocks, ...]
     form: Form
     moments: Path | None = None
+    # What the dense model samples before the calibration data are complete.
+    sampling: Sampling | None = None
 
     def calibration_blocks(self) -> np.ndarray:
         """Return the calibration blocks (B, T), int32."""
-        assert self.calibration.blocks is not None, "this run uses stored moments instead of blocks"
+        assert self.calibration.blocks is not None, "moments stand for the blocks, or the model has yet to sample some"
         return self.calibration.blocks.input_ids_BT
 
 
@@ -103,16 +70,21 @@ def load_inputs(config: PruneConfig, warn: Callable[[str], None]) -> Inputs:
         warn(warning)
     defaults = (BUILTIN_HELDOUT,) if config.calibration is None and config.moments is None else ()
     specs = config.evaluate or defaults
-    digest, moments = source.digest(), resolve_moments(config.moments)
+    digest, moments, sampling = source.digest(), resolve_moments(config.moments), None
+    if moments is None:
+        calibration, sampling = load_calibration(config, source)
+    else:
+        calibration = stored_calibration(config, source, digest, moments)
     return Inputs(
         model_name(config.model),
         model,
         source,
         digest,
-        _load_calibration(config, source, digest, moments),
+        calibration,
         tuple(_load_held_out(config, source, spec) for spec in specs),
         form,
         moments,
+        sampling,
     )
 
 
@@ -157,44 +129,6 @@ def _require_possible(config: PruneConfig, source: Checkpoint, form: Form) -> li
     return form.warnings(layers)
 
 
-def _load_calibration(config: PruneConfig, source: Checkpoint, digest: str, moments: Path | None) -> Calibration:
-    """Load the calibration blocks; with stored moments and no refinement, only describe the moments' own data."""
-    if moments is None:
-        return Calibration.of(_load(config, source, config.calibration or BUILTIN_CALIBRATION))
-    with storage.naming_uri(config.moments, moments, InputError):
-        manifest = MomentStore(moments).manifest()
-    if manifest["model_digest"] != digest:
-        raise InputError(
-            f"the moments in {config.moments} are of {manifest['model']} with weights {manifest['model_digest'][:12]}, "
-            f"{source.directory} has {digest[:12]}: run `slimllm calibrate` on this model"
-        )
-    if config.drop_layers and not manifest.get("drop_layers"):
-        raise InputError(
-            f"the moments in {config.moments} do not say what each layer changes, which --drop-layers needs: "
-            f"run `slimllm calibrate --drop-layers`"
-        )
-    try:
-        kept = Calibration(**manifest["calibration"])
-    except TypeError as error:
-        raise InputError(
-            f"the moments in {config.moments} do not name their calibration data ({error}): run `slimllm calibrate`"
-        ) from error
-    if not config.refine:
-        return kept
-    if config.calibration is None and storage.is_uri(kept.spec) and MASK in kept.spec:
-        raise InputError(
-            f"the refinement reads {kept.spec}, from which the moments in {config.moments} are, and they keep no "
-            f"password: pass --calibration with the whole address"
-        )
-    blocks = Calibration.of(_load(config, source, config.calibration or kept.pinned or kept.spec))
-    if blocks.digest != kept.digest:
-        raise InputError(
-            f"the moments in {config.moments} are from other calibration tokens ({kept.spec}, {kept.digest[:12]}) "
-            f"than the refinement uses ({blocks.spec}, {blocks.digest[:12]}): pass the same --calibration"
-        )
-    return blocks
-
-
 def warnings_of(config: PruneConfig) -> list[str]:
     """Return what a user should know of the defaults that a run takes."""
     if config.model is None or config.calibration is not None or config.moments is not None:
@@ -202,7 +136,8 @@ def warnings_of(config: PruneConfig) -> list[str]:
     measured = "" if config.evaluate else ", and its perplexity is measured on it"
     return [
         f"{model_name(config.model)} is calibrated on the built-in text, Python's documentation{measured}: pass text "
-        f"like that which the model will read (--calibration SPEC), and held-out text (--evaluate SPEC)"
+        f"like that which the model will read (--calibration SPEC), or let it write some (--calibration self:128), and "
+        f"held-out text (--evaluate SPEC)"
     ]
 
 
@@ -233,24 +168,11 @@ def resolve_moments(moments: str | None) -> Path | None:
 
 
 def _load_held_out(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
+    if sequences_asked(spec):
+        raise DataError(f"--evaluate {spec}: perplexity needs text that the model did not write; pass held-out text")
     # Blocks in their order, so that perplexity does not depend on what a run calibrates on.
     taken = TextOptions(samples=None, sequence_length=config.sequence_length, tokens=config.evaluate_tokens)
-    blocks = _load_tokens(source, spec, taken)
+    blocks = load_blocks(source, spec, taken)
     if not count_tokens(blocks.input_ids_BT[:, 1:]):
         raise DataError(f"{spec} has blocks of one token: perplexity needs at least two")
     return blocks
-
-
-def _load(config: PruneConfig, source: Checkpoint, spec: str) -> TokenBlocks:
-    drawn = TextOptions(samples=config.samples, sequence_length=config.sequence_length, seed=config.seed)
-    return _load_tokens(source, spec, drawn)
-
-
-def _load_tokens(source: Checkpoint, spec: str, options: TextOptions) -> TokenBlocks:
-    return load_tokens(
-        spec,
-        model_dir=source.directory,
-        vocab_size=source.config.vocab_size,
-        max_length=source.config.max_position_embeddings,
-        options=options,
-    )

@@ -25,6 +25,7 @@ from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import Backend, backend_of
 from orchestrator.pruning.calibrate import calibrate as observe_model
 from orchestrator.pruning.finish import complete
+from orchestrator.pruning.generate import complete_calibration, keep_generated
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import prune_one_pass
 from orchestrator.pruning.run_context import RunContext, open_context, open_session, settle_workers
@@ -139,14 +140,16 @@ def _prune_into(
     ):
         workers = settle_workers(backend, resources, staging)
         require_room(Intent(config, inputs, output, resources, workers), estimate_pruning, reporter)
-        run_file = staging.directory / "pruning" / RUN_FILE
-        write_run_file(run_file, "prune", config, inputs, workers)
-        params = run_params(config, inputs, workers)
         with (
             open_context(backend, resources, workers, config, inputs, staging, reporter) as context,
             open_targets(config, staging, inputs.source, run) as targets,
         ):
-            log_inputs(run, params, inputs)
+            _tell_resumed(context)
+            context = complete_calibration(context)
+            run_file = staging.directory / "pruning" / RUN_FILE
+            write_run_file(run_file, "prune", config, context.inputs, workers)
+            params = run_params(config, context.inputs, workers)
+            log_inputs(run, params, context.inputs)
             run.log_artifacts(run_file, to="pruning")
             link_with_job(run, reporter.warn)
             models = _prune_targets(context, targets, run, params, output)
@@ -163,7 +166,6 @@ def _prune_targets(
     context: RunContext, targets: list[Target], run: Run, params: dict[str, object], output: Destination
 ) -> list[PrunedModel]:
     """Prune, finish and log every target, and a summary of several."""
-    _tell_resumed(context)
     if not context.inputs.held_out:
         context.reporter.note("no perplexity is measured: to measure it, pass held-out text with --evaluate")
     _log_children(context, targets, run, params)
@@ -214,11 +216,13 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
     ):
         workers = settle_workers(backend, resources, staging)
         require_room(Intent(config, inputs, output, resources, workers), estimate_calibration, reporter)
-        write_run_file(staging.directory / "pruning" / RUN_FILE, "calibrate", config, inputs, workers)
         with open_context(backend, resources, workers, config, inputs, staging, reporter) as context:
             _tell_resumed(context)
+            context = complete_calibration(context)
+            write_run_file(staging.directory / "pruning" / RUN_FILE, "calibrate", config, context.inputs, workers)
             store = MomentStore(staging.solved / "moments")
             observe_model(context, store)
+            keep_generated(context.inputs.calibration, store.directory)
             for path in store.directory.iterdir():
                 path.rename(staging.directory / path.name)
     return output.place

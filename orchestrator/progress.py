@@ -62,39 +62,53 @@ class Reporter:
 
     def layers(self, stage: str, num_layers: int, tokens: int, first: int = 0) -> Iterator[int]:
         """Yield the layers from `first` on and show the progress; `tokens` pass through each of them."""
-        if first == num_layers:
+        return self.steps(stage, "layer", num_layers, tokens, first)
+
+    def steps(self, stage: str, unit: str, number: int, tokens: int, first: int = 0) -> Iterator[int]:
+        """Yield the steps of a stage from `first` on and show the progress.
+
+        Args:
+            stage: The stage.
+            unit: What a step is called: "layer" or "batch".
+            number: How many steps the stage has.
+            tokens: How many tokens a step computes.
+            first: The first step to do.
+        """
+        if first == number:
             return
         with self.timed(stage):
             shown = self._bar if self.console.is_terminal else self._lines
-            yield from shown(stage, range(first, num_layers), tokens)
+            yield from shown(stage, unit, range(first, number), tokens)
 
-    def _bar(self, stage: str, layers: range, tokens: int) -> Iterator[int]:
+    def _bar(self, stage: str, unit: str, steps: range, tokens: int) -> Iterator[int]:
         columns = (
             TextColumn("{task.description:<24}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("layers  {task.fields[told]}"),
+            TextColumn("{task.fields[told]}"),
         )
         start = time.perf_counter()
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(stage, total=layers.stop, completed=layers.start, told="")
-            for done, layer in enumerate(layers, start=1):
-                yield layer
-                progress.update(task, advance=1, told=_describe(done, len(layers), tokens, start))
+            task = progress.add_task(stage, total=steps.stop, completed=steps.start, told=f"{unit}s")
+            for done, step in enumerate(steps, start=1):
+                yield step
+                progress.update(task, advance=1, told=f"{unit}s  {_describe(done, unit, len(steps), tokens, start)}")
 
-    def _lines(self, stage: str, layers: range, tokens: int) -> Iterator[int]:
+    def _lines(self, stage: str, unit: str, steps: range, tokens: int) -> Iterator[int]:
         start = time.perf_counter()
         told = start
-        for done, layer in enumerate(layers, start=1):
-            yield layer
+        for done, step in enumerate(steps, start=1):
+            yield step
             now = time.perf_counter()
-            if now - told > LINE_SECONDS or done == len(layers):
+            if now - told > LINE_SECONDS or done == len(steps):
                 told = now
-                self.note(f"{stage}: layer {layer + 1}/{layers.stop}, {_describe(done, len(layers), tokens, start)}")
+                described = _describe(done, unit, len(steps), tokens, start)
+                self.note(f"{stage}: {unit} {step + 1}/{steps.stop}, {described}")
 
 
-def _describe(done: int, layers: int, tokens: int, start: float) -> str:
-    """Return the rate of the layers that are done, and the time that the others will take at this rate."""
+def _describe(done: int, unit: str, steps: int, tokens: int, start: float) -> str:
+    """Return the rate of the steps that are done, and the time that the others will take at this rate."""
     seconds = max(time.perf_counter() - start, 1e-9)
-    left = timedelta(seconds=round(seconds / done * (layers - done)))
-    return f"{done * tokens / seconds:,.0f} tokens/s per layer, {left} left of this stage"
+    left = timedelta(seconds=round(seconds / done * (steps - done)))
+    per_layer = " per layer" if unit == "layer" else ""
+    return f"{done * tokens / seconds:,.0f} tokens/s{per_layer}, {left} left of this stage"

@@ -27,6 +27,7 @@ from orchestrator.preflight.stages import estimate_comparison
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import backend_of
 from orchestrator.pruning.finish import complete
+from orchestrator.pruning.generate import complete_calibration
 from orchestrator.pruning.one_pass import observed_moments
 from orchestrator.pruning.run_context import RunContext, open_context, open_session, settle_workers
 from orchestrator.pruning.targets import Target, open_target, target_name
@@ -152,11 +153,13 @@ def compare(
         workers = settle_workers(backend, resources, staging)
         intent = Intent(config, inputs, Destination(output), resources, workers)
         require_room(intent, _estimating(config, chosen), reporter)
-        write_run_file(staging.directory / RUN_FILE, "compare", config, inputs, workers)
-        params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
-        log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
-        link_with_job(run, reporter.warn)
         with open_context(backend, resources, workers, config, inputs, staging, reporter) as context:
+            context = complete_calibration(context)
+            inputs = context.inputs
+            write_run_file(staging.directory / RUN_FILE, "compare", config, inputs, workers)
+            params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
+            log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
+            link_with_job(run, reporter.warn)
             rows, seconds = _run_all(_Contest(context, run, params, config.keep_checkpoints), chosen)
         _publish(rows, params, inputs, seconds, staging, run)
         return Comparison(

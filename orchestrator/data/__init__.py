@@ -22,7 +22,7 @@ from orchestrator.data.token_rows import has_token_rows, read_rows
 from orchestrator.secrets import uris_masked
 from orchestrator.sources import storage
 
-__all__ = ["DataError", "TextOptions", "TokenBlocks", "load_tokens", "save_blocks"]
+__all__ = ["DataError", "TextOptions", "TokenBlocks", "freeze", "load_tokens", "save_blocks"]
 
 
 def load_tokens(spec: str, *, model_dir: Path, vocab_size: int, max_length: int, options: TextOptions) -> TokenBlocks:

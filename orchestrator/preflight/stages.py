@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actors.batching import BATCH_TOKENS, blocks_at_once
+from actors.batching import BATCH_TOKENS, SEQUENCES_AT_ONCE, blocks_at_once
 from actors.pool import IN_FLIGHT
 from orchestrator.preflight.estimate import Estimate, Stage
 from orchestrator.preflight.workload import Text, Workload
@@ -40,20 +40,21 @@ def estimate_pruning(work: Workload) -> Estimate:
     observing = passes.observing + 2 * targets * config.refine
     return _estimate(
         work,
-        [*passes.stages, *_final_stages(work)],
+        [*_generating_stages(work), *passes.stages, *_final_stages(work)],
         observing=observing,
-        passing=observing + passes.forward + len(work.held_out) * (1 + targets),
-        output=_output_bytes(work),
-        tracked=0 if TrackingOptions(tracking_uri=config.tracking_uri).journal_only else _output_bytes(work),
-        beside=config.refine * _output_bytes(work) + passes.kept,
+        passing=bool(work.sampled) + observing + passes.forward + len(work.held_out) * (1 + targets),
+        output=work.output_bytes,
+        tracked=0 if TrackingOptions(tracking_uri=config.tracking_uri).journal_only else work.output_bytes,
+        beside=config.refine * work.output_bytes + passes.kept,
     )
 
 
 def estimate_calibration(work: Workload) -> Estimate:
     """Estimate what `calibrate` will take."""
-    output = _kept_moments(work)
-    stages = [_sensitivity_stage(work), _calibration_stage(work)]
-    return _estimate(work, stages, observing=1, passing=1 + SENSITIVITY_PASSES, output=output, beside=0, tracked=0)
+    output = work.kept_moments
+    stages = [*_generating_stages(work), _sensitivity_stage(work), _calibration_stage(work)]
+    passing = bool(work.sampled) + 1 + SENSITIVITY_PASSES
+    return _estimate(work, stages, observing=1, passing=passing, output=output, beside=0, tracked=0)
 
 
 def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bool) -> Estimate:
@@ -65,9 +66,10 @@ def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bo
         refined: How many of these refine their models.
         kept: Whether every model is kept; otherwise, those of one method at a time are on the disk.
     """
-    targets, models = len(work.config.targets), _output_bytes(work)
+    targets, models = len(work.config.targets), work.output_bytes
     layerwise = _layerwise(work)
-    stages = [_sensitivity_stage(work), _calibration_stage(work), *layerwise.stages]
+    sampling = _generating_stages(work)
+    stages = [*sampling, _sensitivity_stage(work), _calibration_stage(work), *layerwise.stages]
     if one_pass:
         stages.append(_deciding_stage(work))
     if refined:
@@ -78,9 +80,9 @@ def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bo
         work,
         [*stages, *_final_stages(work)],
         observing=observing,
-        passing=observing + SENSITIVITY_PASSES + layerwise.forward + measured,
+        passing=bool(work.sampled) + observing + SENSITIVITY_PASSES + layerwise.forward + measured,
         output=models * (1 + one_pass) if kept else 0,
-        beside=_kept_moments(work) + (1 - kept + bool(refined)) * models,
+        beside=work.kept_moments + (1 - kept + bool(refined)) * models,
         tracked=0,
     )
 
@@ -136,7 +138,7 @@ def _one_pass(work: Workload) -> _Passes:
         stages=tuple(_one_pass_stages(work)),
         observing=int(calibrating),
         forward=SENSITIVITY_PASSES if calibrating else 0,
-        kept=_kept_moments(work) if calibrating else 0,
+        kept=work.kept_moments if calibrating else 0,
     )
 
 
@@ -148,6 +150,20 @@ def _one_pass_stages(work: Workload) -> Iterator[Stage]:
     yield _deciding_stage(work)
     if work.config.refine:
         yield _refining_stage(work)
+
+
+def _generating_stages(work: Workload) -> Iterator[Stage]:
+    """Yield the stage in which the model samples sequences, if a run asks for any."""
+    if work.sampled is None:
+        return
+    whole, by_layer = (Footprint.of_generation(work.source, work.device, keep_layers=keep) for keep in (True, False))
+    at_once = min(SEQUENCES_AT_ONCE, work.sampled.num_blocks) * work.sampled.length
+    yield Stage(
+        name="generating",
+        worker=_library_memory(work, LIBRARIES) + whole.likely_peak(0, at_once),
+        required=by_layer.fixed + by_layer.activations_per_token * work.sampled.length,
+        driver=work.driver,
+    )
 
 
 def _deciding_stage(work: Workload) -> Stage:
@@ -277,15 +293,3 @@ def _driver_memory(work: Workload) -> int:
     """Return the driver's bytes while it writes layers and passes a few tokens through them, always on the CPU."""
     footprint = Footprint.of(work.source, torch.device("cpu"), deciding=False)
     return work.driver + LATER_LIBRARIES + max(footprint.layers + 2 * footprint.stored_layer, work.embedding_bytes)
-
-
-def _output_bytes(work: Workload) -> int:
-    """Return the bytes of all checkpoints; with the paper's ratio, count the size of the whole model."""
-    names = [name for layer in range(work.source.num_layers) for name in work.source.layer_names(layer)]
-    share = work.source.num_parameters(names) / work.source.num_parameters(list(work.source.files))
-    return int(sum(work.stored_bytes * (1 - share * (sparsity or 0.0)) for sparsity in work.config.targets))
-
-
-def _kept_moments(work: Workload) -> int:
-    sensitivity = 2 * torch.float32.itemsize * work.source.config.hidden_size**2
-    return work.source.num_layers * (moment_bytes(work.source, work.device) + sensitivity)

@@ -10,6 +10,7 @@ from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.inputs import Inputs
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.stream.footprint import moment_bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Workload:
         held_out: The texts that perplexity is measured on.
         workers: The workers.
         driver: Bytes that the driver already takes.
+        sampled: The sequences of the calibration blocks that the model samples first; None if there are none.
     """
 
     config: PruneConfig
@@ -44,13 +46,16 @@ class Workload:
     held_out: tuple[Text, ...]
     workers: WorkerPlan
     driver: int
+    sampled: Text | None = None
 
     @classmethod
     def of(cls, config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> "Workload":
         """Describe a run whose inputs are loaded."""
         calibration = Text(inputs.calibration.num_blocks, inputs.calibration.block_length)
         held_out = tuple(Text(*blocks.input_ids_BT.shape) for blocks in inputs.held_out)
-        return cls.of_texts(config, inputs.source, calibration, held_out, workers)
+        sampling = inputs.sampling
+        sampled = None if sampling is None else Text(len(sampling.prompts_NP), sampling.length)
+        return cls.of_texts(config, inputs.source, calibration, held_out, workers, sampled)
 
     @classmethod
     def of_texts(
@@ -60,6 +65,7 @@ class Workload:
         calibration: Text,
         held_out: tuple[Text, ...],
         workers: WorkerPlan,
+        sampled: Text | None = None,
     ) -> "Workload":
         """Describe a run by its texts' sizes; call this in the process that will drive it."""
         return cls(
@@ -69,6 +75,7 @@ class Workload:
             held_out=held_out,
             workers=workers,
             driver=psutil.Process().memory_full_info().uss,
+            sampled=sampled,
         )
 
     @property
@@ -86,3 +93,16 @@ class Workload:
         """The bytes of a stored vocabulary table: the embeddings or the head."""
         parameters = self.source.num_parameters(list(self.source.files))
         return self.source.config.vocab_size * self.source.config.hidden_size * self.stored_bytes // parameters
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """The bytes of all checkpoints that the run writes; with the paper's ratio, those of whole models."""
+        names = [name for layer in range(self.source.num_layers) for name in self.source.layer_names(layer)]
+        share = self.source.num_parameters(names) / self.source.num_parameters(list(self.source.files))
+        return int(sum(self.stored_bytes * (1 - share * (sparsity or 0.0)) for sparsity in self.config.targets))
+
+    @cached_property
+    def kept_moments(self) -> int:
+        """The bytes of the moments and sensitivities of all layers, as they are stored."""
+        sensitivity = 2 * torch.float32.itemsize * self.source.config.hidden_size**2
+        return self.source.num_layers * (moment_bytes(self.source, self.device) + sensitivity)

@@ -37,7 +37,7 @@ vLLM 0.28 and later serves it as it is, with a KV cache as small as the heads of
 | parameters of the decoder layers | {layer_parameters_before:,} | {layer_parameters_after:,} |
 | decoder layers | {layers_before} | {layers_after} |
 {perplexity}
-Calibrated on {tokens:,} tokens of `{calibration}` (digest `{digest}`), seed {seed}.
+Calibrated on {tokens:,} tokens of `{calibration}`{generated} (digest `{digest}`), seed {seed}.
 `pruning/plan.json` has every decision and setting; `pruning/importance.parquet` has the importance of every unit.
 """
 
@@ -61,7 +61,14 @@ def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], to
         perplexity="".join(rows),
         tokens=totals.calibration_tokens,
         calibration=inputs.calibration.spec,
+        generated=_generated(inputs),
         digest=inputs.calibration.digest[:16],
         seed=params["seed"],
     )
     write_text(directory / "README.md", uris_masked(card))
+
+
+def _generated(inputs: Inputs) -> str:
+    """Return which of the calibration blocks the model sampled itself, if there are any."""
+    number, all_blocks = inputs.calibration.generated, inputs.calibration.num_blocks
+    return f", {number} of {all_blocks} sequences sampled by the model itself" if number else ""

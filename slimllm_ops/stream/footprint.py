@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.models.families import head_dim, layer_shape
 from slimllm_ops.moments.moments import TRIANGLE_BLOCKS, accumulation_dtype
 from slimllm_ops.stream.weights import compute_dtype
 
@@ -110,6 +111,30 @@ class Footprint:
             states_per_token=0,
             activations_per_token=SAVED_ACTIVATIONS * passing.activations_per_token,
             likely_activations_per_token=SAVED_ACTIVATIONS * passing.likely_activations_per_token,
+        )
+
+    @classmethod
+    def of_generation(cls, checkpoint: Checkpoint, device: torch.device, *, keep_layers: bool) -> "Footprint":
+        """Return what sampling sequences needs: keys and values of every layer for each token, embeddings and head.
+
+        Args:
+            checkpoint: The model.
+            device: Where the layers run.
+            keep_layers: Whether all layers stay in memory.
+        """
+        values, config = compute_dtype(device).itemsize, checkpoint.config
+        passing = cls.of(checkpoint, device, deciding=False).passing()
+        names = [name for layer in range(checkpoint.num_layers) for name in checkpoint.layer_names(layer)]
+        layers = values * checkpoint.num_parameters(names) if keep_layers else passing.layers
+        shapes = [layer_shape(config, layer) for layer in range(checkpoint.num_layers)]
+        # A layer's keys and values are copied when a token is added.
+        kept = sum(one.num_key_value_heads for one in shapes) + max(one.num_key_value_heads for one in shapes)
+        per_token = 2 * values * kept * head_dim(config)
+        return replace(
+            passing,
+            layers=layers + 2 * values * config.vocab_size * config.hidden_size,
+            activations_per_token=per_token,
+            likely_activations_per_token=per_token,
         )
 
     @property

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.states import StateStore
+from slimllm_ops.stream.generation import GenerationStream
 from slimllm_ops.stream.passes import LayerStream
 from slimllm_ops.stream.refinement import RefinementStream
 from slimllm_ops.stream.sensitivity import SensitivityStream
@@ -61,3 +62,19 @@ def open_sensitivity(place: Workplace, ids: list[Tensor], checkpoint: Checkpoint
         checkpoint: The model.
     """
     return SensitivityStream(checkpoint, ids, place.device, place.spill)
+
+
+def open_generation(
+    place: Workplace, rows: list[Tensor], checkpoint: Checkpoint, length: int, seed: int, keep_layers: bool
+) -> GenerationStream:
+    """Load a model that continues prompts.
+
+    Args:
+        place: Where the model runs.
+        rows: Batches (b, 1 + P), int64: the number of each sequence, then its prompt.
+        checkpoint: The model.
+        length: The tokens of a sequence, prompt included.
+        seed: The seed of the random numbers.
+        keep_layers: Whether all layers stay in memory.
+    """
+    return GenerationStream(checkpoint, rows, place.device, length, seed, keep_layers)

@@ -36,6 +36,7 @@ from slimllm_ops.moments.states import States, StateStore
 from slimllm_ops.moments.sums import Mean, SecondMoment
 from slimllm_ops.stream.padding import PADDING, filled, without_padding
 from slimllm_ops.stream.passes import spans, summed_power
+from slimllm_ops.stream.sampling import sample
 from slimllm_ops.stream.weights import ModelWeights
 
 # From this many tokens the sensitivities of a model of 135M parameters are known to a few percent (docs/method.md).
@@ -141,7 +142,7 @@ class SensitivityStream:
         for (states_bTD, gradient_bTD), (_, uniform_bT), (_, ids_bT) in zip(*parts, strict=True):
             leaf = states_bTD.clone().requires_grad_()
             logits_NV = self._weights.logits(leaf).flatten(0, 1).float()
-            sampled_N = _sampled(logits_NV.detach(), uniform_bT.flatten().to(self._device))
+            sampled_N = sample(logits_NV.detach(), uniform_bT.flatten().to(self._device))
             sampled_N[ids_bT.flatten().to(self._device) == PADDING] = PADDING
             loss = functional.cross_entropy(logits_NV, sampled_N, reduction="sum", ignore_index=PADDING)
             gradient_bTD.copy_(torch.autograd.grad(loss, leaf)[0])
@@ -184,13 +185,6 @@ def _uniform(ids_BT: Tensor) -> Tensor:
     """Return a number in [0, 1) for each token, from generators that are seeded by the blocks."""
     generators = (torch.Generator().manual_seed(int(ids_T.sum())) for ids_T in ids_BT)
     return torch.stack([torch.rand(ids_BT.shape[1], generator=one) for one in generators])
-
-
-def _sampled(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Return one sample (N,) from each row's distribution, by inverting its cumulative sum."""
-    cumulative_NV = logits_NV.softmax(dim=-1).cumsum(dim=-1)
-    below_N = uniform_N * cumulative_NV[:, -1]
-    return torch.searchsorted(cumulative_NV, below_N[:, None], right=True)[:, 0].clamp_(max=logits_NV.shape[1] - 1)
 
 
 def _outside_inference(value: Any) -> Any:

@@ -1,17 +1,19 @@
 """Loads a model's weights one layer at a time, and frees them; no other module does either.
 
 The model is built without weights, so that its own code runs: its masks, rotary tables and modules. A layer's weights
-are loaded when the layer is first used, and freed when another layer is.
+are loaded when the layer is first used, and freed when another layer is. Only `whole` can keep them all.
 
 Shapes: b blocks in a batch, T tokens in a block, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimllm_ops.checkpoint.layer_reader import LayerReader
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -102,6 +104,31 @@ class ModelWeights:
             ids = torch.zeros(states_bTD.shape[:2], dtype=torch.int64, device=self.device)
             return self._model(input_ids=ids, use_cache=False).logits
 
+    @contextmanager
+    def whole(self, *, keep_layers: bool) -> Iterator[PreTrainedModel]:
+        """Yield the model with everything that it runs, and free all of it at the end.
+
+        Args:
+            keep_layers: Whether all layers stay in memory. Otherwise each is read when it runs, every time.
+        """
+        self._release_layer()
+        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        outside = [*self._load_outside(), embedding, head]
+        self._load_module(embedding, self._name_of(embedding))
+        if self.checkpoint.config.tie_word_embeddings:
+            head.weight = embedding.weight
+        else:
+            self._load_module(head, self._name_of(head))
+        if keep_layers:
+            for number, layer in enumerate(self.layers):
+                _assign(layer, self._reader.read(number))
+        try:
+            with nullcontext() if keep_layers else _read_when_run(self.layers, self.load):
+                yield self._model
+        finally:
+            for module in (*outside, *self.layers):
+                _release(module)
+
     def close(self) -> None:
         """Free all memory now; modules refer to each other in cycles, which Python would free at some later time."""
         self._release_layer()
@@ -155,6 +182,23 @@ def _release(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+@contextmanager
+def _read_when_run(layers: nn.ModuleList, load: Callable[[int], nn.Module]) -> Iterator[None]:
+    """Make every layer load its weights before it runs."""
+
+    def run(number: int, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        load(number)
+        return forward(*arguments, **named)
+
+    for number, layer in enumerate(layers):
+        layer.forward = partial(run, number, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager

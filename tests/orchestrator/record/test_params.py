@@ -11,7 +11,7 @@ from orchestrator.record.params import DIGESTED, OF_AN_ATTEMPT, PLACES, TOLD_OF_
 
 RESULT = {
     *("method", "sparsity", "refine", "ratio", "pruned_layers", "alpha", "keep_lowest"),
-    *("uniform", "multiple_of", "no_bias", "drop_layers", "samples", "sequence_length", "seed"),
+    *("uniform", "multiple_of", "no_bias", "drop_layers", "generate", "samples", "sequence_length", "seed"),
     *("keep_layers", "max_layer_sparsity", "uniform_heads", "heads_multiple_of", "for_tp"),
     *("evaluate_tokens", "workers", "gpus_per_worker"),
 }
@@ -38,7 +38,7 @@ def test_every_setting_has_its_place() -> None:
     assert {"overwrite", "resume", "tracking_uri", "address", "local"} == OF_AN_ATTEMPT
     assert {"output", "experiment", "run_name", "register", "shared_storage", "offload", "weights_travel"} == PLACES
     assert {"model", "revision", "calibration", "evaluate", "moments"} == DIGESTED
-    told = {"method", "refine", "ratio", "uniform", "uniform_heads", "no_bias", "keep_layers"}
+    told = {"method", "refine", "ratio", "uniform", "uniform_heads", "no_bias", "keep_layers", "generate"}
     told |= {"model", "revision", "model_digest"}
     assert set(TOLD_OF_A_MODEL) == told
 

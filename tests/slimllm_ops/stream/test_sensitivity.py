@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take each token's likeliest successor in place of a sample, so that the whole model can have the same ones."""
-    monkeypatch.setattr(sensitivity, "_sampled", lambda logits_NV, uniform_N: logits_NV.argmax(dim=-1))
+    monkeypatch.setattr(sensitivity, "sample", lambda logits_NV, uniform_N: logits_NV.argmax(dim=-1))
 
 
 def measured(directory: Path, batches: list[torch.Tensor], store: StateStore = list) -> list[Any]:
@@ -95,21 +95,6 @@ def test_neither_batches_nor_files_nor_parts_of_the_logits_change_it(
     require_close(measured(gqa_model, one_by_one, lambda: SpilledStates(tmp_path, CPU)), found, 1e-5)
     monkeypatch.setattr(passes, "LOGIT_TOKENS", 7)
     require_close(measured(gqa_model, batches), found, 1e-5)
-
-
-def test_tokens_are_sampled_by_their_probability() -> None:
-    logits_V = torch.randn(9, generator=torch.Generator().manual_seed(0))
-    uniform_N = torch.rand(40_000, generator=torch.Generator().manual_seed(1))
-    sampled_N = sensitivity._sampled(logits_V.expand(len(uniform_N), -1), uniform_N)
-    found_V = torch.bincount(sampled_N, minlength=9) / len(uniform_N)
-    torch.testing.assert_close(found_V, logits_V.softmax(dim=0), rtol=0, atol=0.01)
-
-
-def test_the_largest_number_below_one_gives_the_last_token_that_is_possible() -> None:
-    logits_NV = torch.tensor([[0.0, 0.0, -torch.inf]])
-    below = torch.nextafter(torch.tensor([1.0]), torch.tensor([0.0]))
-    assert sensitivity._sampled(logits_NV, below).tolist() == [1]
-    assert sensitivity._sampled(logits_NV, torch.tensor([0.0])).tolist() == [0]
 
 
 def test_a_gradient_that_overflows_is_told_with_its_layer(
