@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+PACKAGES = ("slimllm-prune", "torch", "transformers", "ray", "mlflow")
+
 
 def describe_machine() -> str:
     """Return the processor, cores, memory and versions in one line."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    packages = ", ".join(f"{name} {_version(name)}" for name in ("slimllm", "torch", "transformers", "ray", "mlflow"))
+    packages = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     hardware = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {gpu}"
     return f"{hardware}; Python {platform.python_version()}, {packages}"
