@@ -6,10 +6,7 @@ from dataclasses import replace
 
 from orchestrator.comparison.contestants import Contestant, one_pass
 from slimllm_ops.allocate.budget import Candidate, spend_by_price, spend_evenly
-from slimllm_ops.decide.elimination import eliminate
-from slimllm_ops.methods import METHODS
-from slimllm_ops.moments.projection import Projection
-from slimllm_ops.moments.ranking import Ranking
+from slimllm_ops.methods import METHODS, eliminate_by_squared_error
 
 Spend = Callable[[Sequence[Candidate], int], list[int]]
 
@@ -26,11 +23,7 @@ SCALES: dict[str, Callable[[Candidate], float]] = {
 
 def gram_that_spends(spend: Spend) -> Contestant:
     """Return `gram` with another budget, which counts squared errors as they are."""
-    return one_pass(replace(METHODS["gram"], rank=_eliminate_by_squared_error, spend=spend))
-
-
-def _eliminate_by_squared_error(projection: Projection, num_units: int) -> Ranking:
-    return eliminate(replace(projection, fisher=None), num_units)
+    return one_pass(replace(METHODS["gram"], rank=eliminate_by_squared_error, spend=spend))
 
 
 def spend_by_scale(scale: Callable[[Candidate], float]) -> Spend:

@@ -32,7 +32,9 @@ class Methods:
 
 PAPER = Methods("slimllm", ("slimllm",))
 ONE_PASS = Methods(
-    "one-pass methods", ("gram", "flap", "fasp", "slimgpt", "wanda-sp", "magnitude", "random"), "slimllm"
+    "one-pass methods",
+    ("gram", "flap", "fasp", "ziplm", "modegpt", "slimgpt", "wanda-sp", "magnitude", "random"),
+    "slimllm",
 )
 GRAM = Methods("gram", ("gram",))
 

@@ -6,7 +6,7 @@ and sparsities. To add one, write its three functions and a row in `METHODS` (do
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from slimllm_ops.allocate.budget import (
     Candidate,
     spend_by_cost,
     spend_by_depth,
+    spend_by_relative_error,
     spend_by_standard_score,
     spend_evenly,
 )
-from slimllm_ops.decide.elimination import eliminate
+from slimllm_ops.decide.elimination import eliminate, factorise_with_ridge, is_constant, ridge
 from slimllm_ops.decide.least_squares import refit
 from slimllm_ops.decide.plan import Recovery
 from slimllm_ops.decide.recovery import Line
@@ -36,6 +37,27 @@ class Method:
     recover: Callable[[Projection, Tensor], Recovery]
     source: str
     differs: str
+
+
+def eliminate_by_squared_error(projection: Projection, num_units: int) -> Ranking:
+    """Rank units by elimination, where squared errors of the output count as they are, as in ZipLM and SlimGPT."""
+    return eliminate(replace(projection, fisher=None), num_units)
+
+
+def rank_by_leverage(projection: Projection, num_units: int) -> Ranking:
+    """Score inputs by their ridge leverage, diag(C (C + d I)^-1) with C = E x x^T, and heads by their inputs' mean.
+
+    MoDeGPT, section 3.2: the inputs of the best Nyström approximation of C. d is the ridge of `refit`.
+
+    Raises:
+        SolveError: C + d I cannot be factorised.
+    """
+    second_PP = projection.moments.about_zero().covariance_PP
+    if is_constant(second_PP):
+        return _by_unit(torch.zeros_like(second_PP[0]), num_units)
+    d = ridge(second_PP)
+    inverse_PP = torch.cholesky_inverse(factorise_with_ridge(second_PP, d))
+    return _by_unit(1 - d * inverse_PP.diagonal(), num_units)
 
 
 def rank_by_fluctuation(projection: Projection, num_units: int) -> Ranking:
@@ -117,8 +139,24 @@ METHODS = {
             f"{_HEADS}, where FASP takes single rows of the values",
         ),
         Method(
+            "ziplm",
+            eliminate_by_squared_error,
+            spend_by_relative_error,
+            refit,
+            "ZipLM (Kurtic et al., NeurIPS 2023): greedy brain-surgeon elimination, budget by relative errors",
+            f"{_HEADS}, where ZipLM goes layer by layer and searches the budget",
+        ),
+        Method(
+            "modegpt",
+            rank_by_leverage,
+            spend_evenly,
+            refit,
+            "MoDeGPT (Lin et al., ICLR 2025), type I: ridge leverage scores, Nyström reconstruction; uniform ratio",
+            f"{_HEADS}, where MoDeGPT's types II and III compress dims of heads, and its ratio differs by layer",
+        ),
+        Method(
             "slimgpt",
-            eliminate,
+            eliminate_by_squared_error,
             spend_by_depth,
             refit,
             "SlimGPT (Ling et al., NeurIPS 2024): greedy brain-surgeon elimination, ratio logarithmic in depth",

@@ -95,6 +95,15 @@ def cost_per_parameter(candidate: Candidate, num_removed: int) -> float:
     return candidate.ranking.costs[num_removed] / candidate.unit_parameters
 
 
+def spend_by_relative_error(candidates: Sequence[Candidate], target: int) -> list[int]:
+    """Remove the units whose error, as a fraction of the output's variance, is least per parameter (ZipLM)."""
+
+    def price(candidate: Candidate, num_removed: int) -> float:
+        return cost_per_parameter(candidate, num_removed) / max(candidate.output_variance, 1e-300)
+
+    return spend_by_price(candidates, target, price)
+
+
 def spend_by_standard_score(candidates: Sequence[Candidate], target: int) -> list[int]:
     """Remove the units of lowest cost, after standardising each module's costs to mean 0 and deviation 1 (FLAP)."""
     scales = []

@@ -1,5 +1,7 @@
 """Every method's ranking and recovery match plain formulas over raw activations; users can add methods."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from slimllm_ops.decide.least_squares import Refit
 from slimllm_ops.decide.recovery import Line
 from slimllm_ops.methods import METHODS, Method, compensate_mean, leave
 from slimllm_ops.module_solves import decide_module, rank_module
-from slimllm_ops.moments.projection import Projection
+from slimllm_ops.moments.projection import Fisher, Projection
 from slimllm_ops.moments.ranking import Ranking
 from tests.slimllm_ops.naive import exact_projection, observe, random_activations, unit_columns
 
@@ -32,7 +34,13 @@ def magnitude(x_NP: np.ndarray, weight_PD: np.ndarray) -> list[float]:
     return [np.linalg.norm(weight_PD[c]) for c in range(x_NP.shape[1])]
 
 
-METRICS = {"flap": fluctuation, "fasp": wanda, "wanda-sp": wanda, "magnitude": magnitude}
+def leverage(x_NP: np.ndarray, weight_PD: np.ndarray) -> list[float]:
+    """MoDeGPT: the ridge leverage of an input, from the eigenvectors of E x x^T."""
+    values, vectors = np.linalg.eigh(x_NP.T @ x_NP / len(x_NP))
+    return list((vectors**2) @ (values / (values + 0.01 * values.mean())))
+
+
+METRICS = {"flap": fluctuation, "fasp": wanda, "wanda-sp": wanda, "magnitude": magnitude, "modegpt": leverage}
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -47,11 +55,14 @@ def test_units_go_by_the_mean_of_their_inputs_metric(name: str, num_units: int, 
     np.testing.assert_allclose(ranking.scores(), by_unit, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["gram", "slimgpt"])
 @pytest.mark.parametrize("num_units", [24, 6])
-def test_the_brain_surgeons_eliminate(name: str, num_units: int) -> None:
-    projection = exact_projection(*random_activations(0))
-    assert METHODS[name].rank(projection, num_units) == eliminate(projection, num_units)
+def test_the_brain_surgeons_eliminate_and_only_gram_weighs_errors_by_the_loss(num_units: int) -> None:
+    plain = exact_projection(*random_activations(0))
+    size = plain.weight_PD.shape[1]
+    weighed = replace(plain, fisher=Fisher(torch.diag(torch.arange(size).double() ** 4)))
+    assert METHODS["gram"].rank(weighed, num_units) == eliminate(weighed, num_units) != eliminate(plain, num_units)
+    for name in ("ziplm", "slimgpt"):
+        assert METHODS[name].rank(weighed, num_units) == eliminate(plain, num_units)
 
 
 def test_random_is_the_same_for_the_same_weights_and_another_for_others() -> None:

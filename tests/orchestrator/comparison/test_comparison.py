@@ -109,7 +109,20 @@ def everything(run_comparison: Compare, passes: list[tuple[str, int, str]]) -> C
 
 
 def test_every_method_takes_part_at_every_sparsity_and_the_dense_model_comes_first(everything: Comparison) -> None:
-    methods = ["slimllm", "gram", "gram-refine", "flap", "fasp", "slimgpt", "wanda-sp", "magnitude", "random", "mine"]
+    methods = [
+        "slimllm",
+        "gram",
+        "gram-refine",
+        "flap",
+        "fasp",
+        "ziplm",
+        "modegpt",
+        "slimgpt",
+        "wanda-sp",
+        "magnitude",
+        "random",
+        "mine",
+    ]
     assert [row.method for row in everything.rows] == ["dense", *(name for name in methods for _ in SPARSITIES)]
     assert all(row.source for row in everything.rows)
 
