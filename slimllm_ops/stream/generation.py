@@ -9,10 +9,11 @@ LLM-QAT (Liu et al. 2023) calibrates on such sequences. docs/method.md has what 
 Shapes: b sequences in a batch, P tokens of a prompt, T tokens of a sequence, V vocabulary.
 """
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import NonFiniteError
@@ -51,8 +52,8 @@ class GenerationStream:
         self._length = length
         self._seed = seed
         self._weights = ModelWeights(checkpoint, device)
-        self._whole = self._weights.whole(keep_layers=keep_layers)
-        self._model = self._whole.__enter__()
+        self._loaded = ExitStack()
+        self._model = self._loaded.enter_context(self._weights.whole(keep_layers=keep_layers))
 
     def generate_next(self) -> np.ndarray:
         """Continue the next batch of prompts.
@@ -68,21 +69,23 @@ class GenerationStream:
         rows = self._batches.pop(0)
         numbers = rows[:, 0].numpy()
         uniform_bT = torch.stack([self._uniform(int(number)) for number in numbers])
-        return numbered(numbers, self._continued(self._model, rows[:, 1:], uniform_bT).numpy())
+        return numbered(numbers, self._continued(rows[:, 1:], uniform_bT).numpy())
 
     def close(self) -> None:
         """Free all memory now."""
-        self._whole.__exit__(None, None, None)
+        self._loaded.close()
         self._weights.close()
 
     @torch.inference_mode()
-    def _continued(self, model: PreTrainedModel, prompts_bP: Tensor, uniform_bT: Tensor) -> Tensor:
+    def _continued(self, prompts_bP: Tensor, uniform_bT: Tensor) -> Tensor:
         """Return sequences (b, T) that begin with the prompts."""
         ids_bT = torch.empty(len(prompts_bP), self._length, dtype=torch.int64)
         start, cache = prompts_bP.shape[1], None
         ids_bT[:, :start] = new = prompts_bP
         for place in range(start, self._length):
-            answer = model(input_ids=new.to(self._device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            answer = self._model(
+                input_ids=new.to(self._device), past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
             cache, logits_bV = answer.past_key_values, answer.logits[:, -1].float()
             self._require_finite(logits_bV)
             new = sample(logits_bV, uniform_bT[:, place].to(self._device))[:, None].cpu()
