@@ -160,7 +160,7 @@ class ShardGroup:
         self._open(name, blocks_BT, footprint, open_sensitivity, self.deliver(checkpoint))
 
     def open_generation(self, name: str, checkpoint: Checkpoint, prompts: np.ndarray, *, length: int, seed: int) -> int:
-        """Spread prompts over the workers, each of which holds the model that continues them.
+        """Spread prompts over the workers. Each worker holds the model, and continues its prompts.
 
         Args:
             name: The stream's name in later calls.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from orchestrator.comparison.contestants import Contestant, one_pass
-from slimllm_ops.allocate.budget import Candidate, spend_by_price, spend_evenly
+from slimllm_ops.allocate.budget import Candidate, cost_per_parameter, spend_by_price, spend_evenly
 from slimllm_ops.methods import METHODS, eliminate_by_squared_error
 
 Spend = Callable[[Sequence[Candidate], int], list[int]]
@@ -30,7 +30,7 @@ def spend_by_scale(scale: Callable[[Candidate], float]) -> Spend:
     """Return a budget by the error per parameter, divided by a scale."""
 
     def price(candidate: Candidate, num_removed: int) -> float:
-        return candidate.ranking.costs[num_removed] / candidate.unit_parameters / max(scale(candidate), 1e-300)
+        return cost_per_parameter(candidate, num_removed) / max(scale(candidate), 1e-300)
 
     return lambda candidates, target: spend_by_price(candidates, target, price)
 

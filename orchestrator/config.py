@@ -11,6 +11,8 @@ from orchestrator.settings import ConfigError as ConfigError
 from orchestrator.sources.storage import is_uri
 
 DEFAULT_SPARSITY = 0.2
+# Begins the data spec of sequences that the model samples itself.
+SELF = "self:"
 FRACTION = Check(lambda value: 0 < value < 1, "it must lie between 0 and 1, both excluded")
 AT_LEAST_ONE = Check(lambda value: value >= 1, "it must be at least 1")
 
@@ -305,7 +307,7 @@ class PruneConfig:
 
     def _check_generate(self) -> None:
         require(
-            not (self.generate and (self.calibration or "").startswith("self:")),
+            not (self.generate and (self.calibration or "").startswith(SELF)),
             f"calibration {self.calibration} is sampled by the model already: raise its number, or leave generate out",
         )
         require(

@@ -6,11 +6,11 @@ Shapes: N sequences, P tokens of a prompt, B blocks of T tokens.
 import numpy as np
 from transformers import PretrainedConfig
 
+from orchestrator.config import SELF
 from orchestrator.data.blocks import DataError
 from slimllm_ops.errors import InputError
 from slimllm_ops.stream.padding import PADDING
 
-SELF = "self:"
 # Tokens of a prompt that is taken from text: enough to say what the text is about.
 PROMPT_TOKENS = 32
 

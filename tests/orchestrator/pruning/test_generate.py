@@ -108,19 +108,26 @@ def undisturbed(gqa_model: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return content(output)
 
 
+def raise_at_batch(number: int, error: BaseException, patch: pytest.MonkeyPatch) -> list[GenerationStream]:
+    """Raise an error in place of sampling a batch; return the list of all calls, which grows."""
+    generate_next, calls = GenerationStream.generate_next, list[GenerationStream]()
+
+    def failing(stream: GenerationStream) -> np.ndarray:
+        calls.append(stream)
+        if len(calls) == number:
+            raise error
+        return generate_next(stream)
+
+    patch.setattr(GenerationStream, "generate_next", failing)
+    return calls
+
+
 def test_a_run_that_ends_early_keeps_its_sequences(
     gqa_model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate_next, calls = GenerationStream.generate_next, []
-
-    def interrupted(stream: GenerationStream) -> np.ndarray:
-        calls.append(stream)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate_next(stream)
-
+    generate_next = GenerationStream.generate_next
     with monkeypatch.context() as patch:
-        patch.setattr(GenerationStream, "generate_next", interrupted)
+        raise_at_batch(3, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt) as raised:
             prune(config_of(tmp_path / "cut", gqa_model), reporter())
     assert "--resume" in raised.value.__notes__[0]
@@ -143,15 +150,7 @@ def test_a_run_that_ends_early_keeps_its_sequences(
 def test_a_lost_worker_costs_its_batch_only(
     gqa_model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate_next, calls = GenerationStream.generate_next, []
-
-    def lost(stream: GenerationStream) -> np.ndarray:
-        calls.append(stream)
-        if len(calls) == 4:
-            raise WorkerLostError("a worker died.")
-        return generate_next(stream)
-
-    monkeypatch.setattr(GenerationStream, "generate_next", lost)
+    calls = raise_at_batch(4, WorkerLostError("a worker died."), monkeypatch)
     prune(config_of(tmp_path / "lost", gqa_model), reporter())
     assert len(calls) > 4
     assert content(tmp_path / "lost") == undisturbed
