@@ -127,14 +127,16 @@ def test_sigterm_is_told_wherever_it_comes(wait: Callable[[Any], object], capsys
     assert capsys.readouterr().err == "slimllm: terminated; no checkpoint was written\n"
 
 
-# Waits for a signal; what it then prints goes to a terminal that may be gone.
+# Waits for a signal; what it then prints goes to a terminal that may be gone. It sleeps in short steps: Python calls a
+# handler between two of them, also when the signal came just before a sleep, which then does not end early.
 WAITING = """
 import sys, time
 from orchestrator.cli.exit_codes import exit_on_error
 with exit_on_error():
     try:
         print("there", flush=True)
-        time.sleep(60)
+        for _ in range(600):
+            time.sleep(0.1)
     finally:
         print("cleaning up", file=sys.stderr, flush=True)
 """

@@ -38,18 +38,22 @@ finally:
     with open(path, "w") as file:
         file.write(str(seen))
 """
-# A run's end that takes long, and a child that takes longer.
+# A run's end that takes long, and a child that takes longer. A signal just before a sleep does not end that sleep, so
+# the sleeps are short.
 SLOW_END = """
 import subprocess, sys, time
 from orchestrator.cli.exit_codes import exit_on_error
+def wait():
+    for _ in range(600):
+        time.sleep(0.1)
 with exit_on_error():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     try:
         print(child.pid, flush=True)
-        time.sleep(60)
+        wait()
     finally:
         print("ending", flush=True)
-        time.sleep(60)
+        wait()
 """
 Run = Callable[..., tuple[Ended, int]]
 
