@@ -1,15 +1,20 @@
 """Defines token blocks: how they are drawn, their digest, and the file they are saved in."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from orchestrator.config import PruneConfig
 from slimllm_ops.stream.padding import PADDING, count_tokens
+
+T = TypeVar("T")
+POOL = 16  # 128 blocks of 2048 are drawn from 4 million tokens: a broad choice, and 5 to 10 s of tokenising
 
 
 class DataError(ValueError):
@@ -77,9 +82,28 @@ def freeze(
     """Return read-only token blocks with their digest, so that no later write can invalidate it."""
     ids_BT = np.ascontiguousarray(ids_BT, dtype=np.int32)
     ids_BT.flags.writeable = False
-    digest = hashlib.sha256("{}x{}\n".format(*ids_BT.shape).encode())
-    digest.update(ids_BT.astype("<i4", copy=False).reshape(-1).data)
-    return TokenBlocks(spec, ids_BT, digest.hexdigest(), found, source_digest, pinned)
+    return TokenBlocks(spec, ids_BT, digest_of(ids_BT), found, source_digest, pinned)
+
+
+def digest_of(*arrays_BT: np.ndarray) -> str:
+    """Return the sha256 of the shape and the bytes of arrays of one shape, which are the same on every machine."""
+    digest = hashlib.sha256("{}x{}\n".format(*arrays_BT[0].shape).encode())
+    for array_BT in arrays_BT:
+        digest.update(array_BT.astype(array_BT.dtype.newbyteorder("<"), copy=False).reshape(-1).data)
+    return digest.hexdigest()
+
+
+def draw(items: Iterable[T], samples: int, seed: int) -> tuple[list[T], int]:
+    """Return a random subset of the first items, in their order, and how many items were read to draw it."""
+    generator = np.random.default_rng(seed)
+    kept: dict[int, tuple[int, T]] = {}
+    found = 0
+    for item in islice(items, POOL * samples):
+        slot = found if found < samples else int(generator.integers(found + 1))
+        if slot < samples:
+            kept[slot] = (found, item)
+        found += 1
+    return [item for _, item in sorted(kept.values(), key=lambda pair: pair[0])], found
 
 
 def check_length(spec: str, ids_BT: np.ndarray, max_length: int) -> None:

@@ -1,8 +1,7 @@
 """Reads the documents of any source, one after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from orchestrator.data.blocks import DataError
 from orchestrator.data.files import HUB_NAME, list_names
@@ -18,7 +17,7 @@ from orchestrator.data.rows import (
     without_nulls,
 )
 from orchestrator.data.tables import python_values, read_columns, table_columns
-from orchestrator.data.text_rows import read_text_rows
+from orchestrator.data.text_rows import Places, read_text_rows
 from orchestrator.sources import hub
 
 
@@ -30,9 +29,22 @@ def read_documents(spec: str, path: Path | None, render: Render) -> Iterator[Doc
         path: Its file or folder; None for a built-in text or a dataset of the hub.
         render: Applies the tokenizer's chat template.
     """
+    if spec.startswith("builtin:"):
+        return _builtin_documents(spec)
+    return (document_of(row, where, render) for where, row in read_places(spec, path, columns_to_read))
+
+
+def read_places(spec: str, path: Path | None, choose: Callable[[Iterable[str]], list[str]]) -> Places:
+    """Return an iterator over the place and the values of each row that the spec names, in order; it reads them lazily.
+
+    Args:
+        spec: The source.
+        path: Its file or folder; None for a dataset of the hub.
+        choose: Returns which of a table's columns to read; none if the table has no rows of the kind that is wanted.
+    """
     if path is None:
-        return _builtin_documents(spec) if spec.startswith("builtin:") else _hub_documents(spec, render)
-    return (_row_documents if form_of(path) in ROWS else _table_documents)(path, render)
+        return _hub_rows(spec, choose)
+    return read_text_rows(path) if form_of(path) in ROWS else _table_rows(path, choose)
 
 
 def _builtin_documents(spec: str) -> Iterator[Document]:
@@ -45,36 +57,26 @@ def _builtin_documents(spec: str) -> Iterator[Document]:
     return map(Document, texts[spec]())
 
 
-def _row_documents(path: Path, render: Render) -> Iterator[Document]:
-    for where, row in read_text_rows(path):
-        yield document_of(row, where, render)
-
-
-def _table_documents(path: Path, render: Render) -> Iterator[Document]:
+def _table_rows(path: Path, choose: Callable[[Iterable[str]], list[str]]) -> Places:
     names = table_columns(path)
-    read = columns_to_read(names)
+    read = choose(names)
     if not read:
         raise DataError(f"{path}: neither 'text' nor 'input_ids' among the columns ({list_names(names)}): {REMEDY}")
     number = 0
     for arrays in read_columns(path, read):
         columns = [python_values(path, name, array, number) for name, array in zip(read, arrays, strict=True)]
         for values in zip(*columns, strict=True):
-            row = dict(zip(read, values, strict=True))
-            yield document_of(without_nulls(row), f"{path}: row {number}", render)
+            yield f"{path}: row {number}", without_nulls(dict(zip(read, values, strict=True)))
             number += 1
 
 
-def _hub_documents(spec: str, render: Render) -> Iterator[Document]:
+def _hub_rows(spec: str, choose: Callable[[Iterable[str]], list[str]]) -> Places:
     match = HUB_NAME.fullmatch(spec)
     assert match is not None  # local_file refuses other names
     rows = hub.dataset_rows(match["name"], match["revision"], match["config"], match["split"] or "train", COLUMNS)
     try:
         for number, row in enumerate(rows):
-            yield document_of(_known(row), f"{spec}: row {number}", render)
+            # As a table's rows are read: only the columns that make its document, if there are any.
+            yield f"{spec}: row {number}", without_nulls({name: row[name] for name in choose(row) or row})
     except hub.HubError as error:
         raise hub_error(spec, error) from error
-
-
-def _known(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of the hub as a table's rows are read: only the columns that make its document, if there are any."""
-    return without_nulls({name: row[name] for name in columns_to_read(row) or row})

@@ -38,52 +38,70 @@ class Document(NamedTuple):
     is_chat: bool = False
 
 
+class RowForm(NamedTuple):
+    """The columns that a row must have, and those that it may have; the first one names the form."""
+
+    needed: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
 def _from_text(row: Row, where: str, render: Render) -> Document:
-    return Document(_string(row, "text", where))
+    return Document(string_of(row, "text", where))
 
 
 def _from_messages(row: Row, where: str, render: Render) -> Document:
-    return _chat(_messages(row, "messages", where), row, where, render)
+    return _chat(messages_of(row, "messages", where), row, where, render)
 
 
 def _from_conversations(row: Row, where: str, render: Render) -> Document:
-    return _chat(_messages(row, "conversations", where), row, where, render)
+    return _chat(messages_of(row, "conversations", where), row, where, render)
 
 
 def _from_instruction(row: Row, where: str, render: Render) -> Document:
     parts = []
     for column, heading in _PARTS:
         if column != "input" or row.get(column) is not None:
-            text = _string(row, column, where)
+            text = string_of(row, column, where)
             parts += [f"### {heading}:\n{text}"] if text or column != "input" else []
     return Document("\n\n".join(parts))
 
 
 def _from_prompt(row: Row, where: str, render: Render) -> Document:
     if isinstance(row["prompt"], list):
-        both = [*_messages(row, "prompt", where), *_messages(row, "completion", where)]
+        both = [*messages_of(row, "prompt", where), *messages_of(row, "completion", where)]
         return _chat(both, row, where, render)
-    return Document(_string(row, "prompt", where) + _string(row, "completion", where))
+    return Document(string_of(row, "prompt", where) + string_of(row, "completion", where))
 
 
-# The columns that a row must have and those that it may have, and what makes a document of them.
-_FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Row, str, Render], Document]], ...] = (
-    (("text",), (), _from_text),
-    (("messages",), ("tools",), _from_messages),
-    (("conversations",), ("tools",), _from_conversations),
-    (("instruction", "output"), ("input",), _from_instruction),
-    (("prompt", "completion"), ("tools",), _from_prompt),
+# The forms of rows that hold prompts and responses.
+INSTRUCTIONS = (
+    RowForm(("messages",), ("tools",)),
+    RowForm(("conversations",), ("tools",)),
+    RowForm(("instruction", "output"), ("input",)),
+    RowForm(("prompt", "completion"), ("tools",)),
 )
-COLUMNS = tuple(dict.fromkeys(name for needed, others, _ in _FORMS for name in (*needed, *others)))
+FORMS = (RowForm(("text",)), *INSTRUCTIONS)
+COLUMNS = tuple(dict.fromkeys(name for form in FORMS for name in (*form.needed, *form.others)))
+_MAKERS: dict[str, Callable[[Row, str, Render], Document]] = {
+    "text": _from_text,
+    "messages": _from_messages,
+    "conversations": _from_conversations,
+    "instruction": _from_instruction,
+    "prompt": _from_prompt,
+}
 
 
-def columns_to_read(names: Iterable[str]) -> list[str]:
+def form_of_row(names: Iterable[str], forms: Iterable[RowForm] = FORMS) -> RowForm | None:
+    """Return the first form whose columns are among the names; None if no form fits."""
+    names = set(names)
+    return next((form for form in forms if names.issuperset(form.needed)), None)
+
+
+def columns_to_read(names: Iterable[str], forms: Iterable[RowForm] = FORMS) -> list[str]:
     """Return those of a table's columns that make its documents; none if no form fits."""
     names = set(names)
-    for needed, others, _ in _FORMS:
-        if names.issuperset(needed):
-            return [name for name in (*needed, *others) if name in names]
-    return []
+    form = form_of_row(names, forms)
+    return [name for name in (*form.needed, *form.others) if name in names] if form else []
 
 
 def document_of(row: Row, where: str, render: Render) -> Document:
@@ -97,12 +115,12 @@ def document_of(row: Row, where: str, render: Render) -> Document:
     Raises:
         DataError: The row has none of these columns, or they do not hold text or messages.
     """
-    for needed, _, make in _FORMS:
-        if all(name in row for name in needed):
-            document = make(row, where, render)
-            _check_text(document.text, where)
-            return document
-    raise DataError(f"{where}: no 'text' among the columns ({list_names(row)}): {REMEDY}")
+    form = form_of_row(row)
+    if form is None:
+        raise DataError(f"{where}: no 'text' among the columns ({list_names(row)}): {REMEDY}")
+    document = _MAKERS[form.needed[0]](row, where, render)
+    check_text(document.text, where)
+    return document
 
 
 def without_nulls(row: Row) -> dict[str, Any]:
@@ -124,7 +142,12 @@ def too_long(where: str) -> DataError:
     return DataError(f"{where} is longer than {LONGEST_DOCUMENT:,} characters: split it into several documents")
 
 
-def _string(row: Row, column: str, where: str) -> str:
+def string_of(row: Row, column: str, where: str) -> str:
+    """Return the string in a column of a row.
+
+    Raises:
+        DataError: There is something else.
+    """
     text = row[column]
     if not isinstance(text, str):
         kind = "null" if text is None else f"of type {type(text).__name__}"
@@ -132,7 +155,12 @@ def _string(row: Row, column: str, where: str) -> str:
     return text
 
 
-def _messages(row: Row, column: str, where: str) -> list[dict[str, Any]]:
+def messages_of(row: Row, column: str, where: str) -> list[dict[str, Any]]:
+    """Return the messages in a column of a row, under the names that chat templates know.
+
+    Raises:
+        DataError: There are none, or there is something else.
+    """
     found = row[column]
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
         kind = "an empty list" if found == [] else "null" if found is None else f"of type {type(found).__name__}"
@@ -155,14 +183,24 @@ def _named_usually(message: dict[str, Any]) -> dict[str, Any]:
     return renamed | {"role": _ROLES.get(role, role)} if isinstance(role, str) else renamed
 
 
-def _chat(messages: list[dict[str, Any]], row: Row, where: str, render: Render) -> Document:
+def tools_of(row: Row, where: str) -> list[Any] | None:
+    """Return the descriptions of tools in a row; None if there are none.
+
+    Raises:
+        DataError: There is something else.
+    """
     tools = row.get("tools") or None
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{where}: 'tools' is of type {shown(type(tools).__name__)}: give a list of descriptions")
-    return Document(render(messages, tools, where), is_chat=True)
+    return tools
 
 
-def _check_text(text: str, where: str) -> None:
+def _chat(messages: list[dict[str, Any]], row: Row, where: str, render: Render) -> Document:
+    return Document(render(messages, tools_of(row, where), where), is_chat=True)
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise DataError if a text is too long, or holds what is no character."""
     if len(text) > LONGEST_DOCUMENT:
         raise too_long(where)
     try:

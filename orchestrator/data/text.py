@@ -4,14 +4,13 @@ Special tokens are the tokenizer's default. They are added to each document, as 
 to a whole ``.txt`` or ``.md``, which is one running text. A chat template puts them into a chat itself. Nothing else is
 put between documents.
 
-For calibration, only the first ``_POOL`` blocks per requested block are read, so a source of any size takes the same
-time. A uniform random subset of them is kept in the order of the text (a reservoir: memory holds no more). For
+For calibration, only the first ``blocks.POOL`` blocks per requested block are read, so a source of any size takes the
+same time. A uniform random subset of them is kept in the order of the text (a reservoir: memory holds no more). For
 evaluation, all blocks are taken, or the first ones.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -20,25 +19,29 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.data.blocks import DataError, TextOptions
+from orchestrator.data.blocks import DataError, TextOptions, draw
 from orchestrator.data.documents import read_documents
-from orchestrator.data.files import MOST_EMPTY, error_line, naming_file
+from orchestrator.data.files import MOST_EMPTY, naming_file
 from orchestrator.data.forms import RUNNING, form_of, open_text
 from orchestrator.data.rows import Document
-from slimllm_ops.checkpoint.tokenizer import lacks_package, load_tokenizer
+from orchestrator.data.tokenizer import (
+    BATCH_CHARACTERS,
+    batches,
+    load_tokenizer,
+    naming_tokenizer_failure,
+    render_chat,
+)
 
 # Limit on the tokens of a text that is evaluated whole: hours for a small model.
 MOST_EVALUATED = 1 << 24
-_POOL = 16  # 128 blocks of 2048 are drawn from 4 million tokens: a broad choice, and 5 to 10 s of tokenising
 _PIECE_CHARACTERS = 1 << 16  # size of a piece of a .txt; tokenizers process a batch's pieces in parallel
-_BATCH_CHARACTERS = 1 << 20
 
 
 def read_text(
     spec: str, path: Path | None, model_dir: Path, length: int, options: TextOptions
 ) -> tuple[np.ndarray, int, str]:
     """Return blocks drawn from a text, the number of available blocks, and the digest of the text read."""
-    tokenizer = _load_tokenizer(spec, model_dir)
+    tokenizer = load_tokenizer(spec, model_dir)
     text_hash = hashlib.sha256()
     if path is not None and form_of(path) in RUNNING:
         pieces = _hash_texts(text_pieces(path), text_hash, end=b"")
@@ -47,7 +50,7 @@ def read_text(
             _encode(tokenizer, pieces, add_special_tokens=False),
         )
     else:
-        documents = _with_text(spec, read_documents(spec, path, partial(_render, tokenizer)))
+        documents = _with_text(spec, read_documents(spec, path, partial(render_chat, tokenizer)))
         tokens = _encode_documents(tokenizer, documents, text_hash)
     ids_BT, found = take_blocks(spec, tokens, length, options)
     return ids_BT, found, text_hash.hexdigest()
@@ -62,55 +65,6 @@ def _with_text(spec: str, documents: Iterable[Document]) -> Iterator[Document]:
             yield document
         elif (empty := empty + 1) > MOST_EMPTY:
             raise DataError(f"{spec}: more than {MOST_EMPTY:,} documents without text follow each other: drop them")
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
-) -> str:
-    """Return what the tokenizer's chat template makes of messages."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where} is a chat, and the tokenizer in {tokenizer.name_or_path} has no chat template: "
-            f"add one to the model's directory (chat_template.jinja), or give rows of 'text'"
-        )
-    refused = f"{where}: the chat template in {tokenizer.name_or_path} does not take the messages"
-    with _naming_tokenizer_failure(refused, "fix or drop the row"):
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-
-
-def _load_tokenizer(spec: str, model_dir: Path) -> PreTrainedTokenizerBase:
-    remedy = "add its files, or give token blocks (input_ids in a .parquet, .arrow or .jsonl file), which need none"
-    failed = f"{spec} is text, and {model_dir} has no tokenizer that loads"
-    with _naming_missing_package(failed, model_dir), _naming_tokenizer_failure(failed, remedy):
-        tokenizer = load_tokenizer(model_dir)
-        # In many families, a folder without tokenizer files loads as an empty tokenizer, which drops every word.
-        empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
-        if empty:
-            raise DataError(f"{spec} is text, and the tokenizer in {model_dir} has no vocabulary: {remedy}")
-    return tokenizer
-
-
-@contextmanager
-def _naming_missing_package(failed: str, model_dir: Path) -> Iterator[None]:
-    """Say which package is missing, if that is why a tokenizer does not load."""
-    try:
-        yield
-    except DataError as error:
-        if lacks := lacks_package(model_dir):
-            raise DataError(f"{failed}: {lacks}") from error
-        raise
-
-
-@contextmanager
-def _naming_tokenizer_failure(what: str, remedy: str) -> Iterator[None]:
-    """Turn any tokenizer error into a one-line DataError; the files are untrusted and may hold anything."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, DataError):
-        raise
-    # Catch everything: Transformers raises a dozen kinds of errors, and a Rust panic is not an Exception.
-    except BaseException as error:
-        raise DataError(f"{what} ({error_line(error)}): {remedy}") from error
 
 
 def text_pieces(path: Path) -> Iterator[str]:
@@ -137,7 +91,7 @@ def _last_line_start(text: str, first: int) -> int:
         if newline + 1 < len(text) and not text[newline + 1].isspace():
             return newline + 1
         end = newline
-    return len(text) if len(text) >= _BATCH_CHARACTERS else 0  # an endless line is cut anywhere
+    return len(text) if len(text) >= BATCH_CHARACTERS else 0  # an endless line is cut anywhere
 
 
 def _hash_texts(texts: Iterable[str], text_hash: Any, end: bytes) -> Iterator[str]:
@@ -160,8 +114,8 @@ def _encode(
 ) -> Iterator[np.ndarray]:
     """Yield the token ids of the texts in order, one array per batch of texts."""
     failed = f"the tokenizer in {tokenizer.name_or_path} cannot read the text"
-    for batch in _batches(texts):
-        with _naming_tokenizer_failure(failed, "download its files again"):
+    for batch in batches(texts, len):
+        with naming_tokenizer_failure(failed, "download its files again"):
             encoded = tokenizer(
                 batch,
                 add_special_tokens=add_special_tokens,
@@ -171,19 +125,6 @@ def _encode(
             )
             ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32)
         yield ids
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def take_blocks(spec: str, tokens: Iterable[np.ndarray], length: int, options: TextOptions) -> tuple[np.ndarray, int]:
@@ -205,15 +146,8 @@ def draw_blocks(
     spec: str, tokens: Iterable[np.ndarray], length: int, samples: int, seed: int
 ) -> tuple[np.ndarray, int]:
     """Return a random subset of the blocks of a token stream, and the number of available blocks."""
-    generator = np.random.default_rng(seed)
-    kept: dict[int, tuple[int, np.ndarray]] = {}
-    found = 0
-    for block in islice(_cut(spec, tokens, length), _POOL * samples):
-        slot = found if found < samples else int(generator.integers(found + 1))
-        if slot < samples:
-            kept[slot] = (found, block)
-        found += 1
-    return np.stack([block for _, block in sorted(kept.values(), key=lambda pair: pair[0])]), found
+    blocks, found = draw(_cut(spec, tokens, length), samples, seed)
+    return np.stack(blocks), found
 
 
 def _cut(spec: str, tokens: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
