@@ -1,40 +1,28 @@
 """Shards of the data that are driven together, on any kind of workers.
 
-Results come in the order of the shards, and sums follow a tree in that order, so nothing depends on timing. Nor does
-anything depend on which worker holds a shard: there are as many shards as workers were asked for, and a worker holds
-several when the cluster has lost some.
-
-A driver names the step that it wants and writes it as it would call it:
-
-    shards.open_stream("pruned", checkpoint, blocks, deciding=True)
-    observed = shards.merge("pruned", LayerStream.observe, layer, branch)
-    decision = shards.decide("pruned", decide_heads, observed, layer, num_removed=2)
-    shards.mean("pruned", LayerStream.apply, layer, branch, decision)
+A driver opens a stream, `shards.open_stream("pruned", checkpoint, blocks, deciding=True)`, and runs its steps
+(`actors.steps`). Nothing depends on which worker holds a shard: there are as many shards as workers were asked for, and
+a worker holds several when the cluster has lost some.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from functools import reduce
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from actors.batching import into_batches, micro_batch_tokens, sequences_at_once, sequences_that_fit, split_evenly
-from actors.calls import Share, SharedStream, label_of
-from actors.shard import Arguments, Shard
-from actors.workers import Reference, Workers, merge_on
+from actors.calls import Share, SharedStream
+from actors.shard import Shard
+from actors.steps import ShardSteps
+from actors.workers import Workers
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.moments.sums import Mean
 from slimllm_ops.stream.footprint import Footprint
 from slimllm_ops.stream.opening import open_generation, open_refinement, open_sensitivity, open_stream
 from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.weights import compute_dtype
-
-S = TypeVar("S")
-T = TypeVar("T")
-R = TypeVar("R")
-P = ParamSpec("P")
+from slimllm_ops.training.branches import open_branch_training
 
 # Returns the number settled before under a name; else computes it and settles it.
 Settle = Callable[[str, Callable[[], int]], int]
@@ -42,7 +30,7 @@ Settle = Callable[[str, Callable[[], int]], int]
 Delivery = Callable[[Checkpoint], Checkpoint]
 
 
-class ShardGroup:
+class ShardGroup(ShardSteps):
     """Shards that are called together; a context manager that ends their workers.
 
     The workers start with the first stream, so a run that opens no stream starts none.
@@ -66,12 +54,11 @@ class ShardGroup:
         offload: bool = False,
         settle: Settle = lambda name, compute: compute(),
     ) -> None:
-        self._workers = workers
+        super().__init__(workers)
         self._num_shards = num_shards
         self._note = note
         self._offload = offload
         self._settle = settle
-        self._streams: dict[str, SharedStream] = {}
         self.deliver = deliver
 
     @property
@@ -145,6 +132,25 @@ class ShardGroup:
         models = (self.deliver(dense), self.deliver(pruned))
         self._open(name, blocks_BT, footprint, open_refinement, *models, origins)
 
+    def open_branch_training(
+        self, name: str, dense: Checkpoint, pruned: Checkpoint, blocks_BT: np.ndarray, origins: tuple[int, ...]
+    ) -> None:
+        """Spread blocks over the shards; the pruned model's branches are trained beside the dense model.
+
+        Args:
+            name: The stream's name in later calls.
+            dense: The dense model.
+            pruned: The pruned model, whose layers later calls number.
+            blocks_BT: The blocks, int32.
+            origins: The dense layer that each pruned layer comes from.
+
+        Raises:
+            InputError: A worker lacks the memory for it.
+        """
+        footprint = Footprint.of_branch_training(dense, pruned, self._workers.device)
+        models = (self.deliver(dense), self.deliver(pruned))
+        self._open(name, blocks_BT, footprint, open_branch_training, *models, origins)
+
     def open_sensitivity(self, name: str, checkpoint: Checkpoint, blocks_BT: np.ndarray) -> None:
         """Spread blocks over the shards; they pass through the dense model forward, then backward.
 
@@ -186,87 +192,10 @@ class ShardGroup:
         self._spread(name, parts, open_generation, self.deliver(checkpoint), length, seed, keeps_layers)
         return len(parts[0])
 
-    def close_stream(self, name: str) -> None:
-        """Close a stream and free its memory."""
-        shares = self._streams.pop(name).shares
-        self._workers.get([self._workers.call(one.worker, "close", Shard.close, one.stream) for one in shares])
-
-    def each(self, name: str, step: Callable[Concatenate[S, P], R], *arguments: P.args, **named: P.kwargs) -> list[R]:
-        """Run a step on every shard; return the results in the order of the shards."""
-        return self._workers.get(self._submit(name, step, (arguments, named)))
-
-    def mean(self, name: str, step: Callable[Concatenate[S, P], Mean], *arguments: P.args, **named: P.kwargs) -> float:
-        """Run a step on every shard; return the mean over all tokens."""
-        return reduce(Mean.merge, self.each(name, step, *arguments, **named)).value
-
-    def first(self, name: str, step: Callable[Concatenate[S, P], R], *arguments: P.args, **named: P.kwargs) -> R:
-        """Run a step on the first shard alone."""
-        share, packed = self._streams[name].shares[0], self._workers.put((arguments, named))
-        call = self._workers.call(share.worker, label_of(step, arguments), Shard.run, share.stream, step, packed)
-        return self._workers.get([call])[0]
-
-    def merge(
-        self, name: str, step: Callable[Concatenate[S, P], R], *arguments: P.args, **named: P.kwargs
-    ) -> Reference[R]:
-        """Run a step on every shard and merge the results where they are; do not wait.
-
-        Only neighbours in the order of the shards are ever added.
-        """
-        workers = [share.worker for share in self._streams[name].shares]
-        references = self._submit(name, step, (arguments, named))
-        return merge_on(self._workers, workers, references)
-
-    def decide(
-        self,
-        name: str,
-        step: Callable[Concatenate[S, T, P], R],
-        merged: Reference[T],
-        *arguments: P.args,
-        **named: P.kwargs,
-    ) -> Reference[R]:
-        """Run a step on the first shard, where `merge` left its result; the step takes that result first.
-
-        Raises:
-            MiscountError: The merged moments are not of all tokens.
-        """
-        stream, label = self._streams[name], label_of(step, arguments)
-        share, packed = stream.shares[0], self._workers.put((arguments, named))
-        checked = self._workers.call(share.worker, label, Shard.require_tokens, merged, stream.num_tokens, label)
-        self._workers.get([checked])
-        return self._workers.call(share.worker, label, Shard.run_with, share.stream, step, merged, packed)
-
-    def give(
-        self,
-        name: str,
-        step: Callable[Concatenate[S, T, P], R],
-        value: Reference[T],
-        *arguments: P.args,
-        **named: P.kwargs,
-    ) -> list[R]:
-        """Run a step on every shard; its first argument is a value that is on the cluster."""
-        packed, label = self._workers.put((arguments, named)), label_of(step, arguments)
-        return self._workers.get(
-            [
-                self._workers.call(share.worker, label, Shard.run_with, share.stream, step, value, packed)
-                for share in self._streams[name].shares
-            ]
-        )
-
-    def get(self, reference: Reference[T]) -> T:
-        """Return the value of a reference."""
-        return self._workers.get([reference])[0]
-
     def peak_memory(self) -> dict[str, int]:
         """Return the highest peak of any worker that is not lost, in bytes, for the host and for the GPU."""
         peaks = self._workers.call_living(Shard.peak_memory)
         return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
-
-    def _submit(self, name: str, step: Callable[..., R], arguments: Arguments) -> list[Reference[R]]:
-        packed, label = self._workers.put(arguments), label_of(step, arguments[0])
-        return [
-            self._workers.call(share.worker, label, Shard.run, share.stream, step, packed)
-            for share in self._streams[name].shares
-        ]
 
     def _open(
         self, name: str, blocks_BT: np.ndarray, footprint: Footprint, build: Callable[..., Any], *models: Any

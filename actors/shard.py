@@ -79,6 +79,9 @@ class Shard:
         positional, named = arguments
         return step(self._streams[name], value, *positional, **named)
 
+    def receive(self, value: Any) -> None:
+        """Take a value and return nothing, so that the driver can wait for the value without fetching it."""
+
     def merge(self, left: Mergeable, right: Mergeable) -> Any:
         """Return the merged results of two shards."""
         return left.merge(right)

@@ -9,12 +9,13 @@ experts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from slimllm_ops.checkpoint.surgery import recovered_experts, recovered_projection
@@ -54,7 +55,7 @@ class Held(Protocol[X]):
 
 
 class LayerBranch(ABC, Generic[X]):
-    """A branch of a layer, with its weights.
+    """A branch of a layer, with its weights. The caller says whether gradients are recorded.
 
     Args:
         weights: The model's weights.
@@ -88,13 +89,11 @@ class LayerBranch(ABC, Generic[X]):
     def projected(self, decision: Decision | None) -> Callable[[X], Tensor]:
         """Return a function from the projection's input to its output (b, T, D), pruned if there is a decision."""
 
-    @torch.inference_mode()
     def normalise(self, hidden: Tensor) -> Tensor:
         """Return the branch's input (b, T, D) for states of the residual stream (b, T, D)."""
         norm = self._branch.reading.norm
         return hidden if norm is None else self._loaded().get_submodule(norm)(hidden)
 
-    @torch.inference_mode()
     def contribution(self, output: Tensor) -> Tensor:
         """Return what the branch adds to the residual stream (b, T, D) for its output projection's output (b, T, D)."""
         if (norm := self._branch.reading.output_norm) is not None:
@@ -116,9 +115,30 @@ class LayerBranch(ABC, Generic[X]):
         rms = output.float().square().mean(dim=-1, keepdim=True).sqrt().to(output)
         return torch.where(passes_D, change / torch.where(passes_D, gain_D, 1.0), 0.0) * rms
 
+    def added(self, normalised: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return what the branch adds to the residual stream (b, T, D), with some tensors of its layer replaced.
+
+        Args:
+            normalised: The branch's input (b, T, D).
+            tensors: The tensors that take the place of the layer's own, by their names in the layer.
+        """
+        layer = _Called(self._loaded(), lambda: self.contribution(self.projected(None)(self.run(normalised))))
+        return functional_call(layer, {f"{layer.PREFIX}{name}": tensor for name, tensor in tensors.items()}, ())
+
     def _loaded(self) -> nn.Module:
         """Return the layer with its weights."""
         return self._weights.load(self._layer)
+
+
+class _Called(nn.Module):
+    """A layer that computes something with the weights that it has when it is called."""
+
+    PREFIX = "layer."
+
+    def __init__(self, layer: nn.Module, compute: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.forward = compute
 
 
 class PlainBranch(LayerBranch[Tensor]):
@@ -132,7 +152,6 @@ class PlainBranch(LayerBranch[Tensor]):
         """Return an empty store for X."""
         return store()
 
-    @torch.inference_mode()
     def run(self, normalised: Tensor) -> Tensor:
         """Return X (b, T, P) for the branch's input (b, T, D)."""
         module, branch = self._loaded(), self._branch

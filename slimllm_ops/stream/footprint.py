@@ -17,6 +17,7 @@ peak is lower: a decision is made after a micro-batch's activations are freed, a
 Shapes: D hidden size, P the larger input of an output projection.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +33,9 @@ WIDE_ACTIVATIONS, NARROW_ACTIVATIONS = 5, 8
 LIKELY_MLP, LIKELY_ATTENTION = (3, 3), (0, 8)
 # How many times the activations of a pass a backward pass holds: those of a layer are saved, and have gradients.
 SAVED_ACTIVATIONS = 3
+# Copies of a branch's weights while it is trained, in float32: the weights, their gradients, and Adam's two moments;
+# three of them as they are received and as they are returned; and the weights in the dtype of the layers.
+TRAINED_COPIES = 11
 # P x P matrices at the measured peak of a solve, which also holds the weight in float32 and in the dtype of sums.
 SOLVE_SQUARES = 6
 
@@ -98,6 +102,23 @@ class Footprint:
             activations_per_token=one.activations_per_token + other.activations_per_token,
             stored_layer=one.stored_layer,
             likely_activations_per_token=one.likely_activations_per_token + other.likely_activations_per_token,
+        )
+
+    @classmethod
+    def of_branch_training(cls, dense: Checkpoint, pruned: Checkpoint, device: torch.device) -> "Footprint":
+        """Return what the dense and the pruned stream need side by side, while a pruned branch is trained."""
+        one, other = (cls.of(model, device, deciding=False).passing() for model in (dense, pruned))
+        return cls(
+            layers=one.layers + other.layers,
+            moments=0,
+            decision=TRAINED_COPIES * torch.float32.itemsize * _largest_branch(pruned),
+            states_per_token=one.states_per_token + other.states_per_token,
+            # The two streams run one after the other, and one block at a time is passed backward.
+            activations_per_token=SAVED_ACTIVATIONS * max(one.activations_per_token, other.activations_per_token),
+            stored_layer=one.stored_layer,
+            likely_activations_per_token=(
+                SAVED_ACTIVATIONS * max(one.likely_activations_per_token, other.likely_activations_per_token)
+            ),
         )
 
     @classmethod
@@ -172,6 +193,17 @@ def moment_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
     """Return the bytes of the moments of one layer's modules, as they are sent and stored."""
     sums, (attention, mlp) = accumulation_dtype(device).itemsize, _widths(checkpoint)
     return _triangle(attention, sums) + checkpoint.family.num_experts(checkpoint.config) * _triangle(mlp, sums)
+
+
+def _largest_branch(checkpoint: Checkpoint) -> int:
+    """Return the number of parameters in the linear maps of the largest branch."""
+    maps = [{*branch.inputs, branch.output} for branch in checkpoint.family.branches]
+    shapes = [checkpoint.layer_shapes(layer) for layer in range(checkpoint.num_layers)]
+    return max(
+        sum(math.prod(shape) for name, shape in one.items() if name.rpartition(".")[0] in names)
+        for one in shapes
+        for names in maps
+    )
 
 
 def _triangle(width: int, itemsize: int) -> int:

@@ -101,7 +101,7 @@ class LayerStream:
             count += one.shape[0] * one.shape[1]
             self.hidden[index] = after
         if not _finite(total):
-            self._raise_non_finite(layer, "output")
+            self.raise_non_finite(layer, "output")
         return Mean(total, count)
 
     @torch.inference_mode()
@@ -139,10 +139,15 @@ class LayerStream:
         if plan.dropped:
             return
         for branch, decision in ((self.family.attention, plan.attention), (self.family.mlp, plan.mlp)):
-            run = self.branch(layer, branch)
-            project = run.projected(decision)
-            for index, (_, x_bTP) in enumerate(self._run(layer, branch, run)):
-                self._add(index, run.contribution(project(x_bTP)))
+            self.forward_branch(layer, branch, decision)
+
+    @torch.inference_mode()
+    def forward_branch(self, layer: int, branch: Branch, decision: Decision | None = None) -> None:
+        """Run a branch as a decision prunes it, or as it is, without observing it."""
+        run = self.branch(layer, branch)
+        project = run.projected(decision)
+        for index, (_, x_bTP) in enumerate(self._run(layer, branch, run)):
+            self._add(index, run.contribution(project(x_bTP)))
 
     @torch.inference_mode()
     def apply(self, layer: int, branch: Branch, decision: Decision | None) -> Mean:
@@ -206,7 +211,7 @@ class LayerStream:
             NonFiniteError: It is not; the message names the layer and module.
         """
         if not observed.is_finite():
-            self._raise_non_finite(layer, branch.described)
+            self.raise_non_finite(layer, branch.described)
         return observed
 
     def _run(self, layer: int, branch: Branch, run: LayerBranch[Any]) -> Iterator[tuple[Tensor, Any]]:
@@ -240,7 +245,12 @@ class LayerStream:
             states.append(batch)
         return states
 
-    def _raise_non_finite(self, layer: int, part: str) -> None:
+    def raise_non_finite(self, layer: int, part: str) -> None:
+        """Refuse activations of a part of a layer.
+
+        Raises:
+            NonFiniteError: Always.
+        """
         raise NonFiniteError(
             f"layer {layer}: the activations of {part} hold NaN or infinity: "
             f"the weights of {self.checkpoint.directory} overflow {self.dtype}, or are damaged"

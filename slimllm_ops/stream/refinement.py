@@ -22,24 +22,19 @@ Shapes: N tokens, D hidden size, S kept inputs of an output projection.
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.elimination import factorise_with_ridge, ridge
-from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import InputError
 from slimllm_ops.models.families import Branch, Family
 from slimllm_ops.moments.moments import Moments
 from slimllm_ops.moments.observation import ObservationSum, PackedObservation
+from slimllm_ops.stream.paired import BranchTensors, PairedStream, to_numpy
 from slimllm_ops.stream.passes import LayerStream
 
 MIX = 0.75
-
-# A branch's new tensors by their names in the layer: float32 arrays, rounded to the checkpoint's dtype.
-Refined = dict[str, np.ndarray]
 
 
 def require_refinable(family: Family) -> None:
@@ -55,19 +50,11 @@ def require_refinable(family: Family) -> None:
         )
 
 
-class RefinementStream:
-    """The dense and the pruned model's hidden states over the same blocks.
-
-    Args:
-        dense: The dense model's stream.
-        pruned: The pruned model's stream; layer numbers are the pruned model's.
-        origins: The dense layer that each pruned layer comes from; `forward_dropped` runs those in between.
-    """
+class RefinementStream(PairedStream):
+    """The dense and the pruned model's hidden states, on the way through the refinement; see `PairedStream`."""
 
     def __init__(self, dense: LayerStream, pruned: LayerStream, origins: Sequence[int]) -> None:
-        self._dense = dense
-        self.pruned = pruned
-        self._origins = origins
+        super().__init__(dense, pruned, origins)
         self._kept_inputs = pruned.store()
 
     @torch.inference_mode()
@@ -78,7 +65,7 @@ class RefinementStream:
         return self.pruned.require_finite(seen, layer, branch)
 
     @torch.inference_mode()
-    def solve_alignment(self, observed: PackedObservation, layer: int, branch: Branch) -> Refined:
+    def solve_alignment(self, observed: PackedObservation, layer: int, branch: Branch) -> BranchTensors:
         """Return the pruned branch's input projections with the alignment folded in: W_in M^T.
 
         Args:
@@ -89,27 +76,13 @@ class RefinementStream:
         alignment_DD = solve_alignment(observed.unpack(self.pruned.device).moments).float()
         weights, dtype = self.pruned.weights(layer), self.pruned.checkpoint.dtype
         return {
-            name: _numpy((weights[name].to(alignment_DD) @ alignment_DD.T).to(dtype)) for name in branch.input_weights
+            name: to_numpy((weights[name].to(alignment_DD) @ alignment_DD.T).to(dtype)) for name in branch.input_weights
         }
 
     @torch.inference_mode()
-    def align(self, aligned: Refined, layer: int) -> None:
+    def align(self, aligned: BranchTensors, layer: int) -> None:
         """Put aligned input projections into a branch of the pruned stream."""
         self._replace(layer, self._tensors(aligned))
-
-    def forward_refined(self, layer: int, refined: Checkpoint) -> None:
-        """Run a refined layer in both streams, without observing it."""
-        self._replace(layer, refined.read_layer(layer))
-        self.forward_whole(layer)
-
-    def forward_whole(self, layer: int) -> None:
-        """Run a layer in both streams with the weights that it has, without observing it."""
-        self.forward_dropped(self._origins[layer])
-        self.pruned.forward_pruned(layer, LayerPlan())
-
-    def forward_dropped(self, layer: int) -> None:
-        """Run a dense layer in the dense stream only."""
-        self._dense.forward_pruned(layer, LayerPlan())
 
     @torch.inference_mode()
     def observe_targets(self, layer: int, branch: Branch) -> PackedObservation:
@@ -118,7 +91,7 @@ class RefinementStream:
         return self.pruned.require_finite(self._summed(self._targets(layer, branch)), layer, branch)
 
     @torch.inference_mode()
-    def solve_refit(self, observed: PackedObservation, layer: int, branch: Branch) -> Refined:
+    def solve_refit(self, observed: PackedObservation, layer: int, branch: Branch) -> BranchTensors:
         """Return a branch's new output projection: the weight (D, S), and the bias (D,) if it has one.
 
         Args:
@@ -129,11 +102,11 @@ class RefinementStream:
         weights, dtype = self.pruned.weights(layer), self.pruned.checkpoint.dtype
         moments = observed.unpack(self.pruned.device).moments
         weight_SD, bias_D = solve_refit(moments, weights[branch.output_weight].T, branch.output_bias in weights)
-        refitted = {branch.output_weight: _numpy(weight_SD.T.to(dtype))}
-        return refitted if bias_D is None else refitted | {branch.output_bias: _numpy(bias_D.to(dtype))}
+        refitted = {branch.output_weight: to_numpy(weight_SD.T.to(dtype))}
+        return refitted if bias_D is None else refitted | {branch.output_bias: to_numpy(bias_D.to(dtype))}
 
     @torch.inference_mode()
-    def apply(self, refitted: Refined, layer: int, branch: Branch) -> None:
+    def apply(self, refitted: BranchTensors, layer: int, branch: Branch) -> None:
         """Add the refitted branch's output to the pruned stream; the dense stream already has its own."""
         tensors = {name: tensor.to(self.pruned.dtype) for name, tensor in self._tensors(refitted).items()}
         weight_DS, bias_D = tensors[branch.output_weight], tensors.get(branch.output_bias)
@@ -143,19 +116,6 @@ class RefinementStream:
             self.pruned.hidden[index] = self.pruned.hidden[index] + added
         self._kept_inputs = self.pruned.store()
 
-    def probe(self) -> np.ndarray:
-        """Return the pruned stream's states (T', D) of the first tokens."""
-        return self.pruned.probe()
-
-    def probed_ids(self) -> np.ndarray:
-        """Return the ids (T',) of the tokens whose states `probe` returns."""
-        return self.pruned.probed_ids()
-
-    def close(self) -> None:
-        """Free both streams' memory."""
-        self._dense.close()
-        self.pruned.close()
-
     def _summed(self, batches: Iterable[Tensor]) -> PackedObservation:
         """Return the moments of the tokens of all batches (b, T, ...), without padding."""
         seen = ObservationSum()
@@ -163,17 +123,6 @@ class RefinementStream:
             tokens = self.pruned.tokens(index, batch)
             seen.add(tokens, tokens)
         return seen.packed()
-
-    def _replace(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Overwrite tensors of a pruned layer, by name."""
-        weights = self.pruned.weights(layer)
-        with torch.inference_mode():
-            for name, tensor in tensors.items():
-                weights[name].copy_(tensor)
-
-    def _tensors(self, refined: Refined) -> dict[str, Tensor]:
-        # Received arrays are read-only views of shared memory, so copy them.
-        return {name: torch.from_numpy(array.copy()).to(self.pruned.device) for name, array in refined.items()}
 
     def _normalised(self, layer: int, branch: Branch) -> Iterator[tuple[Tensor, Tensor]]:
         origin = self._origins[layer]
@@ -234,7 +183,3 @@ def solve_refit(moments: Moments, weight_SD: Tensor, with_bias: bool) -> tuple[T
     if not with_bias:
         return new_SD, None
     return new_SD, moments.mean_P[kept:] - moments.mean_P[:kept] @ new_SD
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.float().cpu().contiguous().numpy()

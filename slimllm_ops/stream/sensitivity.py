@@ -91,15 +91,13 @@ class SensitivityStream:
         self._device = device
         self._store = store
         self._weights = ModelWeights(checkpoint, device)
-        # Tensors of inference mode cannot be saved for a backward pass.
-        embedded = (states.clone() for states in self._weights.embed([filled(ids) for ids in batches]))
-        self._states = [self._held(embedded)]
+        self._states = [self._held(self._weights.embed([filled(ids) for ids in batches]))]
         self._gradients = store()
 
     @torch.no_grad()
     def forward_kept(self, layer: int) -> None:
         """Run a layer, and keep the states that entered it."""
-        module, call = self._weights.load(layer), self._call(layer)
+        module, call = self._weights.load(layer), self._weights.call(layer)
         self._states.append(self._held(module(states, **call) for states in self._states[layer]))
 
     def begin_backward(self) -> None:
@@ -113,7 +111,7 @@ class SensitivityStream:
         Raises:
             NonFiniteError: A gradient holds NaN or infinity.
         """
-        module, call, entered = self._weights.load(layer), self._call(layer), self._states.pop()
+        module, call, entered = self._weights.load(layer), self._weights.call(layer), self._states.pop()
         sums = []
         for index, ids in enumerate(self._batches):
             states, after = entered[index].requires_grad_(), self._gradients[index]
@@ -153,9 +151,6 @@ class SensitivityStream:
         mask_bT = (ids_bT != PADDING).to(self._device)
         return without_padding(gradient.reshape(*mask_bT.shape, -1), mask_bT)
 
-    def _call(self, layer: int) -> dict[str, Any]:
-        return {name: _outside_inference(value) for name, value in self._weights.call(layer).items()}
-
     def _held(self, batches: Iterable[Tensor]) -> States:
         states = self._store()
         for batch in batches:
@@ -185,10 +180,3 @@ def _uniform(ids_BT: Tensor) -> Tensor:
     """Return a number in [0, 1) for each token, from generators that are seeded by the blocks."""
     generators = (torch.Generator().manual_seed(int(ids_T.sum())) for ids_T in ids_BT)
     return torch.stack([torch.rand(ids_BT.shape[1], generator=one) for one in generators])
-
-
-def _outside_inference(value: Any) -> Any:
-    """Return an argument of a layer with copies of its tensors, which may be saved for a backward pass."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    return tuple(map(_outside_inference, value)) if isinstance(value, tuple) else value

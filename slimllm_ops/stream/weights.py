@@ -3,6 +3,8 @@
 The model is built without weights, so that its own code runs: its masks, rotary tables and modules. A layer's weights
 are loaded when the layer is first used, and freed when another layer is. Only `whole` can keep them all.
 
+Weights and the arguments of layers are made outside inference mode: its tensors cannot be saved for a backward pass.
+
 Shapes: b blocks in a batch, T tokens in a block, D hidden size, V vocabulary.
 """
 
@@ -37,7 +39,7 @@ class ModelWeights:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = compute_dtype(device)
-        self._model = build_skeleton(checkpoint.config)
+        self._model = build_skeleton(checkpoint.config).requires_grad_(False)
         self._reader = LayerReader(checkpoint, self._place)
         self._calls: list[dict[str, Any]] = []
         self._loaded: int | None = None
@@ -47,6 +49,7 @@ class ModelWeights:
         """The decoder layers, with or without weights."""
         return cast(nn.ModuleList, self._model.get_submodule(self.checkpoint.family.layers))
 
+    @torch.inference_mode(mode=False)
     def load(self, layer: int) -> nn.Module:
         """Return a layer with its weights, and free those of the layer before."""
         module = self.layers[layer]
@@ -60,7 +63,7 @@ class ModelWeights:
         """Return the keyword arguments that the model gives a layer: masks and rotary tables, recorded by `embed`."""
         return self._calls[layer]
 
-    @torch.inference_mode()
+    @torch.inference_mode(mode=False)
     def embed(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the first layer's input for each batch of ids (b, T), and record how the model calls each layer."""
         table_VD = self._load_embeddings()

@@ -15,6 +15,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.stream.passes import LayerStream
 from slimllm_ops.stream.sensitivity import SensitivityStream
+from slimllm_ops.training.branches import BranchTraining, BranchTrainingStream
 
 # Of so many tokens is every micro-batch, however many there are.
 AT_ONCE = 512
@@ -48,7 +49,13 @@ def main(model: str, way: str, blocks: str, length: str, *options: str) -> None:
 
 
 def pass_layer(shard: ShardGroup, checkpoint: Checkpoint, way: str, ids: np.ndarray, layers: range) -> None:
-    """Pass layers as a method does that decides on the way, as one that leaves the model dense, or there and back."""
+    """Pass layers as a method does that decides on the way, as one that leaves the model dense, or there and back.
+
+    Or train their branches.
+    """
+    if way == "training":
+        train_layers(shard, checkpoint, ids, layers)
+        return
     if way == "sensitivity":
         shard.open_sensitivity("a", checkpoint, ids)
         for layer in layers:
@@ -72,3 +79,16 @@ def pass_layer(shard: ShardGroup, checkpoint: Checkpoint, way: str, ids: np.ndar
         channels = shard.get(shard.decide("a", decide_channels, observed, layer, num_removed=150, keep_lowest=0.01))
         shard.each("a", LayerStream.apply, layer, mlp, channels)
     shard.close_stream("a")
+
+
+def train_layers(shard: ShardGroup, checkpoint: Checkpoint, ids: np.ndarray, layers: range) -> None:
+    """Train both branches of layers for an epoch, beside the same model."""
+    settings = BranchTraining(epochs=1, learning_rate=1e-4)
+    shard.open_branch_training("b", checkpoint, checkpoint, ids, tuple(range(checkpoint.num_layers)))
+    for layer in layers:
+        for branch in checkpoint.family.branches:
+            shard.each("b", BranchTrainingStream.prepare, layer, branch)
+            state = shard.hand_on("b", BranchTrainingStream.train, None, layer, branch, settings, num_steps=len(ids))
+            rounded = shard.first_with("b", BranchTrainingStream.rounded, state, layer, branch)
+            shard.give("b", BranchTrainingStream.apply, rounded, layer, branch)
+    shard.close_stream("b")

@@ -76,6 +76,21 @@ def test_a_group_computes_what_one_stream_computes(
     assert np.allclose(shards.first("a", LayerStream.probe), alone.probe(), rtol=1e-5, atol=1e-6)
 
 
+def first_ids(stream: LayerStream, before: list[int] | None, layer: int) -> list[int]:
+    return [*(before or []), int(stream.batches[0][0, 0])]
+
+
+def test_what_a_shard_returns_is_handed_on_to_the_next(
+    shards: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray
+) -> None:
+    shards.open_stream("a", Checkpoint.open(gqa_model), blocks_BT)
+    once = shards.hand_on("a", first_ids, None, 0)
+    # 10 batches of a block each: shares of 4, 3 and 3.
+    expected = [int(blocks_BT[start, 0]) for start in (0, 4, 7)]
+    assert shards.get(once) == expected
+    assert shards.get(shards.hand_on("a", first_ids, once, 0)) == 2 * expected
+
+
 def test_fewer_batches_than_workers_do(shards: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray) -> None:
     shards.open_stream("few", Checkpoint.open(gqa_model), blocks_BT[:2])
     assert len(shards.each("few", LayerStream.forward, 0)) == 2

@@ -66,7 +66,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(write_model(tmp_path_factory.mktemp("one") / "model", shape_of(2)))
 
 
-@pytest.mark.parametrize("way", [*WAYS, "sensitivity"])
+@pytest.mark.parametrize("way", [*WAYS, "sensitivity", "training"])
 def test_four_times_the_layers_take_no_more_memory(peaks: Peaks, way: str) -> None:
     # Of what the further layers would take, were they held, the tenth part is more than the allocator's moods.
     further = (DEEP - SHALLOW) * 4 * shape_of(DEEP).layer_parameters
@@ -94,6 +94,14 @@ def test_the_footprint_bounds_the_peak(peaks: Peaks, checkpoint: Checkpoint, way
     tokens = MANY * BLOCK
     allowed = footprint.fixed + footprint.states_per_token * tokens + footprint.activations_per_token * AT_ONCE
     assert 0.6 * allowed < peaks(way, SHALLOW, MANY) < 1.15 * allowed
+
+
+@pytest.mark.slow
+def test_the_footprint_of_training_bounds_the_peak(peaks: Peaks, checkpoint: Checkpoint) -> None:
+    footprint = Footprint.of_branch_training(checkpoint, checkpoint, torch.device("cpu"))
+    tokens = MANY * BLOCK
+    allowed = footprint.fixed + footprint.states_per_token * tokens + footprint.activations_per_token * AT_ONCE
+    assert 0.5 * allowed < peaks("training", SHALLOW, MANY) < allowed
 
 
 def test_the_footprint_of_a_mixture_of_experts_bounds_the_peak(forks: Forks, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import CheckpointError
+from slimllm_ops.stream.paired import BranchTensors
 from slimllm_ops.stream.passes import LayerStream
+from slimllm_ops.training.branches import BranchTraining, BranchTrainingStream
 from tests.conftest import shard_processes
 
 
@@ -81,6 +83,36 @@ def test_what_lost_workers_held_is_held_by_others_to_the_last_bit(
         again, again_TD = prune_first_layer(group, gqa_model, blocks_BT)
     assert again.describe() == plan.describe()
     assert np.array_equal(again_TD, state_TD)
+
+
+def train_first_branch(group: ShardGroup, model: Path, blocks_BT: np.ndarray) -> BranchTensors:
+    """Train a branch for two epochs; return its tensors."""
+    checkpoint, settings = Checkpoint.open(model), BranchTraining(epochs=2, learning_rate=1e-2)
+    attention = checkpoint.family.attention
+    group.open_branch_training("c", checkpoint, checkpoint, blocks_BT, (0, 2, 2))
+    # The dense layer is another one, so there is something to learn.
+    group.each("c", BranchTrainingStream.forward_whole, 0)
+    group.each("c", BranchTrainingStream.prepare, 1, attention)
+    state = None
+    for _ in range(settings.epochs):
+        state = group.hand_on("c", BranchTrainingStream.train, state, 1, attention, settings, num_steps=20)
+    assert state is not None
+    tensors = group.get(group.first_with("c", BranchTrainingStream.rounded, state, 1, attention))
+    group.close_stream("c")
+    return tensors
+
+
+def test_what_shards_hand_on_is_the_same_on_ray_and_in_this_process_for_any_number_of_shards(
+    two: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray
+) -> None:
+    found = train_first_branch(two, gqa_model, blocks_BT)
+    with ShardGroup(LocalWorkers(1, 1), 1) as local:
+        expected = train_first_branch(local, gqa_model, blocks_BT)
+    assert {name: array.tobytes() for name, array in found.items()} == {
+        name: array.tobytes() for name, array in expected.items()
+    }
+    before = Checkpoint.open(gqa_model).read_layer(1)
+    assert not any(np.array_equal(array, before[name].numpy()) for name, array in found.items())
 
 
 def test_what_a_worker_raises_for_the_user_arrives_as_it_was(

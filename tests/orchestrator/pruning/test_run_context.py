@@ -15,8 +15,9 @@ from orchestrator import PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.staging import Staging
 from orchestrator.progress import Reporter
+from orchestrator.pruning.attempts import MAX_LOSSES
 from orchestrator.pruning.backends import backend_of
-from orchestrator.pruning.run_context import MAX_LOSSES, RunContext, settle_workers
+from orchestrator.pruning.run_context import RunContext, settle_workers
 
 
 def context_of(inputs: Inputs, printed: io.StringIO) -> RunContext:

@@ -14,8 +14,9 @@ from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import NonFiniteError, SolveError
 from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.moments import Moments
+from slimllm_ops.stream.paired import BranchTensors
 from slimllm_ops.stream.passes import LayerStream
-from slimllm_ops.stream.refinement import MIX, Refined, RefinementStream, solve_alignment, solve_refit
+from slimllm_ops.stream.refinement import MIX, RefinementStream, solve_alignment, solve_refit
 
 CPU = torch.device("cpu")
 
@@ -109,7 +110,7 @@ def test_states_that_overflow_are_named_by_layer_and_module(streams: tuple[Layer
             observe(0, branch)
 
 
-def refine_branch(refinement: RefinementStream, layer: int, branch: Branch) -> Refined:
+def refine_branch(refinement: RefinementStream, layer: int, branch: Branch) -> BranchTensors:
     """Align and refit a branch as a run does; return its new tensors."""
     aligned = refinement.solve_alignment(refinement.observe_inputs(layer, branch), layer, branch)
     refinement.align(aligned, layer)
@@ -149,7 +150,7 @@ def test_after_a_layer_that_was_dropped_the_stream_is_brought_back_to_the_dense_
     writer.finish(plans)
     dense, pruned = (LayerStream(model, [ids], CPU) for model in (checkpoint, Checkpoint.open(tmp_path)))
     refinement = RefinementStream(dense, pruned, (0, 2))
-    refinement.forward_refined(0, checkpoint)
+    refinement.forward_written(0, checkpoint)
     assert torch.equal(pruned.hidden[0], dense.hidden[0])
     refinement.forward_dropped(1)
     lost = float((pruned.hidden[0] - dense.hidden[0]).norm())
@@ -185,7 +186,7 @@ def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
     CheckpointWriter(checkpoint, tmp_path).write_tensors(0, tensors)
     (path,) = tmp_path.glob("*.safetensors")
     files = {name: Place(path.name, name) for name in load_file(path)}
-    again.forward_refined(0, replace(checkpoint, directory=tmp_path, files=files))
+    again.forward_written(0, replace(checkpoint, directory=tmp_path, files=files))
     assert torch.equal(again.pruned.hidden[0], first.pruned.hidden[0])
     assert not torch.equal(again.pruned.hidden[0], again._dense.hidden[0])
 
