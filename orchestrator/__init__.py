@@ -1,12 +1,17 @@
-"""Drives a run: `from orchestrator import prune, PruneConfig`; to compare methods, `compare, CompareConfig`."""
+"""Drives a run: `from orchestrator import prune, PruneConfig`.
+
+To compare methods, import `compare, CompareConfig`; to train a pruned model, `tune, TuneConfig`.
+"""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from orchestrator.comparison.compare import compare
     from orchestrator.config import CompareConfig, PruneConfig
     from orchestrator.pipeline import prune
+    from orchestrator.tuning.config import TuneConfig
+    from orchestrator.tuning.tune import tune
 
-__all__ = ["CompareConfig", "PruneConfig", "compare", "prune"]
+__all__ = ["CompareConfig", "PruneConfig", "TuneConfig", "compare", "prune", "tune"]
 
 
 def __getattr__(name: str) -> object:
@@ -20,6 +25,14 @@ def __getattr__(name: str) -> object:
         from orchestrator.comparison.compare import compare
 
         return compare
+    if name == "tune":
+        from orchestrator.tuning.tune import tune
+
+        return tune
+    if name == "TuneConfig":
+        from orchestrator.tuning.config import TuneConfig
+
+        return TuneConfig
     if name in ("CompareConfig", "PruneConfig"):
         from orchestrator import config
 

@@ -362,7 +362,7 @@ class CompareConfig(PruneConfig):
             )
 
 
-def read_config_file(path: Path, kind: type[PruneConfig] = PruneConfig) -> dict[str, Any]:
+def read_config_file(path: Path, kind: type = PruneConfig) -> dict[str, Any]:
     """Read settings from a TOML file, by the names of the config's fields; dashes count as underscores.
 
     Raises:

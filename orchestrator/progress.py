@@ -5,7 +5,7 @@ passed, times those that are left.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -64,12 +64,12 @@ class Reporter:
         """Yield the layers from `first` on and show the progress; `tokens` pass through each of them."""
         return self.steps(stage, "layer", num_layers, tokens, first)
 
-    def steps(self, stage: str, unit: str, number: int, tokens: int, first: int = 0) -> Iterator[int]:
+    def steps(self, stage: str, unit: str, number: int, tokens: int, first: int = 0) -> Generator[int]:
         """Yield the steps of a stage from `first` on and show the progress.
 
         Args:
             stage: The stage.
-            unit: What a step is called: "layer" or "batch".
+            unit: What a step is called: "layer", "batch" or "step".
             number: How many steps the stage has.
             tokens: How many tokens a step computes.
             first: The first step to do.

@@ -201,6 +201,16 @@ def setting(default: Any, help: str, group: str | None, commands: tuple[str, ...
     )
 
 
+def same_setting(config: type, name: str, **changed: Any) -> Any:
+    """Declare a setting as another config declares it, but for the attributes that are changed.
+
+    Example:
+        `seed: int = same_setting(PruneConfig, "seed")`
+    """
+    one = replace(declared(config)[name], **changed)
+    return field(default=one.default, metadata={"setting": one})
+
+
 def declared(config: type) -> dict[str, Setting]:
     """Return the settings of a config class by name, in declaration order."""
     return {one.name: replace(one.metadata["setting"], name=one.name, annotation=one.type) for one in fields(config)}

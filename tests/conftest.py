@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 # Every process that tests start inherits these. Ray gives its processes half a minute to start: too little here.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+# Ray Train looks this often whether a worker has ended or reported.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # Ray's workers give way to other processes: they would wait for all tests that run beside theirs.
 os.environ.setdefault("RAY_worker_niceness", "0")
 

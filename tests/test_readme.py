@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from orchestrator import builtin
 from orchestrator.builtin import MODEL_DIR, calibration_text, heldout_text
 from orchestrator.cli import main
-from orchestrator.cli.options import OPTIONS
+from orchestrator.cli.options import groups_of
+from orchestrator.cli.options_table import COMMANDS
 from tests.elsewhere import Elsewhere
 
 README = Path(__file__).parents[1] / "README.md"
@@ -22,7 +23,8 @@ SMALL = ["--samples", "4", "--sequence-length", "64", "--local"]
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
 # Commands that pass text through a model, and those that take what an earlier line of the page has pruned.
 PASSES = ("prune", "calibrate", "compare")
-FOLLOWS = {"log": " prune path/to/model", "export": " --output pruned/uniform"}
+FOLLOWS = {"log": " prune path/to/model", "tune": " prune path/to/model", "export": " --output pruned/uniform"}
+FEW_STEPS = ["--steps", "2", "--batch-size", "2", "--sequence-length", "64", "--local"]
 
 
 def shell_lines() -> list[str]:
@@ -69,6 +71,8 @@ def run_in(folder: Path, line: str, tracking_uri: str, monkeypatch: pytest.Monke
         words = [*words[:-1], tracking_uri]
     if words[0] in PASSES:
         words += SMALL
+    if words[0] == "tune":
+        words += FEW_STEPS
     if words[0] == "compare" and "--method" not in words:
         # test_comparison.py compares all methods.
         words += ["--method", "flap"]
@@ -115,8 +119,9 @@ def test_the_example_on_a_models_card_runs_where_the_package_is_not_and_asks_not
 
 def test_the_table_of_options_has_every_option() -> None:
     table = (README.parent / "docs" / "options.md").read_text()
-    flags = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
-    missing = [flag for flag in flags.values() if f"{flag} " not in table and f"{flag}`" not in table]
+    options = [name for command in COMMANDS for group in groups_of(command).values() for name in group]
+    flags = [f"--{name.replace('_', '-')}" for name in options]
+    missing = [flag for flag in flags if f"{flag} " not in table and f"{flag}`" not in table]
     assert not missing
 
 

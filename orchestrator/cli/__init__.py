@@ -18,6 +18,7 @@ from orchestrator.cli.jobs import jobs, submit
 from orchestrator.cli.outputs import export, families, log
 from orchestrator.cli.runs import calibrate, compare, prune
 from orchestrator.cli.streams import escape_what_cannot_be_shown
+from orchestrator.cli.tune import tune
 from orchestrator.secrets import masked
 from orchestrator.version import VERSION
 
@@ -73,5 +74,5 @@ def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""
 
 
-for command in (prune, calibrate, compare, log, export, families, doctor, submit, jobs):
+for command in (prune, tune, calibrate, compare, log, export, families, doctor, submit, jobs):
     main.add_command(command)

@@ -12,6 +12,7 @@ import click
 
 from orchestrator.config import CompareConfig
 from orchestrator.settings import Setting, declared
+from orchestrator.tuning.config import TuneConfig
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -37,6 +38,8 @@ TELLING = ("json", "verbose")
 
 def settings_of(command: str) -> dict[str, Setting]:
     """Return the settings that a command takes as options, by name, in declaration order."""
+    if command == "tune":
+        return {name: one for name, one in declared(TuneConfig).items() if one.group is not None}
     known = declared(CompareConfig)
     return {name: one for name, one in known.items() if one.group is not None and command in one.commands}
 
@@ -88,20 +91,20 @@ def _with(*options: Decorator) -> Decorator:
     return add
 
 
-def _groups() -> dict[str, dict[str, Decorator]]:
+def groups_of(command: str) -> dict[str, dict[str, Decorator]]:
+    """Return a command's options by heading and by name, in the order in which `--help` shows them."""
     groups: dict[str, dict[str, Decorator]] = {}
-    for name, one in settings_of("prune").items():
+    for name, one in settings_of(command).items():
         groups.setdefault(str(one.group), {})[name] = option_of(one)
     return groups | {"Other": GENERAL}
 
 
-# Every option of `prune`, by heading and by name.
-GROUPS = _groups()
-OPTIONS = {name: option for options in GROUPS.values() for name, option in options.items()}
-# The heading of an option in any command, such as `--address` of `submit` and `--output` of `export`.
-HEADINGS = {one.option: str(one.group) for one in declared(CompareConfig).values()} | {
-    f"--{name.replace('_', '-')}": "Other" for name in (*GENERAL, "help")
-}
+def heading_of(command: str, option: str) -> str:
+    """Return the heading of an option, such as `--address` of `submit` and `--output` of `export`."""
+    if option.removeprefix("--").replace("-", "_") in (*GENERAL, "help"):
+        return "Other"
+    known = {**declared(CompareConfig), **(declared(TuneConfig) if command == "tune" else {})}
+    return next((str(one.group) for one in known.values() if one.option == option), "Options")
 
 
 class Command(click.Command):
@@ -109,13 +112,16 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options by heading, first those that only this command has."""
-        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Options", *GROUPS)}
+        command = str(self.name)
+        # The options of commands without settings have the headings of prune's.
+        like = command if settings_of(command) else "prune"
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Options", *groups_of(like))}
         for parameter in self.get_params(ctx):
             # The usage line shows arguments, and the help text explains them.
             if not isinstance(parameter, click.Option):
                 continue
             if (record := parameter.get_help_record(ctx)) is not None:
-                groups[HEADINGS.get(parameter.opts[-1], "Options")].append(record)
+                groups[heading_of(command, parameter.opts[-1])].append(record)
         for name, records in groups.items():
             if records:
                 with formatter.section(name):

@@ -1,6 +1,6 @@
-"""Writes the tables of docs/options.md: every option of `slimllm prune`, as its `--help` shows it.
+"""Writes the tables of docs/options.md: every option of `slimllm prune` and `slimllm tune`, as `--help` shows it.
 
-`make docs` runs this module. It replaces the tables between the page's two marks.
+`make docs` runs this module. It replaces the tables between the page's two marks for each command.
 """
 
 from pathlib import Path
@@ -8,33 +8,37 @@ from pathlib import Path
 import click
 
 from orchestrator.cli import main
-from orchestrator.cli.options import GROUPS, HEADINGS
+from orchestrator.cli.options import groups_of, heading_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
-BEGIN, END = "<!-- make docs writes this -->", "<!-- until here -->"
+COMMANDS = ("prune", "tune")
+BEGIN, END = "<!-- make docs writes this: {} -->", "<!-- until here: {} -->"
 HEAD = ("| option | what it does | default | other commands |", "|---|---|---|---|")
 
 
-def render_tables() -> str:
-    """Return a table for each heading of `slimllm prune --help`."""
-    rows: dict[str, list[str]] = {heading: [] for heading in GROUPS}
-    for option in _options_of(main.commands["prune"]):
-        rows[HEADINGS[option.opts[-1]]].append(_row(option))
+def render_tables(command: str) -> str:
+    """Return a table for each heading of a command's `--help`."""
+    rows: dict[str, list[str]] = {heading: [] for heading in groups_of(command)}
+    for option in _options_of(main.commands[command]):
+        rows[heading_of(command, option.opts[-1])].append(_row(command, option))
     return "\n\n".join("\n".join([f"### {heading}\n", *HEAD, *group]) for heading, group in rows.items())
 
 
 def with_tables(page: str) -> str:
     """Return the text of the page with its tables replaced by the current ones."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{render_tables()}\n\n{END}{rest.partition(END)[2]}"
+    for command in COMMANDS:
+        begin, end = BEGIN.format(command), END.format(command)
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n\n{render_tables(command)}\n\n{end}{rest.partition(end)[2]}"
+    return page
 
 
-def _row(option: click.Option) -> str:
+def _row(command: str, option: click.Option) -> str:
     does, _, default = (option.help or "").removesuffix("]").partition(" [")
     others = [
         f"`{name}`"
-        for name, command in main.commands.items()
-        if name != "prune" and any(one.help == option.help for one in _options_of(command))
+        for name, other in main.commands.items()
+        if name != command and any(one.help == option.help for one in _options_of(other))
     ]
     words = f"{option.opts[-1]}{'' if option.is_flag else f' {option.metavar}'}"
     cells = (f"`{words}`", does.removesuffix("."), default.replace("<", r"\<"), ", ".join(others))

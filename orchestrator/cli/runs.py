@@ -15,7 +15,7 @@ from orchestrator.config import CompareConfig, PruneConfig, read_config_file
 if TYPE_CHECKING:
     from orchestrator.preflight.dry_run import RunPlan
 
-Config = TypeVar("Config", bound=PruneConfig)
+Config = TypeVar("Config")
 
 EXAMPLES = """\b
 Examples:
@@ -79,17 +79,17 @@ def _plan_pruning(config: PruneConfig, as_json: bool, verbose: bool) -> None:
     from orchestrator.preflight.dry_run import plan_pruning
     from orchestrator.progress import Reporter
 
-    _tell_plan(plan_pruning(config, Reporter(verbose=verbose)), as_json)
+    tell_plan(plan_pruning(config, Reporter(verbose=verbose)), as_json)
 
 
 def _plan_calibration(config: PruneConfig, as_json: bool, verbose: bool) -> None:
     from orchestrator.preflight.dry_run import plan_calibration
     from orchestrator.progress import Reporter
 
-    _tell_plan(plan_calibration(config, Reporter(verbose=verbose)), as_json)
+    tell_plan(plan_calibration(config, Reporter(verbose=verbose)), as_json)
 
 
-def _tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
+def tell_plan(plan: "RunPlan | None", as_json: bool) -> None:
     """Print a plan; if the run would be refused, exit with the same message."""
     from orchestrator.cli.summary import describe_plan, print_plan
     from orchestrator.preflight.checks import refuse_certain_failure

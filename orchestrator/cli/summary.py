@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,11 @@ from orchestrator.record.totals import Totals
 from orchestrator.secrets import masked
 from orchestrator.terminal import open_console
 from orchestrator.tracking import JOURNAL_ONLY, how_to_log, where_to_look
+
+# The training's modules are imported by the command that trains only.
+if TYPE_CHECKING:
+    from orchestrator.tuning.result import TuneTotals
+    from orchestrator.tuning.tune import TuneResult
 
 
 def print_summary(result: PruneResult, console: Console | None = None) -> None:
@@ -127,6 +132,43 @@ def describe_plan(plan: RunPlan) -> dict[str, Any]:
     return asdict(plan) | {"estimate": plan.estimate.as_json()}
 
 
+def print_tuned(result: "TuneResult", console: Console | None = None) -> None:
+    """Print what a training changed, how long it took, and the paths."""
+    console, totals = console or open_console(), result.totals
+    if totals is None:
+        _print_lines(console, [f"{result.output} is finished: there is nothing to resume"])
+        return
+    console.print(_of_training(totals))
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.seconds.items())
+    kept = f"the weights after step {totals.best_step} of {totals.steps}" if totals.kept else "the weights from before"
+    found = f"MLflow run {result.run_id}: {result.model_uri}"
+    lines = [f"kept: {kept}", f"seconds: {stages}", f"checkpoint: {result.output}"]
+    _print_lines(console, [*lines, *_of_mlflow(result, result.log_command, found)])
+
+
+def _of_training(totals: "TuneTotals") -> Table:
+    """Return a table of the losses and perplexities of a training."""
+    table = Table()
+    for heading in ("", "dense", "before", "after", "recovered"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    dense = "" if totals.loss_dense is None else f"{totals.loss_dense:.4f}"
+    recovered = "" if totals.recovered is None else f"{totals.recovered:.1%}"
+    table.add_row("held-out loss", dense, f"{totals.loss_before:.4f}", f"{totals.loss_after:.4f}", recovered)
+    for spec, (first, before, after) in totals.perplexity.items():
+        share = totals.recovered_on(spec)
+        cells = ("" if first is None else f"{first:,.3f}", f"{before:,.3f}", f"{after:,.3f}")
+        table.add_row(f"perplexity, {masked(Path(spec).name)}", *cells, "" if share is None else f"{share:.1%}")
+        table.add_row(f"  on {totals.evaluated[spec]}")
+    return table
+
+
+def describe_tuned(result: "TuneResult") -> dict[str, Any]:
+    """Return the result of a training as values for JSON."""
+    totals = result.totals
+    figures = None if totals is None else asdict(totals) | {"recovered": totals.recovered}
+    return asdict(result) | {"finished_before": totals is None, "totals": figures}
+
+
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the results of the methods, and the paths."""
     console = console or open_console()
@@ -136,7 +178,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     _print_lines(console, [f"table and figure: {comparison.output}", *told])
 
 
-def _of_mlflow(result: PruneResult | Comparison, command: str | None, found: str) -> list[str]:
+def _of_mlflow(result: "PruneResult | Comparison | TuneResult", command: str | None, found: str) -> list[str]:
     """Return lines on what MLflow has and where to look; if it lacks something, the last is a command to log it."""
     if command and result.tracking_uri == JOURNAL_ONLY:
         return ["MLflow was not used; to log this run later, run", command]

@@ -5,10 +5,11 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from actors.node_state import NodeState, inspect_nodes, installed_versions
 from cluster import Node, Resources, WorkerPlan, spread_workers
-from orchestrator.config import ConfigError, PruneConfig
+from orchestrator.config import ConfigError
 from orchestrator.output.place import staging_place
 from orchestrator.preflight.estimate import Estimate, readable
 from orchestrator.preflight.stages import LIBRARIES
@@ -41,6 +42,18 @@ class Check:
     certain: bool = False
 
 
+class Writing(Protocol):
+    """The settings of where a run writes, as every config declares them."""
+
+    @property
+    def resume(self) -> bool:
+        """Whether the run continues an unfinished one."""
+
+    @property
+    def tracking_uri(self) -> str | None:
+        """Where the run is logged."""
+
+
 @dataclass(frozen=True)
 class Nodes:
     """A cluster's nodes, each with its state or the reason why it has none."""
@@ -65,7 +78,7 @@ def inspect_cluster(resources: Resources, gpus: float) -> Nodes:
     return Nodes(resources, tuple(inspect_nodes(nodes, gpus, NODE_SECONDS)))
 
 
-def check_fit(config: PruneConfig, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:
+def check_fit(config: Writing, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:
     """Check that a run has room: memory and temporary disk on every node, and disk where it writes."""
     return [*check_memory(estimate, nodes, workers), *check_disks(config, output, estimate, nodes, workers)]
 
@@ -110,9 +123,7 @@ def _compare_memory(estimate: Estimate, where: str, free: int, count: int, besid
     )
 
 
-def check_disks(
-    config: PruneConfig, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan
-) -> list[Check]:
+def check_disks(config: Writing, output: Path, estimate: Estimate, nodes: Nodes, workers: WorkerPlan) -> list[Check]:
     """Compare what a run writes with the free disk there: output, MLflow's files, spilled states."""
     return [
         _check_output_disk(config, output, estimate),
@@ -120,7 +131,7 @@ def check_disks(
     ]
 
 
-def _check_output_disk(config: PruneConfig, output: Path, estimate: Estimate) -> Check:
+def _check_output_disk(config: Writing, output: Path, estimate: Estimate) -> Check:
     place = nearest_directory(output)
     written, free = estimate.output + estimate.beside, shutil.disk_usage(place).free
     if config.resume:

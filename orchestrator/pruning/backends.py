@@ -12,7 +12,6 @@ from actors.group import Delivery
 from actors.workers import Workers
 from cluster import Node, Resources, WorkerPlan, find_lacking, plan_workers
 from cluster.sockets import require_room_for_sockets
-from orchestrator.config import PruneConfig
 from slimllm_ops.checkpoint.reading import Checkpoint
 
 Note = Callable[[str], None]
@@ -29,6 +28,34 @@ class Growing:
 
     settled: WorkerPlan | None
     note: Note
+
+
+class Computing(Protocol):
+    """The settings of where a run computes, as every config declares them."""
+
+    @property
+    def workers(self) -> int | None:
+        """The number of workers asked for."""
+
+    @property
+    def gpus_per_worker(self) -> float | None:
+        """The share of a GPU for each worker."""
+
+    @property
+    def local(self) -> bool:
+        """Whether the run computes in this process."""
+
+    @property
+    def offload(self) -> bool:
+        """Whether workers hold hidden states in files."""
+
+    @property
+    def shared_storage(self) -> bool:
+        """Whether all nodes see the driver's files."""
+
+    @property
+    def address(self) -> str | None:
+        """The head of a Ray cluster."""
 
 
 class Backend(Protocol):
@@ -74,7 +101,7 @@ class Backend(Protocol):
         """
 
 
-def backend_of(config: PruneConfig) -> Backend:
+def backend_of(config: Computing) -> Backend:
     """Return the backend that a config asks for."""
     return LocalBackend(config) if config.local else RayBackend(config)
 
@@ -82,7 +109,7 @@ def backend_of(config: PruneConfig) -> Backend:
 class RayBackend:
     """A Ray cluster, or a Ray on this machine."""
 
-    def __init__(self, config: PruneConfig) -> None:
+    def __init__(self, config: Computing) -> None:
         self._config = config
 
     def require_place(self) -> None:
@@ -142,7 +169,7 @@ class RayBackend:
 class LocalBackend:
     """This process, without Ray."""
 
-    def __init__(self, config: PruneConfig) -> None:
+    def __init__(self, config: Computing) -> None:
         self._config = config
         self._num_workers = config.workers or 1
 

@@ -16,15 +16,21 @@ from orchestrator.settings import Effect, declared
 from orchestrator.version import VERSION
 
 PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets")
-SETTINGS = declared(CompareConfig).values()
+
+
+def of_effect(config: type, effect: Effect) -> frozenset[str]:
+    """Return the names of a config's settings with an effect."""
+    return frozenset(one.name for one in declared(config).values() if one.effect is effect)
+
+
 # No record lists these, because each attempt at a run may have its own.
-OF_AN_ATTEMPT = {one.name for one in SETTINGS if one.effect is Effect.ATTEMPT}
+OF_AN_ATTEMPT = of_effect(CompareConfig, Effect.ATTEMPT)
 # Results do not depend on these. `weights_travel` is not a setting: it follows from `shared_storage` and the nodes.
-PLACES = {one.name for one in SETTINGS if one.effect is Effect.PLACE} | {"weights_travel"}
+PLACES = of_effect(CompareConfig, Effect.PLACE) | {"weights_travel"}
 # Settings that name files; the files' digests are compared instead.
-DIGESTED = {one.name for one in SETTINGS if one.effect is Effect.INPUT}
+DIGESTED = of_effect(CompareConfig, Effect.INPUT)
 # The parameters of a logged model in MLflow, if they are set.
-TOLD_OF_A_MODEL = (*(one.name for one in SETTINGS if one.tags_models), "model_digest")
+TOLD_OF_A_MODEL = (*(one.name for one in declared(CompareConfig).values() if one.tags_models), "model_digest")
 
 
 def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         "evaluate": ", ".join(blocks.spec for blocks in inputs.held_out),
         "sparsity": ", ".join(f"{sparsity:g}" for sparsity in config.targets if sparsity is not None) or None,
         "python_version": platform.python_version(),
-        **_versions(),
+        **version_params(),
         **asdict(workers),
     }
     pinned = {name: commit for name, commit in _pinned(inputs).items() if commit}
@@ -68,7 +74,7 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
         "evaluate_digests": [blocks.digest for blocks in inputs.held_out],
         "revision": inputs.model.revision,
         **_pinned(inputs),
-        **_versions(),
+        **version_params(),
     }
 
 
@@ -84,5 +90,6 @@ def versions() -> dict[str, str]:
     return {"slimllm": VERSION} | {package: version for package, version in found.items() if version}
 
 
-def _versions() -> dict[str, str]:
+def version_params() -> dict[str, str]:
+    """Return the versions of the packages as parameters."""
     return {f"{package}_version": found for package, found in versions().items()}

@@ -16,7 +16,7 @@ journal. Every call names its run: there is no active run, no global URI.
 
 from orchestrator.tracking.finished_run import LoggedOutput, how_to_log, log_output, where_to_look
 from orchestrator.tracking.options import JOURNAL_ONLY, TrackingError, TrackingOptions, database_file
-from orchestrator.tracking.run import Run, tracked_run
+from orchestrator.tracking.run import Run, stored_parent, tracked_run
 
 __all__ = [
     "JOURNAL_ONLY",
@@ -27,6 +27,7 @@ __all__ = [
     "database_file",
     "how_to_log",
     "log_output",
+    "stored_parent",
     "tracked_run",
     "where_to_look",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.json_values import json_value
-from orchestrator.tracking.options import TrackingError
+from orchestrator.tracking.options import StoredParent, TrackingError
 from slimllm_ops.files import NotPlainError, naming, read_plain
 
 # The largest journal that is read; the longest have some megabytes.
@@ -40,6 +40,13 @@ class Journal:
         """Return the run's own events so far."""
         read = self.read(self.path) if self.path.exists() else []
         return [event for event in read if event.get("child") == self.child]
+
+    def stored(self) -> StoredParent | None:
+        """Return where the run is in MLflow; None if it is not there."""
+        found = [event for event in self.events() if event["event"] == "stored"]
+        if not found:
+            return None
+        return StoredParent(*(str(found[-1].get(name, "")) for name in ("uri", "experiment_id", "run_id")))
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:

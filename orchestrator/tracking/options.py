@@ -16,6 +16,15 @@ class TrackingError(ValueError):
     """An option that cannot be used, whatever the server does; the message says what to give instead."""
 
 
+@dataclass(frozen=True)
+class StoredParent:
+    """A run in MLflow that another run can be nested in: its store, its experiment and its id."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackingOptions:
     """Where a run is logged.
@@ -26,12 +35,14 @@ class TrackingOptions:
             the journal.
         run_name: By default MLflow invents one.
         register: Registered model that the checkpoint becomes a version of; None registers nothing.
+        parent: The run to nest this one in, if it is in the same experiment of the same store.
     """
 
     experiment: str = PruneConfig.experiment
     tracking_uri: str | None = None
     run_name: str | None = None
     register: str | None = None
+    parent: StoredParent | None = None
 
     def __post_init__(self) -> None:
         # These are shown wherever the run is listed, and name it: they must not depend on the environment.
@@ -56,6 +67,11 @@ class TrackingOptions:
     def journal_only(self) -> bool:
         """Whether the run is logged only to its journal."""
         return self.resolved_uri == JOURNAL_ONLY
+
+    def parent_in(self, uri: str, experiment_id: str) -> str | None:
+        """Return the id of the run to nest this one in, if an experiment of a store has it."""
+        parent = self.parent
+        return parent.run_id if parent and (parent.uri, parent.experiment_id) == (uri, experiment_id) else None
 
 
 def database_uri(path: Path) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 from orchestrator.secrets import masked
 from orchestrator.tracking.journal import Journal
-from orchestrator.tracking.options import JOURNAL_ONLY, TrackingOptions
+from orchestrator.tracking.options import JOURNAL_ONLY, StoredParent, TrackingError, TrackingOptions
+from orchestrator.tracking.received import PRUNING
 from orchestrator.tracking.server import Server, Warn
 from orchestrator.tracking.stored_run import StoredRun
 
@@ -126,7 +127,7 @@ class Run:
             yield run
 
     def _child_options(self, run_name: str) -> TrackingOptions:
-        return replace(self._options, run_name=run_name)
+        return replace(self._options, run_name=run_name, parent=None)
 
     @contextmanager
     def _open_and_close(self) -> Iterator["Run"]:
@@ -153,7 +154,7 @@ class Run:
     def _open(self, key: str, begun: float) -> None:
         """Find the run in MLflow and reopen it, or create it."""
         server, name = self._server, self._options.run_name
-        parent = self._parent.run_id if self._parent else None
+        parent = self._parent.run_id if self._parent else self._options.parent_in(server.uri, server.experiment_id)
         if self._earlier and (found := server.ask(lambda: server.find_run(key))) is not None:
             self._stored = found
             server.ask(lambda: found.resume(name, parent))
@@ -246,6 +247,14 @@ def tracked_run(options: TrackingOptions, journal: Path, warn: Warn | None = Non
     run = Run(server, Journal(journal), options, parent=None)
     with run._open_and_close(), _system_metrics(run):
         yield run
+
+
+def stored_parent(output: Path) -> StoredParent | None:
+    """Return the run that wrote an output, if its journal says where it is in MLflow."""
+    try:
+        return Journal(output / PRUNING).stored()
+    except TrackingError:
+        return None
 
 
 def warn_on_stderr(line: str) -> None:

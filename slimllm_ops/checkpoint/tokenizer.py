@@ -220,6 +220,13 @@ def require_same(source: Path, written: Path) -> None:
         )
 
 
+def same_vocabulary(first: Path, second: Path) -> bool:
+    """Return whether two directories' tokenizers give the same words the same ids, as far as both load."""
+    loaded = (_load_if_possible(first), _load_if_possible(second))
+    vocabularies = [one.tokenizer.get_vocab() for one in loaded if one is not None]
+    return len(vocabularies) < 2 or vocabularies[0] == vocabularies[1]
+
+
 def _changes(expected: "PreTrainedTokenizerBase", settings: dict[str, Any]) -> Iterator[Callable[[Path], None]]:
     """Yield changes to the copied files, from the smallest to the largest."""
     named = settings.get("tokenizer_class")

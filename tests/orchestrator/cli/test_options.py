@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from orchestrator.cli import main
-from orchestrator.cli.options import GROUPS, OPTIONS
+from orchestrator.cli.options import groups_of
 
 
 def help_of(*words: str) -> str:
@@ -15,23 +15,27 @@ def help_of(*words: str) -> str:
     return result.output
 
 
-def test_prune_shows_every_option_once_under_its_group() -> None:
-    sections = re.split(r"^(\w[\w ]*):\n", help_of("prune"), flags=re.MULTILINE)
+@pytest.mark.parametrize("command", ["prune", "tune"])
+def test_every_option_is_shown_once_under_its_group(command: str) -> None:
+    page = help_of(command).partition("Examples:")[0]
+    sections = re.split(r"^(\w[\w ]*):\n", page, flags=re.MULTILINE)
     shown = dict(zip(sections[1::2], sections[2::2], strict=True))
-    assert list(shown) == list(GROUPS)
-    for group, options in GROUPS.items():
+    assert list(shown) == list(groups_of(command))
+    for group, options in groups_of(command).items():
         flags = re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown[group], flags=re.MULTILINE)
         expected = [f"--{name.replace('_', '-')}" for name in options]
         assert flags == expected + ["--help"] * (group == "Other")
 
 
-def test_the_examples_are_commands_that_are_taken() -> None:
-    lines = re.findall(r"^ +slimllm (.*)$", help_of("prune"), flags=re.MULTILINE)
+@pytest.mark.parametrize("shown", ["prune", "tune"])
+def test_the_examples_are_commands_that_are_taken(shown: str) -> None:
+    lines = re.findall(r"^ +slimllm (.*)$", help_of(shown), flags=re.MULTILINE)
+    taken = {name for options in groups_of(shown).values() for name in options}
     assert len(lines) >= 3
     for line in lines:
         command, *words = line.split()
         for flag in (word for word in words if word.startswith("--")):
-            assert flag.removeprefix("--").replace("-", "_") in OPTIONS
+            assert flag.removeprefix("--").replace("-", "_") in taken
         assert command in main.commands
 
 
