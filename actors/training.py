@@ -63,6 +63,7 @@ def fit_on_ray(job: TrainingJob, folder: Path, tell: Tell, share: Share, *, alon
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Ray Train would take Ctrl-C for itself in this process, and go on after it.
     remote: Any = ray.remote(num_cpus=0)(Trainer)
+    folder.mkdir(parents=True, exist_ok=True)
     trainer = remote.options(scheduling_strategy=here).remote()
     try:
         ended = trainer.fit.remote(Task(job, folder / METRICS), folder, share, alone)

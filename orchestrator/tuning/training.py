@@ -7,8 +7,8 @@ from pathlib import Path
 from cluster import WorkerPlan
 from orchestrator.config import ConfigError
 from orchestrator.progress import Reporter
-from orchestrator.tracking import Run
 from orchestrator.tuning.config import DISTIL, TuneConfig
+from orchestrator.tuning.context import TuneContext
 from orchestrator.tuning.inputs import TuneInputs
 from slimllm_ops.decide.plan import LayerPlan, Plan
 from slimllm_ops.errors import InputError
@@ -20,41 +20,34 @@ from slimllm_ops.training.outcome import LOSS, Outcome
 
 # How many evaluations a training has, if their distance is not given.
 EVALUATIONS = 10
+# The folders of the data.
+DATA, VALIDATION = "data", "validation"
 
 
-def train(
-    config: TuneConfig, inputs: TuneInputs, folder: Path, workers: WorkerPlan, alone: bool, run: Run, reporter: Reporter
-) -> Outcome:
-    """Train the checkpoint; continue if the folder has an unfinished training.
-
-    Args:
-        config: The settings.
-        inputs: The models and the data.
-        folder: Where data and checkpoints are kept.
-        workers: The workers.
-        alone: Whether Ray ends with this program; True without Ray.
-        run: The run, which gets the metrics of each step.
-        reporter: Shows the progress.
+def train(context: TuneContext) -> Outcome:
+    """Train the checkpoint; continue if the staging has an unfinished training.
 
     Raises:
         ConfigError: The batch cannot be shared by the workers.
         InputError: Nothing can be trained.
         ShardError: Workers were lost too often.
     """
-    job = _job(config, inputs, folder, workers)
-    with _watched(job, inputs, run, reporter) as tell:
-        if config.local:
+    workers, folder = context.workers, context.staging.solved / "training"
+    # Only checkpoints are results.
+    job = _job(context.config, context.inputs, context.staging.work / "data", workers)
+    with _watched(job, context) as tell:
+        if context.config.local:
             return fit_here(job, folder / "checkpoints", tell)
         # Imports Ray Train, which takes seconds.
         from actors.training import Share, fit_on_ray
 
         share = Share(workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker)
-        return fit_on_ray(job, folder, tell, share, alone=alone)
+        return fit_on_ray(job, folder, tell, share, alone=context.alone)
 
 
 def _job(config: TuneConfig, inputs: TuneInputs, folder: Path, workers: WorkerPlan) -> TrainingJob:
     """Return the job, after writing its data."""
-    for name, examples in (("data", inputs.data), ("validation", inputs.validation)):
+    for name, examples in ((DATA, inputs.data), (VALIDATION, inputs.validation)):
         write_data(folder / name, examples.input_ids_BT, examples.counted_BT)
     steps = config.steps_for(len(inputs.data.input_ids_BT))
     return TrainingJob(
@@ -62,8 +55,8 @@ def _job(config: TuneConfig, inputs: TuneInputs, folder: Path, workers: WorkerPl
         teacher=None if inputs.teacher is None else inputs.teacher.directory,
         loss=divergence if config.method == DISTIL else cross_entropy,
         lora=LoRA(config.rank, config.alpha, trained_modules(inputs)) if config.with_adapters else None,
-        data=folder / "data",
-        validation=folder / "validation",
+        data=folder / DATA,
+        validation=folder / VALIDATION,
         steps=steps,
         batch_size=shared_batch(config, workers.num_workers),
         micro_batch_size=config.micro_batch_size,
@@ -125,9 +118,10 @@ def _projections(branch: Branch) -> list[str]:
 
 
 @contextmanager
-def _watched(job: TrainingJob, inputs: TuneInputs, run: Run, reporter: Reporter) -> Iterator[Tell]:
+def _watched(job: TrainingJob, context: TuneContext) -> Iterator[Tell]:
     """Yield what takes the metrics of each step: it logs them once, and moves the progress on."""
-    tokens = job.batch_size * inputs.data.num_tokens // len(inputs.data.input_ids_BT)
+    data, run, reporter = context.inputs.data, context.run, context.reporter
+    tokens = job.batch_size * data.num_tokens // len(data.input_ids_BT)
     progress = _Progress(reporter, job.steps, tokens)
 
     def tell(step: int, metrics: dict[str, float]) -> None:

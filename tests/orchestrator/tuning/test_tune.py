@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config import ConfigError
+from orchestrator.pruning.targets import Draft
 from orchestrator.tuning.tune import TuneResult
+from slimllm_ops.errors import NonFiniteError
+from slimllm_ops.training.local import LocalSession
 from tests.conftest import content
 from tests.elsewhere import Elsewhere
 from tests.orchestrator.conftest import PruneModel
@@ -131,8 +133,40 @@ def test_a_training_that_makes_nothing_better_keeps_the_weights(tune_model: Tune
 
 
 def test_a_training_that_diverges_is_refused(tune_model: Tune, calm: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not finite at step \d+ with learning rate 1e\+30.*lower --learning-rate"):
+    said = r"not finite at step \d+ with learning rate 1e\+30.*pass a lower --learning-rate"
+    with pytest.raises(NonFiniteError, match=said):
         tune_model(calm, method="full", learning_rate=1e30)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_training_is_resumed_to_the_same_bytes(
+    method: str, tune_model: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {**METHODS[method], "keep_worse": True}
+    whole, again = tune_model(**asked).output, {**asked, "output": str(tmp_path / "out"), "resume": True}
+    with monkeypatch.context() as patch:
+        interrupt_after(2, LocalSession, "save", patch)
+        interrupt_after(2, Draft, "commit_tensors", patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune_model(**again)
+    resumed = tune_model(**again).output
+    assert isinstance(whole, Path)
+    assert isinstance(resumed, Path)
+    assert content(resumed) == content(whole)
+
+
+def interrupt_after(calls: int, kind: type, name: str, patch: pytest.MonkeyPatch) -> None:
+    """Let a call of a method be followed by Ctrl-C."""
+    method, made = getattr(kind, name), []
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        done = method(*arguments, **named)
+        made.append(name)
+        if len(made) == calls:
+            raise KeyboardInterrupt
+        return done
+
+    patch.setattr(kind, name, call)
 
 
 def test_the_same_training_writes_the_same_bytes(tune_model: Tune) -> None:

@@ -110,9 +110,9 @@ class Whole:
         return (error / (dense.detach().square().mean(dim=-1) + SMALLEST_POWER)).mean()
 
 
-# Biases on all projections, norms of the outputs, a multiplier, parallel branches, no module for the MLP, stacked ones.
+# Biases, norms of the outputs, a multiplier, parallel branches, no module for the MLP, stacked maps, unnormed inputs.
 @pytest.mark.parametrize("part", ["attention", "mlp"])
-@pytest.mark.parametrize("model_type", ["starcoder2", "gemma2", "granite", "cohere2", "opt", "phi3", "qwen3"])
+@pytest.mark.parametrize("model_type", ["starcoder2", "gemma2", "granite", "cohere2", "opt", "phi3", "exaone4"])
 def test_the_gradient_is_what_autograd_gives_for_the_whole_models(
     make_pruned: Callable[[str], Path], blocks: torch.Tensor, model_type: str, part: str
 ) -> None:
@@ -255,6 +255,21 @@ def test_a_token_with_massive_states_counts_no_more_than_others(model: Path, blo
         both.hidden[0][0, 3] *= 1e4
     massive = stream.prepare(LAYER, branch).value
     assert massive < 2 * opened(model, [blocks[:1]]).prepare(LAYER, branch).value
+
+
+def test_what_was_made_in_inference_mode_can_be_trained(
+    make_pruned: Callable[[str], Path], blocks: torch.Tensor
+) -> None:
+    pruned, states = make_pruned("qwen3"), []
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            stream = opened(pruned, [blocks])
+            # The layer that is trained is not the one that was read ahead.
+            for layer in (2, LAYER):
+                stream.pruned.weights(layer)
+        states.append(trained(stream, stream.pruned.family.attention, epochs=1)[0])
+    for name, array in states[0].weights.items():
+        assert states[1].weights[name].tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
