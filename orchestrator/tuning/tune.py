@@ -113,6 +113,8 @@ def require_sharing(config: TuneConfig, workers: WorkerPlan) -> None:
     """
     if config.method == BLOCKS:
         return
+    if config.fsdp and not workers.gpus_per_worker:
+        raise ConfigError("fsdp shards the parameters over GPUs, and the workers have none: leave it out")
     shared_batch(config, workers.num_workers)
     if workers.weights_travel:
         raise ConfigError(

@@ -34,6 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
+from slimllm_ops.errors import InputError
 from slimllm_ops.stream.padding import PADDING
 from slimllm_ops.training.job import LoRA, Session, TrainingJob, read_data
 from slimllm_ops.training.losses import IGNORED, cross_entropy
@@ -58,6 +59,8 @@ def run_training(job: TrainingJob, session: Session) -> dict[str, Any]:
     teacher = None if job.teacher is None else _read_model(job.teacher, job).requires_grad_(False).eval()
     with TemporaryDirectory() as folder:
         trainer = TuningTrainer(job, session, _student(job), teacher, Path(folder))
+        if job.sharded and not trainer.is_fsdp_enabled:
+            raise InputError("the parameters cannot be sharded here, since FSDP needs GPUs: leave fsdp out")
         latest = session.latest()
         trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
     history = trainer.state.log_history
@@ -253,6 +256,7 @@ def _stacked(sequences: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _arguments(job: TrainingJob, world_size: int, folder: Path) -> TrainingArguments:
     """Return the trainer's own settings."""
+    sharding: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if job.sharded else {}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=job.steps,
@@ -275,8 +279,7 @@ def _arguments(job: TrainingJob, world_size: int, folder: Path) -> TrainingArgum
         seed=job.seed,
         bf16=job.on_gpu,
         use_cpu=not job.on_gpu,
-        fsdp="full_shard auto_wrap" if job.sharded else "",
-        fsdp_config={"fsdp_version": 2} if job.sharded else None,
+        **sharding,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=job.on_gpu,
         remove_unused_columns=False,

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster import WorkerPlan
 from orchestrator.config import ConfigError
 from orchestrator.tuning.config import TuneConfig
 from orchestrator.tuning.inputs import TuneInputs, load_tune_inputs
 from orchestrator.tuning.training import shared_batch, trained_modules
+from orchestrator.tuning.tune import require_sharing
 from slimllm_ops.decide.plan import LayerPlan, Plan
 from slimllm_ops.errors import InputError
 
@@ -41,6 +43,18 @@ def test_a_model_without_a_plan_is_trained_everywhere(inputs: TuneInputs) -> Non
 def test_where_nothing_takes_adapters_it_is_said(inputs: TuneInputs) -> None:
     with pytest.raises(InputError, match=r"no projection .* --full with --method distil"):
         trained_modules(replace(inputs, plan=Plan({}, (LayerPlan(),) * 3)))
+
+
+def test_parameters_are_sharded_over_gpus_only() -> None:
+    with pytest.raises(ConfigError, match="the workers have none"):
+        require_sharing(TuneConfig(checkpoint="x", fsdp=True), WorkerPlan(2, 1, 0.0, weights_travel=False))
+
+
+def test_workers_that_do_not_see_the_files_are_refused() -> None:
+    apart = WorkerPlan(2, 1, 0.0, weights_travel=True)
+    with pytest.raises(ConfigError, match="--shared-storage"):
+        require_sharing(TuneConfig(checkpoint="x"), apart)
+    require_sharing(TuneConfig(checkpoint="x", method="blocks"), apart)
 
 
 @pytest.mark.parametrize(("workers", "fits"), [(1, True), (2, True), (3, False), (8, False)])
