@@ -9,6 +9,9 @@ after its driver was lost.
 """
 
 import json
+import os
+import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -28,6 +31,10 @@ MAX_LOSSES = 3
 NAME = "training"
 METRICS = "metrics.jsonl"
 FOLLOW_SECONDS = 0.5
+# How long Ray Train may take to end its workers.
+ABORT_SECONDS = 20.0
+# How often workers that find no room are started again; Ray Train waits a minute each time.
+MAX_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -58,22 +65,33 @@ def fit_on_ray(job: TrainingJob, folder: Path, tell: Tell, share: Share, *, alon
         alone: Whether the Ray ends with this program.
 
     Raises:
-        ShardError: Workers were lost more than `MAX_LOSSES` times, or failed.
+        ShardError: Workers were lost more than `MAX_LOSSES` times, or failed, or found no room within some minutes.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Ray Train would take Ctrl-C for itself in this process, and go on after it.
     remote: Any = ray.remote(num_cpus=0)(Trainer)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = remote.options(scheduling_strategy=here).remote()
+    process: int = get_one(trainer.process.remote())
+    ended = trainer.fit.remote(Task(job, folder / METRICS), folder, share, alone)
     try:
-        ended = trainer.fit.remote(Task(job, folder / METRICS), folder, share, alone)
         _follow(ended, folder / METRICS, tell)
         outcome: Outcome | str = get_one(ended)
+    except BaseException:
+        _abort(process, ended)
+        raise
     finally:
         ray.kill(trainer)
     if isinstance(outcome, str):
         raise ShardError(f"the training failed: {outcome}")
     return outcome
+
+
+def _abort(process: int, ended: Any) -> None:
+    """Let Ray Train end its workers and give their resources back, as it does after Ctrl-C."""
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGINT)
+        ray.wait([ended], timeout=ABORT_SECONDS)
 
 
 def _follow(ended: Any, path: Path, tell: Tell) -> None:
@@ -92,6 +110,10 @@ def _follow(ended: Any, path: Path, tell: Tell) -> None:
 class Trainer:
     """An actor that drives Ray Train."""
 
+    def process(self) -> int:
+        """Return the id of the actor's process."""
+        return os.getpid()
+
     def fit(self, task: Task, folder: Path, share: Share, alone: bool) -> Outcome | str:
         """Train, or continue the training of a folder; return how it ended, or why it failed."""
         # Ray Train takes seconds to import.
@@ -101,6 +123,8 @@ class Trainer:
 
         from actors.train_private import TrainerAlone
 
+        # Ray's types are those of the first version of Ray Train.
+        limits: dict[str, Any] = {"max_failures": MAX_LOSSES, "controller_failure_limit": MAX_STARTS - 1}
         trainer = (TrainerAlone if alone else TorchTrainer)(
             _train,
             train_loop_config={"task": task},
@@ -109,7 +133,7 @@ class Trainer:
             run_config=RunConfig(
                 name=NAME,
                 storage_path=str(folder),
-                failure_config=FailureConfig(max_failures=MAX_LOSSES),
+                failure_config=FailureConfig(**limits),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=LOSS, checkpoint_score_order="min"
                 ),

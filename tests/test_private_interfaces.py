@@ -12,10 +12,10 @@ from tests.test_imports import sources
 DOCUMENTED = {
     "ray": {
         *("ray", "ray.exceptions", "ray.job_config", "ray.job_submission", "ray.autoscaler.sdk"),
-        *("ray.util.placement_group", "ray.util.scheduling_strategies"),
+        *("ray.util.placement_group", "ray.util.scheduling_strategies", "ray.train", "ray.train.torch"),
     },
     "mlflow": {"mlflow", "mlflow.entities", "mlflow.exceptions"},
-    "transformers": {"transformers"},
+    "transformers": {"transformers", "transformers.trainer_utils", "transformers.utils.logging"},
     "huggingface_hub": {"huggingface_hub", "huggingface_hub.utils"},
     "gguf": {"gguf"},
     "datasets": {"datasets"},
@@ -27,6 +27,7 @@ UNDOCUMENTED = ("ray.util.client", "ray.experimental", "ray.core", "mlflow.track
 # One module for each library in each room, or for one purpose, each with a test of its name beside it.
 PRIVATE = {
     "actors.ray_private",
+    "actors.train_private",
     "cluster.local_ray",
     "cluster.ray_private",
     "orchestrator.sources.hub_private",

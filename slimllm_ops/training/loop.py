@@ -15,32 +15,31 @@ import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from slimllm_ops.errors import InputError
-from slimllm_ops.stream.padding import PADDING
-from slimllm_ops.training.job import LoRA, Session, TrainingJob, read_data
+from slimllm_ops.training.job import Session, TrainingJob
 from slimllm_ops.training.losses import IGNORED, cross_entropy
 from slimllm_ops.training.outcome import LOSS, STEP
+from slimllm_ops.training.sequences import Sequences, stacked
+from slimllm_ops.training.student import read_student, read_teacher
 
 TEACHER_LOSS = "teacher_loss"
+# What a checkpoint of the trainer says of its steps.
+STATE = "trainer_state.json"
 WARM_UP = 0.1
 LARGEST_GRADIENT = 1.0
 
@@ -54,74 +53,36 @@ def run_training(job: TrainingJob, session: Session) -> dict[str, Any]:
     """
     torch.set_num_threads(job.threads)
     disable_progress_bar()
+    latest = session.latest()
+    if latest is not None and _is_over(state := TrainerState.load_from_json(str(latest / STATE)), job):
+        return _ended(state, job, None)
     # Of transformers about its own names, from peft.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    teacher = None if job.teacher is None else _read_model(job.teacher, job).requires_grad_(False).eval()
+    teacher = None if job.teacher is None else read_teacher(job.teacher, job)
     with TemporaryDirectory() as folder:
-        trainer = TuningTrainer(job, session, _student(job), teacher, Path(folder))
+        trainer = TuningTrainer(job, session, read_student(job), teacher, Path(folder))
         if job.sharded and not trainer.is_fsdp_enabled:
             raise InputError("the parameters cannot be sharded here, since FSDP needs GPUs: leave fsdp out")
-        latest = session.latest()
         trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
-    history = trainer.state.log_history
+    return _ended(trainer.state, job, trainer.diverged_at)
+
+
+def _ended(state: TrainerState, job: TrainingJob, diverged_at: int | None) -> dict[str, Any]:
+    """Return what an `Outcome` says of a training, besides its checkpoints."""
     return {
-        "steps": trainer.state.global_step,
-        "losses": _validation_losses(trainer.state),
-        "teacher_loss": next((entry[TEACHER_LOSS] for entry in history if TEACHER_LOSS in entry), None),
-        "diverged_at": trainer.diverged_at,
+        "steps": state.global_step,
+        "losses": _validation_losses(state),
+        "teacher_loss": next((entry[TEACHER_LOSS] for entry in state.log_history if TEACHER_LOSS in entry), None),
+        "diverged_at": diverged_at,
         "peak_memory": torch.cuda.max_memory_allocated() if job.on_gpu else None,
     }
 
 
-def _student(job: TrainingJob) -> nn.Module:
-    """Return the model to train: all of it, or its adapters."""
-    model = _read_model(job.student, job)
-    if job.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if job.lora is None else add_adapters(model, job.lora, job.seed)
-
-
-def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int) -> nn.Module:
-    """Return a model with untrained adapters, whose other parameters are frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.modules), bias="none", task_type="CAUSAL_LM"
-    )
-    torch.manual_seed(seed)
-    return get_peft_model(model, config)
-
-
-def _read_model(directory: Path, job: TrainingJob) -> PreTrainedModel:
-    """Return a model: in float32 if all its parameters are trained or the worker has no GPU, else in bfloat16."""
-    whole = job.lora is None and directory == job.student
-    dtype = torch.bfloat16 if job.on_gpu and not whole else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
-    model.config.use_cache = False
-    # The trainer moves the student.
-    return cast(PreTrainedModel, nn.Module.to(model, "cuda")) if job.on_gpu and directory == job.teacher else model
-
-
-class Sequences(Dataset):
-    """The sequences of a data set's folder, as the trainer reads them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._ids_BT, self._counted_BT = read_data(folder)
-
-    def __len__(self) -> int:
-        """Return the number of sequences."""
-        return len(self._ids_BT)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one sequence: its ids, its mask and its labels (T)."""
-        ids_T, counted_T = self._ids_BT[index], self._counted_BT[index]
-        held_T = ids_T != PADDING
-        read = {
-            "input_ids": np.where(held_T, ids_T, 0),
-            "attention_mask": held_T,
-            "labels": np.where(counted_T, ids_T, IGNORED),
-        }
-        return {name: torch.from_numpy(values.astype(np.int64)) for name, values in read.items()}
+def _is_over(state: TrainerState, job: TrainingJob) -> bool:
+    """Return whether all steps are done, or the last evaluations were no better than one before them."""
+    losses = _validation_losses(state)
+    best = min(losses, key=lambda step: losses[step])
+    return state.global_step >= job.steps or sum(step > best for step in losses) >= job.patience
 
 
 class TuningTrainer(Trainer):
@@ -142,7 +103,7 @@ class TuningTrainer(Trainer):
             args=_arguments(job, session.world_size, folder),
             train_dataset=self.sequences,
             eval_dataset=self._held_out,
-            data_collator=_stacked,
+            data_collator=stacked,
             callbacks=[Watching(job, session, self)],
         )
         self.remove_callback(PrinterCallback)
@@ -187,7 +148,7 @@ class TuningTrainer(Trainer):
         # Every worker makes as many passes, since those of a sharded model wait for each other.
         for first in range(0, len(sequences), self._session.world_size):
             index = first + self._session.rank
-            read = self._prepare_inputs(_stacked([sequences[index % len(sequences)]]))
+            read = self._prepare_inputs(stacked([sequences[index % len(sequences)]]))
             with self.compute_loss_context_manager():
                 logits = model(**_without_labels(read), use_cache=False).logits
             if index < len(sequences):
@@ -223,8 +184,7 @@ class Watching(TrainerCallback):
         losses, folder = _validation_losses(state), get_last_checkpoint(args.output_dir)
         assert folder is not None, "the trainer has just written one"
         self._session.save(Path(folder), {STEP: state.global_step, LOSS: losses[state.global_step]})
-        best = min(losses, key=lambda step: losses[step])
-        if sum(step > best for step in losses) >= self._job.patience:
+        if _is_over(state, self._job):
             control.should_training_stop = True
 
     def _rate(self, step: int) -> float:
@@ -246,12 +206,6 @@ def _validation_losses(state: TrainerState) -> dict[int, float]:
 
 def _without_labels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-
-def _stacked(sequences: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return sequences as a batch, without the places that are padding in all of them."""
-    longest = max(int(one["attention_mask"].sum()) for one in sequences)
-    return {name: torch.stack([one[name][:longest] for one in sequences]) for name in sequences[0]}
 
 
 def _arguments(job: TrainingJob, world_size: int, folder: Path) -> TrainingArguments:

@@ -73,6 +73,17 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(
     assert values_of(again, "loss")[6] == values_of(told, "loss")[6]
 
 
+@pytest.mark.parametrize("settings", [{}, {"steps": 40, "learning_rate": 0.3, "patience": 2}], ids=["all", "early"])
+def test_a_training_that_is_over_is_not_continued(
+    settings: dict[str, Any], gqa_model: Path, token_blocks: np.ndarray, tmp_path: Path
+) -> None:
+    job = make_job(tmp_path, gqa_model, token_blocks, **settings)
+    first, _ = fit(job, tmp_path / "run")
+    again, told = fit(job, tmp_path / "run")
+    assert not told
+    assert (again.steps, again.losses, again.teacher_loss) == (first.steps, first.losses, first.teacher_loss)
+
+
 @pytest.mark.parametrize("teacher", [False, True])
 def test_the_best_and_the_latest_checkpoint_are_kept(
     teacher: bool, mha_model: Path, token_blocks: np.ndarray, tmp_path: Path
