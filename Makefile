@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow serve-test lint types truth ablation benchmarks memory forms faults same-bytes docs builtin-model
+.PHONY: install demo test slow serve-test lint types truth tune-table ablation benchmarks memory forms faults same-bytes docs builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -39,6 +39,10 @@ types: install
 # Every method on a real model of 135M parameters, which the first run fetches; an hour.
 truth: install
 	$(BIN)/python -m benchmarks.truth
+
+# What training gets back after pruning, by method: an hour. It uses the text and models beside the checkout.
+tune-table: install
+	$(BIN)/python -m benchmarks.tune
 
 # What each step from SlimLLM to gram is worth, on the real models beside the checkout, in minutes.
 ablation: install

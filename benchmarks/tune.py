@@ -104,7 +104,7 @@ def row_of(case: Case, name: str, totals: TuneTotals, seconds: float) -> list[st
     ((spec, (dense, before, after)),) = totals.perplexity.items()
     share = totals.recovered_on(spec)
     shown = [f"{dense:.2f}" if dense else "", f"{before:.2f}", f"{after:.2f}", f"{share:.0%}" if share else ""]
-    return [case.name, name, *shown, f"{totals.best_step}", f"{seconds:.0f}"]
+    return [f"{case.name}, {name}", *shown, f"{totals.best_step}", f"{seconds:.0f}"]
 
 
 @click.command()
@@ -113,7 +113,7 @@ def row_of(case: Case, name: str, totals: TuneTotals, seconds: float) -> list[st
 @click.option("--output", type=Path, default=RESULT)
 def main(texts: Path, chosen: Sequence[int], output: Path) -> None:
     """Measure all cases, and rewrite the table after each training."""
-    heading = ["pruned", "training", "dense", "before", "after", "came back", "best step", "seconds"]
+    heading = ["", "dense", "before", "after", "came back", "best step", "seconds"]
     rows, machine = [heading], describe_machine()
     for number, case in enumerate(CASES):
         if chosen and number not in chosen:
