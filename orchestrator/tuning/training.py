@@ -32,9 +32,10 @@ def train(context: TuneContext) -> Outcome:
         InputError: Nothing can be trained.
         ShardError: Workers were lost too often.
     """
-    workers, folder = context.workers, context.staging.solved / "training"
+    # Workers have other working directories.
+    workers, folder = context.workers, context.staging.solved.absolute() / "training"
     # Only checkpoints are results.
-    job = _job(context.config, context.inputs, context.staging.work / "data", workers)
+    job = _job(context.config, context.inputs, context.staging.work.absolute() / "data", workers)
     with _watched(job, context) as tell:
         if context.config.local:
             return fit_here(job, folder / "checkpoints", tell)

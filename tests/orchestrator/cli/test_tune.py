@@ -24,12 +24,15 @@ def run(*words: object) -> Result:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_run_on_ray_says_what_came_back_and_is_not_done_twice(pruned: Path, tmp_path: Path) -> None:
-    words = (pruned, "--output", tmp_path / "out", "--workers", 2, *OPTIONS, "--keep-worse", "--resume")
+def test_a_run_on_ray_says_what_came_back_and_is_not_done_twice(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = (pruned, "--workers", 2, *OPTIONS, "--keep-worse", "--resume")
     first = run(*words)
     assert first.exit_code == 0, first.output
     assert "held-out loss" in first.output
-    assert f"checkpoint: {tmp_path / 'out'}" in first.output
+    assert f"checkpoint: tuned/{pruned.name}" in first.output
     again = run(*words)
     assert again.exit_code == 0
     assert "there is nothing to resume" in again.output
