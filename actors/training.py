@@ -32,7 +32,7 @@ NAME = "training"
 METRICS = "metrics.jsonl"
 FOLLOW_SECONDS = 0.5
 # How long Ray Train may take to end its workers.
-ABORT_SECONDS = 20.0
+ABORT_SECONDS = 60.0
 # How often workers that find no room are started again; Ray Train waits a minute each time.
 MAX_STARTS = 3
 

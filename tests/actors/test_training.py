@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -91,8 +92,12 @@ def test_a_driver_that_ends_leaves_no_worker_and_its_training_is_continued(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit_on_ray(job, tmp_path, once_at(4, interrupt), ON_TWO, alone=True)
+    psutil.wait_procs(train_workers(), timeout=30)
     assert not train_workers()
-    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+    deadline = time.monotonic() + 30
+    while (free := ray.available_resources()["CPU"]) < ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert free == ray.cluster_resources()["CPU"]
     outcome = fit_on_ray(job, tmp_path, ignore, ON_TWO, alone=True)
     assert outcome.steps == 6
     assert outcome.losses == pytest.approx(in_one_process.losses, rel=1e-5)
