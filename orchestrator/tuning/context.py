@@ -61,12 +61,13 @@ class TuneContext:
         """Measure the models on a text; a resumed run measures none again."""
         inputs = self.inputs
 
-        def perplexity(name: str, model: Checkpoint) -> float:
-            stage, known_as = f"perplexity, {name}", f"{name} {model.digest()}"
+        def perplexity(name: str, model: Checkpoint, digest: str | None) -> float:
+            stage, known_as = f"perplexity, {name}", f"{name} {digest}"
             return measure_once(shards, self.staging, self.reporter, model, blocks, stage, known_as)
 
-        dense = None if inputs.teacher is None else perplexity("dense", inputs.teacher)
-        return Measured(dense, perplexity("before", inputs.checkpoint), perplexity("after", written))
+        dense = None if inputs.teacher is None else perplexity("dense", inputs.teacher, inputs.teacher_digest)
+        before = perplexity("before", inputs.checkpoint, inputs.digest)
+        return Measured(dense, before, perplexity("after", written, written.digest()))
 
     def measure_held_out(self, shards: ShardGroup) -> dict[str, Measured]:
         """Measure the models, the written one among them, on each held-out text."""

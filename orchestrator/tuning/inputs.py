@@ -39,6 +39,7 @@ class TuneInputs:
         checkpoint: The checkpoint.
         plan: Its plan; None if slimllm did not prune it.
         teacher: The dense model; None if the method has none.
+        teacher_digest: The digest of the dense model's weights.
         data: What it is trained on.
         validation: What chooses the best step.
         held_out: The texts that perplexity is measured on.
@@ -49,6 +50,7 @@ class TuneInputs:
     checkpoint: Checkpoint
     plan: Plan | None
     teacher: Checkpoint | None
+    teacher_digest: str | None
     data: Examples
     validation: Examples
     held_out: tuple[TokenBlocks, ...]
@@ -57,11 +59,6 @@ class TuneInputs:
     def digest(self) -> str:
         """The digest of the checkpoint's weights."""
         return self.checkpoint.digest()
-
-    @cached_property
-    def teacher_digest(self) -> str | None:
-        """The digest of the dense model's weights."""
-        return None if self.teacher is None else self.teacher.digest()
 
 
 def load_tune_inputs(config: TuneConfig, warn: Callable[[str], None]) -> TuneInputs:
@@ -79,7 +76,7 @@ def load_tune_inputs(config: TuneConfig, warn: Callable[[str], None]) -> TuneInp
         plan_companions(model.directory)
         plan = _plan_of(checkpoint)
     _require_pruned(config, plan, warn)
-    teacher = _teacher_of(config, checkpoint, plan) if config.has_teacher else None
+    teacher, teacher_digest = _teacher_of(config, checkpoint, plan) if config.has_teacher else (None, None)
     data, validation = _load_data(config, checkpoint, plan)
     return TuneInputs(
         name=model_name(config.checkpoint),
@@ -87,6 +84,7 @@ def load_tune_inputs(config: TuneConfig, warn: Callable[[str], None]) -> TuneInp
         checkpoint=checkpoint,
         plan=plan,
         teacher=teacher,
+        teacher_digest=teacher_digest,
         data=data,
         validation=validation,
         held_out=tuple(_load_held_out(config, checkpoint, spec) for spec in config.evaluate),
@@ -121,8 +119,8 @@ def _require_pruned(config: TuneConfig, plan: Plan | None, warn: Callable[[str],
     warn(f"{config.checkpoint} is not a model that slimllm pruned: every layer of it is trained")
 
 
-def _teacher_of(config: TuneConfig, checkpoint: Checkpoint, plan: Plan | None) -> Checkpoint:
-    """Return the dense model.
+def _teacher_of(config: TuneConfig, checkpoint: Checkpoint, plan: Plan | None) -> tuple[Checkpoint, str]:
+    """Return the dense model, and the digest of its weights, which takes long to compute for a large model.
 
     Raises:
         InputError: It is not named, is not the one that was pruned, or has another vocabulary.
@@ -137,14 +135,14 @@ def _teacher_of(config: TuneConfig, checkpoint: Checkpoint, plan: Plan | None) -
         teacher = Checkpoint.open(directory)
     except InputError as error:
         raise InputError(f"the dense model {named} cannot be read: {error}; pass it as --teacher MODEL") from error
-    expected = params.get("model_digest")
-    if (config.teacher is None or config.method == BLOCKS) and (found := teacher.digest()) != expected:
+    expected, found = params.get("model_digest"), teacher.digest()
+    if (config.teacher is None or config.method == BLOCKS) and found != expected:
         raise InputError(
             f"{named} has the weights {found[:12]}, and {config.checkpoint} was pruned from {str(expected)[:12]}: pass "
             f"the model that was pruned as --teacher MODEL"
         )
     _require_vocabulary(checkpoint, teacher)
-    return teacher
+    return teacher, found
 
 
 def _require_vocabulary(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
