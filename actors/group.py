@@ -19,10 +19,12 @@ from actors.steps import ShardSteps
 from actors.workers import Workers
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stream.footprint import Footprint
-from slimllm_ops.stream.opening import open_generation, open_refinement, open_sensitivity, open_stream
+from slimllm_ops.stream.opening import open_generation, open_pair, open_sensitivity, open_stream
 from slimllm_ops.stream.padding import count_tokens
+from slimllm_ops.stream.paired import PairedStream
+from slimllm_ops.stream.refinement import RefinementStream
 from slimllm_ops.stream.weights import compute_dtype
-from slimllm_ops.training.branches import open_branch_training
+from slimllm_ops.training.branches import BranchTrainingStream
 
 # Returns the number settled before under a name; else computes it and settles it.
 Settle = Callable[[str, Callable[[], int]], int]
@@ -129,8 +131,7 @@ class ShardGroup(ShardSteps):
             InputError: A worker lacks the memory for it.
         """
         footprint = Footprint.of_refinement(dense, pruned, self._workers.device)
-        models = (self.deliver(dense), self.deliver(pruned))
-        self._open(name, blocks_BT, footprint, open_refinement, *models, origins)
+        self._open_pair(name, blocks_BT, footprint, dense, pruned, origins, RefinementStream)
 
     def open_branch_training(
         self, name: str, dense: Checkpoint, pruned: Checkpoint, blocks_BT: np.ndarray, origins: tuple[int, ...]
@@ -148,8 +149,7 @@ class ShardGroup(ShardSteps):
             InputError: A worker lacks the memory for it.
         """
         footprint = Footprint.of_branch_training(dense, pruned, self._workers.device)
-        models = (self.deliver(dense), self.deliver(pruned))
-        self._open(name, blocks_BT, footprint, open_branch_training, *models, origins)
+        self._open_pair(name, blocks_BT, footprint, dense, pruned, origins, BranchTrainingStream)
 
     def open_sensitivity(self, name: str, checkpoint: Checkpoint, blocks_BT: np.ndarray) -> None:
         """Spread blocks over the shards; they pass through the dense model forward, then backward.
@@ -196,6 +196,19 @@ class ShardGroup(ShardSteps):
         """Return the highest peak of any worker that is not lost, in bytes, for the host and for the GPU."""
         peaks = self._workers.call_living(Shard.peak_memory)
         return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
+
+    def _open_pair(
+        self,
+        name: str,
+        blocks_BT: np.ndarray,
+        footprint: Footprint,
+        dense: Checkpoint,
+        pruned: Checkpoint,
+        origins: tuple[int, ...],
+        kind: type[PairedStream],
+    ) -> None:
+        models = (self.deliver(dense), self.deliver(pruned))
+        self._open(name, blocks_BT, footprint, open_pair, *models, origins, kind)
 
     def _open(
         self, name: str, blocks_BT: np.ndarray, footprint: Footprint, build: Callable[..., Any], *models: Any

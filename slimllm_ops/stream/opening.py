@@ -1,6 +1,7 @@
 """Opens the kinds of streams that shards hold, from token ids and the place where they run."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,9 +9,11 @@ from torch import Tensor
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.states import StateStore
 from slimllm_ops.stream.generation import GenerationStream
+from slimllm_ops.stream.paired import PairedStream
 from slimllm_ops.stream.passes import LayerStream
-from slimllm_ops.stream.refinement import RefinementStream
 from slimllm_ops.stream.sensitivity import SensitivityStream
+
+Paired = TypeVar("Paired", bound=PairedStream)
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,14 @@ def open_stream(
     return LayerStream(checkpoint, ids, place.device, place.store, measures_change=measures_change, intercept=intercept)
 
 
-def open_refinement(
-    place: Workplace, ids: list[Tensor], dense: Checkpoint, pruned: Checkpoint, origins: tuple[int, ...]
-) -> RefinementStream:
+def open_pair(
+    place: Workplace,
+    ids: list[Tensor],
+    dense: Checkpoint,
+    pruned: Checkpoint,
+    origins: tuple[int, ...],
+    kind: type[Paired],
+) -> Paired:
     """Embed batches of token ids in the dense and in the pruned model, as two streams that run side by side.
 
     Args:
@@ -48,9 +56,10 @@ def open_refinement(
         dense: The dense model.
         pruned: The pruned model.
         origins: The dense layer that each pruned layer comes from.
+        kind: The class of the pair, which says what it corrects.
     """
     of_dense, of_pruned = (LayerStream(model, ids, place.device, place.store) for model in (dense, pruned))
-    return RefinementStream(of_dense, of_pruned, origins)
+    return kind(of_dense, of_pruned, origins)
 
 
 def open_sensitivity(place: Workplace, ids: list[Tensor], checkpoint: Checkpoint) -> SensitivityStream:

@@ -26,14 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import InputError, NonFiniteError
 from slimllm_ops.models.families import Branch, Family
 from slimllm_ops.moments.sums import Mean
-from slimllm_ops.stream.opening import Workplace
 from slimllm_ops.stream.padding import token_mask
 from slimllm_ops.stream.paired import BranchTensors, PairedStream, to_numpy
-from slimllm_ops.stream.passes import LayerStream
 
 # The fraction of the steps in which the learning rate rises.
 WARM_UP = 0.1
@@ -241,19 +238,3 @@ def token_weights(after_bTD: Tensor, ids_bT: Tensor) -> Tensor:
 def weighted_error(error_bTD: Tensor, weight_bT: Tensor) -> Tensor:
     """Return the squared error, averaged over D and summed over tokens by their weights."""
     return (weight_bT * error_bTD.square().mean(dim=-1)).sum()
-
-
-def open_branch_training(
-    place: Workplace, ids: list[Tensor], dense: Checkpoint, pruned: Checkpoint, origins: tuple[int, ...]
-) -> BranchTrainingStream:
-    """Embed batches of token ids in the dense and in the pruned model, to train the pruned one's branches.
-
-    Args:
-        place: Where the layers run, and what holds the states.
-        ids: Token ids, each (b, T), int64.
-        dense: The dense model.
-        pruned: The pruned model.
-        origins: The dense layer that each pruned layer comes from.
-    """
-    of_dense, of_pruned = (LayerStream(model, ids, place.device, place.store) for model in (dense, pruned))
-    return BranchTrainingStream(of_dense, of_pruned, origins)

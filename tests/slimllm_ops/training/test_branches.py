@@ -17,14 +17,13 @@ from slimllm_ops.checkpoint.writing import CheckpointWriter
 from slimllm_ops.errors import InputError, NonFiniteError
 from slimllm_ops.models.families import FAMILIES, Branch, Family, family_named
 from slimllm_ops.moments.states import SpilledStates, StateStore
-from slimllm_ops.stream.opening import Workplace
+from slimllm_ops.stream.opening import Workplace, open_pair
 from slimllm_ops.stream.padding import PADDING
 from slimllm_ops.training.branches import (
     SMALLEST_POWER,
     BranchState,
     BranchTraining,
     BranchTrainingStream,
-    open_branch_training,
     require_trainable,
 )
 from tests.slimllm_ops.pruned import write_uneven
@@ -61,7 +60,7 @@ def model(make_pruned: Callable[[str], Path]) -> Path:
 def opened(pruned: Path, batches: list[torch.Tensor], store: StateStore = list) -> BranchTrainingStream:
     """Both streams, before the layer that is trained."""
     dense, checkpoint = (Checkpoint.open(folder) for folder in (pruned.parent / "dense", pruned))
-    stream = open_branch_training(Workplace(CPU, store, store), batches, dense, checkpoint, (0, 1, 2))
+    stream = open_pair(Workplace(CPU, store, store), batches, dense, checkpoint, (0, 1, 2), BranchTrainingStream)
     for layer in range(LAYER):
         stream.forward_whole(layer)
     return stream
@@ -278,7 +277,8 @@ def test_a_layer_that_is_passed_again_from_its_file_gives_the_same_bits(
 ) -> None:
     checkpoint = Checkpoint.open(make_llama(dtype=dtype, num_key_value_heads=2))
     first, again = (
-        open_branch_training(Workplace(CPU, list, list), [blocks], checkpoint, checkpoint, (0, 1, 2)) for _ in range(2)
+        open_pair(Workplace(CPU, list, list), [blocks], checkpoint, checkpoint, (0, 1, 2), BranchTrainingStream)
+        for _ in range(2)
     )
     tensors = checkpoint.read_layer(0)
     for stream in (first, again):
