@@ -139,7 +139,7 @@ def pack_sequences(sequences: Iterable[TokenSequence], length: int) -> list[Toke
     """
     packed: list[list[TokenSequence]] = []
     room: list[int] = []
-    # The first place that may have room for so many tokens: room never grows.
+    # The first sequence that may have room for this many tokens. Earlier ones stay too full, since room never grows.
     first = [0] * (length + 1)
     for sequence in sequences:
         size = len(sequence.ids_n)

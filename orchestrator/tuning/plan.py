@@ -1,4 +1,4 @@
-"""Plans a training before it starts (`slimllm tune --dry-run`): what it takes, and what could make it fail."""
+"""Plans a training before it starts (`slimllm tune --dry-run`): estimates it and runs the checks."""
 
 from dataclasses import replace
 

@@ -195,7 +195,7 @@ class Watching(TrainerCallback):
         return (step - first) * self._job.batch_size * length / max(now - before, 1e-9)
 
 
-# What is recorded of what the trainer logs.
+# The values in the trainer's log that we record.
 _TOLD = ("loss", "learning_rate", "grad_norm", LOSS, TEACHER_LOSS, "gpu_memory_bytes")
 
 

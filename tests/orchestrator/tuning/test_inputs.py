@@ -39,7 +39,7 @@ def test_the_plan_names_the_dense_model_and_the_text(pruned: Path, gqa_model: Pa
     assert inputs.teacher is not None
     assert inputs.teacher.directory == gqa_model
     assert inputs.data.spec == str(token_file)
-    # 24 blocks, of which a twentieth is held out.
+    # There are 24 blocks; a twentieth is held out.
     assert (len(inputs.data.input_ids_BT), len(inputs.validation.input_ids_BT)) == (23, 1)
 
 

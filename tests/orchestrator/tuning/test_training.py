@@ -1,4 +1,4 @@
-"""What is trained: LoRA's adapters on the projections that were pruned; batches that the workers can share."""
+"""LoRA puts adapters on the projections that were pruned, and workers share batches equally."""
 
 from collections.abc import Callable
 from dataclasses import replace

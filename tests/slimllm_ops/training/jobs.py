@@ -1,4 +1,4 @@
-"""Training jobs on tiny models, and a session that keeps what it is told."""
+"""Makes training jobs on tiny models, and reads the metrics that they report."""
 
 from collections.abc import Sequence
 from pathlib import Path
