@@ -28,7 +28,7 @@ from orchestrator.pruning.finish import complete
 from orchestrator.pruning.generate import complete_calibration, keep_generated
 from orchestrator.pruning.layerwise import prune_layerwise
 from orchestrator.pruning.one_pass import prune_one_pass
-from orchestrator.pruning.run_context import RunContext, open_context, open_session, settle_workers
+from orchestrator.pruning.run_context import RunContext, open_context, open_session, settle_workers, tell_resumed
 from orchestrator.pruning.targets import Target, open_targets, target_name
 from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs, log_record
@@ -144,7 +144,7 @@ def _prune_into(
             open_context(backend, resources, workers, config, inputs, staging, reporter) as context,
             open_targets(config, staging, inputs.source, run) as targets,
         ):
-            _tell_resumed(context)
+            tell_resumed(config.resume, staging, reporter)
             context = complete_calibration(context)
             run_file = staging.directory / "pruning" / RUN_FILE
             write_run_file(run_file, "prune", config, context.inputs, workers)
@@ -217,7 +217,7 @@ def calibrate(config: PruneConfig, reporter: Reporter | None = None) -> Path | s
         workers = settle_workers(backend, resources, staging)
         require_room(Intent(config, inputs, output, resources, workers), estimate_calibration, reporter)
         with open_context(backend, resources, workers, config, inputs, staging, reporter) as context:
-            _tell_resumed(context)
+            tell_resumed(config.resume, staging, reporter)
             context = complete_calibration(context)
             write_run_file(staging.directory / "pruning" / RUN_FILE, "calibrate", config, context.inputs, workers)
             store = MomentStore(staging.solved / "moments")
@@ -253,13 +253,6 @@ def _tell_idle_experts(context: RunContext, target: Target) -> None:
             f"no calibration token reached {sum(len(experts) for _, experts in idle)} of the experts ({first} ...): "
             f"they lost the channels with the smallest weights; calibrate on more text to reach them"
         )
-
-
-def _tell_resumed(context: RunContext) -> None:
-    """Report whether a run that should resume has anything to resume."""
-    if context.config.resume:
-        found = "continuing from earlier results" if context.staging.resumed else "there is nothing to resume: starting"
-        context.reporter.note(f"{found} ({context.staging.directory})")
 
 
 def _log_children(context: RunContext, targets: list[Target], run: Run, params: dict[str, object]) -> None:

@@ -71,6 +71,13 @@ def open_session(backend: Backend, staging: Staging, reporter: Reporter) -> Iter
         yield resources
 
 
+def tell_resumed(resume: bool, staging: Staging, reporter: Reporter) -> None:
+    """Report whether a run that should resume has anything to resume."""
+    if resume:
+        found = "continuing from earlier results" if staging.resumed else "there is nothing to resume: starting"
+        reporter.note(f"{found} ({staging.directory})")
+
+
 def settle_workers(backend: Backend, resources: Resources, staging: Staging) -> WorkerPlan:
     """Return the workers of a run; a resumed run keeps the plan that it began with, on any cluster.
 

@@ -10,7 +10,7 @@ from orchestrator.output.destination import Destination, deliver_output, finish_
 from orchestrator.output.staging import open_staging
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import Backend, backend_of
-from orchestrator.pruning.run_context import open_session, settle_workers
+from orchestrator.pruning.run_context import open_session, settle_workers, tell_resumed
 from orchestrator.record.run_toml import RUN_FILE
 from orchestrator.tracking import TrackingOptions, how_to_log, stored_parent, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
@@ -87,6 +87,7 @@ def _tune_into(
         workers = settle_workers(backend, resources, staging)
         require_sharing(config, workers)
         require_room_to_train(config, inputs, output.directory, resources, workers, reporter)
+        tell_resumed(config.resume, staging, reporter)
         context = TuneContext(config, inputs, backend, resources, workers, staging, run, reporter)
         params = tune_params(config, inputs, workers)
         write_run_file(staging.directory / "pruning" / RUN_FILE, config, inputs, workers)

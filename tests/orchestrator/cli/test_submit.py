@@ -1,5 +1,6 @@
 """The real commands run jobs on somebody else's Ray cluster, with a token."""
 
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from orchestrator.tracking import TrackingOptions, log_output, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
 from tests.forks import Ended, Started
 from tests.orchestrator.cli.test_working_directory import fill
+from tests.orchestrator.conftest import PruneModel
 from tests.orchestrator.job_server import (
     SECONDS,
     Head,
@@ -386,6 +388,26 @@ def test_a_job_whose_process_is_killed_ends_as_a_shell_would_say(
     head.driver(tmp_path / "out").kill()
     _, stderr = head.run("jobs", "logs", job_id, "--follow", code=137)
     assert stderr == f"job {job_id}: FAILED, ended by SIGKILL\n"
+
+
+def test_a_training_whose_job_is_killed_ends_in_the_next_job_as_if_nothing_had_happened(
+    head: Head, prune_model: PruneModel, gqa_model: Path, tmp_path: Path
+) -> None:
+    words = ["tune", prune_model(gqa_model).output, "--tracking-uri", "none", "--steps", 9, "--batch-size", 4]
+    words += ["--evaluate-every", 3, "--patience", 9, "--keep-worse"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    ended = CliRunner().invoke(main, [*map(str, words), "--local", "--output", str(whole)])
+    assert ended.exit_code == 0, ended.output
+
+    words += ["--workers", 1, "--output", resumed, "--resume"]
+    job_id = head.run("submit", "--no-follow", "--", *words)[0].strip()
+    head.frozen(resumed, lambda: bool(list(tmp_path.rglob("checkpoint_*")))).kill()
+    head.run("jobs", "logs", job_id, "--follow", code=137)
+    assert "continuing from earlier results" in head.run("submit", "--", *words)[0]
+    plans = [json.loads((output / "pruning" / "plan.json").read_text()) for output in (whole, resumed)]
+    first, second = [plan["tuned"][-1]["totals"] for plan in plans]
+    assert first["steps"] == second["steps"] == 9
+    assert first["loss_after"] == pytest.approx(second["loss_after"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
