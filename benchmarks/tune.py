@@ -1,5 +1,6 @@
 """Measures what training gets back after pruning: `make tune-table` writes benchmarks/results/tune.md."""
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,15 @@ SHARED = ROOT.parent / "shared"
 TEXTS = SHARED / "data" / "wikitext2"
 RESULT = ROOT / "benchmarks" / "results" / "tune.md"
 HELD_OUT_BLOCKS = 24
+# Words of a paragraph that `lora` learns to continue, and of its prompt.
+LONG_PARAGRAPH, PROMPT = 60, 4
 
 TITLE = "Training after pruning"
 EXPLANATION = """\
 Perplexity on {held_out} blocks of WikiText-2 (test), of the dense model, the pruned one and the tuned one. "Came back"
 is the share of the loss beyond the dense model's that the training removed. Calibration and training use the same
-blocks of WikiText-2 (valid). `make tune-table` writes this file"""
+blocks of WikiText-2 (valid); `lora` learns to continue its paragraphs, from their first words. `make
+tune-table` writes this file"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +52,12 @@ class Case:
     trainings: dict[str, dict[str, Any]]
 
 
-SHORT = {"steps": 100, "batch_size": 8}
+SHORT = {"steps": 100, "batch_size": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "`--method distil`": {"method": "distil", **SHORT},
     "`--method distil --full`": {"method": "distil", "full": True, **SHORT},
     "`--method full`": {"method": "full", **SHORT},
+    "`--method lora`": {"method": "lora", **SHORT},
     "`--method blocks`": {"method": "blocks"},
 }
 LAB = SHARED / "models" / "lab-llama-11m"
@@ -90,13 +95,24 @@ def measure(case: Case, texts: Path, work: Path) -> Iterator[tuple[str, TuneTota
     calibration = write_blocks(model, texts / "valid.txt", case.calibration, case.length, work / "calibration.parquet")
     held_out = write_blocks(model, texts / "test.txt", HELD_OUT_BLOCKS, case.length, work / "held-out.parquet")
     here = {"local": True, "tracking_uri": "none", "overwrite": True, "evaluate": (str(held_out),)}
+    completions = write_completions(texts / "valid.txt", work / "completions.jsonl")
     pruned = work / "pruned"
     prune(PruneConfig(model=str(model), calibration=str(calibration), output=str(pruned), **here, **case.pruning))
     for name, settings in case.trainings.items():
         start = time.perf_counter()
-        result = tune(TuneConfig(checkpoint=str(pruned), output=str(work / "tuned"), teacher=None, **here, **settings))
+        if settings["method"] == "lora":
+            settings = {"data": str(completions), "sequence_length": case.length} | settings
+        result = tune(TuneConfig(checkpoint=str(pruned), output=str(work / "tuned"), **here, **settings))
         assert result.totals is not None, "nothing was there before"
         yield name, result.totals, time.perf_counter() - start
+
+
+def write_completions(text: Path, output: Path) -> Path:
+    """Write a text's long paragraphs as prompts, their first words, and completions; return the file."""
+    paragraphs = [words for words in map(str.split, text.read_text().splitlines()) if len(words) >= LONG_PARAGRAPH]
+    rows = [{"prompt": " ".join(words[:PROMPT]), "completion": " ".join(words[PROMPT:])} for words in paragraphs]
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return output
 
 
 def row_of(case: Case, name: str, totals: TuneTotals, seconds: float) -> list[str]:

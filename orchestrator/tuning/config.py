@@ -64,7 +64,7 @@ class TuneConfig:
     )
     teacher: str | None = setting(
         None,
-        "The dense model to distil from: a directory, a URI or a hub id.",
+        "The dense model, to train towards or to measure beside: a directory, a URI or a hub id.",
         TRAINING,
         TUNE,
         effect=Effect.INPUT,
@@ -163,8 +163,8 @@ class TuneConfig:
         method = self.method
         require(method == DISTIL or not self.full, f"full belongs to --method distil, not {method}: leave it out")
         require(
-            method in (DISTIL, BLOCKS) or self.teacher is None,
-            f"teacher belongs to --method distil or blocks, and {method} has none: leave it out",
+            self.has_teacher or self.teacher is None or bool(self.evaluate),
+            f"{method} has no teacher, only a dense model to measure beside: pass --evaluate SPEC too, or leave it out",
         )
         require(
             method == LORA or not self.pack,

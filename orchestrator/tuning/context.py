@@ -65,7 +65,7 @@ class TuneContext:
             stage, known_as = f"perplexity, {name}", f"{name} {digest}"
             return measure_once(shards, self.staging, self.reporter, model, blocks, stage, known_as)
 
-        dense = None if inputs.teacher is None else perplexity("dense", inputs.teacher, inputs.teacher_digest)
+        dense = None if inputs.dense is None else perplexity("dense", inputs.dense, inputs.dense_digest)
         before = perplexity("before", inputs.checkpoint, inputs.digest)
         return Measured(dense, before, perplexity("after", written, written.digest()))
 

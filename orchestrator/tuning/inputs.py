@@ -39,7 +39,8 @@ class TuneInputs:
         checkpoint: The checkpoint.
         plan: Its plan; None if slimllm did not prune it.
         teacher: The dense model; None if the method has none.
-        teacher_digest: The digest of the dense model's weights.
+        dense: The dense model to measure beside the tuned one; None if it is not known or there is nothing to measure.
+        dense_digest: The digest of the dense model's weights.
         data: What it is trained on.
         validation: What chooses the best step.
         held_out: The texts that perplexity is measured on.
@@ -50,7 +51,8 @@ class TuneInputs:
     checkpoint: Checkpoint
     plan: Plan | None
     teacher: Checkpoint | None
-    teacher_digest: str | None
+    dense: Checkpoint | None
+    dense_digest: str | None
     data: Examples
     validation: Examples
     held_out: tuple[TokenBlocks, ...]
@@ -59,6 +61,11 @@ class TuneInputs:
     def digest(self) -> str:
         """The digest of the checkpoint's weights."""
         return self.checkpoint.digest()
+
+    @property
+    def teacher_digest(self) -> str | None:
+        """The digest of the teacher's weights."""
+        return self.dense_digest if self.teacher else None
 
 
 def load_tune_inputs(config: TuneConfig, warn: Callable[[str], None]) -> TuneInputs:
@@ -76,15 +83,16 @@ def load_tune_inputs(config: TuneConfig, warn: Callable[[str], None]) -> TuneInp
         plan_companions(model.directory)
         plan = _plan_of(checkpoint)
     _require_pruned(config, plan, warn)
-    teacher, teacher_digest = _teacher_of(config, checkpoint, plan) if config.has_teacher else (None, None)
+    dense, dense_digest = _dense_of(config, checkpoint, plan, warn)
     data, validation = _load_data(config, checkpoint, plan)
     return TuneInputs(
         name=model_name(config.checkpoint),
         model=model,
         checkpoint=checkpoint,
         plan=plan,
-        teacher=teacher,
-        teacher_digest=teacher_digest,
+        teacher=dense if config.has_teacher else None,
+        dense=dense,
+        dense_digest=dense_digest,
         data=data,
         validation=validation,
         held_out=tuple(_load_held_out(config, checkpoint, spec) for spec in config.evaluate),
@@ -119,7 +127,26 @@ def _require_pruned(config: TuneConfig, plan: Plan | None, warn: Callable[[str],
     warn(f"{config.checkpoint} is not a model that slimllm pruned: every layer of it is trained")
 
 
-def _teacher_of(config: TuneConfig, checkpoint: Checkpoint, plan: Plan | None) -> tuple[Checkpoint, str]:
+def _dense_of(
+    config: TuneConfig, checkpoint: Checkpoint, plan: Plan | None, warn: Callable[[str], None]
+) -> tuple[Checkpoint | None, str | None]:
+    """Return the dense model and its digest; None if the training does without it and it is not known.
+
+    Raises:
+        InputError: See `_named_dense`.
+    """
+    if config.has_teacher or config.teacher is not None:
+        return _named_dense(config, checkpoint, plan)
+    if plan is None or not config.evaluate:
+        return None, None
+    try:
+        return _named_dense(config, checkpoint, plan)
+    except InputError as error:
+        warn(f"how much of the loss comes back will not be known: {error}")
+        return None, None
+
+
+def _named_dense(config: TuneConfig, checkpoint: Checkpoint, plan: Plan | None) -> tuple[Checkpoint, str]:
     """Return the dense model, and the digest of its weights, which takes long to compute for a large model.
 
     Raises:
@@ -149,8 +176,8 @@ def _require_vocabulary(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
     ours, theirs = checkpoint.config.vocab_size, teacher.config.vocab_size
     if ours != theirs or not same_vocabulary(checkpoint.directory, teacher.directory):
         raise InputError(
-            f"the teacher {teacher.directory} has another vocabulary ({theirs:,} tokens) than {checkpoint.directory} "
-            f"({ours:,}): distil from a model with the same tokenizer"
+            f"the dense model {teacher.directory} has another vocabulary ({theirs:,} tokens) than "
+            f"{checkpoint.directory} ({ours:,}): pass one with the same tokenizer"
         )
 
 

@@ -109,7 +109,8 @@ def _card_of(inputs: TuneInputs) -> str:
 
 def _section(params: dict[str, Any], inputs: TuneInputs, totals: TuneTotals) -> str:
     """Return the section of the model card that says what the training did."""
-    has_dense = totals.loss_dense is not None
+    measured = [totals.loss_dense, *(dense for dense, _, _ in totals.perplexity.values())]
+    has_dense = any(one is not None for one in measured)
     return SECTION.format(
         method=params["method"],
         adapters=f", LoRA of rank {params['rank']}" if "rank" in params else "",
@@ -124,7 +125,7 @@ def _section(params: dict[str, Any], inputs: TuneInputs, totals: TuneTotals) -> 
         dense_heading="dense | " if has_dense else "",
         dense_line="---|" if has_dense else "",
         validation=inputs.validation.spec,
-        dense_loss=f"{totals.loss_dense:.4f} | " if has_dense else "",
+        dense_loss=_dense_cell(totals.loss_dense, "{:.4f}") if has_dense else "",
         loss_before=totals.loss_before,
         loss_after=totals.loss_after,
         perplexity="".join(_perplexity_rows(totals, has_dense)),
@@ -134,9 +135,13 @@ def _section(params: dict[str, Any], inputs: TuneInputs, totals: TuneTotals) -> 
 def _perplexity_rows(totals: TuneTotals, has_dense: bool) -> list[str]:
     rows = []
     for spec, (dense, before, after) in totals.perplexity.items():
-        first = f"{dense:.2f} | " if has_dense and dense is not None else ""
+        first = _dense_cell(dense, "{:.2f}") if has_dense else ""
         rows.append(f"| perplexity on `{spec}`, {totals.evaluated[spec]} | {first}{before:.2f} | {after:.2f} |\n")
     return rows
+
+
+def _dense_cell(value: float | None, form: str) -> str:
+    return f"{'' if value is None else form.format(value)} | "
 
 
 def _told(totals: TuneTotals) -> str:

@@ -15,7 +15,7 @@ from orchestrator.tuning.config import TuneConfig
         ({"checkpoint": None}, "no checkpoint is named"),
         ({"steps": 10, "epochs": 2}, "steps and epochs were both given"),
         ({"method": "full", "full": True}, "full belongs to --method distil"),
-        ({"method": "full", "teacher": "x"}, "teacher belongs to --method distil or blocks"),
+        ({"method": "full", "teacher": "x"}, "full has no teacher, only a dense model to measure beside"),
         ({"pack": True}, "pack belongs to --method lora"),
         ({"method": "blocks", "steps": 3}, "pass epochs"),
         ({"method": "blocks", "fsdp": True}, "holds one layer at a time"),

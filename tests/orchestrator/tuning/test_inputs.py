@@ -14,8 +14,12 @@ from orchestrator.tuning.inputs import TuneInputs, load_tune_inputs
 from slimllm_ops.errors import InputError
 
 
-def load(checkpoint: Path, **settings: Any) -> TuneInputs:
-    return load_tune_inputs(TuneConfig(**{"checkpoint": str(checkpoint), **settings}), lambda text: None)
+def ignore(warning: str) -> None:
+    pass
+
+
+def load(checkpoint: Path, warn: Callable[[str], None] = ignore, **settings: Any) -> TuneInputs:
+    return load_tune_inputs(TuneConfig(**{"checkpoint": str(checkpoint), **settings}), warn)
 
 
 @pytest.fixture
@@ -60,6 +64,23 @@ def test_a_dense_model_that_is_gone_is_told(copied: Callable[..., Path], gqa_mod
     with pytest.raises(InputError, match=r"the dense model /no/such/model cannot be read.*--teacher MODEL"):
         load(checkpoint)
     assert load(checkpoint, teacher=str(gqa_model)).teacher is not None
+
+
+def test_what_has_no_teacher_is_measured_beside_the_dense_model_if_that_can_be_read(
+    pruned: Path, copied: Callable[..., Path], gqa_model: Path, token_file: Path
+) -> None:
+    asked = {"method": "full", "evaluate": (str(token_file),)}
+    inputs = load(pruned, **asked)
+    assert inputs.teacher is None
+    assert inputs.dense is not None
+    assert inputs.dense.directory == gqa_model
+    assert load(pruned, method="full").dense is None
+
+    warnings: list[str] = []
+    gone = copied(model="/no/such/model")
+    assert load(gone, warnings.append, **asked).dense is None
+    assert warnings[0].startswith("how much of the loss comes back will not be known: the dense model /no/such/model")
+    assert load(gone, teacher=str(gqa_model), **asked).dense is not None
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(pruned: Path, make_llama: Callable[..., Path]) -> None:
