@@ -13,28 +13,22 @@ if TYPE_CHECKING:
 
 __all__ = ["CompareConfig", "PruneConfig", "TuneConfig", "compare", "prune", "tune"]
 
+# The modules that define these names.
+_HOMES = {
+    "CompareConfig": "orchestrator.config",
+    "PruneConfig": "orchestrator.config",
+    "TuneConfig": "orchestrator.tuning.config",
+    "compare": "orchestrator.comparison.compare",
+    "prune": "orchestrator.pipeline",
+    "tune": "orchestrator.tuning.tune",
+}
+
 
 def __getattr__(name: str) -> object:
     # Nothing is imported before it is asked for. The pipeline takes seconds, for which `slimllm --help` need not wait;
     # and `python -m orchestrator` runs this with the working directory first on its path (__main__.py).
-    if name == "prune":
-        from orchestrator.pipeline import prune
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return prune
-    if name == "compare":
-        from orchestrator.comparison.compare import compare
-
-        return compare
-    if name == "tune":
-        from orchestrator.tuning.tune import tune
-
-        return tune
-    if name == "TuneConfig":
-        from orchestrator.tuning.config import TuneConfig
-
-        return TuneConfig
-    if name in ("CompareConfig", "PruneConfig"):
-        from orchestrator import config
-
-        return getattr(config, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

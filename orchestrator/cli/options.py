@@ -1,6 +1,6 @@
 """Defines the options of all commands, under the headings that `--help` shows.
 
-Most options are settings, and derive from their declarations in orchestrator/config.py. The others (`GENERAL`) set
+Most options are settings, and derive from their declarations (docs/settings.md). The others (`GENERAL`) set
 where a command reads its options from and what it prints.
 """
 
@@ -34,14 +34,15 @@ GENERAL: dict[str, Decorator] = {
     ),
 }
 TELLING = ("json", "verbose")
+# Commands whose settings have a config of their own; the other commands take those of `CompareConfig` that name them.
+CONFIGS: dict[str, type] = {"tune": TuneConfig}
 
 
 def settings_of(command: str) -> dict[str, Setting]:
     """Return the settings that a command takes as options, by name, in declaration order."""
-    if command == "tune":
-        return {name: one for name, one in declared(TuneConfig).items() if one.group is not None}
-    known = declared(CompareConfig)
-    return {name: one for name, one in known.items() if one.group is not None and command in one.commands}
+    known = declared(CONFIGS.get(command, CompareConfig))
+    taken = {name: one for name, one in known.items() if command in CONFIGS or command in one.commands}
+    return {name: one for name, one in taken.items() if one.group is not None}
 
 
 def with_settings(command: str) -> Decorator:
@@ -103,7 +104,7 @@ def heading_of(command: str, option: str) -> str:
     """Return the heading of an option, such as `--address` of `submit` and `--output` of `export`."""
     if option.removeprefix("--").replace("-", "_") in (*GENERAL, "help"):
         return "Other"
-    known = {**declared(CompareConfig), **(declared(TuneConfig) if command == "tune" else {})}
+    known = declared(CompareConfig) | declared(CONFIGS.get(command, CompareConfig))
     return next((str(one.group) for one in known.values() if one.option == option), "Options")
 
 
