@@ -10,8 +10,14 @@ from slimllm_ops.stream.footprint import Footprint
 
 # Tokens that keep a processor busy; more take memory and gain nothing.
 BATCH_TOKENS = 4096
+# Tokens that whole models score at once; more take memory for logits and gain little.
+SCORED_TOKENS = 1024
 # Sequences that a model samples together; more take memory, and leave workers without any.
 SEQUENCES_AT_ONCE = 32
+# Requests that a whole model answers at once; more wait for the longest of them.
+REQUESTS_AT_ONCE = 64
+# Tokens of a request, as far as memory is planned; those of the usual tasks are shorter.
+LONGEST_REQUEST = 2048
 # Small data give at least this many batches, so that they spread over workers.
 MIN_BATCHES = 16
 
@@ -59,6 +65,17 @@ def sequences_at_once(whole: Footprint, by_layer: Footprint, length: int, free: 
         f"to sample a sequence of {length} tokens, each worker needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
         f"are free for it: lower --sequence-length, or calibrate on text"
     )
+
+
+def requests_at_once(footprint: Footprint, length: int, free: int) -> int:
+    """Return how many requests of a length a whole model answers at once; 1 at least.
+
+    Args:
+        footprint: The memory that the model takes.
+        length: The most tokens of a request.
+        free: The bytes that are free for a worker.
+    """
+    return max(1, min(REQUESTS_AT_ONCE, footprint.tokens_at_once(free, 0) // length))
 
 
 def micro_batch_tokens(

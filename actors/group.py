@@ -6,18 +6,29 @@ a worker holds several when the cluster has lost some.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from actors.batching import into_batches, micro_batch_tokens, sequences_at_once, sequences_that_fit, split_evenly
+from actors.batching import (
+    LONGEST_REQUEST,
+    SCORED_TOKENS,
+    into_batches,
+    micro_batch_tokens,
+    requests_at_once,
+    sequences_at_once,
+    sequences_that_fit,
+    split_evenly,
+)
 from actors.calls import Share, SharedStream
 from actors.shard import Shard
 from actors.steps import ShardSteps
 from actors.workers import Workers
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.whole import WholeModel
+from slimllm_ops.evaluation.opening import open_answering, open_scoring
 from slimllm_ops.stream.footprint import Footprint
 from slimllm_ops.stream.opening import open_generation, open_pair, open_sensitivity, open_stream
 from slimllm_ops.stream.padding import count_tokens
@@ -191,6 +202,43 @@ class ShardGroup(ShardSteps):
         parts = split_evenly(batches, min(self._num_shards, num_workers))
         self._spread(name, parts, open_generation, self.deliver(checkpoint), length, seed, keeps_layers)
         return len(parts[0])
+
+    def open_scoring(self, name: str, models: Sequence[WholeModel], windows_WT: np.ndarray) -> int:
+        """Spread windows over the shards; whole models score them.
+
+        Args:
+            name: The stream's name in later calls.
+            models: The models, which every worker reads at the same paths; the first is the reference.
+            windows_WT: Token ids, int32; padding stands at the end of a window.
+
+        Returns:
+            The most batches that a shard has to score.
+
+        Raises:
+            InputError: A worker lacks the memory for it.
+        """
+        self._workers.start()
+        footprint = Footprint.of_whole(models, self._workers.device)
+        fitting = micro_batch_tokens(footprint, windows_WT, 0, self._free_memory(), self._note)
+        parts = split_evenly(into_batches(windows_WT, min(fitting, SCORED_TOKENS)), self._num_shards)
+        self._spread(name, parts, open_scoring, tuple(one.directory for one in models))
+        return len(parts[0])
+
+    def open_answering(self, name: str, model: WholeModel, batch_size: int | None) -> int:
+        """Let every shard hold a whole model that answers requests; return how many shards there are.
+
+        Args:
+            name: The stream's name in later calls.
+            model: The model, which every worker reads at the same path.
+            batch_size: The requests that a shard answers at once; None for as many as its memory holds.
+        """
+        num_workers, footprint = self._workers.start(), Footprint.of_whole([model], self._workers.device)
+        length = min(model.max_length or LONGEST_REQUEST, LONGEST_REQUEST)
+        at_once = batch_size or requests_at_once(footprint, length, self._free_memory())
+        # Answers do not depend on the shard, so a worker never holds the model twice.
+        empty: list[np.ndarray] = [np.zeros((1, 1), dtype=np.int32)]
+        self._spread(name, [empty] * num_workers, open_answering, model.directory, at_once)
+        return num_workers
 
     def peak_memory(self) -> dict[str, int]:
         """Return the highest peak of any worker that is not lost, in bytes, for the host and for the GPU."""

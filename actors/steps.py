@@ -9,7 +9,7 @@ A driver names the step that it wants and writes it as it would call it:
     shards.mean("pruned", LayerStream.apply, layer, branch, decision)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -43,6 +43,15 @@ class ShardSteps:
     def each(self, name: str, step: Callable[Concatenate[S, P], R], *arguments: P.args, **named: P.kwargs) -> list[R]:
         """Run a step on every shard; return the results in the order of the shards."""
         return self._workers.get(self._submit(name, step, (arguments, named)))
+
+    def each_its_own(self, name: str, step: Callable[[S, T], R], values: Sequence[T]) -> list[R]:
+        """Run a step on every shard, with one value for each shard; return the results in the order of the shards."""
+        shares, workers = self._streams[name].shares, self._workers
+        calls = [
+            workers.call(share.worker, label_of(step, ()), Shard.run, share.stream, step, workers.put(((value,), {})))
+            for share, value in zip(shares, values, strict=True)
+        ]
+        return workers.get(calls)
 
     def mean(self, name: str, step: Callable[Concatenate[S, P], Mean], *arguments: P.args, **named: P.kwargs) -> float:
         """Run a step on every shard; return the mean over all tokens."""

@@ -1,24 +1,29 @@
 """Drives a run: `from orchestrator import prune, PruneConfig`.
 
-To compare methods, import `compare, CompareConfig`; to train a pruned model, `tune, TuneConfig`.
+To compare methods, import `compare, CompareConfig`; to train a pruned model, `tune, TuneConfig`; to measure
+models, `evaluate, EvaluateConfig`.
 """
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from orchestrator.comparison.compare import compare
     from orchestrator.config import CompareConfig, PruneConfig
+    from orchestrator.evaluation.config import EvaluateConfig
+    from orchestrator.evaluation.evaluate import evaluate
     from orchestrator.pipeline import prune
     from orchestrator.tuning.config import TuneConfig
     from orchestrator.tuning.tune import tune
 
-__all__ = ["CompareConfig", "PruneConfig", "TuneConfig", "compare", "prune", "tune"]
+__all__ = ["CompareConfig", "EvaluateConfig", "PruneConfig", "TuneConfig", "compare", "evaluate", "prune", "tune"]
 
 # The modules that define these names.
 _HOMES = {
     "CompareConfig": "orchestrator.config",
+    "EvaluateConfig": "orchestrator.evaluation.config",
     "PruneConfig": "orchestrator.config",
     "TuneConfig": "orchestrator.tuning.config",
     "compare": "orchestrator.comparison.compare",
+    "evaluate": "orchestrator.evaluation.evaluate",
     "prune": "orchestrator.pipeline",
     "tune": "orchestrator.tuning.tune",
 }

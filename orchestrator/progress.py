@@ -7,6 +7,7 @@ passed, times those that are left.
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console
@@ -17,6 +18,14 @@ from orchestrator.terminal import open_console
 
 # The least time between two lines, if lines are printed instead of a bar.
 LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes: how many, and of what."""
+
+    size: int
+    of: str
 
 
 class Reporter:
@@ -64,23 +73,26 @@ class Reporter:
         """Yield the layers from `first` on and show the progress; `tokens` pass through each of them."""
         return self.steps(stage, "layer", num_layers, tokens, first)
 
-    def steps(self, stage: str, unit: str, number: int, tokens: int, first: int = 0) -> Generator[int]:
+    def steps(
+        self, stage: str, unit: str, number: int, size: int, first: int = 0, of: str = "tokens"
+    ) -> Generator[int]:
         """Yield the steps of a stage from `first` on and show the progress.
 
         Args:
             stage: The stage.
             unit: What a step is called: "layer", "batch" or "step".
             number: How many steps the stage has.
-            tokens: How many tokens a step computes.
+            size: How many tokens a step computes.
             first: The first step to do.
+            of: What `size` counts, if not tokens.
         """
         if first == number:
             return
         with self.timed(stage):
             shown = self._bar if self.console.is_terminal else self._lines
-            yield from shown(stage, unit, range(first, number), tokens)
+            yield from shown(stage, unit, range(first, number), Work(size, of))
 
-    def _bar(self, stage: str, unit: str, steps: range, tokens: int) -> Iterator[int]:
+    def _bar(self, stage: str, unit: str, steps: range, work: Work) -> Iterator[int]:
         columns = (
             TextColumn("{task.description:<24}"),
             BarColumn(),
@@ -92,9 +104,9 @@ class Reporter:
             task = progress.add_task(stage, total=steps.stop, completed=steps.start, told=f"{unit}s")
             for done, step in enumerate(steps, start=1):
                 yield step
-                progress.update(task, advance=1, told=f"{unit}s  {_describe(done, unit, len(steps), tokens, start)}")
+                progress.update(task, advance=1, told=f"{unit}s  {_describe(done, unit, len(steps), work, start)}")
 
-    def _lines(self, stage: str, unit: str, steps: range, tokens: int) -> Iterator[int]:
+    def _lines(self, stage: str, unit: str, steps: range, work: Work) -> Iterator[int]:
         start = time.perf_counter()
         told = start
         for done, step in enumerate(steps, start=1):
@@ -102,13 +114,13 @@ class Reporter:
             now = time.perf_counter()
             if now - told > LINE_SECONDS or done == len(steps):
                 told = now
-                described = _describe(done, unit, len(steps), tokens, start)
+                described = _describe(done, unit, len(steps), work, start)
                 self.note(f"{stage}: {unit} {step + 1}/{steps.stop}, {described}")
 
 
-def _describe(done: int, unit: str, steps: int, tokens: int, start: float) -> str:
+def _describe(done: int, unit: str, steps: int, work: Work, start: float) -> str:
     """Return the rate of the steps that are done, and the time that the others will take at this rate."""
     seconds = max(time.perf_counter() - start, 1e-9)
     left = timedelta(seconds=round(seconds / done * (steps - done)))
     per_layer = " per layer" if unit == "layer" else ""
-    return f"{done * tokens / seconds:,.0f} tokens/s{per_layer}, {left} left of this stage"
+    return f"{done * work.size / seconds:,.0f} {work.of}/s{per_layer}, {left} left of this stage"

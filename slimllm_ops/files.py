@@ -5,13 +5,14 @@ device has no end, and a file may be larger than memory.
 """
 
 import errno
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,16 @@ def read_plain(path: Path, most_bytes: int) -> bytes:
     if len(content) > most_bytes:
         raise _too_large(path, len(content), most_bytes)
     return content
+
+
+def digest_files(directory: Path, names: Iterable[str]) -> str:
+    """Return the SHA-256 of files of a directory, one after the other."""
+    sha = hashlib.sha256()
+    for name in names:
+        with open_plain(directory / name) as file:
+            while chunk := file.read(1 << 24):
+                sha.update(chunk)
+    return sha.hexdigest()
 
 
 def _require_plain(path: Path, found: os.stat_result, most_bytes: int | None) -> None:

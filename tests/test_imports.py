@@ -17,7 +17,8 @@ SIBLINGS = {
 }
 # The rooms of slimllm_ops, bottom to top: each imports only rooms below it.
 ROOMS = (
-    *("errors", "files", "models", "moments", "decide", "checkpoint", "allocate", "stream", "training"),
+    *("errors", "files", "models", "moments", "decide", "checkpoint", "allocate", "stream"),
+    *("evaluation", "training"),
     *("methods", "module_solves", "stock"),
 )
 MOST_LINES = 300
@@ -26,7 +27,7 @@ LONGER = {
     "slimllm_ops/models/families.py": "a table of families",
     "orchestrator/config.py": "a table of settings",
 }
-MATHEMATICS = {"torch", "transformers", "safetensors", "accelerate", "numpy", "peft", "wrapt"}
+MATHEMATICS = {"torch", "transformers", "safetensors", "accelerate", "numpy", "peft", "lm_eval", "wrapt"}
 
 
 def imported(package: str) -> Iterator[tuple[str, str]]:

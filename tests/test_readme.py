@@ -23,7 +23,7 @@ SMALL = ["--samples", "4", "--sequence-length", "64", "--local"]
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
 # Commands that pass text through a model, and those that take what an earlier line of the page has pruned.
 PASSES = ("prune", "calibrate", "compare")
-FOLLOWS = {"log": " prune path/to/model", "tune": " prune path/to/model", "export": " --output pruned/uniform"}
+FOLLOWS = dict.fromkeys(("log", "tune", "evaluate"), " prune path/to/model") | {"export": " --output pruned/uniform"}
 FEW_STEPS = ["--steps", "2", "--batch-size", "2", "--sequence-length", "64", "--local"]
 
 
@@ -63,7 +63,7 @@ def run_in(folder: Path, line: str, tracking_uri: str, monkeypatch: pytest.Monke
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     words = ["path/to/model" if word == "MODEL" else word for word in shlex.split(line)[1:]]
-    if words[0] in FOLLOWS and not Path(words[1]).exists():
+    if words[0] in FOLLOWS and not all(Path(word).exists() for word in words[1:] if word.startswith("pruned/")):
         earlier = next(one for one in slimllm_commands() if FOLLOWS[words[0]] in one)
         run_in(folder, earlier, tracking_uri, monkeypatch)
     if words[0] == "log":
@@ -71,6 +71,8 @@ def run_in(folder: Path, line: str, tracking_uri: str, monkeypatch: pytest.Monke
         words = [*words[:-1], tracking_uri]
     if words[0] in PASSES:
         words += SMALL
+    if words[0] == "evaluate":
+        words += ["--tokens", "512", "--local"]
     if words[0] == "tune":
         words += FEW_STEPS
     if words[0] == "compare" and "--method" not in words:

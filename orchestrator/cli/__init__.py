@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from orchestrator.cli.doctor import doctor
+from orchestrator.cli.evaluate import evaluate
 from orchestrator.cli.exit_codes import FAILED
 from orchestrator.cli.jobs import jobs, submit
 from orchestrator.cli.outputs import export, families, log
@@ -74,5 +75,5 @@ def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""
 
 
-for command in (prune, tune, calibrate, compare, log, export, families, doctor, submit, jobs):
+for command in (prune, tune, evaluate, calibrate, compare, log, export, families, doctor, submit, jobs):
     main.add_command(command)

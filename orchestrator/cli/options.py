@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from orchestrator.config import CompareConfig
+from orchestrator.evaluation.config import EvaluateConfig
 from orchestrator.settings import Setting, declared
 from orchestrator.tuning.config import TuneConfig
 
@@ -35,7 +36,7 @@ GENERAL: dict[str, Decorator] = {
 }
 TELLING = ("json", "verbose")
 # Commands whose settings have a config of their own; the other commands take those of `CompareConfig` that name them.
-CONFIGS: dict[str, type] = {"tune": TuneConfig}
+CONFIGS: dict[str, type] = {"tune": TuneConfig, "evaluate": EvaluateConfig}
 
 
 def settings_of(command: str) -> dict[str, Setting]:

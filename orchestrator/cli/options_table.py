@@ -1,4 +1,4 @@
-"""Writes the tables of docs/options.md: every option of `slimllm prune` and `slimllm tune`, as `--help` shows it.
+"""Writes the tables of docs/options.md: every option of the commands that compute, as `--help` shows it.
 
 `make docs` runs this module. It replaces the tables between the page's two marks for each command.
 """
@@ -11,7 +11,7 @@ from orchestrator.cli import main
 from orchestrator.cli.options import groups_of, heading_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
-COMMANDS = ("prune", "tune")
+COMMANDS = ("prune", "tune", "evaluate")
 BEGIN, END = "<!-- make docs writes this: {} -->", "<!-- until here: {} -->"
 HEAD = ("| option | what it does | default | other commands |", "|---|---|---|---|")
 

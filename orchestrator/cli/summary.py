@@ -19,8 +19,9 @@ from orchestrator.secrets import masked
 from orchestrator.terminal import open_console
 from orchestrator.tracking import JOURNAL_ONLY, how_to_log, where_to_look
 
-# The training's modules are imported by the command that trains only.
+# Modules that only one command needs are imported by that command.
 if TYPE_CHECKING:
+    from orchestrator.evaluation.evaluate import Evaluation
     from orchestrator.tuning.result import TuneTotals
     from orchestrator.tuning.tune import TuneResult
 
@@ -178,7 +179,20 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     _print_lines(console, [f"table and figure: {comparison.output}", *told])
 
 
-def _of_mlflow(result: "PruneResult | Comparison | TuneResult", command: str | None, found: str) -> list[str]:
+def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -> None:
+    """Print the figures of the models, and the paths."""
+    from orchestrator.evaluation.table import print_tables
+
+    console = console or open_console()
+    print_tables(evaluation.models, console)
+    found = f"MLflow run {evaluation.run_id}, with a child for each model"
+    told = _of_mlflow(evaluation, how_to_log(evaluation.output), found)
+    _print_lines(console, [f"tables: {evaluation.output}", *told])
+
+
+def _of_mlflow(
+    result: "PruneResult | Comparison | TuneResult | Evaluation", command: str | None, found: str
+) -> list[str]:
     """Return lines on what MLflow has and where to look; if it lacks something, the last is a command to log it."""
     if command and result.tracking_uri == JOURNAL_ONLY:
         return ["MLflow was not used; to log this run later, run", command]

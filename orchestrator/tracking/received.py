@@ -16,14 +16,14 @@ from orchestrator.tracking.options import TrackingError
 from slimllm_ops.errors import shown
 from slimllm_ops.files import stays_inside
 
-# The journals of `prune` and of `compare`, and the forms of the paths in each, relative to its folder.
+# The journals of `prune`, and of `compare` and `evaluate`, and the forms of the paths in each, relative to its folder.
 PRUNING, COMPARISON, CHILD = "pruning/metrics.jsonl", "metrics.jsonl", "child"
 OF_A_MODEL = {"artifacts": r"\.|run\.toml", "checkpoint": r"\.\."}
 FORMS = {
     PRUNING: OF_A_MODEL | {"child": r"\.\./(?!\.)[^/]+/pruning/metrics\.jsonl"},
     # Runs are nested one deep.
     CHILD: OF_A_MODEL,
-    COMPARISON: {"artifacts": r"comparison\.(json|csv|md)|perplexity(-\d+)?\.png"},
+    COMPARISON: {"artifacts": r"(comparison|evaluation)\.(json|csv|md)|perplexity(-\d+)?\.png|run\.toml"},
 }
 # The folders of artifacts, and the key by which MLflow finds a run.
 FOLDERS = (None, "pruning")
@@ -35,6 +35,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "tags": {"tags": (dict,)},
     "metrics": {"step": (int, NoneType), "metrics": (dict,)},
     "note": {"text": (str,)},
+    "evaluated": {"uri": (str,), "run_id": (str,), "metrics": (dict,)},
     "dataset": {"name": (str,), "digest": (str,), "context": (str,), "source": (str,)},
     "artifacts": {"paths": (list,), "to": (str, NoneType)},
     "checkpoint": {"directory": (str,), "name": (str,), "params": (dict,)},

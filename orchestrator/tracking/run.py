@@ -64,6 +64,11 @@ class Run:
         values = {key: float(value) for key, value in metrics.items()}
         self._log({"event": "metrics", "step": step, "metrics": values})
 
+    def log_evaluated(self, maker: StoredParent, metrics: Mapping[str, float]) -> None:
+        """Log measurements of a model to the run that made it, and to its versions, if they are in the same store."""
+        values = {key: float(value) for key, value in metrics.items()}
+        self._log({"event": "evaluated", "uri": maker.uri, "run_id": maker.run_id, "metrics": values})
+
     def log_note(self, text: str) -> None:
         """Log the description on the run's page, in Markdown."""
         self._log({"event": "note", "text": text})
@@ -173,7 +178,7 @@ class Run:
         if missing := {key: value for key, value in given.items() if key not in told}:
             self._tell({"event": "params", "params": missing})
         for event in self._earlier:
-            if event["event"] in ("metrics", "dataset", "note", "tags"):
+            if event["event"] in ("metrics", "dataset", "note", "tags", "evaluated"):
                 self._tell(event)
 
     def _end(self, status: str, error: str | None = None) -> None:
@@ -210,6 +215,8 @@ class Run:
                 self._uploaded &= self._server.ask(lambda: stored.upload(paths, event["to"])) is not None
             case "checkpoint":
                 return self._tell_checkpoint(stored, folder / event["directory"], event)
+            case "evaluated" if event["uri"] != self._server.uri:
+                pass
             case _:
                 self._server.ask(lambda: stored.tell(event))
         return None

@@ -56,6 +56,8 @@ class StoredRun:
                     self._tell_metrics(event)
                 case "dataset":
                     self._tell_dataset(event)
+                case "evaluated":
+                    self._tell_maker(event)
                 case "note":
                     self._client.set_tag(self.run_id, NOTE_TAG, event["text"])
                 case "tags":
@@ -89,6 +91,20 @@ class StoredRun:
         self._client.log_batch(self.run_id, metrics=metrics)
         if total:
             self._totals += metrics
+
+    def _tell_maker(self, event: dict[str, Any]) -> None:
+        """Log measurements of a model to the run that made it, to its logged model, and as tags of its versions."""
+        from mlflow.entities import Metric
+
+        maker, stamp = event["run_id"], _stamp(event)
+        values = {key: value for key, value in event["metrics"].items() if isinstance(value, int | float)}
+        self._client.log_batch(maker, metrics=[Metric(key, value, stamp, 0) for key, value in values.items()])
+        for model in self._client.search_logged_models([self._experiment_id], f"source_run_id = '{maker}'"):
+            linked = [Metric(key, value, stamp, 0, model_id=model.model_id) for key, value in values.items()]
+            self._client.log_batch(maker, metrics=linked)
+        for version in self._client.search_model_versions(f"run_id = '{maker}'"):
+            for key, value in values.items():
+                self._client.set_model_version_tag(version.name, version.version, key, f"{value:.4g}")
 
     def _tell_dataset(self, event: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

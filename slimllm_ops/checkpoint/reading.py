@@ -1,6 +1,5 @@
 """Reads a Hugging Face checkpoint one layer at a time: no process ever holds the whole model."""
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from slimllm_ops.checkpoint.resolution import (
 from slimllm_ops.checkpoint.tensor_index import Place, TensorIndex, open_shard
 from slimllm_ops.checkpoint.validation import model_of, require_fit, require_layers
 from slimllm_ops.errors import NonFiniteError
-from slimllm_ops.files import open_plain
+from slimllm_ops.files import digest_files
 from slimllm_ops.models.config_checks import read_config
 from slimllm_ops.models.families import family_of
 from slimllm_ops.models.tensor_layout import Stored
@@ -158,12 +157,7 @@ class Checkpoint(TensorIndex):
 
     def digest(self) -> str:
         """Return the SHA-256 of the weight files, in the order of their names."""
-        sha = hashlib.sha256()
-        for file_name in self._file_names():
-            with open_plain(self.directory / file_name) as file:
-                while chunk := file.read(1 << 24):
-                    sha.update(chunk)
-        return sha.hexdigest()
+        return digest_files(self.directory, self._file_names())
 
     def _file_names(self) -> list[str]:
         scales = [place.scale.place for place in self.files.values() if place.scale is not None]

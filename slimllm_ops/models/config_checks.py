@@ -81,7 +81,7 @@ def read_config(directory: Path) -> "tuple[PretrainedConfig, Blocks | None]":
     """
     from transformers import CONFIG_MAPPING
 
-    described = _read_description(directory)
+    described = read_description(directory)
     try:
         _require_text_model(described)
         family = family_named(described.get("model_type"))
@@ -116,7 +116,12 @@ def wrong_config(directory: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{directory}: its config.json is wrong: {reason}")
 
 
-def _read_description(directory: Path) -> dict[str, Any]:
+def read_description(directory: Path) -> dict[str, Any]:
+    """Return what a model directory's config.json says.
+
+    Raises:
+        CheckpointError: The directory or the file is missing or broken.
+    """
     try:
         is_directory, has_config = directory.is_dir(), (directory / "config.json").is_file()
     except (OSError, ValueError) as error:

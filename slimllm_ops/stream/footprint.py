@@ -18,11 +18,13 @@ Shapes: D hidden size, P the larger input of an output projection.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.whole import WholeModel
 from slimllm_ops.models.families import head_dim, layer_shape
 from slimllm_ops.moments.moments import TRIANGLE_BLOCKS, accumulation_dtype
 from slimllm_ops.stream.weights import compute_dtype
@@ -36,6 +38,9 @@ SAVED_ACTIVATIONS = 3
 # Copies of a branch's weights while it is trained, in float32: the weights, their gradients, and Adam's two moments;
 # three of them as they are received and as they are returned; and the weights in the dtype of the layers.
 TRAINED_COPIES = 11
+# When whole models score tokens: float32 tensors of the vocabulary's size; activations of the hidden size, with those
+# of an MLP four times as wide.
+LOG_PROBABILITIES, WHOLE_ACTIVATIONS = 4, 32
 # P x P matrices at the measured peak of a solve, which also holds the weight in float32 and in the dtype of sums.
 SOLVE_SQUARES = 6
 
@@ -155,6 +160,23 @@ class Footprint:
             passing,
             layers=layers + 2 * values * config.vocab_size * config.hidden_size,
             activations_per_token=per_token,
+            likely_activations_per_token=per_token,
+        )
+
+    @classmethod
+    def of_whole(cls, models: Sequence[WholeModel], device: torch.device) -> "Footprint":
+        """Return what passing tokens through whole models needs, one model after the other."""
+        values = compute_dtype(device).itemsize
+        vocabulary, hidden = (max(getattr(one, name) for one in models) for name in ("vocab_size", "hidden_size"))
+        logits = (len(models) * values + LOG_PROBABILITIES * torch.float32.itemsize) * vocabulary
+        per_token = logits + values * WHOLE_ACTIVATIONS * hidden
+        return cls(
+            layers=values * sum(one.num_parameters for one in models),
+            moments=0,
+            decision=0,
+            states_per_token=0,
+            activations_per_token=per_token,
+            stored_layer=0,
             likely_activations_per_token=per_token,
         )
 

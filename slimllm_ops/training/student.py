@@ -5,15 +5,16 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from slimllm_ops.checkpoint.whole import read_whole
 from slimllm_ops.training.job import LoRA, TrainingJob
 
 
 def read_student(job: TrainingJob) -> nn.Module:
     """Return the model to train: all of it, or its adapters."""
     # If all parameters are trained, each needs its digits.
-    model = _read_model(job.student, torch.float32 if job.lora is None else _frozen_dtype(job))
+    model = read_whole(job.student, torch.float32 if job.lora is None else _frozen_dtype(job))
     if job.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if job.lora is None else add_adapters(model, job.lora, job.seed)
@@ -32,16 +33,10 @@ def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int) -> nn.Module:
 
 def read_teacher(directory: Path, job: TrainingJob) -> PreTrainedModel:
     """Return the teacher, on the device that the worker computes on."""
-    model = _read_model(directory, _frozen_dtype(job)).requires_grad_(False).eval()
+    model = read_whole(directory, _frozen_dtype(job)).requires_grad_(False).eval()
     return cast(PreTrainedModel, nn.Module.to(model, "cuda")) if job.on_gpu else model
 
 
 def _frozen_dtype(job: TrainingJob) -> torch.dtype:
     """Return the dtype of parameters that are not trained."""
     return torch.bfloat16 if job.on_gpu else torch.float32
-
-
-def _read_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
-    model.config.use_cache = False
-    return model

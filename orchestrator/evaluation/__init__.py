@@ -1,0 +1,1 @@
+"""The stages of an evaluation: perplexity and the distance from a first model, and tasks through lm-eval."""
