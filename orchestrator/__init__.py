@@ -1,7 +1,7 @@
 """Drives a run: `from orchestrator import prune, PruneConfig`.
 
 To compare methods, import `compare, CompareConfig`; to train a pruned model, `tune, TuneConfig`; to measure
-models, `evaluate, EvaluateConfig`.
+models, `evaluate, EvaluateConfig`; for a page about runs, `report, ReportConfig`.
 """
 
 TYPE_CHECKING = False
@@ -11,20 +11,35 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.config import EvaluateConfig
     from orchestrator.evaluation.evaluate import evaluate
     from orchestrator.pipeline import prune
+    from orchestrator.reports.config import ReportConfig
+    from orchestrator.reports.report import report
     from orchestrator.tuning.config import TuneConfig
     from orchestrator.tuning.tune import tune
 
-__all__ = ["CompareConfig", "EvaluateConfig", "PruneConfig", "TuneConfig", "compare", "evaluate", "prune", "tune"]
+__all__ = [
+    "CompareConfig",
+    "EvaluateConfig",
+    "PruneConfig",
+    "ReportConfig",
+    "TuneConfig",
+    "compare",
+    "evaluate",
+    "prune",
+    "report",
+    "tune",
+]
 
 # The modules that define these names.
 _HOMES = {
     "CompareConfig": "orchestrator.config",
     "EvaluateConfig": "orchestrator.evaluation.config",
     "PruneConfig": "orchestrator.config",
+    "ReportConfig": "orchestrator.reports.config",
     "TuneConfig": "orchestrator.tuning.config",
     "compare": "orchestrator.comparison.compare",
     "evaluate": "orchestrator.evaluation.evaluate",
     "prune": "orchestrator.pipeline",
+    "report": "orchestrator.reports.report",
     "tune": "orchestrator.tuning.tune",
 }
 

@@ -1,7 +1,8 @@
 """Marks an output as complete: `complete.json`, written last, has the name, size and digest of every file.
 
-Journals and the model card have only their names there. A journal grows when it is logged later, and each of its lines
-shows whether it is whole. People edit the card before they publish a model.
+Journals, the model card and the report have only their names there. A journal grows when it is logged later, and each
+of its lines shows whether it is whole. People edit the card before they publish a model. The report has the seconds of
+one run, and `slimllm report` writes it again.
 """
 
 import hashlib
@@ -13,10 +14,10 @@ from slimllm_ops.errors import CheckpointError
 from slimllm_ops.files import flush, naming, open_plain, read_json_object, write_json
 
 MARK = "complete.json"
-JOURNAL = "metrics.jsonl"
+JOURNAL, REPORT_FILE = "metrics.jsonl", "report.html"
 # The settings that an output was made with; `prune` and `calibrate` write them first.
 ASKED = Path("pruning/asked.json")
-MAY_CHANGE = (JOURNAL, "README.md")
+MAY_CHANGE = (JOURNAL, REPORT_FILE, "README.md")
 FORMAT = 1
 # Enough for the names of hundred thousands of files.
 MOST_BYTES = 1 << 26

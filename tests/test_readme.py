@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from orchestrator import builtin
 from orchestrator.builtin import MODEL_DIR, calibration_text, heldout_text
 from orchestrator.cli import main
-from orchestrator.cli.options import groups_of
+from orchestrator.cli.options import flag_of, groups_of
 from orchestrator.cli.options_table import COMMANDS
 from tests.elsewhere import Elsewhere
 
@@ -23,7 +23,9 @@ SMALL = ["--samples", "4", "--sequence-length", "64", "--local"]
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
 # Commands that pass text through a model, and those that take what an earlier line of the page has pruned.
 PASSES = ("prune", "calibrate", "compare")
-FOLLOWS = dict.fromkeys(("log", "tune", "evaluate"), " prune path/to/model") | {"export": " --output pruned/uniform"}
+FOLLOWS = {"export": " --output pruned/uniform"} | dict.fromkeys(
+    ("log", "tune", "evaluate", "report"), " prune path/to/model"
+)
 FEW_STEPS = ["--steps", "2", "--batch-size", "2", "--sequence-length", "64", "--local"]
 
 
@@ -121,8 +123,7 @@ def test_the_example_on_a_models_card_runs_where_the_package_is_not_and_asks_not
 
 def test_the_table_of_options_has_every_option() -> None:
     table = (README.parent / "docs" / "options.md").read_text()
-    options = [name for command in COMMANDS for group in groups_of(command).values() for name in group]
-    flags = [f"--{name.replace('_', '-')}" for name in options]
+    flags = [flag_of(command, name) for command in COMMANDS for group in groups_of(command).values() for name in group]
     missing = [flag for flag in flags if f"{flag} " not in table and f"{flag}`" not in table]
     assert not missing
 

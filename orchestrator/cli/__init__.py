@@ -17,6 +17,7 @@ from orchestrator.cli.evaluate import evaluate
 from orchestrator.cli.exit_codes import FAILED
 from orchestrator.cli.jobs import jobs, submit
 from orchestrator.cli.outputs import export, families, log
+from orchestrator.cli.report import report
 from orchestrator.cli.runs import calibrate, compare, prune
 from orchestrator.cli.streams import escape_what_cannot_be_shown
 from orchestrator.cli.tune import tune
@@ -75,5 +76,5 @@ def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""
 
 
-for command in (prune, tune, evaluate, calibrate, compare, log, export, families, doctor, submit, jobs):
+for command in (prune, tune, evaluate, calibrate, compare, report, log, export, families, doctor, submit, jobs):
     main.add_command(command)

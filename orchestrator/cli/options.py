@@ -12,6 +12,7 @@ import click
 
 from orchestrator.config import CompareConfig
 from orchestrator.evaluation.config import EvaluateConfig
+from orchestrator.reports.config import ReportConfig
 from orchestrator.settings import Setting, declared
 from orchestrator.tuning.config import TuneConfig
 
@@ -36,7 +37,10 @@ GENERAL: dict[str, Decorator] = {
 }
 TELLING = ("json", "verbose")
 # Commands whose settings have a config of their own; the other commands take those of `CompareConfig` that name them.
-CONFIGS: dict[str, type] = {"tune": TuneConfig, "evaluate": EvaluateConfig}
+CONFIGS: dict[str, type] = {"tune": TuneConfig, "evaluate": EvaluateConfig, "report": ReportConfig}
+
+# Commands that take only some of the options that are not settings.
+FEW_GENERAL = {"report": TELLING, "evaluate": ("config", *TELLING)}
 
 
 def settings_of(command: str) -> dict[str, Setting]:
@@ -98,7 +102,13 @@ def groups_of(command: str) -> dict[str, dict[str, Decorator]]:
     groups: dict[str, dict[str, Decorator]] = {}
     for name, one in settings_of(command).items():
         groups.setdefault(str(one.group), {})[name] = option_of(one)
-    return groups | {"Other": GENERAL}
+    return groups | {"Other": {name: GENERAL[name] for name in FEW_GENERAL.get(command, GENERAL)}}
+
+
+def flag_of(command: str, name: str) -> str:
+    """Return the option of a setting, or of a general option, of a command."""
+    one = settings_of(command).get(name)
+    return f"--{name.replace('_', '-')}" if one is None else one.option
 
 
 def heading_of(command: str, option: str) -> str:

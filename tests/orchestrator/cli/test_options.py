@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from orchestrator.cli import main
-from orchestrator.cli.options import groups_of
+from orchestrator.cli.options import flag_of, groups_of
 
 
 def help_of(*words: str) -> str:
@@ -15,7 +15,7 @@ def help_of(*words: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("command", ["prune", "tune", "evaluate"])
+@pytest.mark.parametrize("command", ["prune", "tune", "evaluate", "report"])
 def test_every_option_is_shown_once_under_its_group(command: str) -> None:
     page = help_of(command).partition("Examples:")[0]
     sections = re.split(r"^(\w[\w ]*):\n", page, flags=re.MULTILINE)
@@ -23,21 +23,19 @@ def test_every_option_is_shown_once_under_its_group(command: str) -> None:
     assert list(shown) == list(groups_of(command))
     for group, options in groups_of(command).items():
         flags = re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown[group], flags=re.MULTILINE)
-        # No command has all of the options that are not settings.
-        known = {flag for option in main.commands[command].params for flag in option.opts}
-        expected = [flag for name in options if (flag := f"--{name.replace('_', '-')}") in known]
+        expected = [flag_of(command, name) for name in options]
         assert flags == expected + ["--help"] * (group == "Other")
 
 
-@pytest.mark.parametrize("shown", ["prune", "tune", "evaluate"])
+@pytest.mark.parametrize("shown", ["prune", "tune", "evaluate", "report"])
 def test_the_examples_are_commands_that_are_taken(shown: str) -> None:
     lines = re.findall(r"^ +slimllm (.*)$", help_of(shown), flags=re.MULTILINE)
-    taken = {name for options in groups_of(shown).values() for name in options}
+    taken = {flag_of(shown, name) for options in groups_of(shown).values() for name in options}
     assert len(lines) >= 3
     for line in lines:
         command, *words = line.split()
         for flag in (word for word in words if word.startswith("--")):
-            assert flag.removeprefix("--").replace("-", "_") in taken
+            assert flag in taken
         assert command in main.commands
 
 
