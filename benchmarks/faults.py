@@ -281,7 +281,7 @@ def start_cluster(folder: Path) -> Cluster:
 
 def content(output: Path) -> dict[str, bytes]:
     """Return every file of an output except its journals, which record times."""
-    files = [path for path in output.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
+    files = [path for path in output.rglob("*") if path.is_file() and path.name not in ("metrics.jsonl", "report.html")]
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 

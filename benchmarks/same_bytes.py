@@ -223,7 +223,7 @@ def _is_text(statement: ast.stmt) -> bool:
 def _files(output: Path) -> Iterator[tuple[str, Path]]:
     for path in output.rglob("*"):
         # The mark holds the digests of the other files.
-        if path.is_file() and path.name not in ("metrics.jsonl", "complete.json"):
+        if path.is_file() and path.name not in ("metrics.jsonl", "report.html", "complete.json"):
             yield str(path.relative_to(output)), path
 
 

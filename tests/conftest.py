@@ -64,9 +64,13 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+# The files of an output that tell when everything happened, or how long it took.
+OF_TIME = ("metrics.jsonl", "report.html")
+
+
 def content(output: Path) -> dict[str, bytes]:
-    """Every file of an output, but for the journals: those tell when everything happened."""
-    files = [path for path in output.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
+    """Every file of an output, but for those of the time that it took."""
+    files = [path for path in output.rglob("*") if path.is_file() and path.name not in OF_TIME]
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 

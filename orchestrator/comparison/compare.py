@@ -16,6 +16,7 @@ from typing import Any
 
 from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, exclude_unrefinable
 from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
+from orchestrator.completion import REPORT_FILE
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, sparsity_label
@@ -36,6 +37,8 @@ from orchestrator.record.mlflow import log_inputs
 from orchestrator.record.params import for_people, run_params
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
 from orchestrator.record.totals import Totals, count_parameters, evaluated, metric_suffix
+from orchestrator.reports.page import write_report
+from orchestrator.reports.sources import read_directory
 from orchestrator.settings import declared
 from orchestrator.tracking import Run, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
@@ -277,6 +280,7 @@ def _publish(
     results = staging.work / "tables"
     results.mkdir()
     write_table(rows, header, results)
+    write_report(results / REPORT_FILE, read_directory(results))
     run.log_note((results / "comparison.md").read_text(encoding="utf-8"))
     run.log_artifacts(*[path.rename(staging.directory / path.name) for path in sorted(results.iterdir())])
     if not any((checkpoints := staging.directory / "checkpoints").iterdir()):

@@ -8,11 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.completion import REPORT_FILE
 from orchestrator.inputs import Inputs
 from orchestrator.record.figures import LayerKept, ScoredUnits, draw_kept, draw_scores
 from orchestrator.record.model_card import write_model_card
 from orchestrator.record.params import settings_of
 from orchestrator.record.totals import Totals
+from orchestrator.reports.page import write_report
+from orchestrator.reports.values import Sources, run_of
 from orchestrator.secrets import masked_all, uris_masked
 from slimllm_ops.decide.plan import Decision, LayerPlan, Plan
 from slimllm_ops.files import written_whole
@@ -21,9 +24,9 @@ from slimllm_ops.files import written_whole
 def write_record(
     directory: Path, params: dict[str, Any], inputs: Inputs, layers: Sequence[LayerPlan], totals: Totals
 ) -> None:
-    """Write `pruning/` (plan, scores, figures) and the model card into a checkpoint's directory.
+    """Write `pruning/` (plan, scores, figures, report) and the model card into a checkpoint's directory.
 
-    The same run writes the same bytes, whatever its output directory and speed.
+    The same run writes the same bytes, whatever its output directory and speed, but for the report: it has the seconds.
     """
     pruning = directory / "pruning"
     header = {
@@ -31,7 +34,8 @@ def write_record(
         "params": settings_of(params),
         "totals": masked_all(totals.reproducible_figures(), uris_masked),
     }
-    Plan(header, tuple(layers)).write(pruning / "plan.json")
+    plan = Plan(header, tuple(layers))
+    plan.write(pruning / "plan.json")
     with written_whole(pruning / "importance.parquet") as partial:
         pq.write_table(importance_table(layers), partial)
     figures = pruning / "figures"
@@ -40,6 +44,7 @@ def write_record(
     draw_kept(kept, figures / "kept.png")
     draw_scores(_unit_scores(layers), figures / "scores.png")
     write_model_card(directory, inputs, params, totals)
+    write_report(pruning / REPORT_FILE, Sources(runs=(run_of(plan, totals.seconds),)))
 
 
 def importance_table(layers: Sequence[LayerPlan]) -> pa.Table:

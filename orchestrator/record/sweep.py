@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.completion import REPORT_FILE
 from orchestrator.record.figures import draw_perplexity_over_sparsity
 from orchestrator.record.totals import Totals
+from orchestrator.reports.page import write_report
+from orchestrator.reports.sources import read_directory
 from orchestrator.tracking import Run
 from slimllm_ops.files import written_whole
 
@@ -31,7 +34,7 @@ def sweep_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def log_sweep(run: Run, directory: Path, method: str, models: Mapping[str, Totals]) -> None:
-    """Write sweep.csv and figures/perplexity.png into a sweep's `pruning/`, and log them and the table.
+    """Write sweep.csv, figures/perplexity.png and the report into a sweep's `pruning/`, and log them and the table.
 
     Args:
         run: The sweep's run; the models' runs are its children.
@@ -53,6 +56,7 @@ def log_sweep(run: Run, directory: Path, method: str, models: Mapping[str, Total
         figure = pruning / "figures" / (f"perplexity-{number}.png" if number else "perplexity.png")
         points = [(totals.sparsity, totals.perplexity[data][1]) for totals in models.values()]
         draw_perplexity_over_sparsity({method: points}, rows[0][_heading(dense, data)], figure)
+    write_report(pruning / REPORT_FILE, read_directory(directory))
     run.log_note(_markdown(rows))
     run.log_artifacts(pruning, to="pruning")
 

@@ -23,7 +23,9 @@ FORMS = {
     PRUNING: OF_A_MODEL | {"child": r"\.\./(?!\.)[^/]+/pruning/metrics\.jsonl"},
     # Runs are nested one deep.
     CHILD: OF_A_MODEL,
-    COMPARISON: {"artifacts": r"(comparison|evaluation)\.(json|csv|md)|perplexity(-\d+)?\.png|run\.toml"},
+    COMPARISON: {
+        "artifacts": r"(comparison|evaluation|bench)\.(json|csv|md)|report\.html|perplexity(-\d+)?\.png|run\.toml"
+    },
 }
 # The folders of artifacts, and the key by which MLflow finds a run.
 FOLDERS = (None, "pruning")

@@ -7,10 +7,13 @@ from typing import Any
 import tomli_w
 
 from cluster import WorkerPlan
+from orchestrator.completion import REPORT_FILE
 from orchestrator.data.blocks import TokenBlocks
 from orchestrator.data.examples import Examples
 from orchestrator.record.params import versions
 from orchestrator.record.run_toml import RUN_FILE
+from orchestrator.reports.page import write_report
+from orchestrator.reports.values import Sources, run_of
 from orchestrator.secrets import masked, masked_all, uris_masked
 from orchestrator.settings import declared
 from orchestrator.tracking import Run
@@ -88,14 +91,17 @@ def write_run_file(path: Path, config: TuneConfig, inputs: TuneInputs, workers: 
 
 
 def write_record(directory: Path, params: dict[str, Any], inputs: TuneInputs, totals: TuneTotals) -> None:
-    """Write the pruning's record with what the training did, and the model card."""
+    """Write the pruning's record with what the training did, the report of both, and the model card."""
     record = plan_record(inputs.checkpoint.directory)
     kept = tuple(file for file in record.files if file.name not in OWN)
     replace(record, files=kept).copy(directory)
     plan = inputs.plan or Plan({"format": 1, "params": {}}, ())
     done = {"params": settings_of(params), "totals": masked_all(totals.reproducible_figures(), uris_masked)}
     tuned = [*plan.header.get("tuned", []), done]
-    Plan(plan.header | {"tuned": tuned}, plan.layers).write(directory / PLAN)
+    tuned_plan = Plan(plan.header | {"tuned": tuned}, plan.layers)
+    tuned_plan.write(directory / PLAN)
+    report = directory / PLAN.parent / REPORT_FILE
+    write_report(report, Sources(runs=(run_of(tuned_plan, totals.seconds),)))
     write_text(directory / CARD, uris_masked(_card_of(inputs) + _section(params, inputs, totals)))
 
 

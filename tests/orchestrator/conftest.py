@@ -21,6 +21,7 @@ from orchestrator.pipeline import PruneResult, prune
 from orchestrator.progress import Reporter
 from orchestrator.pruning import backends
 from orchestrator.record import figures
+from orchestrator.reports import svg
 from tests.forks import Forks
 from tests.orchestrator.tracked import TrackingServer, serving
 
@@ -31,6 +32,11 @@ def save_nothing(figure: object, path: Path) -> None:
     """Leave an empty file in place of a figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
+
+
+def draw_nothing(figure: object) -> bytes:
+    """Return an empty figure for a report."""
+    return b'<svg viewBox="0 0 1 1"/>'
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +55,7 @@ def prune_model(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         with pytest.MonkeyPatch.context() as patch:
             if not rendered:
                 patch.setattr(figures, "_save", save_nothing)
+                patch.setattr(svg, "_drawn", draw_nothing)
             return prune(config, Reporter(Console(file=io.StringIO())))
 
     return run

@@ -11,6 +11,8 @@ import boto3
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from tests.conftest import OF_TIME
+
 BUCKET = "bucket"
 REFUSED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
@@ -68,9 +70,9 @@ class Store:
         return f"s3://{BUCKET}/{prefix}" + (f"/{folder.name}" if folder.is_file() else "")
 
     def content(self, prefix: str) -> dict[str, bytes]:
-        """Every file under a prefix, but for the journals."""
+        """Every file under a prefix, but for those of the time that it took."""
         listed = self.client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/").get("Contents", [])
-        keys = [entry["Key"] for entry in listed if not entry["Key"].endswith("metrics.jsonl")]
+        keys = [entry["Key"] for entry in listed if not entry["Key"].endswith(OF_TIME)]
         return {key.removeprefix(f"{prefix}/"): self.read(key) for key in keys}
 
     def read(self, key: str) -> bytes:

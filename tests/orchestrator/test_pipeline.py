@@ -65,7 +65,7 @@ def test_a_run_leaves_every_file_it_promises(gqa_run: PruneResult) -> None:
         "complete.json",
     }
     figures = {"figures/kept.png", "figures/scores.png"}
-    record = {"asked.json", "run.toml", "plan.json", "importance.parquet", "metrics.jsonl"} | figures
+    record = {"asked.json", "run.toml", "plan.json", "importance.parquet", "metrics.jsonl", "report.html"} | figures
     assert left == weights | described | {f"pruning/{name}" for name in record}
     beside = [path for path in gqa_run.output.parent.iterdir() if path != gqa_run.output]
     assert not beside

@@ -157,7 +157,7 @@ def test_losses_and_gaps_follow_from_the_perplexities(everything: Comparison) ->
 
 def test_tables_and_figure_are_written_and_no_checkpoint_stays(everything: Comparison) -> None:
     names = {path.name for path in everything.output.iterdir()}
-    tables = {"comparison.json", "comparison.csv", "comparison.md", "perplexity.png"}
+    tables = {"comparison.json", "comparison.csv", "comparison.md", "perplexity.png", "report.html"}
     assert names == tables | {"metrics.jsonl", "run.toml", "complete.json"}
     document = json.loads((everything.output / "comparison.json").read_text())
     assert [Row(**row) for row in document["rows"]] == list(everything.rows)
@@ -190,7 +190,7 @@ def test_mlflow_has_a_child_for_every_model_and_the_files_at_the_parent(
     assert parent.data.metrics["calibration_seconds"] > 0
     assert parent.data.tags["mlflow.note.content"] == (everything.output / "comparison.md").read_text()
     logged = {file.path for file in client.list_artifacts(everything.run_id)}
-    assert logged == {"comparison.json", "comparison.csv", "comparison.md", "perplexity.png"}
+    assert logged == {"comparison.json", "comparison.csv", "comparison.md", "perplexity.png", "report.html"}
     assert not [file for run in children for file in client.list_artifacts(run.info.run_id)]
 
 

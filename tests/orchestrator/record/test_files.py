@@ -14,6 +14,7 @@ from orchestrator.tracking import TrackingOptions, tracked_run
 from orchestrator.tracking.journal import Journal
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.plan import Plan
+from tests.conftest import OF_TIME
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -24,10 +25,10 @@ def files_of(directory: Path) -> dict[str, bytes]:
 ELSEWHERE = {"run_name": "again", "experiment": "another", "register": "again", "offload": True, "overwrite": True}
 
 
-def assert_same_but_for_the_journals(first: Path, second: Path) -> None:
+def assert_same_but_for_the_time(first: Path, second: Path) -> None:
     one, other = files_of(first), files_of(second)
     assert one.keys() == other.keys()
-    assert {name for name in one if one[name] != other[name] and not name.endswith("pruning/metrics.jsonl")} == set()
+    assert {name for name in one if one[name] != other[name] and not name.endswith(OF_TIME)} == set()
 
 
 def test_a_second_run_of_the_papers_method_gives_the_same_bytes(
@@ -40,7 +41,7 @@ def test_a_second_run_of_the_papers_method_gives_the_same_bytes(
 ) -> None:
     evaluate = (str(held_out_file),)
     again = prune_model(gqa_model, rendered=True, evaluate=evaluate, tracking_uri=tracking_uri, workers=1, **ELSEWHERE)
-    assert_same_but_for_the_journals(gqa_run.output, again.output)
+    assert_same_but_for_the_time(gqa_run.output, again.output)
 
 
 def test_a_second_run_of_gram_gives_the_same_bytes(
@@ -50,7 +51,7 @@ def test_a_second_run_of_gram_gives_the_same_bytes(
     # Where MLflow is told and where it is not.
     logged = ELSEWHERE | {"tracking_uri": tracking_uri}
     first, second = (prune_model(gqa_model, **asked, **places) for places in ({}, logged))
-    assert_same_but_for_the_journals(first.output, second.output)
+    assert_same_but_for_the_time(first.output, second.output)
 
 
 def test_the_plan_has_no_figure_of_the_machine(gqa_run: PruneResult) -> None:
