@@ -55,7 +55,8 @@ def draw_map(rows: Sequence[UnitRow]) -> "Figure":
         if corners:
             codes = np.tile([Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY], len(corners))
             look = {"color": BLUE, "alpha": shade / SHADES} if shade else {"color": GREY}
-            axes.add_patch(PathPatch(Path(np.concatenate(corners), codes), linewidth=0, **look))
+            # Not add_patch: it looks at each corner to fit the axes, which are set below.
+            axes.add_artist(PathPatch(Path(np.concatenate(corners), codes), linewidth=0, **look))
     axes.set_xlim(0, 1)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xticks([])

@@ -89,7 +89,7 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
     facts.append(("weights, MB", _change(before, after, "{:,.1f}")))
     for spec in mapping_at(totals, "perplexity"):
         facts.append((f"perplexity, {Path(spec).name}", _perplexities(run, spec)))
-    return facts if totals else facts[:1]
+    return [(name, value) for name, value in facts if value != UNKNOWN]
 
 
 def _megabytes(size: float | None) -> float | None:
