@@ -18,7 +18,7 @@ SIBLINGS = {
 # The rooms of slimllm_ops, bottom to top: each imports only rooms below it.
 ROOMS = (
     *("errors", "files", "models", "moments", "decide", "checkpoint", "allocate", "stream"),
-    *("evaluation", "training"),
+    *("evaluation", "training", "timing"),
     *("methods", "module_solves", "stock"),
 )
 MOST_LINES = 300
