@@ -1,11 +1,13 @@
 """Drives a run: `from orchestrator import prune, PruneConfig`.
 
-To compare methods, import `compare, CompareConfig`; to train a pruned model, `tune, TuneConfig`; to measure
-models, `evaluate, EvaluateConfig`; for a page about runs, `report, ReportConfig`.
+To compare methods, import `compare, CompareConfig`; to train a pruned model, `tune, TuneConfig`; to measure models,
+`evaluate, EvaluateConfig`, and their speed, `bench, BenchConfig`; for a page about runs, `report, ReportConfig`.
 """
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from orchestrator.bench.bench import bench
+    from orchestrator.bench.config import BenchConfig
     from orchestrator.comparison.compare import compare
     from orchestrator.config import CompareConfig, PruneConfig
     from orchestrator.evaluation.config import EvaluateConfig
@@ -17,11 +19,13 @@ if TYPE_CHECKING:
     from orchestrator.tuning.tune import tune
 
 __all__ = [
+    "BenchConfig",
     "CompareConfig",
     "EvaluateConfig",
     "PruneConfig",
     "ReportConfig",
     "TuneConfig",
+    "bench",
     "compare",
     "evaluate",
     "prune",
@@ -31,11 +35,13 @@ __all__ = [
 
 # The modules that define these names.
 _HOMES = {
+    "BenchConfig": "orchestrator.bench.config",
     "CompareConfig": "orchestrator.config",
     "EvaluateConfig": "orchestrator.evaluation.config",
     "PruneConfig": "orchestrator.config",
     "ReportConfig": "orchestrator.reports.config",
     "TuneConfig": "orchestrator.tuning.config",
+    "bench": "orchestrator.bench.bench",
     "compare": "orchestrator.comparison.compare",
     "evaluate": "orchestrator.evaluation.evaluate",
     "prune": "orchestrator.pipeline",

@@ -24,9 +24,10 @@ TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num
 # Commands that pass text through a model, and those that take what an earlier line of the page has pruned.
 PASSES = ("prune", "calibrate", "compare")
 FOLLOWS = {"export": " --output pruned/uniform"} | dict.fromkeys(
-    ("log", "tune", "evaluate", "report"), " prune path/to/model"
+    ("log", "tune", "evaluate", "bench", "report"), " prune path/to/model"
 )
 FEW_STEPS = ["--steps", "2", "--batch-size", "2", "--sequence-length", "64", "--local"]
+LITTLE = ["--batch-size", "1", "--prompt-length", "16", "--new-tokens", "2", "--rounds", "1"]
 
 
 def shell_lines() -> list[str]:
@@ -77,6 +78,8 @@ def run_in(folder: Path, line: str, tracking_uri: str, monkeypatch: pytest.Monke
         words += ["--tokens", "512", "--local"]
     if words[0] == "tune":
         words += FEW_STEPS
+    if words[0] == "bench":
+        words += LITTLE
     if words[0] == "compare" and "--method" not in words:
         # test_comparison.py compares all methods.
         words += ["--method", "flap"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from orchestrator.cli.bench import bench
 from orchestrator.cli.doctor import doctor
 from orchestrator.cli.evaluate import evaluate
 from orchestrator.cli.exit_codes import FAILED
@@ -76,5 +77,9 @@ def main() -> None:
     """Structured pruning of large language models, on one machine or a Ray cluster, tracked in MLflow."""
 
 
-for command in (prune, tune, evaluate, calibrate, compare, report, log, export, families, doctor, submit, jobs):
+COMMANDS = (
+    *(prune, tune, evaluate, bench, report),
+    *(calibrate, compare, log, export, families, doctor, submit, jobs),
+)
+for command in COMMANDS:
     main.add_command(command)

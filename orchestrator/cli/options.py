@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from orchestrator.bench.config import BenchConfig
 from orchestrator.config import CompareConfig
 from orchestrator.evaluation.config import EvaluateConfig
 from orchestrator.reports.config import ReportConfig
@@ -37,10 +38,14 @@ GENERAL: dict[str, Decorator] = {
 }
 TELLING = ("json", "verbose")
 # Commands whose settings have a config of their own; the other commands take those of `CompareConfig` that name them.
-CONFIGS: dict[str, type] = {"tune": TuneConfig, "evaluate": EvaluateConfig, "report": ReportConfig}
-
+CONFIGS: dict[str, type] = {
+    "tune": TuneConfig,
+    "evaluate": EvaluateConfig,
+    "bench": BenchConfig,
+    "report": ReportConfig,
+}
 # Commands that take only some of the options that are not settings.
-FEW_GENERAL = {"report": TELLING, "evaluate": ("config", *TELLING)}
+FEW_GENERAL = {"evaluate": ("config", *TELLING), "bench": ("config", *TELLING), "report": TELLING}
 
 
 def settings_of(command: str) -> dict[str, Setting]:

@@ -11,7 +11,7 @@ from orchestrator.cli import main
 from orchestrator.cli.options import groups_of, heading_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
-COMMANDS = ("prune", "tune", "evaluate", "report")
+COMMANDS = ("prune", "tune", "evaluate", "bench", "report")
 BEGIN, END = "<!-- make docs writes this: {} -->", "<!-- until here: {} -->"
 HEAD = ("| option | what it does | default | other commands |", "|---|---|---|---|")
 

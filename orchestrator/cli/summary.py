@@ -21,6 +21,7 @@ from orchestrator.tracking import JOURNAL_ONLY, how_to_log, where_to_look
 
 # Modules that only one command needs are imported by that command.
 if TYPE_CHECKING:
+    from orchestrator.bench.bench import BenchResult
     from orchestrator.evaluation.evaluate import Evaluation
     from orchestrator.tuning.result import TuneTotals
     from orchestrator.tuning.tune import TuneResult
@@ -190,8 +191,30 @@ def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -
     _print_lines(console, [f"tables: {evaluation.output}", *told])
 
 
+def print_bench(result: "BenchResult", console: Console | None = None) -> None:
+    """Print the tables of a bench, and the paths."""
+    from orchestrator.bench.table import print_figures
+
+    console = console or open_console()
+    print_figures(result.figures, console)
+    command = None if result.output is None else how_to_log(result.output)
+    found = f"MLflow run {result.run_id}, with a child for each model"
+    tables = [] if result.output is None else [f"tables: {result.output}"]
+    # Without an output, no journal is left to log later.
+    logged = result.output is not None or result.run_id is not None
+    _print_lines(console, [*tables, *(_of_mlflow(result, command, found) if logged else [])])
+
+
+def describe_bench(result: "BenchResult") -> dict[str, Any]:
+    """Return the result of a bench as values for JSON."""
+    from orchestrator.bench.table import describe
+
+    places = {name: getattr(result, name) for name in ("output", "tracking_uri", "experiment_id", "run_id")}
+    return describe(result.figures) | places
+
+
 def _of_mlflow(
-    result: "PruneResult | Comparison | TuneResult | Evaluation", command: str | None, found: str
+    result: "PruneResult | Comparison | TuneResult | Evaluation | BenchResult", command: str | None, found: str
 ) -> list[str]:
     """Return lines on what MLflow has and where to look; if it lacks something, the last is a command to log it."""
     if command and result.tracking_uri == JOURNAL_ONLY:

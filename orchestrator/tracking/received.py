@@ -16,7 +16,8 @@ from orchestrator.tracking.options import TrackingError
 from slimllm_ops.errors import shown
 from slimllm_ops.files import stays_inside
 
-# The journals of `prune`, and of `compare` and `evaluate`, and the forms of the paths in each, relative to its folder.
+# The journals of `prune`, and of `compare`, `evaluate` and `bench`; and the forms of the paths in each, relative to its
+# folder.
 PRUNING, COMPARISON, CHILD = "pruning/metrics.jsonl", "metrics.jsonl", "child"
 OF_A_MODEL = {"artifacts": r"\.|run\.toml", "checkpoint": r"\.\."}
 FORMS = {

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from orchestrator.cli import main
 from orchestrator.cli.options import flag_of, groups_of
+from orchestrator.cli.options_table import COMMANDS
 
 
 def help_of(*words: str) -> str:
@@ -15,7 +16,7 @@ def help_of(*words: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("command", ["prune", "tune", "evaluate", "report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_shown_once_under_its_group(command: str) -> None:
     page = help_of(command).partition("Examples:")[0]
     sections = re.split(r"^(\w[\w ]*):\n", page, flags=re.MULTILINE)
@@ -27,7 +28,7 @@ def test_every_option_is_shown_once_under_its_group(command: str) -> None:
         assert flags == expected + ["--help"] * (group == "Other")
 
 
-@pytest.mark.parametrize("shown", ["prune", "tune", "evaluate", "report"])
+@pytest.mark.parametrize("shown", COMMANDS)
 def test_the_examples_are_commands_that_are_taken(shown: str) -> None:
     lines = re.findall(r"^ +slimllm (.*)$", help_of(shown), flags=re.MULTILINE)
     taken = {flag_of(shown, name) for options in groups_of(shown).values() for name in options}

@@ -1,0 +1,1 @@
+"""Measures the speed, memory and size of models, side by side."""
