@@ -55,9 +55,9 @@ def _restore(weights: Path, directory: Path) -> None:
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(directory)
 
 
-def write_blocks(model: Path, text: Path, num_blocks: int, length: int, output: Path) -> Path:
-    """Write the first tokens of a text as blocks, and return the file."""
+def write_blocks(model: Path, text: Path, num_blocks: int, length: int, output: Path, first: int = 0) -> Path:
+    """Write the tokens of a text from its block `first` on as blocks, and return the file."""
     ids = AutoTokenizer.from_pretrained(model)(text.read_text())["input_ids"]
-    blocks = [ids[start : start + length] for start in range(0, num_blocks * length, length)]
+    blocks = [ids[number * length : (number + 1) * length] for number in range(first, first + num_blocks)]
     pq.write_table(pa.table({"input_ids": blocks}), output)
     return output

@@ -26,9 +26,9 @@ LONG_PARAGRAPH, PROMPT = 60, 4
 TITLE = "Training after pruning"
 EXPLANATION = """\
 Perplexity on {held_out} blocks of WikiText-2 (test), of the dense model, the pruned one and the tuned one. "Came back"
-is the share of the loss beyond the dense model's that the training removed. Calibration and training use the same
-blocks of WikiText-2 (valid); `lora` learns to continue its paragraphs, from their first words. `make
-tune-table` writes this file"""
+is the share of the loss beyond the dense model's that the training removed. The pruning is calibrated on the
+first blocks of WikiText-2 (valid), and the training reads those after them; `lora` learns to continue the text's
+paragraphs from their first words. `make tune-table` writes this file"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class Case:
         name: The model and the pruning, as the table names them.
         model: The model's directory; None for the real model.
         length: Tokens of a block.
-        calibration: The number of blocks to calibrate and train on.
+        calibration: The number of blocks to calibrate on.
+        training: The number of other blocks to train on.
         pruning: Settings of the pruning.
         trainings: Settings of each training by its name in the table.
     """
@@ -48,6 +49,7 @@ class Case:
     model: Path | None
     length: int
     calibration: int
+    training: int
     pruning: dict[str, Any]
     trainings: dict[str, dict[str, Any]]
 
@@ -58,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "`--method distil --full`": {"method": "distil", "full": True, **SHORT},
     "`--method full`": {"method": "full", **SHORT},
     "`--method lora`": {"method": "lora", **SHORT},
-    "`--method blocks`": {"method": "blocks"},
+    "`--method blocks`": {"method": "blocks", "epochs": 1},
 }
 LAB = SHARED / "models" / "lab-llama-11m"
 CASES = (
@@ -67,6 +69,7 @@ CASES = (
         model=LAB,
         length=256,
         calibration=128,
+        training=420,
         pruning={"method": "slimllm", "sparsity": (0.5,)},
         trainings=METHODS,
     ),
@@ -75,6 +78,7 @@ CASES = (
         model=LAB,
         length=256,
         calibration=128,
+        training=420,
         pruning={"method": "gram", "refine": True, "sparsity": (0.5,)},
         trainings=METHODS,
     ),
@@ -83,6 +87,7 @@ CASES = (
         model=None,
         length=256,
         calibration=160,
+        training=420,
         pruning={"method": "gram", "refine": True, "sparsity": (0.4,)},
         trainings={"`--method distil`": {"method": "distil", "steps": 200, "batch_size": 2}},
     ),
@@ -93,6 +98,7 @@ def measure(case: Case, texts: Path, work: Path) -> Iterator[tuple[str, TuneTota
     """Prune a case's model; yield the name, the figures and the seconds of each training."""
     model = case.model or real_model()
     calibration = write_blocks(model, texts / "valid.txt", case.calibration, case.length, work / "calibration.parquet")
+    more = write_blocks(model, texts / "valid.txt", case.training, case.length, work / "more.parquet", case.calibration)
     held_out = write_blocks(model, texts / "test.txt", HELD_OUT_BLOCKS, case.length, work / "held-out.parquet")
     here = {"local": True, "tracking_uri": "none", "overwrite": True, "evaluate": (str(held_out),)}
     completions = write_completions(texts / "valid.txt", work / "completions.jsonl")
@@ -100,9 +106,9 @@ def measure(case: Case, texts: Path, work: Path) -> Iterator[tuple[str, TuneTota
     prune(PruneConfig(model=str(model), calibration=str(calibration), output=str(pruned), **here, **case.pruning))
     for name, settings in case.trainings.items():
         start = time.perf_counter()
-        if settings["method"] == "lora":
-            settings = {"data": str(completions), "sequence_length": case.length} | settings
-        result = tune(TuneConfig(checkpoint=str(pruned), output=str(work / "tuned"), **here, **settings))
+        data = completions if settings["method"] == "lora" else more
+        places = {"checkpoint": str(pruned), "output": str(work / "tuned"), "data": str(data)}
+        result = tune(TuneConfig(**places, sequence_length=case.length, **here, **settings))
         assert result.totals is not None, "nothing was there before"
         yield name, result.totals, time.perf_counter() - start
 

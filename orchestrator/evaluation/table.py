@@ -53,12 +53,19 @@ def as_document(results: Sequence[ModelResult], header: dict[str, Any]) -> dict[
             "model": one.name,
             "digest": one.digest,
             "parameters": one.parameters,
-            "perplexity": [asdict(text) | {"value": text.perplexity} for text in one.texts],
+            "perplexity": [_as_values(text) for text in one.texts],
             "tasks": [asdict(task) for task in one.tasks],
         }
         for one in results
     ]
     return json_value({"format": FORMAT} | header | {"models": models})
+
+
+def _as_values(text: TextResult) -> dict[str, Any]:
+    """Return a text's figures, with those that reports show under names of their own."""
+    far = text.distance
+    shown = {"kl": far.mean, "agreement": far.agreement} if far else {}
+    return asdict(text) | {"value": text.perplexity} | shown
 
 
 def as_csv(results: Sequence[ModelResult]) -> str:

@@ -85,6 +85,11 @@ def load_tune_inputs(config: TuneConfig, warn: Callable[[str], None]) -> TuneInp
     _require_pruned(config, plan, warn)
     dense, dense_digest = _dense_of(config, checkpoint, plan, warn)
     data, validation = _load_data(config, checkpoint, plan)
+    if config.data is None:
+        warn(
+            f"the training reads {data.spec}, which the pruning was calibrated on: the pruned model fits it already, "
+            f"so little comes back; pass other text as --data SPEC"
+        )
     return TuneInputs(
         name=model_name(config.checkpoint),
         model=model,

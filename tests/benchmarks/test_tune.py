@@ -14,7 +14,7 @@ def test_every_training_has_a_row_with_perplexities_and_what_came_back(
     small = {"steps": 2, "batch_size": 2}
     trainings = {f"`--method {name}`": {"method": name, **small} for name in ("distil", "lora")}
     model = shared / "models" / "stories260k-gqa"
-    case = replace(CASES[1], name="tiny", model=model, length=32, calibration=8, trainings=trainings)
+    case = replace(CASES[1], name="tiny", model=model, length=32, calibration=8, training=8, trainings=trainings)
     monkeypatch.setattr(tune, "CASES", (case,))
     monkeypatch.setattr(tune, "HELD_OUT_BLOCKS", 4)
     for name in ("valid.txt", "test.txt"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator import ReportConfig, report
 from orchestrator.builtin import MODEL_DIR
 from orchestrator.data import DataError
 from orchestrator.evaluation.evaluate import Evaluation
@@ -119,6 +120,7 @@ def test_tables_have_all_figures(evaluation: Evaluation) -> None:
     first, pruned, _ = document["models"]
     assert first["perplexity"][0]["value"] == text_of(evaluation, 0).perplexity
     assert pruned["perplexity"][0]["distance"]["agreement"] == evaluation.models[1].texts[0].distance.agreement
+    assert pruned["perplexity"][0]["kl"] == evaluation.models[1].texts[0].distance.mean
     assert document["params"]["model_digests"].split(", ")[1] == pruned["digest"]
     rows = list(csv.DictReader((evaluation.output / "evaluation.csv").open()))
     found = {(row["model"], row["metric"]): float(row["value"]) for row in rows}
@@ -126,6 +128,12 @@ def test_tables_have_all_figures(evaluation: Evaluation) -> None:
     assert found[first["model"], name] == text_of(evaluation, 0).perplexity
     markdown = (evaluation.output / "evaluation.md").read_text()
     assert f"{text_of(evaluation, 1).distance.mean:.4f}" in markdown
+
+
+def test_a_report_shows_it(evaluation: Evaluation, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert report(ReportConfig(runs=(str(evaluation.output),), output=str(page))).evaluations == 3
+    assert f"{evaluation.models[1].texts[0].distance.mean:.4f}" in page.read_text()
 
 
 def test_what_is_no_model_is_refused(evaluate_models: Evaluate, tmp_path: Path) -> None:

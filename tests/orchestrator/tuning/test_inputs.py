@@ -47,6 +47,15 @@ def test_the_plan_names_the_dense_model_and_the_text(pruned: Path, gqa_model: Pa
     assert (len(inputs.data.input_ids_BT), len(inputs.validation.input_ids_BT)) == (23, 1)
 
 
+def test_text_that_the_pruning_was_calibrated_on_is_told(pruned: Path, token_file: Path, held_out_file: Path) -> None:
+    warnings: list[str] = []
+    load(pruned, warnings.append)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"the training reads {token_file}, which the pruning was calibrated on")
+    load(pruned, warnings.append, data=str(held_out_file))
+    assert len(warnings) == 1
+
+
 def test_held_out_data_may_be_named(pruned: Path, held_out_file: Path) -> None:
     inputs = load(pruned, validation=str(held_out_file))
     assert (len(inputs.data.input_ids_BT), len(inputs.validation.input_ids_BT)) == (24, 10)
