@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.methods import GRAM, ONE_PASS, PAPER, known_methods
-from orchestrator.settings import Check, Effect, declared, read_settings, require, setting
+from orchestrator.settings import Check, Effect, check_settings, declared, read_settings, require, setting
 from orchestrator.settings import ConfigError as ConfigError
 from orchestrator.sources.storage import is_uri
 
@@ -262,10 +262,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the model."""
-        for name, one in declared(type(self)).items():
-            value = one.normalised(getattr(self, name))
-            object.__setattr__(self, name, value)
-            one.require(value)
+        check_settings(self)
         known = known_methods(self.method)
         require(self.method in known, f"method {self.method!r} is unknown: choose one of {', '.join(known)}")
         self._check_targets()
@@ -275,10 +272,7 @@ class PruneConfig:
             self.revision is None or self.model is not None,
             f"revision {self.revision!r} is of a hub model, and none is named: pass MODEL, or leave the revision out",
         )
-        require(
-            not (self.local and self.address),
-            "local computes in this process, and address names a Ray cluster: give one of them",
-        )
+        require_one_place(self.local, self.address)
         self._check_command()
 
     def _check_targets(self) -> None:
@@ -360,6 +354,17 @@ class CompareConfig(PruneConfig):
                 "compare" in one.commands or not one.is_set(self),
                 f"{name} is a setting of prune: leave it out of a comparison",
             )
+
+
+def require_one_place(local: bool, address: str | None) -> None:
+    """Check that a run computes in this process or on a cluster, and not on both.
+
+    Raises:
+        ConfigError: Both are asked for.
+    """
+    require(
+        not (local and address), "local computes in this process, and address names a Ray cluster: give one of them"
+    )
 
 
 def read_config_file(path: Path, kind: type = PruneConfig) -> dict[str, Any]:

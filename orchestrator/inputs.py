@@ -151,6 +151,16 @@ def model_name(model: str | None) -> str:
     return path.resolve().name if path.name in ("", "..") else path.name
 
 
+def resolve_recorded(named: str, revision: str | None) -> Path:
+    """Return the directory of the model that a record names, which may be the built-in one.
+
+    Raises:
+        CheckpointError, InputError: It cannot be found.
+    """
+    is_builtin = named == BUILTIN_NAME and not Path(named).exists()
+    return resolve_model(None if is_builtin else named, revision).directory
+
+
 def resolve_moments(moments: str | None) -> Path | None:
     """Return the directory of stored moments, fetched if it is a URI.
 

@@ -172,6 +172,18 @@ class Setting:
             )
 
 
+def check_settings(config: Any) -> None:
+    """Give each of a config's settings its declared type, and check its value; for `__post_init__`.
+
+    Raises:
+        ConfigError: A value has another type, or is not allowed.
+    """
+    for name, one in declared(type(config)).items():
+        value = one.normalised(getattr(config, name))
+        object.__setattr__(config, name, value)
+        one.require(value)
+
+
 def require(holds: bool, message: str) -> None:
     """Check that a condition on the settings holds.
 

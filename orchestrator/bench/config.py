@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from orchestrator.config import AT_LEAST_ONE, PruneConfig
-from orchestrator.settings import Check, Effect, declared, require, same_setting, setting
+from orchestrator.settings import Check, Effect, check_settings, require, same_setting, setting
 
 BENCH = ("bench",)
 WORK = "What to measure"
@@ -73,10 +73,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the models."""
-        for name, one in declared(type(self)).items():
-            value = one.normalised(getattr(self, name))
-            object.__setattr__(self, name, value)
-            one.require(value)
+        check_settings(self)
         require(
             bool(self.models), "no model is named: pass MODEL..., the first is what the others are measured against"
         )

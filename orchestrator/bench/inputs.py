@@ -13,8 +13,9 @@ from orchestrator.config import ConfigError
 from orchestrator.inputs import model_name
 from orchestrator.sources.models import resolve_model
 from slimllm_ops.checkpoint.resolution import weight_files
+from slimllm_ops.checkpoint.whole import read_whole_config
 from slimllm_ops.errors import CheckpointError
-from slimllm_ops.timing.macs import Macs, count_macs, count_parameters, empty_model, read_config
+from slimllm_ops.timing.macs import Macs, count_macs, count_parameters, empty_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,8 @@ def load_bench_models(config: BenchConfig, warn: Callable[[str], None]) -> tuple
 
 def _load_directory(spec: str, config: BenchConfig, warn: Callable[[str], None]) -> BenchModel:
     place = resolve_model(spec).directory
-    if not (place / "config.json").is_file():
-        raise CheckpointError(f"model {spec} has no config.json in {place}: pass a directory or a hub id")
+    known = read_whole_config(place)
     files = [place / name for name in weight_files(place)]
-    known = read_config(place)
     _require_length(spec, known, config)
     if config.widths:
         # Refuses a family whose layers' sizes are not known.

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config import AT_LEAST_ONE, PruneConfig
-from orchestrator.settings import Check, Effect, declared, require, same_setting, setting
+from orchestrator.config import AT_LEAST_ONE, PruneConfig, require_one_place
+from orchestrator.settings import Check, Effect, check_settings, require, same_setting, setting
 from orchestrator.sources.storage import is_uri
 
 EVALUATE = ("evaluate",)
@@ -103,20 +103,14 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the models."""
-        for name, one in declared(type(self)).items():
-            value = one.normalised(getattr(self, name))
-            object.__setattr__(self, name, value)
-            one.require(value)
+        check_settings(self)
         require(bool(self.models), "no model is named: pass one or more, the one to compare with first")
         require(len(set(self.models)) == len(self.models), "a model was given twice: give each once")
         require(
             not is_uri(self.output or ""),
             f"output {self.output} is a URI, but an evaluation needs a directory: pass one, and copy it to the URI",
         )
-        require(
-            not (self.local and self.address),
-            "local computes in this process, and address names a Ray cluster: give one of them",
-        )
+        require_one_place(self.local, self.address)
         self._check_measures()
 
     def _check_measures(self) -> None:

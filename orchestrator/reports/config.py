@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from orchestrator.config import PruneConfig
-from orchestrator.settings import Effect, declared, require, same_setting, setting
+from orchestrator.settings import Effect, check_settings, require, same_setting, setting
 
 REPORT = ("report",)
 
@@ -42,10 +42,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the runs."""
-        for name, one in declared(type(self)).items():
-            value = one.normalised(getattr(self, name))
-            object.__setattr__(self, name, value)
-            one.require(value)
+        check_settings(self)
         require(
             bool(self.runs), "no run is named: pass RUN_OR_DIR, a directory that prune wrote or the id of an MLflow run"
         )

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import builtin
-from orchestrator.inputs import BUILTIN_NAME
+import torch
+
+from orchestrator.inputs import resolve_recorded
 from orchestrator.progress import Reporter
 from orchestrator.reports.parts import Continuation
 from orchestrator.reports.values import ReportedRun
-from orchestrator.sources.models import resolve_model
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.tokenizer import load_tokenizer
+from slimllm_ops.checkpoint.whole import read_whole
 from slimllm_ops.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,10 +54,9 @@ def find_dense(runs: Sequence[ReportedRun]) -> Path:
             "--continue shows one dense model beside those pruned from it, and the runs have several: pass fewer"
         )
     ((expected, params),) = asked.items()
-    named, revision = str(params.get("model")), params.get("revision")
-    is_builtin = named == BUILTIN_NAME and not Path(named).exists()
+    named = str(params.get("model"))
     try:
-        directory = builtin.MODEL_DIR if is_builtin else resolve_model(named, revision).directory
+        directory = resolve_recorded(named, params.get("revision"))
         found = Checkpoint.open(directory).digest()
     except InputError as error:
         raise InputError(f"the dense model {named} cannot be read: {error}; leave out --continue") from error
@@ -69,14 +70,8 @@ def find_dense(runs: Sequence[ReportedRun]) -> Path:
 
 def _continue(directory: Path, prompts: Sequence[str]) -> list[str]:
     """Return what a model adds to each prompt."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # The classes of pruned models are known to transformers by this import: no code of the directory is run.
-    import slimllm_ops  # noqa: F401
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+        tokenizer, model = load_tokenizer(directory), read_whole(directory, torch.float32)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{directory} cannot be loaded to continue a text ({str(error).splitlines()[0]}): it needs weights and a "

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from orchestrator.config import AT_LEAST_ONE, PruneConfig
-from orchestrator.settings import Check, Effect, declared, require, same_setting, setting
+from orchestrator.config import AT_LEAST_ONE, PruneConfig, require_one_place
+from orchestrator.settings import Check, Effect, check_settings, require, same_setting, setting
 
 TRAINING = "Training"
 TUNE = ("tune",)
@@ -147,17 +147,11 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the checkpoint."""
-        for name, one in declared(type(self)).items():
-            value = one.normalised(getattr(self, name))
-            object.__setattr__(self, name, value)
-            one.require(value)
+        check_settings(self)
         require(self.checkpoint is not None, "no checkpoint is named: pass CHECKPOINT, a directory that prune wrote")
         require(not (self.steps and self.epochs), "steps and epochs were both given: give one of them")
         self._check_method()
-        require(
-            not (self.local and self.address),
-            "local computes in this process, and address names a Ray cluster: give one of them",
-        )
+        require_one_place(self.local, self.address)
 
     def _check_method(self) -> None:
         method = self.method

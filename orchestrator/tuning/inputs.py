@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from orchestrator import builtin
 from orchestrator.calibration import BUILTIN_CALIBRATION, load_blocks
 from orchestrator.config import SELF
 from orchestrator.data import DataError, TextOptions, TokenBlocks
 from orchestrator.data.examples import Examples, load_examples, split
-from orchestrator.inputs import BUILTIN_NAME, model_name
+from orchestrator.inputs import model_name, resolve_recorded
 from orchestrator.sources import storage
 from orchestrator.sources.models import Model, resolve_model
 from orchestrator.tuning.config import BLOCKS, DISTIL, FULL, LORA, TuneConfig
@@ -161,10 +160,8 @@ def _named_dense(config: TuneConfig, checkpoint: Checkpoint, plan: Plan | None) 
     named, revision = config.teacher or params.get("model"), None if config.teacher else params.get("revision")
     if named is None:
         raise InputError(f"{config.checkpoint} has no plan that names its dense model: pass it as --teacher MODEL")
-    is_builtin = named == BUILTIN_NAME and not Path(named).exists()
     try:
-        directory = builtin.MODEL_DIR if is_builtin else resolve_model(named, revision).directory
-        teacher = Checkpoint.open(directory)
+        teacher = Checkpoint.open(resolve_recorded(named, revision))
     except InputError as error:
         raise InputError(f"the dense model {named} cannot be read: {error}; pass it as --teacher MODEL") from error
     expected, found = params.get("model_digest"), teacher.digest()

@@ -47,9 +47,7 @@ def inspect_whole(directory: Path) -> WholeModel:
     Raises:
         CheckpointError: It cannot; the message says why.
     """
-    config = _config_of(directory)
-    _require_causal(directory, config)
-    text = config.get_text_config()
+    text = read_whole_config(directory).get_text_config()
     return WholeModel(
         directory=directory,
         vocab_size=text.vocab_size,
@@ -63,22 +61,27 @@ def read_whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Return a model with its weights, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True, trust_remote_code=False)
-    model.config.use_cache = False
-    return model
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True, trust_remote_code=False)
 
 
-def _config_of(directory: Path) -> "PretrainedConfig":
+def read_whole_config(directory: Path) -> "PretrainedConfig":
+    """Return a model's config.
+
+    Raises:
+        CheckpointError: The directory or its config.json is missing or wrong, or is no causal language model's.
+    """
     described = read_description(directory)
     if is_supported(described.get("model_type")):
         return read_config(directory)[0]
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     # Any exception: transformers raises a dozen types, and the config is always the cause.
     except Exception as error:
         raise wrong_config(directory, error) from error
+    _require_causal(directory, config)
+    return config
 
 
 def _require_causal(directory: Path, config: Any) -> None:

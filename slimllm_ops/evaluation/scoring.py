@@ -60,7 +60,9 @@ class ScoringStream:
             return []
         ids = self._batches[index].to(self._device)
         inputs, mask = filled(ids), (ids != PADDING).long()
-        logits = [model(input_ids=inputs, attention_mask=mask).logits[:, :-1] for model in self._models]
+        logits = [
+            model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, :-1] for model in self._models
+        ]
         spans = list(_spans(logits, inputs[:, 1:]))
         return [_joined_by_tokens([span[number] for span in spans]) for number in range(len(logits))]
 

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import StaticCache
 
 from slimllm_ops.errors import InputError
+from slimllm_ops.evaluation.reading import read_on
 from slimllm_ops.timing.generation import Generation, Pass, generate, pass_of, random_prompts
 from slimllm_ops.timing.profile import profile_call
 
@@ -38,11 +39,10 @@ class TransformersEngine:
 
     def __init__(self, directory: Path, most_tokens: int) -> None:
         self.on_gpu = torch.cuda.is_available()
-        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        self.model = _read_model(directory, self.dtype, self.on_gpu)
+        self.model = read_on(directory, torch.device("cuda" if self.on_gpu else "cpu"))
         self.forward: Pass = pass_of(self.model)
         place = torch.cuda.get_device_name() if self.on_gpu else f"CPU, {torch.get_num_threads()} threads"
-        self.described = f"{place}, {str(self.dtype).removeprefix('torch.')}"
+        self.described = f"{place}, {str(self.model.dtype).removeprefix('torch.')}"
 
     def generate(self, batch_size: int, length: int, new_tokens: int, seed: int) -> Generation:
         """Generate tokens after random prompts, and time them."""
@@ -77,13 +77,6 @@ class CompiledEngine(TransformersEngine):
     def new_cache(self, batch_size: int, length: int) -> Any:
         """Return an empty cache of a fixed size."""
         return StaticCache(config=self.model.config, max_cache_len=length)
-
-
-def _read_model(directory: Path, dtype: torch.dtype, on_gpu: bool) -> PreTrainedModel:
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
-    return (model.to("cuda") if on_gpu else model).eval()
 
 
 def _require_compiler() -> None:

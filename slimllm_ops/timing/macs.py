@@ -5,12 +5,11 @@ T of the prompt, those of the attention with T^2. So two lengths tell both.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from slimllm_ops.errors import CheckpointError
 from slimllm_ops.timing.generation import pass_of
@@ -36,25 +35,6 @@ class Macs:
     def of_prompt(self, length: int) -> int:
         """Return those of a prompt; each token attends to itself and to those before it."""
         return length * self.per_token + length * (length + 1) // 2 * self.per_pair + self.head
-
-
-def read_config(directory: Path) -> PretrainedConfig:
-    """Return the config of a model directory.
-
-    Raises:
-        CheckpointError: There is none, or it is not a causal language model's.
-    """
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        empty_model(config)
-    # transformers raises many kinds for configs that it does not take.
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise CheckpointError(
-            f"{directory} is no causal language model that transformers can build ({reason}): pass a directory or a "
-            f"hub id of one"
-        ) from error
-    return config
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

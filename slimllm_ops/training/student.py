@@ -15,6 +15,7 @@ def read_student(job: TrainingJob) -> nn.Module:
     """Return the model to train: all of it, or its adapters."""
     # If all parameters are trained, each needs its digits.
     model = read_whole(job.student, torch.float32 if job.lora is None else _frozen_dtype(job))
+    model.config.use_cache = False
     if job.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if job.lora is None else add_adapters(model, job.lora, job.seed)
@@ -34,6 +35,7 @@ def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int) -> nn.Module:
 def read_teacher(directory: Path, job: TrainingJob) -> PreTrainedModel:
     """Return the teacher, on the device that the worker computes on."""
     model = read_whole(directory, _frozen_dtype(job)).requires_grad_(False).eval()
+    model.config.use_cache = False
     return cast(PreTrainedModel, nn.Module.to(model, "cuda")) if job.on_gpu else model
 
 

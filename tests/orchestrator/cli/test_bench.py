@@ -53,7 +53,7 @@ def test_a_result_is_told_as_json(gqa_model: Path) -> None:
     ("words", "said"),
     [
         ([], "no model is named"),
-        (["none"], "none has no config.json"),
+        (["none"], "does not exist: pass a directory or a hub id"),
         (["MODEL", "--prompt-length", 100], "takes 64 at most: pass a shorter --prompt-length"),
         (["MODEL", "--engine", "vllm", "--widths"], "leave widths out"),
         (["MODEL", "--output", "TAKEN"], "is not empty: choose another --output, or pass --overwrite"),

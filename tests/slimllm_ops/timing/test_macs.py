@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from slimllm_ops.errors import CheckpointError
+from slimllm_ops.checkpoint.whole import read_whole_config
 from slimllm_ops.models.families import family_named, head_dim
-from slimllm_ops.timing.macs import Macs, count_macs, count_parameters, empty_model, read_config
+from slimllm_ops.timing.macs import Macs, count_macs, count_parameters, empty_model
 from tests.slimllm_ops.pruned import write_uneven
 from tests.tiny import save_tiny
 
@@ -18,7 +17,7 @@ HIDDEN, VOCABULARY, HEAD_WIDTH, LENGTH = 32, 97, 8, 16
 
 
 def macs_of(directory: Path) -> Macs:
-    return count_macs(empty_model(read_config(directory)))
+    return count_macs(empty_model(read_whole_config(directory)))
 
 
 def by_hand(heads: list[int], kv_heads: list[int], channels: list[int]) -> Macs:
@@ -36,7 +35,7 @@ def test_a_dense_model_counts_as_by_hand(gqa_model: Path) -> None:
 
 def test_a_pruned_model_counts_each_layer_s_heads_and_channels(tmp_path: Path) -> None:
     pruned = write_uneven(family_named("llama"), tmp_path)
-    config = read_config(pruned)
+    config = read_whole_config(pruned)
     sizes = ("num_attention_heads_per_layer", "num_key_value_heads_per_layer", "intermediate_size_per_layer")
     heads, kv_heads, channels = (list(getattr(config, name)) for name in sizes)
     assert len(set(channels)) > 1
@@ -46,7 +45,7 @@ def test_a_pruned_model_counts_each_layer_s_heads_and_channels(tmp_path: Path) -
 def test_a_tied_head_counts_as_work_and_not_as_parameters(make_llama: Callable[..., Path], mha_model: Path) -> None:
     tied = make_llama(tie_word_embeddings=True)
     assert macs_of(tied) == macs_of(mha_model)
-    both = [count_parameters(empty_model(read_config(one))) for one in (mha_model, tied)]
+    both = [count_parameters(empty_model(read_whole_config(one))) for one in (mha_model, tied)]
     assert both[0] - both[1] == HIDDEN * VOCABULARY
 
 
@@ -61,14 +60,8 @@ def test_a_prompt_counts_what_torch_counts_but_for_pairs_with_later_tokens(gqa_m
 
 def test_a_mixture_counts_the_experts_that_a_token_goes_to(tmp_path: Path) -> None:
     save_tiny(family_named("mixtral"), tmp_path)
-    config = read_config(tmp_path)
+    config = read_whole_config(tmp_path)
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = 2 * hidden * head_dim(config) * (config.num_attention_heads + config.num_key_value_heads)
     experts = 3 * hidden * inner * config.num_experts_per_tok + hidden * config.num_local_experts
     assert macs_of(tmp_path).per_token == config.num_hidden_layers * (attention + experts)
-
-
-def test_what_is_no_causal_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(CheckpointError, match="is no causal language model that transformers can build"):
-        read_config(tmp_path)
