@@ -67,6 +67,28 @@ def sequences_at_once(whole: Footprint, by_layer: Footprint, length: int, free: 
     )
 
 
+def scored_at_once(footprint: Footprint, length: int, free: int) -> int:
+    """Return how many tokens whole models score at once.
+
+    Args:
+        footprint: The memory that the models take.
+        length: The tokens of a window.
+        free: The bytes that are free for a worker.
+
+    Raises:
+        InputError: The memory does not hold the models and one window.
+    """
+    tokens = footprint.tokens_at_once(free, 0)
+    if tokens < length:
+        needed = footprint.fixed + footprint.activations_per_token * length
+        raise InputError(
+            f"to score a window of {length} tokens, each worker needs {needed / 1e9:.1f} GB, "
+            f"{footprint.fixed / 1e9:.1f} of them for whole models, and {free / 1e9:.1f} GB are free for it: pass "
+            f"fewer --workers, a shorter --length, or one model at a time"
+        )
+    return min(tokens, SCORED_TOKENS)
+
+
 def requests_at_once(footprint: Footprint, length: int, free: int) -> int:
     """Return how many requests of a length a whole model answers at once; 1 at least.
 

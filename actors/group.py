@@ -14,10 +14,10 @@ import torch
 
 from actors.batching import (
     LONGEST_REQUEST,
-    SCORED_TOKENS,
     into_batches,
     micro_batch_tokens,
     requests_at_once,
+    scored_at_once,
     sequences_at_once,
     sequences_that_fit,
     split_evenly,
@@ -219,8 +219,8 @@ class ShardGroup(ShardSteps):
         """
         self._workers.start()
         footprint = Footprint.of_whole(models, self._workers.device)
-        fitting = micro_batch_tokens(footprint, windows_WT, 0, self._free_memory(), self._note)
-        parts = split_evenly(into_batches(windows_WT, min(fitting, SCORED_TOKENS)), self._num_shards)
+        tokens = scored_at_once(footprint, windows_WT.shape[1], self._free_memory())
+        parts = split_evenly(into_batches(windows_WT, tokens), self._num_shards)
         self._spread(name, parts, open_scoring, tuple(one.directory for one in models))
         return len(parts[0])
 
