@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.builtin import MODEL_DIR
 from orchestrator.data import DataError
+from orchestrator.evaluation import tasks as tasks_module
 from orchestrator.evaluation.config import PAPER_TASKS, EvaluateConfig
 from orchestrator.evaluation.results import TaskResult
 from orchestrator.evaluation.tasks import require_tasks
@@ -94,7 +95,11 @@ def figure(results: tuple[TaskResult, ...], task: str, metric: str) -> TaskResul
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_workers_find_what_lm_eval_finds_by_hand(evaluate_models: Evaluate, folder: Path, pruned_builtin: Path) -> None:
+def test_workers_find_what_lm_eval_finds_by_hand(
+    evaluate_models: Evaluate, folder: Path, pruned_builtin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Workers get several pieces of the requests.
+    monkeypatch.setattr(tasks_module, "PIECE", 7)
     tasks = {"tasks": ("choices", "rolling", "continued"), "task_folder": str(folder)}
     models = evaluate_models(MODEL_DIR, pruned_builtin, **tasks, local=False, workers=2, batch_size=5).models
     for directory, model in zip((MODEL_DIR, pruned_builtin), models, strict=True):
