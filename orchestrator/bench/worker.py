@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from slimllm_ops.timing.engines import Engine
+from slimllm_ops.timing.engines import Engine, TransformersEngine
 from slimllm_ops.timing.generation import Generation
 from slimllm_ops.timing.memory import PeakMemory, read_peak, reset_peak
 from slimllm_ops.timing.widths import time_widths
@@ -49,7 +49,8 @@ def profile(engine: Engine, batch_size: int, length: int, seed: int) -> dict[str
 
 def time_products(engine: Engine, widths: tuple[int, ...], hidden_size: int) -> dict[int, float]:
     """Return the seconds of a multiply-accumulate for each width, in the engine's dtype."""
-    return time_widths(widths, hidden_size, WIDTH_TOKENS, vars(engine)["dtype"])
+    assert isinstance(engine, TransformersEngine), "widths are timed in torch only"
+    return time_widths(widths, hidden_size, WIDTH_TOKENS, engine.dtype)
 
 
 def describe(engine: Engine) -> str:

@@ -40,9 +40,10 @@ class TransformersEngine:
     def __init__(self, directory: Path, most_tokens: int) -> None:
         self.on_gpu = torch.cuda.is_available()
         self.model = read_on(directory, torch.device("cuda" if self.on_gpu else "cpu"))
+        self.dtype = self.model.dtype
         self.forward: Pass = pass_of(self.model)
         place = torch.cuda.get_device_name() if self.on_gpu else f"CPU, {torch.get_num_threads()} threads"
-        self.described = f"{place}, {str(self.model.dtype).removeprefix('torch.')}"
+        self.described = f"{place}, {str(self.dtype).removeprefix('torch.')}"
 
     def generate(self, batch_size: int, length: int, new_tokens: int, seed: int) -> Generation:
         """Generate tokens after random prompts, and time them."""

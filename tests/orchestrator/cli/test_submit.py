@@ -118,7 +118,8 @@ def nobody_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["prune", "--address", "head:6379"], "the job is already on its cluster: pass --address before 'prune' only"),
         (
             ["--", "jobs", "list"],
-            "'jobs' is not a command that a job can run: pass one of prune, tune, calibrate, compare, bench, log",
+            "'jobs' is not a command that a job can run: pass one of prune, tune, evaluate, bench, report, "
+            "calibrate, compare, log",
         ),
         (["--env", "NOT_SET_ANYWHERE", "prune"], "--env NOT_SET_ANYWHERE: the variable is not set here"),
         (["--env", "=1", "prune"], "--env '=1' names no variable"),

@@ -77,7 +77,7 @@ def test_what_is_there_is_not_overwritten_unasked(
     before = store.content("pruned/tiny")
     result = run(asked, code=2)
     assert result.stderr.splitlines()[-1] == (
-        f"slimllm: output {OUTPUT} is not empty ({len(before) + 1} files): "
+        f"slimllm: output {OUTPUT} is not empty ({len(before) + 2} files): "
         f"choose another --output, or pass --overwrite to replace it"
     )
     assert store.content("pruned/tiny") == before
