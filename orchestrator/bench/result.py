@@ -37,8 +37,8 @@ class Row:
         model: The model's name.
         batch_size: Sequences at once.
         prompt_length: Tokens of each prompt.
-        prefill_rate: Tokens of prompts per second.
-        decode_rate: Tokens per second after the first, over all sequences.
+        prefill_tokens_per_second: Tokens of prompts per second.
+        decode_tokens_per_second: Tokens per second after the first, over all sequences.
         first_token_seconds: From the prompts to the first token of every sequence.
         token_p50, token_p90, token_p99: Percentiles of the seconds of a later token, over all rounds; None if the
             engine does not tell single tokens.
@@ -54,8 +54,8 @@ class Row:
     model: str
     batch_size: int
     prompt_length: int
-    prefill_rate: float
-    decode_rate: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
     first_token_seconds: float
     token_p50: float | None
     token_p90: float | None
@@ -92,8 +92,8 @@ def _row(models: Sequence[BenchModel], number: int, shape: Shape, rounds: Sequen
         model=models[number].name,
         batch_size=shape.batch_size,
         prompt_length=shape.length,
-        prefill_rate=shape.batch_size * shape.length / first_seconds,
-        decode_rate=shape.batch_size * (len(mine[0].tokens[0]) - 1) / later_seconds,
+        prefill_tokens_per_second=shape.batch_size * shape.length / first_seconds,
+        decode_tokens_per_second=shape.batch_size * (len(mine[0].tokens[0]) - 1) / later_seconds,
         first_token_seconds=first_seconds,
         token_p50=p50,
         token_p90=p90,

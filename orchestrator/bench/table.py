@@ -173,8 +173,8 @@ def _speed(row: Row) -> tuple[str, ...]:
     return (
         row.model,
         _shape(row.batch_size, row.prompt_length),
-        f"{row.prefill_rate:,.1f}",
-        f"{row.decode_rate:,.1f}",
+        f"{row.prefill_tokens_per_second:,.1f}",
+        f"{row.decode_tokens_per_second:,.1f}",
         _ms(row.first_token_seconds),
         ", ".join(map(_ms, (row.token_p50, row.token_p90, row.token_p99))),
         f"{row.peak_memory / 1e6:,.0f}{on_gpu}",

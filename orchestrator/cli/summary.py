@@ -19,7 +19,7 @@ from orchestrator.secrets import masked
 from orchestrator.terminal import open_console
 from orchestrator.tracking import JOURNAL_ONLY, how_to_log, where_to_look
 
-# Modules that only one command needs are imported by that command.
+# Each of these serves one command, which imports it when it runs.
 if TYPE_CHECKING:
     from orchestrator.bench.bench import BenchResult
     from orchestrator.evaluation.evaluate import Evaluation
@@ -175,9 +175,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     """Print the results of the methods, and the paths."""
     console = console or open_console()
     print_table(comparison.rows, console)
-    found = f"MLflow run {comparison.run_id}, with a child for each model"
-    told = _of_mlflow(comparison, how_to_log(comparison.output), found)
-    _print_lines(console, [f"table and figure: {comparison.output}", *told])
+    _print_places(console, comparison, "table and figure")
 
 
 def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -> None:
@@ -186,9 +184,13 @@ def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -
 
     console = console or open_console()
     print_tables(evaluation.models, console)
-    found = f"MLflow run {evaluation.run_id}, with a child for each model"
-    told = _of_mlflow(evaluation, how_to_log(evaluation.output), found)
-    _print_lines(console, [f"tables: {evaluation.output}", *told])
+    _print_places(console, evaluation, "tables")
+
+
+def _print_places(console: Console, result: "Comparison | Evaluation", written: str) -> None:
+    """Print where the output is, and the run with a child for each model."""
+    found = f"MLflow run {result.run_id}, with a child for each model"
+    _print_lines(console, [f"{written}: {result.output}", *_of_mlflow(result, how_to_log(result.output), found)])
 
 
 def print_bench(result: "BenchResult", console: Console | None = None) -> None:

@@ -34,10 +34,10 @@ class TokenScores:
     agreement_WT: np.ndarray
 
     @classmethod
-    def joined(cls, parts: Sequence["TokenScores"]) -> "TokenScores":
-        """Return the scores of all windows of some parts, in their order."""
+    def joined(cls, parts: Sequence["TokenScores"], axis: int = 0) -> "TokenScores":
+        """Return the scores of all windows of some parts, in their order; with axis 1, of all tokens of windows."""
         names = ("loss_WT", "divergence_WT", "agreement_WT")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return cls(*(np.concatenate([getattr(part, name) for part in parts], axis=axis) for name in names))
 
 
 class ScoringStream:
@@ -64,7 +64,7 @@ class ScoringStream:
             model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, :-1] for model in self._models
         ]
         spans = list(_spans(logits, inputs[:, 1:]))
-        return [_joined_by_tokens([span[number] for span in spans]) for number in range(len(logits))]
+        return [TokenScores.joined([span[number] for span in spans], axis=1) for number in range(len(logits))]
 
     def close(self) -> None:
         """Free all memory now."""
@@ -92,8 +92,3 @@ def _scores(reference_wTV: Tensor, model_wTV: Tensor, targets_wT: Tensor) -> Tok
 def _divergence(reference_wTV: Tensor, model_wTV: Tensor) -> Tensor:
     """Return KL(reference || model) of each prediction, from log-probabilities."""
     return functional.kl_div(model_wTV, reference_wTV, log_target=True, reduction="none").sum(dim=-1)
-
-
-def _joined_by_tokens(parts: list[TokenScores]) -> TokenScores:
-    names = ("loss_WT", "divergence_WT", "agreement_WT")
-    return TokenScores(*(np.concatenate([getattr(part, name) for part in parts], axis=1) for name in names))

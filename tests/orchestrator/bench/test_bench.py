@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import ReportConfig, report
 from orchestrator.bench.bench import WARM_UP_TOKENS, BenchResult
 from orchestrator.bench.config import TRANSFORMERS
 from orchestrator.bench.engines import ENGINES
@@ -39,8 +40,8 @@ def test_models_take_turns_and_ratios_are_of_the_same_round(faked: tuple[BenchRe
     assert pruned.prefill_ratio == pruned.prefill_low == pruned.prefill_high == pytest.approx(2)
     assert pruned.decode_ratio == pruned.decode_low == pruned.decode_high == pytest.approx(2)
     assert pruned.first_token_seconds == pytest.approx(4 * 0.002 * 1.5)
-    assert pruned.prefill_rate == pytest.approx(1 / (0.002 * 1.5))
-    assert pruned.decode_rate == pytest.approx(1 / (0.002 * LATER * 1.5))
+    assert pruned.prefill_tokens_per_second == pytest.approx(1 / (0.002 * 1.5))
+    assert pruned.decode_tokens_per_second == pytest.approx(1 / (0.002 * LATER * 1.5))
     assert pruned.token_p50 == pytest.approx(0.002 * LATER * 1.5)
     assert pruned.promised is not None
     assert pruned.share == pytest.approx(2 / pruned.promised)
@@ -63,6 +64,15 @@ def test_tables_have_what_was_measured(faked: tuple[BenchResult, list[str]]) -> 
     assert "| pruned | 1 x 4 | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in page
 
 
+def test_a_report_shows_the_speeds(faked: tuple[BenchResult, list[str]], tmp_path: Path) -> None:
+    result, page = faked[0], tmp_path / "report.html"
+    assert report(ReportConfig(runs=(str(result.output),), output=str(page))).speeds == len(result.figures.rows)
+    shown = page.read_text()
+    for row in result.figures.rows:
+        assert f"{row.prefill_tokens_per_second:,.1f}" in shown
+        assert f"{row.decode_tokens_per_second:,.1f}" in shown
+
+
 @pytest.fixture(scope="module")
 def measured(pair: tuple[Path, Path], bench_models: Bench, tracking_uri: str) -> BenchResult:
     """A bench of real models, with widths, logged to MLflow."""
@@ -71,7 +81,7 @@ def measured(pair: tuple[Path, Path], bench_models: Bench, tracking_uri: str) ->
 
 def test_real_models_are_measured_each_in_its_process(measured: BenchResult) -> None:
     for row in measured.figures.rows:
-        assert row.prefill_rate > 0
+        assert row.prefill_tokens_per_second > 0
         assert row.token_p50 is not None
         assert row.token_p99 is not None
         assert 0 < row.token_p50 <= row.token_p99
