@@ -1,6 +1,7 @@
 """Declares every setting once (docs/settings.md): the settings of `prune`, and those that `compare` adds."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ FRACTION = Check(lambda value: 0 < value < 1, "it must lie between 0 and 1, both
 AT_LEAST_ONE = Check(lambda value: value >= 1, "it must be at least 1")
 
 REMOVE = "What to remove"
+TASKS = "Tasks"
+# Stands for the seven tasks of the SlimLLM paper.
+PAPER_NAME = "paper"
 # Groups of commands that take a setting.
 COMPUTE = ("prune", "calibrate", "compare")
 BOTH = ("prune", "compare")
@@ -212,6 +216,20 @@ class PruneConfig:
     evaluate_tokens: int | None = setting(
         None, "How many tokens of each held-out text to take.", "Data", MEASURE, check=AT_LEAST_ONE, shown="all"
     )
+    tasks: tuple[str, ...] = setting(
+        (),
+        f"Tasks of lm-eval; {PAPER_NAME!r} stands for the seven of the SlimLLM paper.",
+        TASKS,
+        BOTH,
+        metavar="NAME,NAME",
+        by_commas=True,
+    )
+    task_folder: str | None = setting(
+        None, "A folder with more tasks, as YAML files.", TASKS, BOTH, effect=Effect.INPUT, metavar="DIR"
+    )
+    limit: int | None = setting(
+        None, "How many questions of each task to ask.", TASKS, BOTH, check=AT_LEAST_ONE, shown="all"
+    )
     workers: int | None = setting(
         None, "How many Ray actors to use.", "Workers", EVERY, check=AT_LEAST_ONE, shown="one per GPU or per 4 cores"
     )
@@ -272,6 +290,7 @@ class PruneConfig:
             self.revision is None or self.model is not None,
             f"revision {self.revision!r} is of a hub model, and none is named: pass MODEL, or leave the revision out",
         )
+        require_named_tasks(self, ("task_folder", "limit"))
         require_one_place(self.local, self.address)
         self._check_command()
 
@@ -354,6 +373,23 @@ class CompareConfig(PruneConfig):
                 "compare" in one.commands or not one.is_set(self),
                 f"{name} is a setting of prune: leave it out of a comparison",
             )
+
+
+def require_named_tasks(config: Any, names: Sequence[str]) -> None:
+    """Check that a config has tasks if it has settings for them, by these names, and that their folder is there.
+
+    Raises:
+        ConfigError: A setting is for tasks, and there are none; the folder is missing.
+    """
+    folder = config.task_folder
+    require(
+        folder is None or Path(folder).is_dir(),
+        f"task_folder {folder} is not a folder: pass one that holds tasks as YAML files",
+    )
+    for name in names:
+        require(
+            bool(config.tasks) or getattr(config, name) is None, f"{name} is for tasks, and none is named: pass tasks"
+        )
 
 
 def require_one_place(local: bool, address: str | None) -> None:

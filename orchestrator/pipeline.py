@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster import ClusterError
 from orchestrator.config import ConfigError, PruneConfig
 from orchestrator.data import DataError
+from orchestrator.evaluation.asking import Ask, prepare_tasks, require_shared_files, tasks_of_run
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import (
     Destination,
@@ -112,6 +113,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     backend = backend_of(config)
     backend.require_place()
     with reporter.timed("inputs"):
+        ask = prepare_tasks(tasks_of_run(config))
         inputs = load_inputs(config, reporter.warn)
         require_companions(config.model, inputs, reporter)
     tracking = named(tracking, f"{inputs.name}-{config.method}-{sparsity_label(config)}")
@@ -119,7 +121,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     if config.resume and finish_delivery(output, what_is_asked(config, inputs), config.overwrite, reporter.note):
         return PruneResult(output=output.place, models=(), tracking_uri=None, experiment_id=None, run_id=None)
     with deliver_output(output, config.overwrite, reporter.note) as directory:
-        result = _prune_into(directory, output, config, inputs, tracking, backend, reporter)
+        result = _prune_into(directory, output, config, inputs, ask, tracking, backend, reporter)
         return replace(result, log_command=how_to_log(directory, output.place))
 
 
@@ -128,6 +130,7 @@ def _prune_into(
     output: Destination,
     config: PruneConfig,
     inputs: Inputs,
+    ask: Ask | None,
     tracking: TrackingOptions,
     backend: Backend,
     reporter: Reporter,
@@ -139,13 +142,15 @@ def _prune_into(
         tracked_run(tracking, staging.directory / "pruning" / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(backend, resources, staging)
+        if ask:
+            require_shared_files(workers)
         require_room(Intent(config, inputs, output, resources, workers), estimate_pruning, reporter)
         with (
             open_context(backend, resources, workers, config, inputs, staging, reporter) as context,
             open_targets(config, staging, inputs.source, run) as targets,
         ):
             tell_resumed(config.resume, staging, reporter)
-            context = complete_calibration(context)
+            context = complete_calibration(replace(context, ask=ask))
             run_file = staging.directory / "pruning" / RUN_FILE
             write_run_file(run_file, "prune", config, context.inputs, workers)
             params = run_params(config, context.inputs, workers)
@@ -170,6 +175,8 @@ def _prune_targets(
         context.reporter.note("no perplexity is measured: to measure it, pass held-out text with --evaluate")
     _log_children(context, targets, run, params)
     _log_committed(context, targets)
+    # A model that does not fit the workers ends the run here, before the pruning.
+    context.dense_answers()
     pruner_of(context.config.method)(context, targets)
     staged = context.staging.directory
     models = [

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from orchestrator.comparison.compare import Comparison
 from orchestrator.comparison.table import print_table
+from orchestrator.evaluation.table import print_tables
 from orchestrator.pipeline import PruneResult
 from orchestrator.preflight.dry_run import RunPlan
 from orchestrator.preflight.estimate import readable
@@ -57,6 +58,8 @@ def _of_one(totals: Totals) -> Table:
     for spec, (dense, pruned) in totals.perplexity.items():
         _add_row(table, f"perplexity, {masked(Path(spec).name)}", dense, pruned, "{:,.3f}")
         table.add_row(f"  on {totals.evaluated[spec]}")
+    for first, after in totals.tasks:
+        _add_row(table, after.name, first.value, after.value, "{:,.4f}")
     return table
 
 
@@ -174,14 +177,12 @@ def describe_tuned(result: "TuneResult") -> dict[str, Any]:
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the results of the methods, and the paths."""
     console = console or open_console()
-    print_table(comparison.rows, console)
+    print_table(comparison.rows, comparison.tasks, console)
     _print_places(console, comparison, "table and figure")
 
 
 def print_evaluation(evaluation: "Evaluation", console: Console | None = None) -> None:
     """Print the figures of the models, and the paths."""
-    from orchestrator.evaluation.table import print_tables
-
     console = console or open_console()
     print_tables(evaluation.models, console)
     _print_places(console, evaluation, "tables")

@@ -4,20 +4,21 @@
 paper's ratio the sparsity is not known beforehand: `slimllm` goes first, and the others remove exactly as much.
 """
 
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.comparison.contestants import REFERENCE, Contestant, choose, exclude_unrefinable
-from orchestrator.comparison.table import DENSE, Row, gap_fraction, write_table
+from orchestrator.comparison.contestants import Contestant, choose, exclude_unrefinable
+from orchestrator.comparison.scoreboard import Scoreboard
+from orchestrator.comparison.table import ModelTasks, Row, write_table
 from orchestrator.completion import REPORT_FILE
 from orchestrator.config import CompareConfig, ConfigError, PruneConfig
+from orchestrator.evaluation.asking import prepare_tasks, require_shared_files, tasks_of_run
 from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, sparsity_label
 from orchestrator.output.staging import Staging, open_staging
@@ -36,7 +37,7 @@ from orchestrator.record.files import write_record
 from orchestrator.record.mlflow import log_inputs
 from orchestrator.record.params import for_people, run_params
 from orchestrator.record.run_toml import RUN_FILE, write_run_file
-from orchestrator.record.totals import Totals, count_parameters, evaluated, metric_suffix
+from orchestrator.record.totals import Totals, metric_suffix
 from orchestrator.reports.page import write_report
 from orchestrator.reports.sources import read_directory
 from orchestrator.settings import declared
@@ -47,10 +48,18 @@ from slimllm_ops.checkpoint.moment_store import MomentStore
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The result of a comparison: a row for each model and set of held-out blocks, the dense model's rows first."""
+    """The result of a comparison, the dense model's first.
+
+    Attributes:
+        output: The directory of the tables.
+        rows: A row for each model and set of held-out blocks.
+        tasks: Each model's results on tasks; none without tasks.
+        tracking_uri, experiment_id, run_id: Where MLflow has them; None if it has not.
+    """
 
     output: Path
     rows: tuple[Row, ...]
+    tasks: tuple[ModelTasks, ...]
     tracking_uri: str | None
     experiment_id: str | None
     run_id: str | None
@@ -64,58 +73,6 @@ class _Contest:
     run: Run
     params: dict[str, Any]
     keep_checkpoints: bool
-
-
-@dataclass
-class _Scoreboard:
-    """The rows so far, and the results that later rows are measured against."""
-
-    inputs: Inputs
-    dense: dict[str, float]
-    rows: list[Row] = field(default_factory=list)
-    # The reference method's totals, one per target.
-    reference: list[Totals] = field(default_factory=list)
-
-    def enter(self, contestant: Contestant, target: int, totals: Totals, seconds: float) -> list[Row]:
-        """Add a model's rows, one for each set of held-out blocks, and return them."""
-        if contestant.name == REFERENCE:
-            self.reference.append(totals)
-        entered = [
-            Row(
-                method=contestant.name,
-                source=contestant.source,
-                sparsity=totals.sparsity,
-                parameters=totals.parameters_after,
-                data=data,
-                **asdict(totals.evaluated[data]),
-                perplexity=pruned,
-                loss=math.log(pruned),
-                gap=gap_fraction(*map(math.log, (pruned, dense, self.reference[target].perplexity[data][1]))),
-                seconds=seconds,
-            )
-            for data, (dense, pruned) in totals.perplexity.items()
-        ]
-        self.rows += entered
-        return entered
-
-    def enter_dense(self) -> None:
-        """Add the dense model's rows."""
-        parameters, _ = count_parameters(self.inputs.source)
-        for data, perplexity in self.dense.items():
-            self.rows.append(
-                Row(
-                    method=DENSE,
-                    source="the model given",
-                    sparsity=0.0,
-                    parameters=parameters,
-                    data=data,
-                    **asdict(evaluated(self.inputs)[data]),
-                    perplexity=perplexity,
-                    loss=math.log(perplexity),
-                    gap=0.0,
-                    seconds=0.0,
-                )
-            )
 
 
 def compare(
@@ -140,6 +97,7 @@ def compare(
     chosen = choose(config.methods) if chosen is None else chosen
     tracking = tracking_options(config)
     require_lasting_output(config.output, tracking)
+    ask = prepare_tasks(tasks_of_run(config))
     inputs = load_inputs(config, reporter.warn)
     require_companions(config.model, inputs, reporter)
     chosen = exclude_unrefinable(chosen, config.methods, inputs.source.family, reporter.note)
@@ -154,20 +112,23 @@ def compare(
         tracked_run(tracking, staging.directory / "metrics.jsonl", reporter.warn) as run,
     ):
         workers = settle_workers(backend, resources, staging)
+        if ask:
+            require_shared_files(workers)
         intent = Intent(config, inputs, Destination(output), resources, workers)
         require_room(intent, _estimating(config, chosen), reporter)
         with open_context(backend, resources, workers, config, inputs, staging, reporter) as context:
-            context = complete_calibration(context)
+            context = complete_calibration(replace(context, ask=ask))
             inputs = context.inputs
             write_run_file(staging.directory / RUN_FILE, "compare", config, inputs, workers)
             params = run_params(config, inputs, workers) | {"methods": ", ".join(one.name for one in chosen)}
             log_inputs(run, {name: value for name, value in params.items() if name != "method"}, inputs)
             link_with_job(run, reporter.warn)
-            rows, seconds = _run_all(_Contest(context, run, params, config.keep_checkpoints), chosen)
-        _publish(rows, params, inputs, seconds, staging, run)
+            board, seconds = _run_all(_Contest(context, run, params, config.keep_checkpoints), chosen)
+        _publish(board, params, inputs, seconds, staging, run)
         return Comparison(
             output=output,
-            rows=tuple(rows),
+            rows=tuple(board.rows),
+            tasks=tuple(board.tasks),
             tracking_uri=run.tracking_uri,
             experiment_id=run.experiment_id,
             run_id=run.run_id,
@@ -180,12 +141,13 @@ def _estimating(config: CompareConfig, chosen: Sequence[Contestant]) -> Estimati
     return partial(estimate_comparison, one_pass=len(chosen) - 1, refined=refined, kept=config.keep_checkpoints)
 
 
-def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row], float]:
-    """Run all methods in turn; return their rows and the seconds of the calibration pass that they share."""
+def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[Scoreboard, float]:
+    """Run all methods in turn; return their results and the seconds of the calibration pass that they share."""
     context, run = contest.context, contest.run
     held_out = context.inputs.held_out
-    board = _Scoreboard(context.inputs, {blocks.spec: context.dense_perplexity(blocks) for blocks in held_out})
+    board = Scoreboard(context.inputs, {blocks.spec: context.dense_perplexity(blocks) for blocks in held_out})
     board.enter_dense()
+    context.dense_answers()
     run.log_metrics(_losses(board.rows, "before"))
     start = time.perf_counter()
     store = observed_moments(context)
@@ -193,10 +155,10 @@ def _run_all(contest: _Contest, chosen: Sequence[Contestant]) -> tuple[list[Row]
     run.log_metrics({"calibration_seconds": calibration_seconds})
     for contestant in chosen:
         _run_one(contest, store, contestant, board)
-    return board.rows, calibration_seconds
+    return board, calibration_seconds
 
 
-def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: _Scoreboard) -> None:
+def _run_one(contest: _Contest, store: MomentStore, contestant: Contestant, board: Scoreboard) -> None:
     """Write a method's models, measure them, and delete them unless `keep_checkpoints` is set."""
     context = _context_of(contestant, contest.context)
     with _open_targets(context, contest.run, contestant.name, _sparsities(contest.context, board.reference)) as targets:
@@ -265,7 +227,12 @@ def _losses(rows: Sequence[Row], when: str) -> dict[str, float]:
 
 
 def _publish(
-    rows: Sequence[Row], params: dict[str, Any], inputs: Inputs, calibration_seconds: float, staging: Staging, run: Run
+    board: Scoreboard,
+    params: dict[str, Any],
+    inputs: Inputs,
+    calibration_seconds: float,
+    staging: Staging,
+    run: Run,
 ) -> None:
     """Write the tables and figures, move them into the output, and log them from there."""
     header = {
@@ -279,7 +246,7 @@ def _publish(
     }
     results = staging.work / "tables"
     results.mkdir()
-    write_table(rows, header, results)
+    write_table(board.rows, board.tasks, header, results)
     write_report(results / REPORT_FILE, read_directory(results))
     run.log_note((results / "comparison.md").read_text(encoding="utf-8"))
     run.log_artifacts(*[path.rename(staging.directory / path.name) for path in sorted(results.iterdir())])

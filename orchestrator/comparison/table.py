@@ -12,6 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.evaluation.results import TaskResult
+from orchestrator.evaluation.table import markdown_of_tasks, print_tasks
+from orchestrator.json_values import json_value
 from orchestrator.record.figures import draw_perplexity_over_sparsity
 from orchestrator.record.totals import HeldOut
 from slimllm_ops.files import write_text
@@ -52,6 +55,26 @@ class Row:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelTasks:
+    """One model's results on tasks.
+
+    Attributes:
+        method: The method that made the model; "dense" for the dense model.
+        sparsity: Fraction of the decoder layers' parameters that was removed.
+        results: The results, beside the dense model's.
+    """
+
+    method: str
+    sparsity: float
+    results: tuple[TaskResult, ...]
+
+    @property
+    def name(self) -> str:
+        """The model's name in tables."""
+        return self.method if self.method == DENSE else f"{self.method}, {self.sparsity:.1%}"
+
+
 def gap_fraction(loss: float, dense: float, reference: float) -> float:
     """Return a loss's gap to the dense loss as a fraction of the reference's gap; NaN if the reference has none."""
     if not (math.isfinite(loss) and math.isfinite(reference)) or reference <= dense:
@@ -59,16 +82,25 @@ def gap_fraction(loss: float, dense: float, reference: float) -> float:
     return (loss - dense) / (reference - dense)
 
 
-def write_table(rows: Sequence[Row], header: dict[str, Any], directory: Path) -> None:
+def write_table(rows: Sequence[Row], tasks: Sequence[ModelTasks], header: dict[str, Any], directory: Path) -> None:
     """Write comparison.json, comparison.csv, comparison.md, and perplexity.png (perplexity-1.png for a second set)."""
     document = {"format": FORMAT} | header | {"rows": [_plain(asdict(row)) for row in rows]}
-    write_text(directory / "comparison.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    document["tasks"] = [_described(model, one) for model in tasks for one in model.results]
+    write_text(directory / "comparison.json", json.dumps(json_value(document), indent=1, allow_nan=False) + "\n")
     write_text(directory / "comparison.csv", as_csv(rows))
-    write_text(directory / "comparison.md", as_markdown(rows, header))
+    write_text(directory / "comparison.md", as_markdown(rows, header) + markdown_of_tasks(_by_name(tasks)))
     for number, data in enumerate(_data(rows)):
         name = f"perplexity-{number}.png" if number else "perplexity.png"
         curves, dense = _curves([row for row in rows if row.data == data])
         draw_perplexity_over_sparsity(curves, dense, directory / name)
+
+
+def _described(model: ModelTasks, result: TaskResult) -> dict[str, Any]:
+    return {"model": model.name, "method": model.method, "sparsity": model.sparsity, **asdict(result)}
+
+
+def _by_name(tasks: Sequence[ModelTasks]) -> dict[str, tuple[TaskResult, ...]]:
+    return {one.name: one.results for one in tasks}
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -104,8 +136,8 @@ def as_markdown(rows: Sequence[Row], header: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Print a table for each set of held-out blocks."""
+def print_table(rows: Sequence[Row], tasks: Sequence[ModelTasks], console: Console) -> None:
+    """Print a table for each set of held-out blocks, and for each task."""
     for data in _data(rows):
         table = Table(title=f"{Path(data).name}: {_size(data, rows)}")
         # A terminal is too narrow for the source of a method, which is in the files.
@@ -116,6 +148,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
             if row.data == data:
                 table.add_row(*(_cells(row)[number] for number in shown))
         console.print(table)
+    print_tasks(_by_name(tasks), console)
 
 
 HEADINGS = ("method", "source", "sparsity", "parameters", "perplexity", "loss", "gap", "seconds")

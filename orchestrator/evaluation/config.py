@@ -1,17 +1,12 @@
 """Declares the settings of `evaluate`; those that `prune` has too are declared there."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from orchestrator.config import AT_LEAST_ONE, PruneConfig, require_one_place
+from orchestrator.config import AT_LEAST_ONE, TASKS, PruneConfig, require_named_tasks, require_one_place
 from orchestrator.settings import Check, Effect, check_settings, require, same_setting, setting
 from orchestrator.sources.storage import is_uri
 
 EVALUATE = ("evaluate",)
-TASKS = "Tasks"
-# The seven zero-shot tasks of the SlimLLM paper (section 4.1), by the names that lm-eval has for them.
-PAPER = "paper"
-PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +54,9 @@ class EvaluateConfig:
     tokens: int | None = setting(
         None, "How many tokens of each text to take.", "Data", EVALUATE, check=AT_LEAST_ONE, shown="all"
     )
-    tasks: tuple[str, ...] = setting(
-        (),
-        f"Tasks of lm-eval; {PAPER!r} stands for the seven of the SlimLLM paper.",
-        TASKS,
-        EVALUATE,
-        metavar="NAME,NAME",
-        by_commas=True,
-    )
-    task_folder: str | None = setting(
-        None, "A folder with more tasks, as YAML files.", TASKS, EVALUATE, effect=Effect.INPUT, metavar="DIR"
-    )
-    limit: int | None = setting(
-        None, "How many questions of each task to ask.", TASKS, EVALUATE, check=AT_LEAST_ONE, shown="all"
-    )
+    tasks: tuple[str, ...] = same_setting(PruneConfig, "tasks")
+    task_folder: str | None = same_setting(PruneConfig, "task_folder")
+    limit: int | None = same_setting(PruneConfig, "limit")
     num_fewshot: int | None = setting(
         None,
         "Examples before each question.",
@@ -121,17 +105,4 @@ class EvaluateConfig:
             self.stride is None or self.stride <= shortest,
             f"stride is {self.stride}, so windows of {shortest} tokens leave tokens out: give at most {shortest}",
         )
-        require(
-            self.task_folder is None or Path(self.task_folder).is_dir(),
-            f"task_folder {self.task_folder} is not a folder: pass one that holds tasks as YAML files",
-        )
-        for name in ("task_folder", "limit", "num_fewshot", "batch_size"):
-            require(
-                bool(self.tasks) or getattr(self, name) is None, f"{name} is for tasks, and none is named: pass tasks"
-            )
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        """The tasks, with the seven of the paper in place of their common name; each once."""
-        named = [one for name in self.tasks for one in (PAPER_TASKS if name == PAPER else (name,))]
-        return tuple(dict.fromkeys(named))
+        require_named_tasks(self, ("task_folder", "limit", "num_fewshot", "batch_size"))

@@ -1,18 +1,16 @@
 """Evaluates models from start to end: from models, texts and tasks to tables and their record in MLflow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from actors.group import ShardGroup
-from cluster import WorkerPlan
-from orchestrator.config import ConfigError
+from orchestrator.evaluation.asking import Ask, TaskOptions, prepare_tasks, require_shared_files, task_names
 from orchestrator.evaluation.config import EvaluateConfig
 from orchestrator.evaluation.inputs import Evaluated, EvaluationInputs, load_evaluation_inputs
 from orchestrator.evaluation.perplexity import measure_texts
 from orchestrator.evaluation.record import evaluation_params, log_inputs, log_results, write_run_file
-from orchestrator.evaluation.results import ModelResult, TaskResult, TextResult
+from orchestrator.evaluation.results import ModelResult, TaskResult, TextResult, compare_answers
 from orchestrator.evaluation.table import as_markdown, write_tables
 from orchestrator.output.staging import open_staging
 from orchestrator.progress import Reporter
@@ -20,9 +18,6 @@ from orchestrator.pruning.backends import backend_of
 from orchestrator.pruning.run_context import open_session, open_shards, settle_workers
 from orchestrator.tracking import TrackingOptions, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
-
-# Asks every model the questions of some tasks, and returns the results by the models' names.
-Ask = Callable[[ShardGroup, EvaluationInputs, Reporter], Mapping[str, tuple[TaskResult, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +45,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter | None = None) -> Evalua
     """
     reporter = reporter or Reporter()
     require_lasting_output(config.output, tracking_options(config, None))
-    ask = prepare_tasks(config)
+    ask = prepare_tasks(task_options(config))
     backend = backend_of(config)
     backend.require_place()
     inputs = load_evaluation_inputs(config, reporter.warn)
@@ -67,7 +62,8 @@ def evaluate(config: EvaluateConfig, reporter: Reporter | None = None) -> Evalua
         link_with_job(run, reporter.warn)
         run_file = write_run_file(staging.directory, config, inputs, workers)
         with open_shards(backend, resources, workers, staging, reporter, offload=False) as (_, shards):
-            texts, tasks = measure_texts(shards, inputs, reporter), ask(shards, inputs, reporter)
+            texts = measure_texts(shards, inputs, reporter)
+            tasks = _ask_each(ask, shards, inputs, reporter) if ask else {}
         results = tuple(_result(one, texts, tasks) for one in inputs.models)
         run.log_note(as_markdown(results))
         run.log_artifacts(run_file, *write_tables(results, {"params": params}, staging.directory))
@@ -81,41 +77,30 @@ def evaluate(config: EvaluateConfig, reporter: Reporter | None = None) -> Evalua
         )
 
 
-def prepare_tasks(config: EvaluateConfig) -> Ask:
-    """Return what asks the config's tasks, after checking that they can be asked; without any, what asks nothing.
-
-    Raises:
-        ConfigError: lm-eval is not installed.
-        DataError: A task is unknown, or its data cannot be loaded.
-    """
-    if not config.tasks:
-        return lambda shards, inputs, reporter: {}
-    try:
-        from orchestrator.evaluation.tasks import ask_tasks, require_tasks
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"tasks need lm-eval, which is not installed ({error}): run pip install -e '.[eval]' in slimllm's checkout"
-        ) from error
-    return partial(ask_tasks, config=config, manager=require_tasks(config))
-
-
-def require_shared_files(workers: WorkerPlan) -> None:
-    """Check that every worker can read the models' files.
-
-    Raises:
-        ConfigError: Some node does not see the driver's files.
-    """
-    if workers.weights_travel:
-        raise ConfigError(
-            "the workers of an evaluation read whole models at the same paths on every node: put the models on storage "
-            "that all nodes see, and pass --shared-storage"
-        )
+def task_options(config: EvaluateConfig) -> TaskOptions:
+    """Return the tasks of a config."""
+    return TaskOptions(
+        names=task_names(config.tasks),
+        folder=config.task_folder,
+        limit=config.limit,
+        num_fewshot=config.num_fewshot,
+        batch_size=config.batch_size,
+    )
 
 
 def tracking_options(config: EvaluateConfig, inputs: EvaluationInputs | None) -> TrackingOptions:
     """Return the tracking options of a config."""
     name = config.run_name or (None if inputs is None else f"{inputs.first.name}-evaluation")
     return TrackingOptions(experiment=config.experiment, tracking_uri=config.tracking_uri, run_name=name)
+
+
+def _ask_each(
+    ask: Ask, shards: ShardGroup, inputs: EvaluationInputs, reporter: Reporter
+) -> dict[str, tuple[TaskResult, ...]]:
+    """Ask every model; return the results by the models' names."""
+    answers = {one.name: ask(shards, one.whole, one.name, reporter) for one in inputs.models}
+    first = answers[inputs.first.name]
+    return {name: compare_answers(one, None if name == inputs.first.name else first) for name, one in answers.items()}
 
 
 def _result(

@@ -12,7 +12,7 @@ from cluster import WorkerPlan
 from orchestrator.evaluation.config import EvaluateConfig
 from orchestrator.evaluation.inputs import EvaluationInputs
 from orchestrator.evaluation.results import ModelResult
-from orchestrator.record.params import of_effect, version_params, versions
+from orchestrator.record.params import of_effect, task_params, version_params, versions
 from orchestrator.record.run_toml import RUN_FILE
 from orchestrator.secrets import masked, masked_all, uris_masked
 from orchestrator.settings import Effect
@@ -31,6 +31,7 @@ def evaluation_params(config: EvaluateConfig, inputs: EvaluationInputs, workers:
         "data_digests": ", ".join(text.blocks.digest for text in inputs.texts_of(inputs.first)),
         "python_version": platform.python_version(),
         **version_params(),
+        **task_params(config.tasks, config.task_folder),
         **asdict(workers),
     }
     kept = {name: value for name, value in asked.items() if name not in OF_AN_ATTEMPT}

@@ -2,10 +2,13 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.evaluation.statistics import Difference
+import numpy as np
+
+from orchestrator.evaluation.statistics import Difference, paired_difference
 from orchestrator.pruning.perplexity import LARGEST_LOSS
 from orchestrator.secrets import masked
 
@@ -60,6 +63,46 @@ class TextResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskAnswers:
+    """What a model answered to a task's questions, by one metric.
+
+    Attributes:
+        task: The task, or group of tasks.
+        metric: The metric, such as "acc"; with the name of its filter, unless that is "none".
+        value: The figure.
+        stderr: Its standard error, as lm-eval gives it; None if it gives none.
+        questions: How many questions were asked; None for a group.
+        values: The metric of each question, in order; None for metrics that are no mean over questions.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    questions: int | None
+    values: list[float] | None
+
+    def beside(self, first: "TaskAnswers | None") -> "TaskResult":
+        """Return the result, with the difference to the first model's answers if both can be paired."""
+        values, others = self.values or [], (first and first.values) or []
+        paired = bool(values) and len(values) == len(others)
+        return TaskResult(
+            task=self.task,
+            metric=self.metric,
+            value=self.value,
+            stderr=self.stderr,
+            questions=self.questions,
+            difference=paired_difference(np.array(values), np.array(others)) if paired else None,
+        )
+
+
+def compare_answers(answers: Sequence[TaskAnswers], first: Sequence[TaskAnswers] | None) -> tuple["TaskResult", ...]:
+    """Return a model's results beside the first model's; without one, alone."""
+    others = {(one.task, one.metric): one for one in first or ()}
+    return tuple(one.beside(others.get((one.task, one.metric))) for one in answers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskResult:
     """A model's figure on a task.
 
@@ -79,6 +122,16 @@ class TaskResult:
     stderr: float | None
     questions: int | None
     difference: Difference | None
+
+    @property
+    def name(self) -> str:
+        """The task and the metric."""
+        return f"{self.task}, {self.metric}"
+
+    @property
+    def metric_name(self) -> str:
+        """The name of the figure in MLflow."""
+        return f"{metric_name(self.task)}/{metric_name(self.metric)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +162,7 @@ class ModelResult:
                 found[f"bits_per_byte/{where}"] = one.bits_per_byte
             if one.distance is not None:
                 found |= {f"kl/{where}": one.distance.mean, f"agreement/{where}": one.distance.agreement}
-        return found | {f"{metric_name(one.task)}/{metric_name(one.metric)}": one.value for one in self.tasks}
+        return found | {one.metric_name: one.value for one in self.tasks}
 
 
 def metric_name(text: str) -> str:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from orchestrator.secrets import masked
 from slimllm_ops.files import write_text
 
 FORMAT = 1
+# The title, the headings and the rows of a table.
+TableParts = tuple[str, Sequence[str], list[tuple[str, ...]]]
 EXPLANATION = """\
 Loss in nats per token; bits per byte of text, which compare models with other tokenizers. KL is the divergence of a
 model's predictions from the first model's, in nats per token: the mean, and by percentile. "Agreement" is the share of
@@ -79,16 +81,34 @@ def as_csv(results: Sequence[ModelResult]) -> str:
 
 def as_markdown(results: Sequence[ModelResult]) -> str:
     """Return a table for each text and length, and for each task's metric, after an explanation."""
-    lines = ["# Evaluation", "", EXPLANATION]
-    for title, headings, rows in _tables(results):
+    return "\n".join(["# Evaluation", "", EXPLANATION, *_markdown_lines(_tables(results))]) + "\n"
+
+
+def markdown_of_tasks(tasks: Mapping[str, Sequence[TaskResult]]) -> str:
+    """Return a table for each task's metric, with a row for each model; "" without tasks."""
+    return "".join(f"{line}\n" for line in _markdown_lines(_task_tables(tasks)))
+
+
+def _markdown_lines(tables: Iterable[TableParts]) -> list[str]:
+    lines = []
+    for title, headings, rows in tables:
         lines += ["", f"## {title}", "", f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def print_tables(results: Sequence[ModelResult], console: Console) -> None:
     """Print the same tables, with fewer columns."""
-    for title, headings, rows in _tables(results):
+    _print(_tables(results), console)
+
+
+def print_tasks(tasks: Mapping[str, Sequence[TaskResult]], console: Console) -> None:
+    """Print a table for each task's metric, with a row for each model."""
+    _print(_task_tables(tasks), console)
+
+
+def _print(tables: Iterable[TableParts], console: Console) -> None:
+    for title, headings, rows in tables:
         table = Table(title=title)
         shown = [one for one in range(len(headings)) if headings == TASK_HEADINGS or one not in ONLY_IN_FILES]
         for number in shown:
@@ -98,23 +118,25 @@ def print_tables(results: Sequence[ModelResult], console: Console) -> None:
         console.print(table)
 
 
-def _tables(results: Sequence[ModelResult]) -> Iterable[tuple[str, Sequence[str], list[tuple[str, ...]]]]:
-    """Yield each table's title, headings and rows."""
-    yield from _by_title(results, lambda one: one.texts, _title_of_text, TEXT_HEADINGS, _text_cells)
-    yield from _by_title(results, lambda one: one.tasks, _title_of_task, TASK_HEADINGS, _task_cells)
+def _tables(results: Sequence[ModelResult]) -> Iterable[TableParts]:
+    yield from _by_title({one.name: one.texts for one in results}, _title_of_text, TEXT_HEADINGS, _text_cells)
+    yield from _task_tables({one.name: one.tasks for one in results})
+
+
+def _task_tables(tasks: Mapping[str, Sequence[TaskResult]]) -> Iterable[TableParts]:
+    return _by_title(tasks, _title_of_task, TASK_HEADINGS, _task_cells)
 
 
 def _by_title(
-    results: Sequence[ModelResult],
-    figures_of: Callable[[ModelResult], Sequence[Any]],
+    results: Mapping[str, Sequence[Any]],
     title_of: Callable[[Any], str],
     headings: Sequence[str],
     cells: Callable[[Any], tuple[str, ...]],
-) -> Iterable[tuple[str, Sequence[str], list[tuple[str, ...]]]]:
+) -> Iterable[TableParts]:
     tables: dict[str, list[tuple[str, ...]]] = {}
-    for one in results:
-        for figure in figures_of(one):
-            tables.setdefault(title_of(figure), []).append((masked(one.name), *cells(figure)))
+    for name, figures in results.items():
+        for figure in figures:
+            tables.setdefault(title_of(figure), []).append((masked(name), *cells(figure)))
     yield from ((title, headings, rows) for title, rows in tables.items())
 
 

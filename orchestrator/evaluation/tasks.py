@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -13,12 +12,11 @@ from lm_eval.tasks import TaskManager
 from actors.group import ShardGroup
 from orchestrator.data import DataError
 from orchestrator.data.files import error_line
-from orchestrator.evaluation.config import EvaluateConfig
-from orchestrator.evaluation.inputs import Evaluated, EvaluationInputs
-from orchestrator.evaluation.results import TaskResult
-from orchestrator.evaluation.statistics import Difference, paired_difference
+from orchestrator.evaluation.asking import TaskOptions
+from orchestrator.evaluation.results import TaskAnswers
 from orchestrator.progress import Reporter
 from orchestrator.pruning.attempts import attempts
+from slimllm_ops.checkpoint.whole import WholeModel
 from slimllm_ops.evaluation.answering import AnsweringStream
 
 # Requests that each worker gets at once.
@@ -72,14 +70,14 @@ class ShardedLM(LM):
         return answers
 
 
-def require_tasks(config: EvaluateConfig) -> TaskManager:
+def require_tasks(options: TaskOptions) -> TaskManager:
     """Return lm-eval's tasks, after checking that the named ones are known and their data can be loaded.
 
     Raises:
         DataError: A task is unknown, or its data cannot be loaded.
     """
-    manager = _known_tasks(config)
-    for name in config.task_names:
+    manager = _known_tasks(options)
+    for name in options.names:
         if name not in manager.all_tasks:
             raise DataError(
                 f"task {name!r} is unknown to lm-eval: `lm-eval ls tasks` lists its tasks; pass those of your own as "
@@ -96,83 +94,73 @@ def require_tasks(config: EvaluateConfig) -> TaskManager:
     return manager
 
 
-def _known_tasks(config: EvaluateConfig) -> TaskManager:
-    """Return the tasks of the config's folder if they are all that is asked for, or else lm-eval's own too."""
-    if config.task_folder is not None:
-        own = TaskManager(include_path=config.task_folder, include_defaults=False)
+def _known_tasks(options: TaskOptions) -> TaskManager:
+    """Return the tasks of the folder if they are all that is asked for, or else lm-eval's own too."""
+    if options.folder is not None:
+        own = TaskManager(include_path=options.folder, include_defaults=False)
         # Reading lm-eval's thousands of tasks takes seconds.
-        if set(config.task_names) <= set(own.all_tasks):
+        if set(options.names) <= set(own.all_tasks):
             return own
-    return TaskManager(include_path=config.task_folder)
+    return TaskManager(include_path=options.folder)
 
 
 def ask_tasks(
-    shards: ShardGroup, inputs: EvaluationInputs, reporter: Reporter, config: EvaluateConfig, manager: TaskManager
-) -> dict[str, tuple[TaskResult, ...]]:
-    """Ask every model the questions of the config's tasks; return the results by the models' names."""
-    found: dict[str, tuple[TaskResult, ...]] = {}
-    first: Mapping[str, Any] | None = None
-    for model in inputs.models:
-        answered = _ask(shards, model, config, manager, reporter)
-        found[model.name] = tuple(_results(answered, first))
-        first = first or answered
-    return found
+    shards: ShardGroup, model: WholeModel, name: str, reporter: Reporter, options: TaskOptions, manager: TaskManager
+) -> list[TaskAnswers]:
+    """Ask a model the questions of some tasks.
 
+    Args:
+        shards: The shards to ask on.
+        model: The model.
+        name: Its name in progress lines.
+        reporter: Shows the progress.
+        options: The tasks.
+        manager: What `require_tasks` returned for them.
 
-def _ask(
-    shards: ShardGroup, model: Evaluated, config: EvaluateConfig, manager: TaskManager, reporter: Reporter
-) -> Mapping[str, Any]:
-    """Return what lm-eval finds of a model."""
-    stage = f"{model.name}, tasks"
+    Raises:
+        ConfigError: A worker has no room for the whole model.
+    """
+    stage = f"{name}, tasks"
     for attempt in attempts(shards, reporter):
         with attempt:
-            num_shards = shards.open_answering(stage, model.whole, config.batch_size)
+            num_shards = shards.open_answering(stage, model, options.batch_size)
             found = simple_evaluate(
-                model=ShardedLM(shards, stage, num_shards, model.name, reporter),
-                tasks=list(config.task_names),
-                num_fewshot=config.num_fewshot,
-                limit=config.limit,
+                model=ShardedLM(shards, stage, num_shards, name, reporter),
+                tasks=list(options.names),
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
                 task_manager=manager,
             )
             shards.close_stream(stage)
     assert found is not None, "this process has rank 0"
-    return found
+    return _answers(found)
 
 
-def _results(answered: Mapping[str, Any], first: Mapping[str, Any] | None) -> list[TaskResult]:
-    results = []
-    for task, figures in answered["results"].items():
+def _answers(found: Mapping[str, Any]) -> list[TaskAnswers]:
+    answers = []
+    for task, figures in found["results"].items():
         for key, value in figures.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith(STDERR) or isinstance(value, str):
                 continue
             stderr = figures.get(f"{metric}{STDERR},{kind}")
-            values = _values(answered, task, metric, kind)
-            others = None if first is None else _values(first, task, metric, kind)
-            results.append(
-                TaskResult(
+            answers.append(
+                TaskAnswers(
                     task=task,
                     metric=metric if kind == "none" else f"{metric}, {kind}",
                     value=float(value),
                     stderr=stderr if isinstance(stderr, float) else None,
-                    questions=answered["n-samples"].get(task, {}).get("effective"),
-                    difference=_difference(values, others),
+                    questions=found["n-samples"].get(task, {}).get("effective"),
+                    values=_values(found, task, metric, kind),
                 )
             )
-    return results
+    return answers
 
 
-def _values(answered: Mapping[str, Any], task: str, metric: str, kind: str) -> np.ndarray | None:
+def _values(found: Mapping[str, Any], task: str, metric: str, kind: str) -> list[float] | None:
     """Return a metric's value for each question of a task, in order; None if it is no number per question."""
-    samples: Sequence[Mapping[str, Any]] = answered["samples"].get(task, ())
+    samples: Sequence[Mapping[str, Any]] = found["samples"].get(task, ())
     asked = sorted((one for one in samples if one["filter"] == kind), key=lambda one: one["doc_id"])
     values = [one.get(metric) for one in asked]
-    if not values or not all(isinstance(value, int | float) for value in values):
-        return None
-    return np.array(values, dtype=np.float64)
-
-
-def _difference(values: np.ndarray | None, first: np.ndarray | None) -> Difference | None:
-    if values is None or first is None or len(values) != len(first):
-        return None
-    return paired_difference(values, first)
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    return numbers if numbers and len(numbers) == len(values) else None

@@ -1,10 +1,12 @@
 """The last steps for a target whose layers are written: refine, read back, measure, count."""
 
+from orchestrator.evaluation.results import TaskResult, compare_answers
 from orchestrator.pruning.refine import refine_model
 from orchestrator.pruning.run_context import RunContext
 from orchestrator.pruning.targets import Target
 from orchestrator.record.totals import Totals, count_totals
 from slimllm_ops.checkpoint import tokenizer
+from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.stream.read_back import read_back, require_outside_unchanged
 
 
@@ -24,5 +26,12 @@ def complete(context: RunContext, target: Target) -> Totals:
         blocks.spec: (context.dense_perplexity(blocks), context.perplexity(pruned, blocks, "perplexity, pruned", name))
         for blocks in context.inputs.held_out
     }
+    tasks = _ask(context, pruned, name)
     peak_memory = context.shards.peak_memory()
-    return count_totals(context.inputs, pruned, perplexity, context.reporter.seconds, peak_memory, error)
+    return count_totals(context.inputs, pruned, perplexity, tasks, context.reporter.seconds, peak_memory, error)
+
+
+def _ask(context: RunContext, pruned: Checkpoint, name: str) -> tuple[tuple[TaskResult, TaskResult], ...]:
+    """Return the dense and the pruned model's result for each metric of the run's tasks."""
+    dense = context.dense_answers()
+    return tuple(zip(compare_answers(dense, None), compare_answers(context.answers(pruned, name), dense), strict=True))

@@ -10,6 +10,8 @@ from actors.workers import Workers, solve_threads
 from cluster import Resources, WorkerPlan, find_room
 from orchestrator.config import PruneConfig
 from orchestrator.data import TokenBlocks
+from orchestrator.evaluation.asking import Ask
+from orchestrator.evaluation.results import TaskAnswers
 from orchestrator.inputs import Inputs
 from orchestrator.output.staging import Staging
 from orchestrator.progress import Reporter
@@ -19,13 +21,14 @@ from orchestrator.pruning.perplexity import measure_once
 from orchestrator.record.mlflow import log_layer
 from orchestrator.tracking import Run
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.checkpoint.whole import inspect_whole
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.stream.memory import return_large_blocks
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run's settings, inputs, workers and places."""
+    """A run's settings, inputs, workers and places; `ask` asks a model the run's tasks, if there are any."""
 
     config: PruneConfig
     inputs: Inputs
@@ -33,6 +36,7 @@ class RunContext:
     pool: SolverPool
     staging: Staging
     reporter: Reporter
+    ask: Ask | None = None
 
     @property
     def source(self) -> Checkpoint:
@@ -56,6 +60,21 @@ class RunContext:
     def perplexity(self, model: Checkpoint, blocks: TokenBlocks, stage: str, name: str) -> float:
         """Return a model's perplexity; a resumed run does not measure it again (see `perplexity.measure_once`)."""
         return measure_once(self.shards, self.staging, self.reporter, model, blocks, stage, name)
+
+    def dense_answers(self) -> list[TaskAnswers]:
+        """Return the dense model's answers to the run's tasks, asked once for all targets."""
+        return self.answers(self.source, "dense")
+
+    def answers(self, model: Checkpoint, name: str) -> list[TaskAnswers]:
+        """Return a model's answers to the run's tasks; a resumed run does not ask again."""
+        ask = self.ask
+        if ask is None:
+            return []
+        noted = self.staging.results.once(
+            f"answers of {name}",
+            lambda: [asdict(one) for one in ask(self.shards, inspect_whole(model.directory), name, self.reporter)],
+        )
+        return [TaskAnswers(**one) for one in noted]
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def log_record(
         directory,
         f"{inputs.name}-{target}",
         told | {name: value for name, value in for_people(params).items() if name in TOLD_OF_A_MODEL and value},
-        measured={name: round(value, TAG_DIGITS) for name, value in totals.perplexities().items()},
+        measured={name: round(value, TAG_DIGITS) for name, value in totals.measured().items()},
         alias=target,
         description=description,
     )

@@ -36,7 +36,7 @@ vLLM 0.28 and later serves it as it is, with a KV cache as small as the heads of
 | parameters | {parameters_before:,} | {parameters_after:,} |
 | parameters of the decoder layers | {layer_parameters_before:,} | {layer_parameters_after:,} |
 | decoder layers | {layers_before} | {layers_after} |
-{perplexity}
+{measured}
 Calibrated on {tokens:,} tokens of `{calibration}`{generated} (digest `{digest}`), seed {seed}.
 `pruning/plan.json` has every decision and setting; `pruning/importance.parquet` has the importance of every unit.
 """
@@ -48,6 +48,7 @@ def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], to
         f"| perplexity on `{spec}`, {totals.evaluated[spec]} | {dense:.2f} | {pruned:.2f} |\n"
         for spec, (dense, pruned) in totals.perplexity.items()
     ]
+    rows += [f"| {after.name} | {before.value:.4f} | {after.value:.4f} |\n" for before, after in totals.tasks]
     card = CARD.format(
         name=inputs.name,
         sparsity=totals.sparsity,
@@ -58,7 +59,7 @@ def write_model_card(directory: Path, inputs: Inputs, params: dict[str, Any], to
         layer_parameters_after=totals.layer_parameters_after,
         layers_before=totals.layers_before,
         layers_after=totals.layers_after,
-        perplexity="".join(rows),
+        measured="".join(rows),
         tokens=totals.calibration_tokens,
         calibration=inputs.calibration.spec,
         generated=_generated(inputs),

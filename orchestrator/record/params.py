@@ -5,6 +5,7 @@ Each setting's declaration decides which it belongs to (`Effect` in orchestrator
 
 import platform
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from actors.node_state import installed_version
@@ -14,6 +15,7 @@ from orchestrator.inputs import Inputs
 from orchestrator.secrets import masked_all, uris_masked
 from orchestrator.settings import Effect, declared
 from orchestrator.version import VERSION
+from slimllm_ops.files import digest_files
 
 PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets")
 
@@ -48,6 +50,7 @@ def run_params(config: PruneConfig, inputs: Inputs, workers: WorkerPlan) -> dict
         "sparsity": ", ".join(f"{sparsity:g}" for sparsity in config.targets if sparsity is not None) or None,
         "python_version": platform.python_version(),
         **version_params(),
+        **task_params(config.tasks, config.task_folder),
         **asdict(workers),
     }
     pinned = {name: commit for name, commit in _pinned(inputs).items() if commit}
@@ -75,7 +78,17 @@ def what_is_asked(config: PruneConfig, inputs: Inputs) -> dict[str, Any]:
         "revision": inputs.model.revision,
         **_pinned(inputs),
         **version_params(),
+        **task_params(config.tasks, config.task_folder),
     }
+
+
+def task_params(tasks: tuple[str, ...], folder: str | None) -> dict[str, Any]:
+    """Return what the answers to tasks depend on, besides the model: lm-eval, and the files of the tasks' folder."""
+    if not tasks:
+        return {}
+    files = [] if folder is None else sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    digest = None if folder is None else digest_files(Path(folder), files)
+    return {"lm_eval_version": installed_version("lm_eval"), "task_digest": digest}
 
 
 def _pinned(inputs: Inputs) -> dict[str, Any]:

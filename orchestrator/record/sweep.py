@@ -15,14 +15,15 @@ from slimllm_ops.files import written_whole
 
 
 def sweep_rows(models: Mapping[str, Totals]) -> list[dict[str, Any]]:
-    """Return a row for each model, the dense one first, with its perplexity on each set of held-out blocks."""
+    """Return a row for each model, the dense one first: its sizes, its perplexity on each text, its tasks."""
     dense = next(iter(models.values()))
     before = {_heading(dense, data): perplexity for data, (perplexity, _) in dense.perplexity.items()}
     rows = [{"model": "dense", "sparsity": 0.0, "parameters": dense.parameters_before, "bytes": dense.bytes_before}]
-    rows[0] |= before
+    rows[0] |= before | {first.name: first.value for first, _ in dense.tasks}
     for name, totals in models.items():
         counts = {"sparsity": totals.sparsity, "parameters": totals.parameters_after, "bytes": totals.bytes_after}
         after = {_heading(totals, data): perplexity for data, (_, perplexity) in totals.perplexity.items()}
+        after |= {pruned.name: pruned.value for _, pruned in totals.tasks}
         rows.append({"model": name, **counts, **after})
     return rows
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.evaluation.results import TaskResult
 from orchestrator.inputs import Inputs
 from slimllm_ops.checkpoint.reading import Checkpoint
 
@@ -31,6 +32,7 @@ class Totals:
     """The figures of a whole run.
 
     Perplexities are (dense, pruned) by specification of the held-out data; `evaluated` has the sizes of the data.
+    `tasks` has the (dense, pruned) result for each metric of each task.
     """
 
     parameters_before: int
@@ -43,6 +45,7 @@ class Totals:
     bytes_after: int
     perplexity: dict[str, tuple[float, float]]
     evaluated: dict[str, HeldOut]
+    tasks: tuple[tuple[TaskResult, TaskResult], ...]
     calibration_tokens: int
     seconds: dict[str, float]
     peak_memory: dict[str, int]
@@ -81,14 +84,16 @@ class Totals:
         }
         metrics |= {f"seconds/{stage.replace(',', '')}": value for stage, value in self.seconds.items()}
         metrics |= {f"peak_memory_bytes/{kind}": value for kind, value in self.peak_memory.items()}
-        return metrics | self.perplexities() | self._evaluated_sizes()
+        return metrics | self.measured() | self._evaluated_sizes()
 
-    def perplexities(self) -> dict[str, float]:
-        """Return the perplexities as metrics."""
+    def measured(self) -> dict[str, float]:
+        """Return the perplexities and the tasks as metrics."""
         metrics: dict[str, float] = {}
         for number, (dense, pruned) in enumerate(self.perplexity.values()):
             suffix = metric_suffix(number)
             metrics |= {f"perplexity_before{suffix}": dense, f"perplexity_after{suffix}": pruned}
+        for first, after in self.tasks:
+            metrics |= {f"{after.metric_name}_before": first.value, f"{after.metric_name}_after": after.value}
         return metrics
 
     def _evaluated_sizes(self) -> dict[str, float]:
@@ -114,6 +119,7 @@ def count_totals(
     inputs: Inputs,
     pruned: Checkpoint,
     perplexity: dict[str, tuple[float, float]],
+    tasks: tuple[tuple[TaskResult, TaskResult], ...],
     seconds: dict[str, float],
     peak_memory: dict[str, int],
     read_back_error: float,
@@ -132,6 +138,7 @@ def count_totals(
         bytes_after=pruned.num_bytes(),
         perplexity=perplexity,
         evaluated=evaluated(inputs),
+        tasks=tasks,
         calibration_tokens=inputs.calibration.num_tokens,
         seconds=dict(seconds),
         peak_memory=peak_memory,

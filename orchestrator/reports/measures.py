@@ -8,10 +8,11 @@ from typing import Any
 from orchestrator.reports.figures import draw_bars, draw_over_sparsity
 from orchestrator.reports.parts import Drawing, Section, Table, is_finite, shown_number
 from orchestrator.reports.svg import svg_of
-from orchestrator.reports.values import MeasuredModel, ReportedRun, Sources, mapping_at, number_at, rows_at
+from orchestrator.reports.values import MeasuredModel, ReportedRun, Sources, mapping_at, number_at, pairs_at, rows_at
 
 DENSE = "dense"
 PERPLEXITY = "perplexity"
+TASK_COLUMNS = ("task", "metric", "value", "stderr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,15 @@ def _of_run(run: ReportedRun) -> list[Point]:
                 sparsity = 0.0 if method == DENSE else run.sparsity
                 if method and value is not None and sparsity is not None:
                     points.append(Point(measure=PERPLEXITY, title=title, method=method, sparsity=sparsity, value=value))
+    for pair in pairs_at(run.totals, "tasks"):
+        for method, sparsity, result in zip((DENSE, pruned), (0.0, run.sparsity), pair, strict=True):
+            points += [] if sparsity is None else [_of_task(result, method, sparsity)]
     return points
+
+
+def _of_task(result: Mapping[str, Any], method: str, sparsity: float) -> Point:
+    measure, title = str(result.get("metric")), str(result.get("task"))
+    return Point(measure=measure, title=title, method=method, sparsity=sparsity, value=result.get("value"))
 
 
 def _last(run: ReportedRun) -> Mapping[str, Any]:
@@ -64,6 +73,9 @@ def _of_comparison(held: Mapping[str, Any]) -> list[Point]:
             title = _title(Path(str(held.get("model"))).name, str(row.get("data")), row)
             method, value = str(row.get("method")), row.get(PERPLEXITY)
             points.append(Point(measure=PERPLEXITY, title=title, method=method, sparsity=sparsity, value=value))
+    for row in rows_at(held, "tasks"):
+        sparsity = number_at(row, "sparsity")
+        points += [] if sparsity is None else [_of_task(row, str(row.get("method")), sparsity)]
     return points
 
 
@@ -76,14 +88,12 @@ def _of_evaluation(one: MeasuredModel, runs: Sequence[ReportedRun]) -> list[Poin
     if sparsity is None:
         return []
     method = DENSE if run is None else run.method
-    measured = [
-        (PERPLEXITY, f"{Path(str(row.get('data'))).name}, blocks of {row.get('length')}", row) for row in one.perplexity
-    ]
-    measured += [(str(row.get("metric")), str(row.get("task")), row) for row in one.tasks]
-    return [
-        Point(measure=measure, title=title, method=method, sparsity=sparsity, value=row.get("value"))
-        for measure, title, row in measured
-    ]
+    points = []
+    for row in one.perplexity:
+        title = f"{Path(str(row.get('data'))).name}, blocks of {row.get('length')}"
+        value = row.get("value")
+        points.append(Point(measure=PERPLEXITY, title=title, method=method, sparsity=sparsity, value=value))
+    return points + [_of_task(row, method, sparsity) for row in one.tasks]
 
 
 def over_sparsity(points: Sequence[Point]) -> Section | None:
@@ -130,6 +140,8 @@ def comparison_section(comparisons: Sequence[Mapping[str, Any]]) -> Section | No
         cells = [[shown_number(row.get(one), forms.get(one, "{:,.3f}")) for one in headings] for row in _named(held)]
         caption = f"Methods on {Path(str(held.get('model'))).name}"
         tables.append(Table(caption=caption, headings=headings, rows=tuple(map(tuple, cells))))
+        if tasks := [(str(row.get("model")), row) for row in rows_at(held, "tasks")]:
+            tables.append(_table("Tasks", tasks, TASK_COLUMNS))
     notes = (
         "gap: how far the loss is above the dense model's, as a fraction of the same for slimllm at that sparsity.",
     )
@@ -147,7 +159,7 @@ def evaluation_section(evaluations: Sequence[MeasuredModel]) -> Section | None:
     tasks = [(one.model, row) for one in evaluations for row in one.tasks]
     tables = (
         _table("Text", texts, ("data", "length", "value", "bits_per_byte", "kl", "agreement")),
-        _table("Tasks", tasks, ("task", "metric", "value", "stderr")),
+        _table("Tasks", tasks, TASK_COLUMNS),
     )
     found = tuple(table for table in tables if table.rows)
     return Section(name="evaluation", title="Evaluation", tables=found) if found else None

@@ -13,7 +13,7 @@ from orchestrator.reports.measures import (
 )
 from orchestrator.reports.parts import UNKNOWN, Continuation, Section, Table, listed, shown_number
 from orchestrator.reports.runs import sections_of, settings_section
-from orchestrator.reports.values import ReportedRun, Sources, mapping_at, number_at
+from orchestrator.reports.values import ReportedRun, Sources, mapping_at, number_at, pairs_at
 from slimllm_ops.files import write_text
 
 if TYPE_CHECKING:
@@ -89,6 +89,9 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
     facts.append(("weights, MB", _change(before, after, "{:,.1f}")))
     for spec in mapping_at(totals, "perplexity"):
         facts.append((f"perplexity, {Path(spec).name}", _perplexities(run, spec)))
+    for dense, pruned in pairs_at(totals, "tasks"):
+        name = f"{pruned.get('task')}, {pruned.get('metric')}"
+        facts.append((name, _change(dense.get("value"), pruned.get("value"), "{:.4f}")))
     return [(name, value) for name, value in facts if value != UNKNOWN]
 
 

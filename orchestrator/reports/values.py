@@ -126,6 +126,13 @@ def rows_at(values: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list | tuple) else []
 
 
+def pairs_at(values: Mapping[str, Any], name: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return the pairs of mappings in a list by its name; none if there is no list."""
+    found = values.get(name)
+    pairs = [rows_at({name: one}, name) for one in found] if isinstance(found, list | tuple) else []
+    return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+
+
 def number_at(values: Mapping[str, Any], name: str) -> float | None:
     """Return a number by its name; None if there is none."""
     found = values.get(name)

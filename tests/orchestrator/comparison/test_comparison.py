@@ -332,7 +332,7 @@ def test_a_gap_is_a_fraction_of_the_reference_s() -> None:
 
 def test_what_is_not_finite_is_null_in_json_and_does_not_break_the_figure(tmp_path: Path) -> None:
     broken = row("random", perplexity=math.inf, loss=math.inf, gap=math.nan)
-    write_table([row("dense"), broken], HEADER, tmp_path)
+    write_table([row("dense"), broken], [], HEADER, tmp_path)
     read = json.loads((tmp_path / "comparison.json").read_text())["rows"][1]
     assert (read["perplexity"], read["loss"], read["gap"]) == (None, None, None)
     assert "| inf | inf | - |" in (tmp_path / "comparison.md").read_text()
@@ -340,13 +340,13 @@ def test_what_is_not_finite_is_null_in_json_and_does_not_break_the_figure(tmp_pa
 
 def test_every_set_of_held_out_blocks_has_a_table_and_a_figure(tmp_path: Path) -> None:
     rows = [row("dense"), row("dense", "b.txt"), row("flap"), row("flap", "b.txt", perplexity=20.0)]
-    write_table(rows, HEADER, tmp_path)
+    write_table(rows, [], HEADER, tmp_path)
     text = (tmp_path / "comparison.md").read_text()
     assert text.index("## a.txt") < text.index("10.000") < text.index("## b.txt") < text.index("20.000")
     assert (tmp_path / "perplexity.png").is_file()
     assert (tmp_path / "perplexity-1.png").is_file()
     shown = io.StringIO()
-    print_table(rows, Console(file=shown, width=100))
+    print_table(rows, [], Console(file=shown, width=100))
     assert shown.getvalue().index("a.txt") < shown.getvalue().index("b.txt")
 
 

@@ -1,5 +1,6 @@
 """Which settings a record has, and which `--resume` compares; named one by one, since a mistake would be silent."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ RESULT = {
     *("method", "sparsity", "refine", "ratio", "pruned_layers", "alpha", "keep_lowest"),
     *("uniform", "multiple_of", "no_bias", "drop_layers", "generate", "samples", "sequence_length", "seed"),
     *("keep_layers", "max_layer_sparsity", "uniform_heads", "heads_multiple_of", "for_tp"),
-    *("evaluate_tokens", "workers", "gpus_per_worker"),
+    *("evaluate_tokens", "tasks", "limit", "workers", "gpus_per_worker"),
 }
 VERSIONS = {f"{name}_version" for name in ("slimllm", "torch", "transformers", "ray", "mlflow", "datasets")}
 
@@ -34,10 +35,19 @@ def test_resume_compares_what_the_result_depends_on(config: PruneConfig, inputs:
     assert what_is_asked(config, inputs).keys() == RESULT | digests | commits | VERSIONS
 
 
+def test_resume_compares_the_files_of_tasks(config: PruneConfig, inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    tasks = {"tasks": ("mine",), "task_folder": str(tmp_path)}
+    asked = what_is_asked(replace(config, **tasks), inputs)
+    assert asked["lm_eval_version"]
+    (tmp_path / "mine.yaml").write_text("task: other")
+    assert what_is_asked(replace(config, **tasks), inputs)["task_digest"] != asked["task_digest"]
+
+
 def test_every_setting_has_its_place() -> None:
     assert {"overwrite", "resume", "tracking_uri", "address", "local"} == OF_AN_ATTEMPT
     assert {"output", "experiment", "run_name", "register", "shared_storage", "offload", "weights_travel"} == PLACES
-    assert {"model", "revision", "calibration", "evaluate", "moments"} == DIGESTED
+    assert {"model", "revision", "calibration", "evaluate", "moments", "task_folder"} == DIGESTED
     told = {"method", "refine", "ratio", "uniform", "uniform_heads", "no_bias", "keep_layers", "generate"}
     told |= {"model", "revision", "model_digest"}
     assert set(TOLD_OF_A_MODEL) == told

@@ -51,6 +51,7 @@ def test_it_has_every_setting_that_the_result_depends_on_and_says_of_what(
     asked = {field.name for field in fields(PruneConfig)} - OF_AN_ATTEMPT - PLACES
     # What was not given and has no default stays out.
     unasked = {"moments", "ratio", "pruned_layers", "alpha", "revision", "evaluate_tokens", "max_layer_sparsity"}
+    unasked |= {"task_folder", "limit"}
     assert asked - settings.keys() == unasked
     assert settings["workers"] >= 1
     assert settings["sparsity"] == (0.33,)
