@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow serve-test lint types truth tune-table ablation benchmarks memory forms faults same-bytes docs builtin-model
+.PHONY: install demo test slow serve-test lint types truth results tune-table ablation benchmarks memory forms faults same-bytes docs builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -39,6 +39,11 @@ types: install
 # Every method on a real model of 135M parameters, which the first run fetches; an hour.
 truth: install
 	$(BIN)/python -m benchmarks.truth
+
+# The README's table and figure: every method on two real models, tuned and not; two hours, once. A run that was cut off
+# goes on where it stopped. It uses the text and a model beside the checkout.
+results: install
+	$(BIN)/python -m benchmarks.headline
 
 # What training gets back after pruning, by method: an hour. It uses the text and models beside the checkout.
 tune-table: install

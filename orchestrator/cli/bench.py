@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from orchestrator.bench.config import BenchConfig
 from orchestrator.cli.exit_codes import exit_on_error, print_json
 from orchestrator.cli.options import TELLING, Command, with_options, with_settings
 from orchestrator.cli.runs import configure
+from orchestrator.speed.config import BenchConfig
 
 EXAMPLES = """\b
 Examples:
@@ -29,9 +29,9 @@ def bench(config_file: Path | None, as_json: bool, verbose: bool, **flags: Any) 
 
 
 def _bench(config: BenchConfig, as_json: bool, verbose: bool) -> None:
-    from orchestrator.bench.bench import bench as run
     from orchestrator.cli.summary import describe_bench, print_bench
     from orchestrator.progress import Reporter
+    from orchestrator.speed.bench import bench as run
 
     result = run(config, Reporter(verbose=verbose))
     if as_json:

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from orchestrator.bench.config import BenchConfig
 from orchestrator.config import CompareConfig
 from orchestrator.evaluation.config import EvaluateConfig
 from orchestrator.reports.config import ReportConfig
 from orchestrator.settings import Setting, declared
+from orchestrator.speed.config import BenchConfig
 from orchestrator.tuning.config import TuneConfig
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -22,8 +22,8 @@ from orchestrator.tracking import JOURNAL_ONLY, how_to_log, where_to_look
 
 # Each of these serves one command, which imports it when it runs.
 if TYPE_CHECKING:
-    from orchestrator.bench.bench import BenchResult
     from orchestrator.evaluation.evaluate import Evaluation
+    from orchestrator.speed.bench import BenchResult
     from orchestrator.tuning.result import TuneTotals
     from orchestrator.tuning.tune import TuneResult
 
@@ -196,7 +196,7 @@ def _print_places(console: Console, result: "Comparison | Evaluation", written: 
 
 def print_bench(result: "BenchResult", console: Console | None = None) -> None:
     """Print the tables of a bench, and the paths."""
-    from orchestrator.bench.table import print_figures
+    from orchestrator.speed.table import print_figures
 
     console = console or open_console()
     print_figures(result.figures, console)
@@ -210,7 +210,7 @@ def print_bench(result: "BenchResult", console: Console | None = None) -> None:
 
 def describe_bench(result: "BenchResult") -> dict[str, Any]:
     """Return the result of a bench as values for JSON."""
-    from orchestrator.bench.table import describe
+    from orchestrator.speed.table import describe
 
     places = {name: getattr(result, name) for name in ("output", "tracking_uri", "experiment_id", "run_id")}
     return describe(result.figures) | places

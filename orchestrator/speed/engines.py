@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-from orchestrator.bench.config import COMPILED, LLAMA_CPP, TRANSFORMERS, VLLM
 from orchestrator.config import ConfigError
+from orchestrator.speed.config import COMPILED, LLAMA_CPP, TRANSFORMERS, VLLM
 from slimllm_ops.timing.engines import CompiledEngine, OpenEngine, TransformersEngine
 from slimllm_ops.timing.generation import Generation, random_prompts
 

@@ -6,9 +6,9 @@ from statistics import median
 
 import numpy as np
 
-from orchestrator.bench.config import Shape
-from orchestrator.bench.inputs import BenchModel
-from orchestrator.bench.worker import Measured
+from orchestrator.speed.config import Shape
+from orchestrator.speed.inputs import BenchModel
+from orchestrator.speed.worker import Measured
 from slimllm_ops.timing.generation import Generation
 
 # What a round measured, by the model's position and the shape.

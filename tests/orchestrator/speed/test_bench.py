@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator import ReportConfig, report
-from orchestrator.bench.bench import WARM_UP_TOKENS, BenchResult
-from orchestrator.bench.config import TRANSFORMERS
-from orchestrator.bench.engines import ENGINES
-from orchestrator.bench.table import as_markdown
+from orchestrator.speed.bench import WARM_UP_TOKENS, BenchResult
+from orchestrator.speed.config import TRANSFORMERS
+from orchestrator.speed.engines import ENGINES
+from orchestrator.speed.table import as_markdown
 from slimllm_ops.errors import InputError
-from tests.orchestrator.bench.conftest import Bench
-from tests.orchestrator.bench.fake import LATER, SECONDS, FailingEngine, FakeEngine
+from tests.orchestrator.speed.conftest import Bench
+from tests.orchestrator.speed.fake import LATER, SECONDS, FailingEngine, FakeEngine
 
 SHAPES = ((1, 4), (1, 8), (2, 4), (2, 8))
 

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Shown
 
-from orchestrator.bench.inputs import BenchModel
-from orchestrator.bench.result import Row
-from orchestrator.bench.widths import Sweep
 from orchestrator.json_values import json_value
+from orchestrator.speed.inputs import BenchModel
+from orchestrator.speed.result import Row
+from orchestrator.speed.widths import Sweep
 from slimllm_ops.files import write_text
 
 FORMAT = 1

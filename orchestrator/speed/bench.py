@@ -7,20 +7,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from orchestrator.bench.config import BenchConfig, Shape
-from orchestrator.bench.engines import ENGINES
-from orchestrator.bench.inputs import BenchModel, load_bench_models
-from orchestrator.bench.process import ModelProcess, start_process
-from orchestrator.bench.record import log_figures
-from orchestrator.bench.result import Round, rows_of
-from orchestrator.bench.table import Figures, write_figures
-from orchestrator.bench.widths import Sweep, sweep_widths
-from orchestrator.bench.worker import describe, measure, profile, time_products
 from orchestrator.inputs import model_name
 from orchestrator.output.staging import open_staging, require_free
 from orchestrator.progress import Reporter
 from orchestrator.record.params import version_params
 from orchestrator.secrets import masked_all, uris_masked
+from orchestrator.speed.config import BenchConfig, Shape
+from orchestrator.speed.engines import ENGINES
+from orchestrator.speed.inputs import BenchModel, load_bench_models
+from orchestrator.speed.process import ModelProcess, start_process
+from orchestrator.speed.record import log_figures
+from orchestrator.speed.result import Round, rows_of
+from orchestrator.speed.table import Figures, write_figures
+from orchestrator.speed.widths import Sweep, sweep_widths
+from orchestrator.speed.worker import describe, measure, profile, time_products
 from orchestrator.tracking import TrackingOptions, tracked_run
 from orchestrator.tracking.ray_job import link_with_job, require_lasting_output
 

@@ -10,12 +10,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from orchestrator.bench.worker import Failed
+from orchestrator.speed.worker import Failed
 from slimllm_ops.errors import InputError
 from slimllm_ops.timing.engines import Engine, OpenEngine
 
 # What a process runs, with the descriptor of its pipe as an argument.
-PROGRAM = "import sys; from orchestrator.bench.worker import serve; serve(int(sys.argv[1]))"
+PROGRAM = "import sys; from orchestrator.speed.worker import serve; serve(int(sys.argv[1]))"
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.bench.config import BenchConfig, Shape
 from orchestrator.config import ConfigError
+from orchestrator.speed.config import BenchConfig, Shape
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from orchestrator.bench.config import LLAMA_CPP, BenchConfig
-from orchestrator.bench.engines import require_installed
-from orchestrator.bench.widths import kinds_of
 from orchestrator.config import ConfigError
 from orchestrator.inputs import model_name
 from orchestrator.sources.models import resolve_model
+from orchestrator.speed.config import LLAMA_CPP, BenchConfig
+from orchestrator.speed.engines import require_installed
+from orchestrator.speed.widths import kinds_of
 from slimllm_ops.checkpoint.resolution import weight_files
 from slimllm_ops.checkpoint.whole import read_whole_config
 from slimllm_ops.errors import CheckpointError

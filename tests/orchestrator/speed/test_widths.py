@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, PretrainedConfig
 
-from orchestrator.bench.widths import MOST_WIDTHS, Kind, kinds_of, sweep_widths
+from orchestrator.speed.widths import MOST_WIDTHS, Kind, kinds_of, sweep_widths
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from orchestrator.bench.result import Row
-from orchestrator.bench.table import Figures, as_markdown
+from orchestrator.speed.result import Row
+from orchestrator.speed.table import Figures, as_markdown
 from orchestrator.tracking import Run
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.bench import engines
-from orchestrator.bench.config import BenchConfig
-from orchestrator.bench.inputs import BenchModel, load_bench_models
 from orchestrator.config import ConfigError
+from orchestrator.speed import engines
+from orchestrator.speed.config import BenchConfig
+from orchestrator.speed.inputs import BenchModel, load_bench_models
 from slimllm_ops.errors import CheckpointError
 
 

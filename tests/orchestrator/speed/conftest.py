@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.bench.bench import BenchResult, bench
-from orchestrator.bench.config import BenchConfig
 from orchestrator.progress import Reporter
+from orchestrator.speed.bench import BenchResult, bench
+from orchestrator.speed.config import BenchConfig
 from tests.orchestrator.conftest import PruneModel
 
 Bench = Callable[..., BenchResult]
