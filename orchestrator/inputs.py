@@ -1,7 +1,7 @@
 """Finds and checks a run's inputs, the model's directory and its token blocks, before anything starts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +149,18 @@ def model_name(model: str | None) -> str:
         return storage.name_of(model)
     path = Path(model)
     return path.resolve().name if path.name in ("", "..") else path.name
+
+
+def model_names(models: Sequence[str]) -> list[str]:
+    """Return a name for each of several models: with its folder where two have the same, and else with its number."""
+    names = [model_name(one) for one in models]
+    longer = [f"{_folder_of(one)}/{name}" for one, name in zip(models, names, strict=True)]
+    chosen = [long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)]
+    return [f"{name}#{number}" if chosen.count(name) > 1 else name for number, name in enumerate(chosen, start=1)]
+
+
+def _folder_of(model: str) -> str:
+    return model.rstrip("/").split("/")[-2] if storage.is_uri(model) else Path(model).resolve().parent.name
 
 
 def resolve_recorded(named: str, revision: str | None) -> Path:

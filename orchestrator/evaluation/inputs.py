@@ -9,7 +9,7 @@ from orchestrator.data import DataError, TextOptions, TokenBlocks, load_tokens
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.evaluation.config import EvaluateConfig
 from orchestrator.evaluation.windows import Windows, cut_windows
-from orchestrator.inputs import BUILTIN_HELDOUT, model_name
+from orchestrator.inputs import BUILTIN_HELDOUT, model_names
 from orchestrator.sources import storage
 from orchestrator.sources.models import resolve_model
 from slimllm_ops.checkpoint.resolution import weight_files
@@ -103,7 +103,7 @@ def load_evaluation_inputs(config: EvaluateConfig, warn: Callable[[str], None]) 
 
 def _load_models(config: EvaluateConfig, warn: Callable[[str], None]) -> tuple[Evaluated, ...]:
     models: list[Evaluated] = []
-    for spec, name in zip(config.models, _names_of(config.models), strict=True):
+    for spec, name in zip(config.models, model_names(config.models), strict=True):
         directory = resolve_model(spec).directory
         with storage.naming_uri(spec, directory, InputError):
             found = Evaluated(name, inspect_whole(directory))
@@ -115,12 +115,6 @@ def _load_models(config: EvaluateConfig, warn: Callable[[str], None]) -> tuple[E
             found = replace(found, comparable=False)
         models.append(found)
     return tuple(models)
-
-
-def _names_of(specs: tuple[str, ...]) -> list[str]:
-    """Return short names of models, or whole ones where short ones are the same."""
-    names = [model_name(spec) for spec in specs]
-    return [spec if names.count(name) > 1 else name for spec, name in zip(specs, names, strict=True)]
 
 
 def _same_tokens(first: WholeModel, other: WholeModel) -> bool:

@@ -1,13 +1,13 @@
 """Finds and checks the models of a bench, and counts their parameters, bytes and work, before any of them runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from orchestrator.config import ConfigError
-from orchestrator.inputs import model_name
+from orchestrator.inputs import model_names
 from orchestrator.sources.models import resolve_model
 from orchestrator.speed.config import LLAMA_CPP, BenchConfig
 from orchestrator.speed.engines import require_installed
@@ -48,12 +48,13 @@ def load_bench_models(config: BenchConfig, warn: Callable[[str], None]) -> tuple
     """
     require_installed(config.engine)
     load = _load_gguf if config.engine == LLAMA_CPP else _load_directory
-    models = tuple(load(spec, config, warn) for spec in config.models)
+    named = zip(config.models, model_names(config.models), strict=True)
+    models = tuple(load(spec, name, config, warn) for spec, name in named)
     _require_different(config.models, models)
-    return tuple(replace(model, name=name) for model, name in zip(models, _distinct_names(models), strict=True))
+    return models
 
 
-def _load_directory(spec: str, config: BenchConfig, warn: Callable[[str], None]) -> BenchModel:
+def _load_directory(spec: str, name: str, config: BenchConfig, warn: Callable[[str], None]) -> BenchModel:
     place = resolve_model(spec).directory
     known = read_whole_config(place)
     files = [place / name for name in weight_files(place)]
@@ -68,7 +69,7 @@ def _load_directory(spec: str, config: BenchConfig, warn: Callable[[str], None])
         warn(f"{spec}: {error}; what they promise stays unknown")
         macs = None
     return BenchModel(
-        name=model_name(spec),
+        name=name,
         place=place,
         num_bytes=sum(file.stat().st_size for file in files),
         config=known,
@@ -77,13 +78,13 @@ def _load_directory(spec: str, config: BenchConfig, warn: Callable[[str], None])
     )
 
 
-def _load_gguf(spec: str, config: BenchConfig, warn: Callable[[str], None]) -> BenchModel:
+def _load_gguf(spec: str, name: str, config: BenchConfig, warn: Callable[[str], None]) -> BenchModel:
     place = Path(spec).expanduser().absolute()
     if place.suffix != ".gguf" or not place.is_file():
         raise ConfigError(
             f"engine {LLAMA_CPP} runs a .gguf file, and {spec} is none: pass one that `slimllm export --to gguf` wrote"
         )
-    return BenchModel(name=place.stem, place=place, num_bytes=place.stat().st_size)
+    return BenchModel(name=name.removesuffix(place.suffix), place=place, num_bytes=place.stat().st_size)
 
 
 def _require_length(spec: str, known: PretrainedConfig, config: BenchConfig) -> None:
@@ -101,11 +102,3 @@ def _require_different(specs: tuple[str, ...], models: tuple[BenchModel, ...]) -
         other = seen.setdefault(model.place.resolve(), spec)
         if other != spec:
             raise ConfigError(f"{other} and {spec} are the same model, {model.place.resolve()}: give each once")
-
-
-def _distinct_names(models: tuple[BenchModel, ...]) -> list[str]:
-    """Return a name for each model: with its folder where two have the same."""
-    names = [model.name for model in models]
-    longer = [f"{model.place.parent.name}/{model.name}" for model in models]
-    chosen = [long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)]
-    return [f"{name}#{number}" if chosen.count(name) > 1 else name for number, name in enumerate(chosen, start=1)]

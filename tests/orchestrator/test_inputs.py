@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from orchestrator import PruneConfig
 from orchestrator.builtin import MODEL_DIR, heldout_text
 from orchestrator.data import DataError, text
-from orchestrator.inputs import load_inputs, model_name, warnings_of
+from orchestrator.inputs import load_inputs, model_name, model_names, warnings_of
 from orchestrator.sources.models import resolve_model
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.errors import CheckpointError, InputError
@@ -114,3 +114,9 @@ def test_a_model_on_the_built_in_text_is_warned_of(gqa_model: Path) -> None:
     assert "perplexity" not in said
     for silent in ({}, {"model": model, "calibration": data}, {"model": model, "method": "gram", "moments": data}):
         assert warnings_of(PruneConfig(**silent)) == []
+
+
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    models = [tmp_path / "one" / "model", tmp_path / "two" / "model", tmp_path / "other", "s3://bucket/three/model"]
+    assert model_names([*map(str, models)]) == ["one/model", "two/model", "other", "three/model"]
+    assert model_names(["a/model", "b/../a/model"]) == ["a/model#1", "a/model#2"]

@@ -411,6 +411,20 @@ def test_a_training_whose_job_is_killed_ends_in_the_next_job_as_if_nothing_had_h
     assert first["loss_after"] == pytest.approx(second["loss_after"], abs=1e-5)
 
 
+def test_an_evaluation_runs_as_a_job(
+    head: Head, prune_model: PruneModel, gqa_model: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    models = [gqa_model, prune_model(gqa_model).output]
+    words = ["evaluate", *models, "--data", held_out_file, "--tracking-uri", "none"]
+    here = CliRunner().invoke(main, [*map(str, words), "--local", "--output", str(tmp_path / "here")])
+    assert here.exit_code == 0, here.output
+    head.run("submit", "--", *words, "--workers", 2, "--output", tmp_path / "job")
+    found = [json.loads((tmp_path / name / "evaluation.json").read_text())["models"] for name in ("here", "job")]
+    assert [one["perplexity"][0]["loss"] for one in found[1]] == pytest.approx(
+        [one["perplexity"][0]["loss"] for one in found[0]], rel=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
