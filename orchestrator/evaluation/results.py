@@ -63,8 +63,8 @@ class TextResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskAnswers:
-    """What a model answered to a task's questions, by one metric.
+class TaskFigure:
+    """A model's figure on a task, by one metric.
 
     Attributes:
         task: The task, or group of tasks.
@@ -72,7 +72,6 @@ class TaskAnswers:
         value: The figure.
         stderr: Its standard error, as lm-eval gives it; None if it gives none.
         questions: How many questions were asked; None for a group.
-        values: The metric of each question, in order; None for metrics that are no mean over questions.
     """
 
     task: str
@@ -80,9 +79,41 @@ class TaskAnswers:
     value: float
     stderr: float | None
     questions: int | None
+
+    @property
+    def name(self) -> str:
+        """The task and the metric."""
+        return f"{self.task}, {self.metric}"
+
+    @property
+    def metric_name(self) -> str:
+        """The name of the figure in MLflow."""
+        return f"{metric_name(self.task)}/{metric_name(self.metric)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult(TaskFigure):
+    """A model's figure on a task, beside the first model's.
+
+    Attributes:
+        difference: How far it is from the first model's, question by question; None for that model, and for metrics
+            that are no mean over questions.
+    """
+
+    difference: Difference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAnswers(TaskFigure):
+    """A model's figure on a task, with what it is made of.
+
+    Attributes:
+        values: The metric of each question, in order; None for metrics that are no mean over questions.
+    """
+
     values: list[float] | None
 
-    def beside(self, first: "TaskAnswers | None") -> "TaskResult":
+    def beside(self, first: "TaskAnswers | None") -> TaskResult:
         """Return the result, with the difference to the first model's answers if both can be paired."""
         values, others = self.values or [], (first and first.values) or []
         paired = bool(values) and len(values) == len(others)
@@ -96,42 +127,10 @@ class TaskAnswers:
         )
 
 
-def compare_answers(answers: Sequence[TaskAnswers], first: Sequence[TaskAnswers] | None) -> tuple["TaskResult", ...]:
+def compare_answers(answers: Sequence[TaskAnswers], first: Sequence[TaskAnswers] | None) -> tuple[TaskResult, ...]:
     """Return a model's results beside the first model's; without one, alone."""
     others = {(one.task, one.metric): one for one in first or ()}
     return tuple(one.beside(others.get((one.task, one.metric))) for one in answers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """A model's figure on a task.
-
-    Attributes:
-        task: The task, or group of tasks.
-        metric: The metric, such as "acc"; with the name of its filter, unless that is "none".
-        value: The figure.
-        stderr: Its standard error, as lm-eval gives it; None if it gives none.
-        questions: How many questions were asked; None for a group.
-        difference: How far it is from the first model's, question by question; None for that model, and for metrics
-            that are no mean over questions.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    questions: int | None
-    difference: Difference | None
-
-    @property
-    def name(self) -> str:
-        """The task and the metric."""
-        return f"{self.task}, {self.metric}"
-
-    @property
-    def metric_name(self) -> str:
-        """The name of the figure in MLflow."""
-        return f"{metric_name(self.task)}/{metric_name(self.metric)}"
 
 
 @dataclass(frozen=True, kw_only=True)
