@@ -1,6 +1,6 @@
 """Shards of the data that are driven together, on any kind of workers.
 
-A driver opens a stream, `shards.open_stream("pruned", checkpoint, blocks, deciding=True)`, and runs its steps
+A driver opens a stream, `shards.open_layerwise("pruned", checkpoint, blocks)`, and runs its steps
 (`actors.steps`). Nothing depends on which worker holds a shard: there are as many shards as workers were asked for, and
 a worker holds several when the cluster has lost some.
 """
@@ -30,7 +30,7 @@ from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.whole import WholeModel
 from slimllm_ops.evaluation.opening import open_answering, open_scoring
 from slimllm_ops.stream.footprint import Footprint
-from slimllm_ops.stream.opening import open_generation, open_pair, open_sensitivity, open_stream
+from slimllm_ops.stream.opening import open_generation, open_layerwise, open_pair, open_sensitivity, open_stream
 from slimllm_ops.stream.padding import count_tokens
 from slimllm_ops.stream.paired import PairedStream
 from slimllm_ops.stream.refinement import RefinementStream
@@ -105,9 +105,7 @@ class ShardGroup(ShardSteps):
         checkpoint: Checkpoint,
         blocks_BT: np.ndarray,
         *,
-        deciding: bool = False,
         measures_change: bool = False,
-        intercept: bool = True,
     ) -> None:
         """Spread token blocks (B, T), int32, evenly over the shards, in order; padding is no token.
 
@@ -115,16 +113,30 @@ class ShardGroup(ShardSteps):
             name: The stream's name in later calls.
             checkpoint: The model that the blocks pass through.
             blocks_BT: The blocks.
-            deciding: Whether branches wait for decisions, so that shards must hold their outputs.
             measures_change: Whether to measure how much a layer changes its input, so that shards must hold the input.
-            intercept: Whether fits to the moments have an intercept.
 
         Raises:
             InputError: A worker lacks the memory for it.
         """
-        device = self._workers.device
-        footprint = Footprint.of(checkpoint, device, deciding=deciding, measures_change=measures_change)
-        self._open(name, blocks_BT, footprint, open_stream, self.deliver(checkpoint), measures_change, intercept)
+        footprint = Footprint.of(checkpoint, self._workers.device, measures_change=measures_change)
+        self._open(name, blocks_BT, footprint, open_stream, self.deliver(checkpoint), measures_change)
+
+    def open_layerwise(
+        self, name: str, checkpoint: Checkpoint, blocks_BT: np.ndarray, *, intercept: bool = True
+    ) -> None:
+        """Spread blocks over the shards; their branches wait for decisions, so the shards hold activations.
+
+        Args:
+            name: The stream's name in later calls.
+            checkpoint: The model.
+            blocks_BT: The blocks, int32.
+            intercept: Whether fits have an intercept.
+
+        Raises:
+            InputError: A worker lacks the memory for it.
+        """
+        footprint = Footprint.of_layerwise(checkpoint, self._workers.device)
+        self._open(name, blocks_BT, footprint, open_layerwise, self.deliver(checkpoint), intercept)
 
     def open_refinement(
         self, name: str, dense: Checkpoint, pruned: Checkpoint, blocks_BT: np.ndarray, origins: tuple[int, ...]

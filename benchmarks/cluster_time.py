@@ -2,15 +2,16 @@
 
 For each layer, with N tokens over W workers, n = N / W:
 
-    observing   n (forward + moments) / (e R)           e: the share of a plain product's rate R that observing reaches
+    observing   n (forward + sums) / (e R)              e: the share of a plain product's rate R that observing reaches
     reducing    ceil(log2 W) triangle / M               M: bytes per second through one merge, transfer included
     solving     2 P^3 (3 + D / P) / (s S) + P step      s: the share of the rate S, in the solves' dtype
     reading     layer / I                               layers are read ahead, so it counts only if it takes longest
 
 `gram` takes one layer after the other, while solves run in W places: L max(observing + reducing, reading, solving / W),
 plus the last solve. `slimllm` makes a pass for the similarities. Then observing, reducing and deciding wait for each
-other, module by module: L (forward + observing + reducing + deciding). Deciding is an eigen-decomposition of D x D,
-counted as 10 D^3, and a product of P x P with P x D.
+other, module by module: L (forward + observing + reducing + deciding). Its sums are the moments of the attention and of
+the MLP's output, and it passes the removed channels once more. Deciding is an eigen-decomposition of D x D, counted as
+10 D^3, and a product of P x D with D x D.
 
 The first row is this machine, at rates measured here, with the measured seconds of one process, where solves wait for
 observing. The other rows are up to 4 nodes with 8 GPUs each. Their rates are assumed; options change them.
@@ -38,6 +39,8 @@ from benchmarks.random_model import Shape, shape_options, write_model
 from slimllm_ops.checkpoint.reading import Checkpoint
 
 BLOCK, BLOCKS = 2048, 128
+# The share of the channels that the paper's method removes in the table.
+REMOVED = 0.2
 SEVEN = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32)
 SEVENTY = Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8)
 
@@ -75,16 +78,28 @@ class Parts:
     reading: float
 
 
-def parts_of(shape: Shape, tokens: int, workers: int, rates: Rates) -> Parts:
-    """Return the seconds of one layer, part by part."""
+def gram_parts(shape: Shape, tokens: int, workers: int, rates: Rates) -> Parts:
+    """Return the seconds of one layer of `gram`, part by part."""
+    moments = moment_operations(shape.hidden) + moment_operations(shape.intermediate)
+    return _parts(shape, tokens, workers, rates, sums=moments, widths=(shape.hidden, shape.intermediate))
+
+
+def slimllm_parts(shape: Shape, tokens: int, workers: int, rates: Rates) -> Parts:
+    """Return the seconds of one layer of the paper's method, part by part."""
+    removed = 2 * REMOVED * shape.intermediate * shape.hidden
+    sums = 2 * moment_operations(shape.hidden) + removed
+    return _parts(shape, tokens, workers, rates, sums=sums, widths=(shape.hidden, shape.hidden))
+
+
+def _parts(shape: Shape, tokens: int, workers: int, rates: Rates, *, sums: float, widths: tuple[int, int]) -> Parts:
+    """Return the seconds of one layer, for operations per token beside the pass, and moments of these widths."""
     hidden, channels = shape.hidden, shape.intermediate
     forward = forward_operations(shape.layer_parameters, BLOCK, hidden)
-    moments = moment_operations(hidden) + moment_operations(channels)
     rate = rates.products * rates.observing_share / (tokens / workers)
-    triangle = rates.sum_bytes * (hidden**2 + channels**2) * 9 / 16
+    triangle = rates.sum_bytes * sum(width**2 for width in widths) * 9 / 16
     return Parts(
         forward=forward / rate,
-        observing=(forward + moments) / rate,
+        observing=(forward + sums) / rate,
         reducing=math.ceil(math.log2(workers)) * triangle / rates.merges,
         solving=elimination_operations(channels, hidden) / (rates.solves * rates.solving_share)
         + channels * rates.step_seconds,
@@ -124,12 +139,13 @@ def main(
 ) -> None:
     """Check the formula on this machine, and write what it predicts for a cluster."""
     rates = replace(H100, products=products * 1e12, solves=solves * 1e12, merges=merges * 1e9, reading=reading * 1e9)
-    rows = [["run", "observing", "reducing", "solving", "deciding", "gram, s", "slimllm, s", "measured, s"]]
+    gram = ("gram: observing", "gram: reducing", "solving", "gram, s")
+    slimllm = ("slimllm: observing", "slimllm: reducing", "deciding", "slimllm, s")
+    rows = [["run", *gram, *slimllm, "measured, s"]]
     rows.append(_check(shape, blocks))
     for name, large in (("7B", SEVEN), ("70B", SEVENTY)):
         for workers in (1, 8, 32):
-            parts = parts_of(large, BLOCKS * BLOCK, workers, rates)
-            rows.append(_row(f"{name} on {workers} GPU(s), assumed", large, workers, parts, ""))
+            rows.append(_row(f"{name} on {workers} GPU(s), assumed", large, BLOCKS * BLOCK, workers, rates))
     title = f"Predicted time: seconds per layer and in total, {BLOCKS} x {BLOCK} tokens on GPUs"
     write_table(output, title, describe_machine(), rows)
 
@@ -147,13 +163,13 @@ def _check(small: Shape, blocks: int) -> list[str]:
         sum_bytes=8,
         step_seconds=0.0,
     )
-    parts = parts_of(small, blocks * BLOCK, 1, rates)
+    parts = gram_parts(small, blocks * BLOCK, 1, rates)
     gram, slimllm = _measure(small, blocks, device)
     # In one process, solves wait for observing: take the sum, not the maximum.
     alone = small.layers * (parts.observing + parts.solving)
     name = f"here: hidden {small.hidden}, {small.layers} layers, {blocks} x {BLOCK} tokens, 1 worker"
-    row = _row(name, small, 1, parts, f"gram {figure(gram)}, slimllm {figure(slimllm)}")
-    row[5] = figure(alone)
+    row = _row(name, small, blocks * BLOCK, 1, rates, f"gram {figure(gram)}, slimllm {figure(slimllm)}")
+    row[4] = figure(alone)
     return row
 
 
@@ -168,10 +184,16 @@ def _measure(small: Shape, blocks: int, device: torch.device) -> tuple[float, fl
     return gram["observing"] + gram["eliminating"], sum(slimllm[stage] for stage in stages)
 
 
-def _row(name: str, shape: Shape, workers: int, parts: Parts, measured: str) -> list[str]:
-    seconds = (parts.observing, parts.reducing, parts.solving, parts.deciding)
-    totals = (gram_seconds(shape, workers, parts), slimllm_seconds(shape, parts))
-    return [name, *(f"{value:.3f}" for value in seconds), *(f"{value:.1f}" for value in totals), measured]
+def _row(name: str, shape: Shape, tokens: int, workers: int, rates: Rates, measured: str = "") -> list[str]:
+    gram, slimllm = (parts_of(shape, tokens, workers, rates) for parts_of in (gram_parts, slimllm_parts))
+    one_pass = (gram.observing, gram.reducing, gram.solving)
+    layerwise = (slimllm.observing, slimllm.reducing, slimllm.deciding)
+    totals = (gram_seconds(shape, workers, gram), slimllm_seconds(shape, slimllm))
+    cells = [
+        [*(f"{value:.3f}" for value in seconds), f"{total:.1f}"]
+        for seconds, total in zip((one_pass, layerwise), totals, strict=True)
+    ]
+    return [name, *cells[0], *cells[1], measured]
 
 
 if __name__ == "__main__":

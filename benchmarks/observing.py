@@ -1,8 +1,8 @@
 """Measures what observing a layer costs, compared with a plain forward pass: `python -m benchmarks.observing`.
 
 It uses one layer of random weights and blocks of 2048 tokens. The plain pass calls the layer's own module on the same
-hidden states. `gram` passes a branch while it observes it. `slimllm` holds the activations until a decision (here:
-none) is applied.
+hidden states. `gram` passes a branch while it observes it. `slimllm` holds the activations until a decision is applied:
+here, the attention stays whole and the MLP keeps its first 80 % of the channels.
 """
 
 import statistics
@@ -13,12 +13,15 @@ from pathlib import Path
 
 import click
 import torch
+from transformers import PretrainedConfig
 
 from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.random_model import Shape, write_model
 from slimllm_ops.checkpoint.reading import Checkpoint
+from slimllm_ops.decide.plan import Decision
+from slimllm_ops.decide.recovery import Line
 from slimllm_ops.stream.memory import return_large_blocks
-from slimllm_ops.stream.passes import LayerStream
+from slimllm_ops.stream.outputs import LayerwiseStream
 
 SHAPES = ((512, 1408, 8), (1024, 2816, 16), (2048, 5632, 16), (4096, 11008, 32))
 
@@ -51,7 +54,7 @@ def main(
             )
             checkpoint = Checkpoint.open(write_model(Path(folder) / "model", shape))
             ids = torch.randint(1000, (blocks, block_length), generator=torch.Generator().manual_seed(0))
-            stream = LayerStream(checkpoint, list(ids.split(2)), torch.device(device))
+            stream = LayerwiseStream(checkpoint, list(ids.split(2)), torch.device(device))
             plain, gram, slimllm = _medians(stream, repeats)
         ratios = (figure(gram / plain), figure(slimllm / plain))
         rows.append([f"{hidden}, {intermediate}", figure(plain), figure(gram), figure(slimllm), *ratios])
@@ -60,9 +63,10 @@ def main(
     write_table(output, title, describe_machine(), rows)
 
 
-def _medians(stream: LayerStream, repeats: int) -> list[float]:
+def _medians(stream: LayerwiseStream, repeats: int) -> list[float]:
     """Return the median seconds of each way; they take turns, so other load on the machine slows all alike."""
     family = stream.checkpoint.family
+    channels = _first_channels(stream.checkpoint.config)
 
     def plain() -> None:
         layer = stream._weights.load(0)
@@ -75,9 +79,11 @@ def _medians(stream: LayerStream, repeats: int) -> list[float]:
             stream.observe_dense(0, branch)
 
     def slimllm() -> None:
-        for branch in (family.attention, family.mlp):
-            stream.observe(0, branch)
-            stream.apply(0, branch, None)
+        stream.observe(0, family.attention)
+        stream.apply(0, family.attention, None)
+        stream.observe_output(0)
+        stream.compare_outputs(0, channels.kept)
+        stream.add_recovered(0, channels)
 
     ways: list[Callable[[], None]] = [plain, gram, slimllm]
     embedded = list(stream.hidden)
@@ -90,6 +96,13 @@ def _medians(stream: LayerStream, repeats: int) -> list[float]:
             if turn:
                 seconds.append(_now(stream.device) - start)
     return [statistics.median(seconds) for seconds in times]
+
+
+def _first_channels(config: PretrainedConfig) -> Decision:
+    """Return the decision that keeps the first 80 % of the channels, with a line that changes nothing."""
+    num_channels, hidden = config.intermediate_size, config.hidden_size
+    line = Line(torch.ones(hidden), torch.zeros(hidden), 0.0)
+    return Decision(tuple(range(num_channels * 4 // 5)), (0.0,) * num_channels, line, 0.0)
 
 
 def _now(device: torch.device) -> float:

@@ -44,8 +44,12 @@ STEPS = {
     "observe": "observing",
     "observe_dense": "observing",
     "decide_heads": "deciding heads",
-    "decide_channels": "deciding channels",
+    "observe_output": "observing",
+    "choose_channels_by_output": "deciding channels",
+    "decide_experts": "deciding channels",
     "apply": "applying",
+    "compare_outputs": "applying",
+    "add_recovered": "applying",
     "eliminate_observed": "eliminating",
     "decide_module": "refitting",
 }
@@ -105,7 +109,7 @@ def main(
             ("gram, 20, 30 and 50 %", "gram", (0.2, 0.3, 0.5)),
         ):
             seconds = prune_timed(source, tokens, method, sparsities, Path(folder) / method, place)
-            rows += rows_of(name, seconds, operations_of(source, blocks * BLOCK, place), rates)
+            rows += rows_of(name, seconds, operations_of(source, blocks * BLOCK, place, method), rates)
             rows.append([f"{name}: peak memory, GB", _peak(place), ""])
     plain = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.2f}" for dtype, rate in rates.items())
     size = (
@@ -161,13 +165,16 @@ def rows_of(
     return rows
 
 
-def operations_of(source: Checkpoint, tokens: int, device: torch.device) -> dict[str, tuple[torch.dtype, float]]:
-    """Return the dtype of each step's products, and the operations that they take."""
+def operations_of(
+    source: Checkpoint, tokens: int, device: torch.device, method: str
+) -> dict[str, tuple[torch.dtype, float]]:
+    """Return the dtype of the products in each step of a method, and the operations that they take."""
     layer, layers, dtype = LayerOperations.of(source, 0, BLOCK), source.num_layers, compute_dtype(device)
     channels = elimination_operations(source.config.intermediate_size, source.config.hidden_size)
+    sums = layer.outputs if method == "slimllm" else layer.moments
     return {
         "similarities": (dtype, tokens * layers * layer.forward),
-        "observing": (dtype, tokens * layers * (layer.forward + layer.moments)),
+        "observing": (dtype, tokens * layers * (layer.forward + sums)),
         "eliminating": (accumulation_dtype(device), layers * channels),
     }
 

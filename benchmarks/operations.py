@@ -28,13 +28,11 @@ OBSERVING_SHARE, SOLVING_SHARE = 0.60, 0.35
 
 @dataclass(frozen=True)
 class LayerOperations:
-    """The operations of one decoder layer: per token in `forward` and `moments`, once per layer in the others."""
+    """The operations of one decoder layer per token: a pass, and the sums of `gram` and of `slimllm` beside it."""
 
     forward: float
     moments: float
-    elimination: float
-    refit: float
-    decision: float
+    outputs: float
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, layer: int, block_length: int) -> "LayerOperations":
@@ -43,6 +41,7 @@ class LayerOperations:
         shapes, hidden = checkpoint.layer_shapes(layer), config.hidden_size
         experts, chosen = family.num_experts(config), family.experts_per_token(config)
         attention, mlp = (shapes[branch.output_weight][-1] for branch in (family.attention, family.mlp))
+        by_expert = family.mlp.has_experts
         expert_names = {stored.name for stored in family.stored if stored.by_expert}
         parameters = sum(
             torch.Size(shape).numel() * (chosen / experts if name in expert_names else 1)
@@ -51,9 +50,7 @@ class LayerOperations:
         return cls(
             forward=forward_operations(parameters, block_length, hidden),
             moments=moment_operations(attention) + chosen * moment_operations(mlp),
-            elimination=elimination_operations(attention, hidden) + experts * elimination_operations(mlp, hidden),
-            refit=refit_operations(attention, hidden) + experts * refit_operations(mlp, hidden),
-            decision=decision_operations(mlp, hidden) * experts,
+            outputs=moment_operations(attention) + (chosen * moment_operations(mlp if by_expert else hidden)),
         )
 
 
@@ -72,14 +69,9 @@ def elimination_operations(width: int, hidden: int) -> float:
     return 2 * width**3 * (3 + hidden / width)
 
 
-def refit_operations(width: int, hidden: int) -> float:
-    """Return the operations of refitting a module's kept units."""
-    return width**3 / 3 + 6 * width**2 * hidden
-
-
 def decision_operations(width: int, hidden: int) -> float:
-    """Return the operations of the paper's decisions on a layer."""
-    return 10 * hidden**3 + 2 * width**2 * hidden
+    """Return the operations of the paper's decision on an MLP: an eigen-decomposition, and a product with W."""
+    return 10 * hidden**3 + 2 * width * hidden**2
 
 
 def rate_of_products(device: torch.device, dtype: torch.dtype, size: int, times: int) -> float:

@@ -14,15 +14,18 @@ from typing import TypeVar
 import click
 import numpy as np
 import torch
+from torch.nn import functional
 
 from benchmarks.machine import describe_machine, figure, write_table
 from benchmarks.naive import prune_channels, prune_heads
 from slimllm_ops.decide import elimination
-from slimllm_ops.decide.paper import decide_channels, decide_heads
+from slimllm_ops.decide.paper import choose_channels_by_output, decide_heads, recover_output
 from slimllm_ops.models.families import FAMILIES, Family, LayerShape
 from slimllm_ops.moments.moments import Moments
 from slimllm_ops.moments.observation import ObservationSum, PackedObservation
+from slimllm_ops.moments.outputs import OutputPairs, OutputSum
 from slimllm_ops.moments.projection import Projection
+from slimllm_ops.stream.outputs import output_of
 
 T = TypeVar("T")
 
@@ -57,12 +60,12 @@ class OneLayer:
 @click.option("--output", type=Path, default=Path("benchmarks/results/speed.md"))
 def main(shapes: tuple[tuple[int, int], ...], tokens: int, heads: int, output: Path) -> None:
     """Measure every step once per shape and write the table."""
-    rows = [["step", "published algorithm, s", "from moments, s", "ratio"]]
+    rows = [["step", "published algorithm, s", "from sums, s", "ratio"]]
     for hidden, channels in shapes:
         rows.append(_measure_heads(hidden, heads, tokens))
         rows.append(_measure_channels(hidden, channels, tokens))
         rows.append(_measure_elimination(hidden, channels, tokens))
-    write_table(output, "One layer: from moments against the published algorithm", describe_machine(), rows)
+    write_table(output, "One layer: from sums over tokens against the published algorithm", describe_machine(), rows)
 
 
 def _measure_heads(hidden: int, heads: int, tokens: int) -> list[str]:
@@ -83,14 +86,18 @@ def _measure_channels(hidden: int, channels: int, tokens: int) -> list[str]:
     num_removed = channels // 5
     slow, plain = _timed(lambda: prune_channels(x_NP, weight_PD, input_ND, (gate_PD, up_PD), num_removed))
     into = dict(zip(MLP.input_weights, map(torch.from_numpy, (gate_PD, up_PD)), strict=True))
-    tensors = into | {MLP.output_weight: torch.from_numpy(weight_PD.T.copy())}
+    weight_DP = torch.from_numpy(weight_PD.T.copy())
+    layer = OneLayer(into | {MLP.output_weight: weight_DP}, num_units=1)
 
-    def by_moments() -> list[int]:
-        observed = _observe(x_NP, input_ND)
-        layer = OneLayer(tensors, num_units=1)
-        return list(decide_channels(layer, observed, 0, num_removed=num_removed, keep_lowest=0.01).kept)
+    def by_outputs() -> list[int]:
+        x, seen = torch.from_numpy(x_NP), OutputSum(intercept=True)
+        y = functional.linear(x, weight_DP)
+        seen.add(x, torch.from_numpy(input_ND), y)
+        chosen = choose_channels_by_output(layer, seen.packed(), 0, num_removed=num_removed, keep_lowest=0.01)
+        z = output_of(chosen.kept, weight_DP)(x, y)
+        return list(recover_output(OutputPairs.of(z, y), chosen).kept)
 
-    return _row(f"MLP, hidden {hidden}, {channels} channels", slow, plain, by_moments)
+    return _row(f"MLP, hidden {hidden}, {channels} channels", slow, plain, by_outputs)
 
 
 def _measure_elimination(hidden: int, channels: int, tokens: int) -> list[str]:
@@ -113,8 +120,8 @@ def _observe(x_NP: np.ndarray, input_ND: np.ndarray) -> PackedObservation:
     return observed.packed()
 
 
-def _row(name: str, slow: float, plain: list[int], by_moments: Callable[[], list[int]]) -> list[str]:
-    fast, kept = _timed(by_moments)
+def _row(name: str, slow: float, plain: list[int], by_sums: Callable[[], list[int]]) -> list[str]:
+    fast, kept = _timed(by_sums)
     if kept != plain:
         raise SystemExit(f"{name}: decisions differ: {len(set(kept) ^ set(plain))} units")
     return [name, figure(slow), figure(fast), figure(slow / fast)]
@@ -128,7 +135,7 @@ def _timed(action: Callable[[], T]) -> tuple[float, T]:
 
 def _activations(width: int, tokens: int) -> np.ndarray:
     rng = np.random.default_rng(width)
-    mixing = rng.normal(size=(width, width)).astype(np.float32) / np.sqrt(width)
+    mixing = rng.normal(size=(width, width)).astype(np.float32) / np.float32(np.sqrt(width))
     spread = rng.uniform(0.2, 2.0, size=width).astype(np.float32)
     return (rng.normal(size=(tokens, width)).astype(np.float32) @ mixing) * spread + spread
 

@@ -19,9 +19,9 @@ from orchestrator.output.destination import (
     sparsity_label,
 )
 from orchestrator.output.staging import open_staging
+from orchestrator.preflight.commands import estimate_calibration, estimate_pruning
 from orchestrator.preflight.companions import require_companions
 from orchestrator.preflight.dry_run import Intent, require_room
-from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import Backend, backend_of
 from orchestrator.pruning.calibrate import calibrate as observe_model

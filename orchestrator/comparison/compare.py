@@ -23,9 +23,9 @@ from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, sparsity_label
 from orchestrator.output.staging import Staging, open_staging
 from orchestrator.pipeline import named, tracking_options
+from orchestrator.preflight.commands import estimate_comparison
 from orchestrator.preflight.companions import require_companions
 from orchestrator.preflight.dry_run import Estimating, Intent, require_room
-from orchestrator.preflight.stages import estimate_comparison
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import backend_of
 from orchestrator.pruning.finish import complete

@@ -30,8 +30,8 @@ from orchestrator.preflight.checks import (
     inspect_cluster,
     nearest_directory,
 )
+from orchestrator.preflight.commands import estimate_pruning
 from orchestrator.preflight.estimate import Estimate, readable
-from orchestrator.preflight.stages import estimate_pruning
 from orchestrator.preflight.workload import Text, Workload
 from orchestrator.pruning.backends import Backend, backend_of
 from orchestrator.record.params import PACKAGES

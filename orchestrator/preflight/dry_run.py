@@ -10,9 +10,9 @@ from orchestrator.inputs import Inputs, load_inputs
 from orchestrator.output.destination import Destination, checkpoints_output, is_whole, moments_output
 from orchestrator.output.staging import require_can_start
 from orchestrator.preflight.checks import Check, check_fit, check_nodes, inspect_cluster, refuse_certain_failure
+from orchestrator.preflight.commands import estimate_calibration, estimate_pruning
 from orchestrator.preflight.companions import require_companions
 from orchestrator.preflight.estimate import Estimate
-from orchestrator.preflight.stages import estimate_calibration, estimate_pruning
 from orchestrator.preflight.workload import Workload
 from orchestrator.progress import Reporter
 from orchestrator.pruning.backends import backend_of

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from actors.batching import BATCH_TOKENS, SEQUENCES_AT_ONCE, blocks_at_once
-from actors.pool import IN_FLIGHT
-from orchestrator.preflight.estimate import Estimate, Stage
+from orchestrator.preflight.estimate import Stage
 from orchestrator.preflight.workload import Text, Workload
-from orchestrator.tracking import TrackingOptions
-from slimllm_ops.stream.footprint import Footprint, moment_bytes, solve_bytes
+from slimllm_ops.stream.footprint import Footprint, layerwise_bytes, moment_bytes, solve_bytes
 from slimllm_ops.stream.passes import LOGIT_TOKENS
 from slimllm_ops.stream.sensitivity import sensitivity_blocks
 from slimllm_ops.stream.weights import compute_dtype
@@ -33,110 +31,37 @@ LOSS_COPIES = 6
 SENSITIVITY_PASSES = 2
 
 
-def estimate_pruning(work: Workload) -> Estimate:
-    """Estimate what `prune` will take."""
-    config, targets = work.config, len(work.config.targets)
-    passes = _one_pass(work) if config.in_one_pass else _layerwise(work)
-    observing = passes.observing + 2 * targets * config.refine
-    return _estimate(
-        work,
-        [*_generating_stages(work), *passes.stages, *_final_stages(work)],
-        observing=observing,
-        passing=bool(work.sampled) + observing + passes.forward + len(work.held_out) * (1 + targets),
-        output=work.output_bytes,
-        tracked=0 if TrackingOptions(tracking_uri=config.tracking_uri).journal_only else work.output_bytes,
-        beside=config.refine * work.output_bytes + passes.kept,
-    )
-
-
-def estimate_calibration(work: Workload) -> Estimate:
-    """Estimate what `calibrate` will take."""
-    output = work.kept_moments
-    stages = [*_generating_stages(work), _sensitivity_stage(work), _calibration_stage(work)]
-    passing = bool(work.sampled) + 1 + SENSITIVITY_PASSES
-    return _estimate(work, stages, observing=1, passing=passing, output=output, beside=0, tracked=0)
-
-
-def estimate_comparison(work: Workload, *, one_pass: int, refined: int, kept: bool) -> Estimate:
-    """Estimate what `compare` will take: the paper's method, and others that share one calibration pass.
-
-    Args:
-        work: The comparison.
-        one_pass: The number of methods that decide from the shared moments.
-        refined: How many of these refine their models.
-        kept: Whether every model is kept; otherwise, those of one method at a time are on the disk.
-    """
-    targets, models = len(work.config.targets), work.output_bytes
-    layerwise = _layerwise(work)
-    sampling = _generating_stages(work)
-    stages = [*sampling, _sensitivity_stage(work), _calibration_stage(work), *layerwise.stages]
-    if one_pass:
-        stages.append(_deciding_stage(work))
-    if refined:
-        stages.append(_refining_stage(work))
-    observing = 1 + layerwise.observing + 2 * targets * refined
-    measured = len(work.held_out) * (1 + targets * (1 + one_pass))
-    return _estimate(
-        work,
-        [*stages, *_final_stages(work)],
-        observing=observing,
-        passing=bool(work.sampled) + observing + SENSITIVITY_PASSES + layerwise.forward + measured,
-        output=models * (1 + one_pass) if kept else 0,
-        beside=work.kept_moments + (1 - kept + bool(refined)) * models,
-        tracked=0,
-    )
-
-
-def _estimate(
-    work: Workload, stages: Sequence[Stage], *, observing: int, passing: int, output: int, beside: int, tracked: int
-) -> Estimate:
-    """Gather an estimate; `observing` counts the passes that observe moments, `passing` all passes."""
-    workers, moments = work.workers, moment_bytes(work.source, work.device)
-    return Estimate(
-        stages=(Stage(name="start", driver=work.driver), *stages),
-        num_workers=workers.num_workers,
-        device=work.device.type,
-        shared=moments * (workers.num_workers + IN_FLIGHT) if observing else 0,
-        output=output,
-        beside=beside,
-        tracked=tracked,
-        spilled=_spilled_bytes(work) if observing else 0,
-        weights=passing * work.stored_bytes if workers.weights_travel else 0,
-        moments=observing * (workers.num_workers - 1) * moments * work.source.num_layers,
-        tokens=4 * observing * work.calibration.num_tokens,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Passes:
+class Passes:
     """The passes of a method over the calibration data.
 
     Attributes:
         stages: The stages that pass the data and decide.
-        observing: Number of passes that observe moments.
+        sums: For each pass that observes activations, the bytes of one layer's sums.
         forward: Number of other passes.
         kept: Bytes of moments that stay on disk while the run goes on.
     """
 
     stages: Sequence[Stage]
-    observing: int
+    sums: Sequence[int]
     forward: int
     kept: int
 
 
-def _layerwise(work: Workload) -> _Passes:
+def layerwise_passes(work: Workload) -> Passes:
     """Return the passes of the paper's method: one that measures similarities, then one for each target."""
-    passing, deciding = (Footprint.of(work.source, work.device, deciding=one) for one in (False, True))
+    passing, deciding = (read(work.source, work.device) for read in (Footprint.of, Footprint.of_layerwise))
     stages = (_stage(work, "layer similarities", passing.passing()), _stage(work, "pruning", deciding))
-    return _Passes(stages=stages, observing=len(work.config.targets), forward=1, kept=0)
+    sums = [layerwise_bytes(work.source, work.device)] * len(work.config.targets)
+    return Passes(stages=stages, sums=sums, forward=1, kept=0)
 
 
-def _one_pass(work: Workload) -> _Passes:
+def one_pass_passes(work: Workload) -> Passes:
     """Return the passes of a one-pass method: one, or none if moments are given."""
     calibrating = work.config.moments is None
-    return _Passes(
+    return Passes(
         stages=tuple(_one_pass_stages(work)),
-        observing=int(calibrating),
+        sums=[moment_bytes(work.source, work.device)] * calibrating,
         forward=SENSITIVITY_PASSES if calibrating else 0,
         kept=work.kept_moments if calibrating else 0,
     )
@@ -145,14 +70,14 @@ def _one_pass(work: Workload) -> _Passes:
 def _one_pass_stages(work: Workload) -> Iterator[Stage]:
     """Yield the calibration pass unless moments are given, the decisions, and the refining pass if asked for."""
     if work.config.moments is None:
-        yield _sensitivity_stage(work)
-        yield _calibration_stage(work)
-    yield _deciding_stage(work)
+        yield sensitivity_stage(work)
+        yield calibration_stage(work)
+    yield deciding_stage(work)
     if work.config.refine:
-        yield _refining_stage(work)
+        yield refining_stage(work)
 
 
-def _generating_stages(work: Workload) -> Iterator[Stage]:
+def generating_stages(work: Workload) -> Iterator[Stage]:
     """Yield the stage in which the model samples sequences, if a run asks for any."""
     if work.sampled is None:
         return
@@ -166,40 +91,41 @@ def _generating_stages(work: Workload) -> Iterator[Stage]:
     )
 
 
-def _deciding_stage(work: Workload) -> Stage:
+def deciding_stage(work: Workload) -> Stage:
     """Return the stage that decides from moments."""
     return Stage(name="deciding", solve=_solve_memory(work), driver=_driver_memory(work))
 
 
-def _refining_stage(work: Workload) -> Stage:
+def refining_stage(work: Workload) -> Stage:
     """Return the stage that passes dense and pruned models side by side, and refits what is left."""
     return _stage(work, "refining", Footprint.of_refinement(work.source, work.source, work.device))
 
 
-def _sensitivity_stage(work: Workload) -> Stage:
+def sensitivity_stage(work: Workload) -> Stage:
     """Return the pass of a few blocks, forward and backward, whose states are in files."""
     return _stage(
         work,
         "sensitivities",
         Footprint.of_sensitivity(work.source, work.device),
-        text=_sensitivity_text(work),
+        text=sensitivity_text(work),
         outside=_head_bytes(work, LOSS_COPIES),
     )
 
 
-def _sensitivity_text(work: Workload) -> Text:
+def sensitivity_text(work: Workload) -> Text:
+    """Return the start of the calibration text that sensitivities are measured on."""
     num_blocks, length = work.calibration.num_blocks, work.calibration.length
     return Text(min(num_blocks, sensitivity_blocks(length)), length)
 
 
-def _calibration_stage(work: Workload) -> Stage:
+def calibration_stage(work: Workload) -> Stage:
     """Return the pass that observes the dense model while modules are solved."""
     measures = work.config.drop_layers
-    footprint = Footprint.of(work.source, work.device, deciding=False, measures_change=measures)
+    footprint = Footprint.of(work.source, work.device, measures_change=measures)
     return _stage(work, "calibrating", footprint, solve=_solve_memory(work))
 
 
-def _final_stages(work: Workload) -> Iterator[Stage]:
+def final_stages(work: Workload) -> Iterator[Stage]:
     """Yield the stages after the models are written: each is read back, and measured against the dense one."""
     yield Stage(name="read back", driver=_driver_memory(work))
     for name in ("perplexity, dense", "perplexity, pruned"):
@@ -211,7 +137,7 @@ def _final_stages(work: Workload) -> Iterator[Stage]:
 
 def _perplexity_stage(work: Workload, name: str, text: Text) -> Stage:
     """Return the stage that passes a held-out text and computes its logits."""
-    footprint = Footprint.of(work.source, work.device, deciding=False).passing()
+    footprint = Footprint.of(work.source, work.device).passing()
     return _stage(work, name, footprint, text=text, outside=_head_bytes(work, LOGIT_COPIES))
 
 
@@ -243,7 +169,7 @@ def _stage(
     """
     text = text or work.calibration
     at_once = blocks_at_once(text.num_blocks, text.length, BATCH_TOKENS) * text.length
-    held = 0 if work.config.offload else _tokens_per_worker(work, text)
+    held = 0 if work.config.offload else tokens_per_worker(work, text)
     # The table of embeddings is loaded when a stream is opened, before its first layer.
     outside = max(outside, work.embedding_bytes) + footprint.states_per_token * held
     likely = max(footprint.likely_peak(held, at_once), outside)
@@ -256,28 +182,9 @@ def _stage(
     )
 
 
-def _tokens_per_worker(work: Workload, text: Text) -> int:
+def tokens_per_worker(work: Workload, text: Text) -> int:
+    """Return the most tokens of a text that one worker gets."""
     return -(-text.num_blocks // work.workers.num_workers) * text.length
-
-
-def _spilled_bytes(work: Workload) -> int:
-    """Return the most bytes of states that a worker holds in files."""
-    in_one_pass = work.config.in_one_pass
-    backward = _sensitivity_bytes(work) if in_one_pass and work.config.moments is None else 0
-    if not work.config.offload:
-        return backward
-    footprint = Footprint.of(
-        work.source, work.device, deciding=not in_one_pass, measures_change=work.config.drop_layers
-    )
-    if work.config.refine:
-        footprint = Footprint.of_refinement(work.source, work.source, work.device)
-    return max(backward, footprint.states_per_token * _tokens_per_worker(work, work.calibration))
-
-
-def _sensitivity_bytes(work: Workload) -> int:
-    """Return the bytes of the states that enter each layer, which a worker holds in files to go back from them."""
-    per_token = compute_dtype(work.device).itemsize * work.source.config.hidden_size * (work.source.num_layers + 2)
-    return per_token * _tokens_per_worker(work, _sensitivity_text(work))
 
 
 def _library_memory(work: Workload, on_cpu: int) -> int:
@@ -291,5 +198,5 @@ def _solve_memory(work: Workload) -> int:
 
 def _driver_memory(work: Workload) -> int:
     """Return the driver's bytes while it writes layers and passes a few tokens through them, always on the CPU."""
-    footprint = Footprint.of(work.source, torch.device("cpu"), deciding=False)
+    footprint = Footprint.of(work.source, torch.device("cpu"))
     return work.driver + LATER_LIBRARIES + max(footprint.layers + 2 * footprint.stored_layer, work.embedding_bytes)

@@ -3,10 +3,10 @@
 prune_layerwise
 measure_similarities     one pass of the dense model
 allocate                 each layer's heads and channels, from similarities
-_prune_model             one pass for each target; for each layer and module:
-observe                  LayerStream.observe on every shard, moments merged
-decide                   decide_heads or decide_channels where the moments were merged
-apply                    LayerStream.apply on every shard
+_prune_model             one pass for each target; for each layer:
+_prune_attention         observe moments of X, decide where they were merged, apply on every shard
+_prune_mlp               observe the output, choose channels, compare their output with it, apply the line
+_prune_experts           as attention
 """
 
 from dataclasses import replace
@@ -22,8 +22,10 @@ from slimllm_ops.allocate.layer_ratios import (
     published_settings,
 )
 from slimllm_ops.allocate.layer_size import measure_layer
-from slimllm_ops.decide.paper import decide_channels, decide_heads
+from slimllm_ops.decide.paper import choose_channels_by_output, decide_experts, decide_heads, recover_output
 from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.moments.observation import require_tokens
+from slimllm_ops.stream.outputs import LayerwiseStream
 from slimllm_ops.stream.passes import LayerStream
 
 DENSE, PRUNED = "dense", "pruned"
@@ -75,16 +77,11 @@ def _prune_model(context: RunContext, target: Target, similarities: list[float],
     shards, tokens, log = context.shards, context.inputs.calibration.num_tokens, target.pruned.log
     for attempt in context.attempts(log.__len__):
         with attempt:
-            shards.open_stream(
-                PRUNED,
-                context.source,
-                context.inputs.calibration_blocks(),
-                deciding=True,
-                intercept=context.inputs.form.with_bias,
-            )
+            blocks, intercept = context.inputs.calibration_blocks(), context.inputs.form.with_bias
+            shards.open_layerwise(PRUNED, context.source, blocks, intercept=intercept)
             log.begin(shards.first(PRUNED, LayerStream.probed_ids), shards.first(PRUNED, LayerStream.probe))
             for layer in context.reporter.layers("replaying", len(log), tokens):
-                shards.each(PRUNED, LayerStream.forward_pruned, layer, log.plans[layer])
+                shards.each(PRUNED, LayerwiseStream.forward_pruned, layer, log.plans[layer])
             for layer in context.reporter.layers("pruning", context.source.num_layers, tokens, first=len(log)):
                 attention, mlp = _prune_layer(context, layer, budget.layers[layer])
                 plan = LayerPlan(attention, mlp, similarities[layer], budget.layers[layer].ratio)
@@ -98,7 +95,8 @@ def _prune_layer(context: RunContext, layer: int, share: LayerBudget) -> tuple[D
     if not share.units and not share.channels:
         context.shards.each(PRUNED, LayerStream.forward_pruned, layer, LayerPlan())
         return None, None
-    return _prune_attention(context, layer, share.units), _prune_mlp(context, layer, share.channels)
+    prune_mlp = _prune_experts if context.source.family.mlp.has_experts else _prune_mlp
+    return _prune_attention(context, layer, share.units), prune_mlp(context, layer, share.channels)
 
 
 def _prune_attention(context: RunContext, layer: int, num_removed: int) -> Decision | None:
@@ -111,12 +109,30 @@ def _prune_attention(context: RunContext, layer: int, num_removed: int) -> Decis
 
 
 def _prune_mlp(context: RunContext, layer: int, num_removed: int) -> Decision | None:
+    shards, branch = context.shards, context.source.family.mlp
+    if not num_removed:
+        shards.each(PRUNED, LayerStream.forward_branch, layer, branch)
+        return None
+    observed = shards.merge(PRUNED, LayerwiseStream.observe_output, layer)
+    keep_lowest = context.config.keep_lowest
+    choice = shards.decide(
+        PRUNED, choose_channels_by_output, observed, layer, num_removed=num_removed, keep_lowest=keep_lowest
+    )
+    chosen = shards.get(choice)
+    pairs = shards.get(shards.merge(PRUNED, LayerwiseStream.compare_outputs, layer, chosen.kept))
+    require_tokens(pairs, context.inputs.calibration.num_tokens, f"layer {layer}, {branch.described}")
+    channels = recover_output(pairs, chosen)
+    shards.each(PRUNED, LayerwiseStream.add_recovered, layer, channels)
+    return channels
+
+
+def _prune_experts(context: RunContext, layer: int, num_removed: int) -> Decision | None:
     shards, branch, channels = context.shards, context.source.family.mlp, None
     observed = shards.merge(PRUNED, LayerStream.observe, layer, branch)
     if num_removed:
         keep_lowest = context.config.keep_lowest
         decision = shards.decide(
-            PRUNED, decide_channels, observed, layer, num_removed=num_removed, keep_lowest=keep_lowest
+            PRUNED, decide_experts, observed, layer, num_removed=num_removed, keep_lowest=keep_lowest
         )
         channels = shards.get(decision)
     shards.each(PRUNED, LayerStream.apply, layer, branch, channels)

@@ -31,10 +31,21 @@ def recovered_projection(weight_DP: Tensor, bias_D: Tensor | None, decision: Dec
         raise ValueError("this decision was read from a plan: the weights of its refit are in the checkpoint")
     kept_S = decision.kept_rows(weight_DP.shape[1]).to(weight_DP.device)
     weight_DS = decision.recovery.restore(weight_DP[:, kept_S].T).T
-    if decision.with_bias:
-        recovered_D = decision.recovery.bias_D.to(weight_DP)
-        bias_D = recovered_D if bias_D is None else recovered_D + bias_D
-    return weight_DS.contiguous(), bias_D
+    return weight_DS.contiguous(), recovered_bias(bias_D, decision, weight_DP)
+
+
+def recovered_bias(bias_D: Tensor | None, decision: Decision, like: Tensor) -> Tensor | None:
+    """Return the output projection's new bias (D,); None if it has none.
+
+    Args:
+        bias_D: Its bias before; None if it had none.
+        decision: What to recover.
+        like: A tensor of the dtype to compute in, on the device to compute on.
+    """
+    if not decision.with_bias or decision.recovery is None:
+        return bias_D
+    recovered_D = decision.recovery.bias_D.to(like)
+    return recovered_D if bias_D is None else recovered_D + bias_D
 
 
 def recovered_experts(weight_EDI: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:

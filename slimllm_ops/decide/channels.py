@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimllm_ops.moments.projection import Projection
-
 
 @dataclass(frozen=True)
 class ChannelChoice:
@@ -28,24 +26,34 @@ class ChannelChoice:
     scores_P: Tensor
 
 
-def choose_channels(
-    projection: Projection,
-    *,
-    input_norm_D: Tensor,
-    input_weights_PD: Sequence[Tensor],
-    num_removed: int,
-    keep_lowest: float,
-) -> ChannelChoice:
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What scores need of an MLP, in one precision.
+
+    Attributes:
+        weight_PD: The weight of `down_proj`.
+        norm_P: L2 norm over tokens of each column of its input.
+        output_covariance_DD: The covariance of its output; about zero if recovery has no intercept.
+        input_norm_D: L2 norm over tokens of each feature of the MLP's input.
+        input_weights_PD: Weights into the channels (gate and up), as PyTorch stores them.
+    """
+
+    weight_PD: Tensor
+    norm_P: Tensor
+    output_covariance_DD: Tensor
+    input_norm_D: Tensor
+    input_weights_PD: Sequence[Tensor]
+
+
+def choose_channels(statistics: ChannelStatistics, *, num_removed: int, keep_lowest: float) -> ChannelChoice:
     """Remove `num_removed` low-scoring channels, but keep the very lowest, as the published code does.
 
     Args:
-        projection: `down_proj`.
-        input_norm_D: L2 norm over tokens of each feature of the MLP's input.
-        input_weights_PD: Weights into the channels (gate and up), as PyTorch stores them.
+        statistics: The MLP.
         num_removed: Number of channels to remove, in [0, P - 1].
         keep_lowest: Fraction of the channels, those with the lowest scores, that are kept (published: .01).
     """
-    scores_P = channel_scores(projection, input_norm_D, input_weights_PD)
+    scores_P = channel_scores(statistics)
     return ChannelChoice(drop_lowest(scores_P, num_removed, keep_lowest), scores_P)
 
 
@@ -57,15 +65,15 @@ def drop_lowest(scores_P: Tensor, num_removed: int, keep_lowest: float) -> tuple
     return tuple(sorted(order[:tail] + order[tail + num_removed :]))
 
 
-def channel_scores(projection: Projection, input_norm_D: Tensor, input_weights_PD: Sequence[Tensor]) -> Tensor:
+def channel_scores(statistics: ChannelStatistics) -> Tensor:
     """Return every channel's score, shape (P,)."""
-    weight_PD = projection.weight_PD
-    eigenvalues_D, directions_DD = torch.linalg.eigh(weight_PD.T @ projection.image_PD)
+    weight_PD = statistics.weight_PD
+    eigenvalues_D, directions_DD = torch.linalg.eigh(statistics.output_covariance_DD)
     magnitude_D = eigenvalues_D.abs()
     mean = magnitude_D.mean()
     # An MLP with a constant output has no preferred directions.
     importance_D = torch.sigmoid(magnitude_D / mean if mean > 0 else magnitude_D)
-    output_P = projection.moments.norm_P * ((weight_PD @ directions_DD) * importance_D).norm(dim=1)
-    norm_D = input_norm_D.to(weight_PD)
-    inputs_P = [(input_PD.to(weight_PD) * norm_D).norm(dim=1) for input_PD in input_weights_PD]
+    output_P = statistics.norm_P * ((weight_PD @ directions_DD) * importance_D).norm(dim=1)
+    norm_D = statistics.input_norm_D.to(weight_PD)
+    inputs_P = [(input_PD.to(weight_PD) * norm_D).norm(dim=1) for input_PD in statistics.input_weights_PD]
     return sum(inputs_P, start=output_P)

@@ -35,6 +35,9 @@ TRIANGLE_BLOCKS = 8
 # centred after it, which costs the float32 sum at most a factor of this squared in precision.
 CENTRED_DEVIATIONS = 8.0
 
+# Rows that are converted to float64 at once: few enough for a CPU's cache, which makes the sums four times as fast.
+ROWS_AT_ONCE = 256
+
 CPU = torch.device("cpu")
 
 T = TypeVar("T")
@@ -151,6 +154,26 @@ class MomentSum:
         self._rows = [
             x_NP.new_zeros(stop - start, width - start, dtype=precision) for start, stop in _block_rows(width)
         ]
+
+
+class SquaredSum:
+    """A running sum of squares of each feature, in float64."""
+
+    def __init__(self) -> None:
+        self._total_F: Tensor | None = None
+
+    def add(self, x_NF: Tensor) -> None:
+        """Add rows (N, F) of any floating dtype."""
+        if self._total_F is None:
+            self._total_F = x_NF.new_zeros(x_NF.shape[1], dtype=torch.float64)
+        for x_nF in x_NF.split(ROWS_AT_ONCE):
+            # float32 can represent the values, but not all of their squares.
+            self._total_F += x_nF.double().square_().sum(dim=0)
+
+    def packed(self) -> np.ndarray:
+        """Return the sum (F,) over all rows so far."""
+        assert self._total_F is not None, "a stream without blocks has nothing to sum"
+        return self._total_F.cpu().numpy()
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

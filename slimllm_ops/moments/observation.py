@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slimllm_ops.errors import MiscountError, SolveError
-from slimllm_ops.moments.moments import Moments, MomentSum, PackedMoments
+from slimllm_ops.moments.moments import Moments, MomentSum, PackedMoments, SquaredSum
 from slimllm_ops.moments.projection import Projection
 
 T = TypeVar("T")
@@ -224,19 +224,16 @@ class ObservationSum:
 
     def __init__(self) -> None:
         self._moments = MomentSum()
-        self._squares_D: Tensor | None = None
+        self._squares = SquaredSum()
 
     def add(self, x_NP: Tensor, input_ND: Tensor) -> None:
         """Add the input of a branch's output projection (N, P) and of the branch itself (N, D); N may be (b, T)."""
         self._moments.add(x_NP.flatten(0, -2))
-        # float32 can represent the values, but not all of their squares.
-        squares_D = input_ND.flatten(0, -2).double().square_().sum(dim=0)
-        self._squares_D = squares_D if self._squares_D is None else self._squares_D + squares_D
+        self._squares.add(input_ND.flatten(0, -2))
 
     def packed(self) -> PackedObservation:
         """Return the observation of all tokens so far."""
-        assert self._squares_D is not None, "a stream without blocks has nothing to observe"
-        return PackedObservation(self._moments.packed(), self._squares_D.cpu().numpy())
+        return PackedObservation(self._moments.packed(), self._squares.packed())
 
 
 def require_count(found: int, num_tokens: int) -> None:

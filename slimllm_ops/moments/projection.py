@@ -64,6 +64,11 @@ class Projection:
         return self.covariance_PP @ self.weight_PD
 
     @property
+    def output_covariance_DD(self) -> Tensor:
+        """W^T C W: the covariance of the output."""
+        return self.weight_PD.T @ self.image_PD
+
+    @property
     def loss_weight_PD(self) -> Tensor:
         """W (F / 2)^(1/2): squared errors of X times this are what the errors of X W add to the loss, in nats."""
         return self.weight_PD if self.fisher is None else self.weight_PD @ self.fisher.half_root_DD.to(self.weight_PD)

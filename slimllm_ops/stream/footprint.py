@@ -60,7 +60,7 @@ class Footprint:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, device: torch.device, *, deciding: bool, measures_change: bool = False
+        cls, checkpoint: Checkpoint, device: torch.device, *, deciding: bool = False, measures_change: bool = False
     ) -> "Footprint":
         """Return what a stream needs on a device.
 
@@ -94,6 +94,25 @@ class Footprint:
         )
 
     @classmethod
+    def of_layerwise(cls, checkpoint: Checkpoint, device: torch.device) -> "Footprint":
+        """Return what a stream needs whose layers are pruned one after the other, as the published method does.
+
+        The output of an MLP waits beside X. Instead of the moments of X, the worker sums those of the output.
+        """
+        stream, hidden = cls.of(checkpoint, device, deciding=True), checkpoint.config.hidden_size
+        if checkpoint.family.mlp.has_experts:
+            return stream
+        values, sums = compute_dtype(device).itemsize, accumulation_dtype(device).itemsize
+        attention, mlp = _widths(checkpoint)
+        held = stream.states_per_token - values * max(attention, mlp)
+        return replace(
+            stream,
+            moments=2 * max(_triangle(attention, sums), _triangle(hidden, sums)),
+            decision=sums * max(attention**2 + 5 * attention * hidden, 3 * hidden**2 + 3 * mlp * hidden),
+            states_per_token=held + values * max(attention, mlp + hidden),
+        )
+
+    @classmethod
     def of_refinement(cls, dense: Checkpoint, pruned: Checkpoint, device: torch.device) -> "Footprint":
         """Return what the dense and the pruned stream need side by side, with the joint moments of their states."""
         one, other = (cls.of(model, device, deciding=model is pruned) for model in (dense, pruned))
@@ -112,7 +131,7 @@ class Footprint:
     @classmethod
     def of_branch_training(cls, dense: Checkpoint, pruned: Checkpoint, device: torch.device) -> "Footprint":
         """Return what the dense and the pruned stream need side by side, while a pruned branch is trained."""
-        one, other = (cls.of(model, device, deciding=False).passing() for model in (dense, pruned))
+        one, other = (cls.of(model, device).passing() for model in (dense, pruned))
         return cls(
             layers=one.layers + other.layers,
             moments=0,
@@ -129,7 +148,7 @@ class Footprint:
     @classmethod
     def of_sensitivity(cls, checkpoint: Checkpoint, device: torch.device) -> "Footprint":
         """Return what a pass forward and backward needs; its states are in files."""
-        passing = cls.of(checkpoint, device, deciding=False).passing()
+        passing = cls.of(checkpoint, device).passing()
         return replace(
             passing,
             # Of both modules: the sum, and the copy that is sent.
@@ -149,7 +168,7 @@ class Footprint:
             keep_layers: Whether all layers stay in memory.
         """
         values, config = compute_dtype(device).itemsize, checkpoint.config
-        passing = cls.of(checkpoint, device, deciding=False).passing()
+        passing = cls.of(checkpoint, device).passing()
         names = [name for layer in range(checkpoint.num_layers) for name in checkpoint.layer_names(layer)]
         layers = values * checkpoint.num_parameters(names) if keep_layers else passing.layers
         shapes = [layer_shape(config, layer) for layer in range(checkpoint.num_layers)]
@@ -215,6 +234,16 @@ def moment_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
     """Return the bytes of the moments of one layer's modules, as they are sent and stored."""
     sums, (attention, mlp) = accumulation_dtype(device).itemsize, _widths(checkpoint)
     return _triangle(attention, sums) + checkpoint.family.num_experts(checkpoint.config) * _triangle(mlp, sums)
+
+
+def layerwise_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
+    """Return the bytes of the sums of one layer's modules, as the published method sends them."""
+    if checkpoint.family.mlp.has_experts:
+        return moment_bytes(checkpoint, device)
+    sums, (attention, mlp) = accumulation_dtype(device).itemsize, _widths(checkpoint)
+    hidden, squares = checkpoint.config.hidden_size, torch.float64.itemsize
+    # After its outputs' moments and the norms of X, an MLP sends five sums for each output dim.
+    return _triangle(attention, sums) + _triangle(hidden, sums) + squares * (mlp + 6 * hidden)
 
 
 def _largest_branch(checkpoint: Checkpoint) -> int:

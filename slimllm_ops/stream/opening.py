@@ -9,6 +9,7 @@ from torch import Tensor
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.states import StateStore
 from slimllm_ops.stream.generation import GenerationStream
+from slimllm_ops.stream.outputs import LayerwiseStream
 from slimllm_ops.stream.paired import PairedStream
 from slimllm_ops.stream.passes import LayerStream
 from slimllm_ops.stream.sensitivity import SensitivityStream
@@ -25,9 +26,7 @@ class Workplace:
     spill: StateStore
 
 
-def open_stream(
-    place: Workplace, ids: list[Tensor], checkpoint: Checkpoint, measures_change: bool, intercept: bool
-) -> LayerStream:
+def open_stream(place: Workplace, ids: list[Tensor], checkpoint: Checkpoint, measures_change: bool) -> LayerStream:
     """Embed batches of token ids as the input of a model's first layer.
 
     Args:
@@ -35,9 +34,20 @@ def open_stream(
         ids: Token ids, each (b, T), int64.
         checkpoint: The model.
         measures_change: Whether to keep the states that enter a layer, to measure what the layer changes.
+    """
+    return LayerStream(checkpoint, ids, place.device, place.store, measures_change=measures_change)
+
+
+def open_layerwise(place: Workplace, ids: list[Tensor], checkpoint: Checkpoint, intercept: bool) -> LayerwiseStream:
+    """Embed batches of token ids as the input of a model's first layer, to prune one layer after the other.
+
+    Args:
+        place: Where the layers run, and what holds the states.
+        ids: Token ids, each (b, T), int64.
+        checkpoint: The model.
         intercept: Whether recovery may fit an intercept.
     """
-    return LayerStream(checkpoint, ids, place.device, place.store, measures_change=measures_change, intercept=intercept)
+    return LayerwiseStream(checkpoint, ids, place.device, place.store, intercept=intercept)
 
 
 def open_pair(

@@ -6,7 +6,7 @@ Shapes: b blocks in a batch, T tokens in a block, D hidden size, P inputs of an 
 """
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,15 @@ LOGIT_TOKENS = 1024
 # Read-back compares the states of this many first tokens; attention is causal, so they depend on no later ones.
 PROBED_TOKENS = 64
 
-Seen = TypeVar("Seen", bound=Observed)
+
+class Summed(Protocol):
+    """Sums over tokens that can be checked."""
+
+    def is_finite(self) -> bool:
+        """Return whether the sums are free of NaN and infinity."""
+
+
+Seen = TypeVar("Seen", bound=Summed)
 
 
 class LayerStream:

@@ -12,10 +12,10 @@ from actors.group import ShardGroup
 from actors.local import LocalWorkers
 from benchmarks.sampling import private_memory
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.stream.passes import LayerStream
 from slimllm_ops.stream.sensitivity import SensitivityStream
 from slimllm_ops.training.branches import BranchTraining, BranchTrainingStream
+from tests.actors.layerwise import prune_layer
 
 # Of so many tokens is every micro-batch, however many there are.
 AT_ONCE = 512
@@ -65,19 +65,14 @@ def pass_layer(shard: ShardGroup, checkpoint: Checkpoint, way: str, ids: np.ndar
             shard.each("a", SensitivityStream.backward, layer)
         shard.close_stream("a")
         return
-    attention, mlp = checkpoint.family.branches
-    shard.open_stream("a", checkpoint, ids, deciding=way != "dense")
+    open_stream = shard.open_stream if way == "dense" else shard.open_layerwise
+    open_stream("a", checkpoint, ids)
     for layer in layers:
-        if way == "dense":
-            for branch in (attention, mlp):
-                shard.merge("a", LayerStream.observe_dense, layer, branch)
+        if way == "deciding":
+            prune_layer(shard, "a", checkpoint, layer, num_channels=150)
             continue
-        observed = shard.merge("a", LayerStream.observe, layer, attention)
-        heads = shard.get(shard.decide("a", decide_heads, observed, layer, num_removed=1))
-        shard.each("a", LayerStream.apply, layer, attention, heads)
-        observed = shard.merge("a", LayerStream.observe, layer, mlp)
-        channels = shard.get(shard.decide("a", decide_channels, observed, layer, num_removed=150, keep_lowest=0.01))
-        shard.each("a", LayerStream.apply, layer, mlp, channels)
+        for branch in checkpoint.family.branches:
+            shard.merge("a", LayerStream.observe_dense, layer, branch)
     shard.close_stream("a")
 
 

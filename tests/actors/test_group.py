@@ -16,9 +16,10 @@ from actors.errors import ShardError
 from actors.group import ShardGroup
 from actors.local import LocalWorkers
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paper import decide_channels, decide_heads
+from slimllm_ops.decide.paper import choose_channels_by_output, decide_heads
 from slimllm_ops.errors import CheckpointError, InputError, MiscountError, NonFiniteError
 from slimllm_ops.stream.footprint import Footprint
+from slimllm_ops.stream.outputs import LayerwiseStream
 from slimllm_ops.stream.passes import LayerStream
 
 NUM_WORKERS = 3
@@ -111,7 +112,7 @@ def test_micro_batches_shrink_where_memory_is_short_and_it_is_said(
     gqa_model: Path, token_blocks: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, blocks_BT = Checkpoint.open(gqa_model), np.tile(token_blocks, (8, 1))
-    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=False)
+    footprint = Footprint.of(checkpoint, torch.device("cpu"))
     notes: list[str] = []
     group = group_of(1, note=notes.append)
     group.open_stream("enough", checkpoint, blocks_BT)
@@ -135,18 +136,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
     gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, group = Checkpoint.open(gqa_model), group_of(1)
-    fixed = Footprint.of(checkpoint, torch.device("cpu"), deciding=True).fixed
+    fixed = Footprint.of_layerwise(checkpoint, torch.device("cpu")).fixed
     monkeypatch.setattr(group, "_free_memory", lambda: fixed)
     message = r"each worker needs .* GB, .* for the hidden states .* are free for it: add --offload, or"
     with pytest.raises(InputError, match=message):
-        group.open_stream("a", checkpoint, blocks_BT, deciding=True)
+        group.open_layerwise("a", checkpoint, blocks_BT)
 
 
 def test_states_that_are_offloaded_need_no_memory(
     gqa_model: Path, blocks_BT: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, group = Checkpoint.open(gqa_model), group_of(1, offload=True)
-    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=False)
+    footprint = Footprint.of(checkpoint, torch.device("cpu"))
     monkeypatch.setattr(group, "_free_memory", lambda: footprint.fixed + 16 * footprint.activations_per_token)
     group.open_stream("a", checkpoint, blocks_BT)
     assert group.first("a", type_of_states) == "SpilledStates"
@@ -161,8 +162,8 @@ def test_moments_of_other_than_all_tokens_are_refused(
     shards: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray
 ) -> None:
     checkpoint = Checkpoint.open(gqa_model)
-    shards.open_stream("a", checkpoint, blocks_BT, deciding=True)
-    observed = shards.merge("a", LayerStream.observe, 0, checkpoint.family.mlp)
+    shards.open_layerwise("a", checkpoint, blocks_BT)
+    observed = shards.merge("a", LayerwiseStream.observe_output, 0)
     shards._streams["a"] = replace(shards._streams["a"], num_tokens=blocks_BT.size + 1)
     with pytest.raises(MiscountError, match=rf"layer 0, .* {blocks_BT.size} tokens, but {blocks_BT.size + 1} were"):
-        shards.decide("a", decide_channels, observed, 0, num_removed=3, keep_lowest=0.01)
+        shards.decide("a", choose_channels_by_output, observed, 0, num_removed=3, keep_lowest=0.01)

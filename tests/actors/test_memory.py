@@ -66,6 +66,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(write_model(tmp_path_factory.mktemp("one") / "model", shape_of(2)))
 
 
+def footprint_of(checkpoint: Checkpoint, way: str) -> Footprint:
+    """Return what a pass of a shard is told to need."""
+    read = Footprint.of_layerwise if way == "deciding" else Footprint.of
+    return read(checkpoint, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("way", [*WAYS, "sensitivity", "training"])
 def test_four_times_the_layers_take_no_more_memory(peaks: Peaks, way: str) -> None:
     # Of what the further layers would take, were they held, the tenth part is more than the allocator's moods.
@@ -75,14 +81,14 @@ def test_four_times_the_layers_take_no_more_memory(peaks: Peaks, way: str) -> No
 
 @pytest.mark.parametrize("way", WAYS)
 def test_of_more_tokens_only_the_states_are_held(peaks: Peaks, checkpoint: Checkpoint, way: str) -> None:
-    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=way == "deciding")
+    footprint = footprint_of(checkpoint, way)
     grown = peaks(way, SHALLOW, MANY) - peaks(way, SHALLOW, FEW)
     states = footprint.states_per_token * (MANY - FEW) * BLOCK
     assert 0.8 * states < grown < 1.25 * states
 
 
 def test_states_that_are_offloaded_are_not_held(peaks: Peaks, checkpoint: Checkpoint) -> None:
-    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=True)
+    footprint = footprint_of(checkpoint, "deciding")
     states = footprint.states_per_token * (MANY - FEW) * BLOCK
     assert peaks("deciding", SHALLOW, MANY, "offload") - peaks("deciding", SHALLOW, FEW) < 0.1 * states
 
@@ -90,7 +96,7 @@ def test_states_that_are_offloaded_are_not_held(peaks: Peaks, checkpoint: Checkp
 @pytest.mark.parametrize("way", WAYS)
 def test_the_footprint_bounds_the_peak(peaks: Peaks, checkpoint: Checkpoint, way: str) -> None:
     """The footprint is what micro-batches are sized by: what it allows must hold the peak, and not by far."""
-    footprint = Footprint.of(checkpoint, torch.device("cpu"), deciding=way == "deciding")
+    footprint = footprint_of(checkpoint, way)
     tokens = MANY * BLOCK
     allowed = footprint.fixed + footprint.states_per_token * tokens + footprint.activations_per_token * AT_ONCE
     assert 0.6 * allowed < peaks(way, SHALLOW, MANY) < 1.15 * allowed
@@ -108,7 +114,7 @@ def test_the_footprint_of_a_mixture_of_experts_bounds_the_peak(forks: Forks, tmp
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "vocab_size": 500}
     more = {"num_hidden_layers": 2, "num_local_experts": 8, "max_position_embeddings": BLOCK, "sliding_window": None}
     model = save_tiny(family_named("mixtral"), tmp_path / "model", **sizes, **more)
-    footprint = Footprint.of(Checkpoint.open(model), torch.device("cpu"), deciding=True)
+    footprint = footprint_of(Checkpoint.open(model), "deciding")
     held = footprint.fixed + footprint.states_per_token * MANY * BLOCK
     assert (
         0.6 * held

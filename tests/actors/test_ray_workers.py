@@ -18,12 +18,13 @@ from actors.local import LocalWorkers
 from actors.placement import Placement
 from actors.ray_workers import RayWorkers
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paper import decide_channels, decide_heads
 from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.errors import CheckpointError
+from slimllm_ops.stream.outputs import LayerwiseStream
 from slimllm_ops.stream.paired import BranchTensors
 from slimllm_ops.stream.passes import LayerStream
 from slimllm_ops.training.branches import BranchTraining, BranchTrainingStream
+from tests.actors.layerwise import prune_layer
 from tests.conftest import shard_processes
 
 
@@ -51,17 +52,11 @@ def blocks_BT(token_blocks: np.ndarray) -> np.ndarray:
 def prune_first_layer(group: ShardGroup, model: Path, blocks_BT: np.ndarray) -> tuple[LayerPlan, np.ndarray]:
     """Decide a layer by the paper's method; return its plan, and the states after it."""
     checkpoint = Checkpoint.open(model)
-    attention, mlp = checkpoint.family.branches
-    group.open_stream("a", checkpoint, blocks_BT, deciding=True)
-    observed = group.merge("a", LayerStream.observe, 0, attention)
-    heads = group.get(group.decide("a", decide_heads, observed, 0, num_removed=1))
-    group.each("a", LayerStream.apply, 0, attention, heads)
-    observed = group.merge("a", LayerStream.observe, 0, mlp)
-    channels = group.get(group.decide("a", decide_channels, observed, 0, num_removed=9, keep_lowest=0.01))
-    group.each("a", LayerStream.apply, 0, mlp, channels)
+    group.open_layerwise("a", checkpoint, blocks_BT)
+    plan = prune_layer(group, "a", checkpoint, 0, num_channels=9)
     state_TD = group.first("a", LayerStream.probe)
     group.close_stream("a")
-    return LayerPlan(heads, channels), state_TD
+    return plan, state_TD
 
 
 def test_ray_and_this_process_compute_the_same_bits(two: ShardGroup, gqa_model: Path, blocks_BT: np.ndarray) -> None:
@@ -77,8 +72,8 @@ def test_what_lost_workers_held_is_held_by_others_to_the_last_bit(
 ) -> None:
     plan, state_TD = prune_first_layer(two, gqa_model, blocks_BT)
     with group_of(1, num_shards=2) as group:
-        group.open_stream("b", Checkpoint.open(gqa_model), blocks_BT)
-        group.each("b", LayerStream.forward_pruned, 0, plan)
+        group.open_layerwise("b", Checkpoint.open(gqa_model), blocks_BT)
+        group.each("b", LayerwiseStream.forward_pruned, 0, plan)
         assert np.array_equal(group.first("b", LayerStream.probe), state_TD)
         again, again_TD = prune_first_layer(group, gqa_model, blocks_BT)
     assert again.describe() == plan.describe()

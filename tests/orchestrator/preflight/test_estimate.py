@@ -21,19 +21,15 @@ from benchmarks.sampling import private_memory
 from cluster import WorkerPlan
 from orchestrator.config import PruneConfig
 from orchestrator.pipeline import PruneResult
+from orchestrator.preflight.commands import estimate_calibration, estimate_comparison, estimate_pruning
 from orchestrator.preflight.dry_run import plan_pruning
 from orchestrator.preflight.estimate import Estimate
-from orchestrator.preflight.stages import (
-    LIBRARIES,
-    SOLVE_LIBRARIES,
-    estimate_calibration,
-    estimate_comparison,
-    estimate_pruning,
-)
+from orchestrator.preflight.stages import LIBRARIES, SOLVE_LIBRARIES
 from orchestrator.preflight.workload import Text, Workload
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.moments.moments import MomentSum
-from slimllm_ops.stream.footprint import moment_bytes
+from slimllm_ops.moments.outputs import OutputPairs, OutputSum
+from slimllm_ops.stream.footprint import layerwise_bytes, moment_bytes
 from tests.conftest import shard_processes
 
 SHAPE = Shape(hidden=512, intermediate=1024, layers=3, heads=8, kv_heads=4, vocabulary=500)
@@ -155,7 +151,8 @@ def told(
 
 def test_states_are_shared_by_workers_and_go_to_files(source: Checkpoint) -> None:
     one, two, spilled = told(source), told(source, workers=2), told(source, offload=True)
-    states = BLOCKS * LENGTH * 4 * (SHAPE.hidden + SHAPE.intermediate)
+    # The residual stream, and X with the output of an MLP, which wait for its channels.
+    states = BLOCKS * LENGTH * 4 * (2 * SHAPE.hidden + SHAPE.intermediate)
     assert one.worker - two.worker == states // 2
     assert one.worker - spilled.worker == spilled.spilled == states
     assert (one.spilled, one.weights, one.moments) == (0, 0, 0)
@@ -216,3 +213,14 @@ def test_moments_are_as_large_as_told(source: Checkpoint) -> None:
         total.add(torch.ones(2, width))
         whole += total.packed().num_bytes
     assert moment_bytes(source, torch.device("cpu")) == pytest.approx(whole, rel=0.01)
+
+
+def test_the_sums_of_the_published_method_are_as_large_as_told(source: Checkpoint) -> None:
+    moments, outputs = MomentSum(), OutputSum(intercept=True)
+    moments.add(torch.ones(2, SHAPE.hidden))
+    x, states = torch.ones(2, SHAPE.intermediate), torch.ones(2, SHAPE.hidden)
+    outputs.add(x, states, states)
+    pairs = OutputPairs.of(states, states)
+    whole = moments.packed().num_bytes + outputs.packed().num_bytes + pairs.sums_5D.nbytes
+    assert layerwise_bytes(source, torch.device("cpu")) == pytest.approx(whole, rel=0.01)
+    assert told(source, workers=2).moments == layerwise_bytes(source, torch.device("cpu")) * SHAPE.layers

@@ -1,10 +1,12 @@
 """Channels chosen from moments match raw activations and the general eigenvalue problem."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from slimllm_ops.decide.channels import channel_scores, choose_channels
+from slimllm_ops.decide.channels import ChannelStatistics, channel_scores, choose_channels
 from slimllm_ops.moments.moments import Moments
 from slimllm_ops.moments.projection import Projection
 from tests.slimllm_ops import naive
@@ -19,35 +21,32 @@ def mlp(seed: int, width: int = 24) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return x_NP, weight_PD, rng.normal(size=(200, 10)) + 1, [rng.normal(size=(width, 10)) for _ in range(2)]
 
 
-def known(x_NP: np.ndarray, weight_PD: np.ndarray, input_ND: np.ndarray, inputs: list[np.ndarray]) -> tuple:
+def known(x_NP: np.ndarray, weight_PD: np.ndarray, input_ND: np.ndarray, inputs: list[np.ndarray]) -> ChannelStatistics:
     """Return what the code under test is given of the same MLP."""
     norm_D = torch.from_numpy(np.linalg.norm(input_ND, axis=0))
-    return projection_of(x_NP, weight_PD), norm_D, [torch.from_numpy(weight) for weight in inputs]
+    return statistics_of(projection_of(x_NP, weight_PD), norm_D, [torch.from_numpy(weight) for weight in inputs])
+
+
+def statistics_of(projection: Projection, norm_D: torch.Tensor, weights_PD: list[torch.Tensor]) -> ChannelStatistics:
+    norm_P = projection.moments.norm_P
+    return ChannelStatistics(projection.weight_PD, norm_P, projection.output_covariance_DD, norm_D, weights_PD)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_are_those_of_raw_activations(seed: int) -> None:
     activations = mlp(seed)
-    np.testing.assert_allclose(channel_scores(*known(*activations)), naive.channel_scores(*activations), rtol=1e-6)
+    np.testing.assert_allclose(channel_scores(known(*activations)), naive.channel_scores(*activations), rtol=1e-6)
 
 
 def test_the_score_is_a_sum_over_the_projections_in_and_out() -> None:
-    projection, norm_D, (gate_PD, up_PD) = known(*mlp(0))
-    whole = channel_scores(projection, norm_D, [gate_PD, up_PD])
-    silent = channel_scores(projection, norm_D, [])
-    gate, up = (channel_scores(projection, norm_D, [weight]) - silent for weight in (gate_PD, up_PD))
-    np.testing.assert_allclose(whole, silent + gate + up, rtol=1e-12)
-
-
-def choose(projection: Projection, num_removed: int, keep_lowest: float = 0.01, **inputs: list) -> tuple[int, ...]:
-    choice = choose_channels(
-        projection,
-        input_norm_D=inputs["norm"],
-        input_weights_PD=inputs["weights"],
-        num_removed=num_removed,
-        keep_lowest=keep_lowest,
+    statistics = known(*mlp(0))
+    whole = channel_scores(statistics)
+    silent = channel_scores(replace(statistics, input_weights_PD=[]))
+    gate, up = (
+        channel_scores(replace(statistics, input_weights_PD=[weight_PD])) - silent
+        for weight_PD in statistics.input_weights_PD
     )
-    return choice.kept
+    np.testing.assert_allclose(whole, silent + gate + up, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -57,17 +56,16 @@ def choose(projection: Projection, num_removed: int, keep_lowest: float = 0.01, 
 def test_the_published_tail_of_lowest_scores_stays(width: int, num_removed: int, keep_lowest: float, tail: int) -> None:
     # A tail of 2.5 is 2 and one of 3.5 is 4: half to even, as Python rounds.
     activations = mlp(1, width)
-    projection, norm_D, weights = known(*activations)
+    choice = choose_channels(known(*activations), num_removed=num_removed, keep_lowest=keep_lowest)
     ascending = np.argsort(naive.channel_scores(*activations), kind="stable").tolist()
     expected = sorted(ascending[:tail] + ascending[tail + num_removed :])
-    assert list(choose(projection, num_removed, keep_lowest, norm=norm_D, weights=weights)) == expected
+    assert list(choice.kept) == expected
 
 
 @pytest.mark.parametrize("num_removed", [0, 1, 17, 22, 23])
 @pytest.mark.parametrize("keep_lowest", [0.0, 0.01, 0.3, 1.0])
 def test_whatever_the_tail_as_many_go_as_were_asked_to(num_removed: int, keep_lowest: float) -> None:
-    projection, norm_D, weights = known(*mlp(2))
-    kept = choose(projection, num_removed, keep_lowest, norm=norm_D, weights=weights)
+    kept = choose_channels(known(*mlp(2)), num_removed=num_removed, keep_lowest=keep_lowest).kept
     assert len(set(kept)) == 24 - num_removed
     assert list(kept) == sorted(kept)
 
@@ -75,25 +73,20 @@ def test_whatever_the_tail_as_many_go_as_were_asked_to(num_removed: int, keep_lo
 @pytest.mark.parametrize("value", [0.0, 2.0])
 def test_constant_inputs_give_scores_that_are_numbers(value: float) -> None:
     _, weight_PD, input_ND, weights = mlp(3)
-    projection, norm_D, weights_PD = known(np.full((50, 24), value), weight_PD, input_ND, weights)
-    assert torch.isfinite(channel_scores(projection, norm_D, weights_PD)).all()
+    statistics = known(np.full((50, 24), value), weight_PD, input_ND, weights)
+    assert torch.isfinite(channel_scores(statistics)).all()
 
 
 def test_an_output_dim_that_is_always_zero_gives_scores_that_are_those_of_raw_activations() -> None:
     x_NP, weight_PD, input_ND, weights = mlp(4)
     weight_PD[:, 3] = 0
     activations = (x_NP, weight_PD, input_ND, weights)
-    np.testing.assert_allclose(channel_scores(*known(*activations)), naive.channel_scores(*activations), rtol=1e-6)
+    np.testing.assert_allclose(channel_scores(known(*activations)), naive.channel_scores(*activations), rtol=1e-6)
 
 
 def test_the_best_channel_stays_whatever_goes() -> None:
     torch.manual_seed(0)
     projection = Projection.of(Moments.of(torch.randn(200, 100)), torch.randn(6, 100))
-    choice = choose_channels(
-        projection,
-        input_norm_D=torch.rand(6),
-        input_weights_PD=[torch.randn(100, 6)],
-        num_removed=99,
-        keep_lowest=0.01,
-    )
+    statistics = statistics_of(projection, torch.rand(6), [torch.randn(100, 6)])
+    choice = choose_channels(statistics, num_removed=99, keep_lowest=0.01)
     assert choice.kept == (int(choice.scores_P.argmax()),)

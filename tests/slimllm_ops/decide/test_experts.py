@@ -12,7 +12,7 @@ import torch
 from slimllm_ops.allocate.layer_size import measure_layer
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.least_squares import Refit
-from slimllm_ops.decide.paper import decide_channels
+from slimllm_ops.decide.paper import decide_experts
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.decide.recovery import Line
 from slimllm_ops.errors import SolveError
@@ -63,7 +63,7 @@ def test_scores_and_lines_are_those_of_each_experts_raw_activations(
 ) -> None:
     observed, stream, branch = seen
     weights = stream.checkpoint.read_layer(LAYER)
-    decision = decide_channels(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
+    decision = decide_experts(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
     (gate_up,) = (weights[name].double().numpy() for name in branch.input_weights)
     output = weights[branch.output_weight].double().numpy()
     assert isinstance(decision.recovery, Line)
@@ -156,7 +156,7 @@ def test_an_expert_without_tokens_loses_its_smallest_weights_and_nothing_else_ch
             decision = eliminated((observed, stream, branch), REMOVED)[0][0]
             assert decision is not None
             return decision
-        return decide_channels(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.0)
+        return decide_experts(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.0)
 
     whole, decision = decide(observed), decide(without(observed, IDLE))
     assert (whole.idle_experts, decision.idle_experts) == ((), (IDLE,))
@@ -190,7 +190,7 @@ def test_an_expert_of_one_token_is_decided_too(mixture: Path, ids: torch.Tensor,
     if way == "gram":
         (decision,) = eliminated((observed, stream, branch), REMOVED)[0]
     else:
-        decision = decide_channels(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
+        decision = decide_experts(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
     assert decision is not None
     assert recovered(decision, weights[branch.output_weight]).isfinite().all()
     stream.apply(LAYER, branch, decision)
@@ -211,7 +211,7 @@ def test_a_solve_that_fails_names_the_expert(seen: Seen) -> None:
 
 def test_a_decision_about_experts_is_read_as_it_was_written(seen: Seen) -> None:
     observed, stream, _ = seen
-    decision = decide_channels(stream, without(observed, 0, 3), LAYER, num_removed=REMOVED, keep_lowest=0.05)
+    decision = decide_experts(stream, without(observed, 0, 3), LAYER, num_removed=REMOVED, keep_lowest=0.05)
     found = LayerPlan.parse(LayerPlan(mlp=decision).describe()).mlp
     assert found is not None
     assert (found.kept, found.scores, found.idle_experts) == (decision.kept, decision.scores, (0, 3))
@@ -223,7 +223,7 @@ def test_a_layer_is_passed_again_by_what_was_read(mixture: Path, ids: torch.Tens
     """A run of the paper's method that is resumed passes the layers that are solved by their plans."""
     observed, stream = observe(mixture, [ids])
     branch = stream.checkpoint.family.mlp
-    decision = decide_channels(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
+    decision = decide_experts(stream, observed, LAYER, num_removed=REMOVED, keep_lowest=0.05)
     stream.apply(LAYER, branch, decision)
     again = LayerStream(stream.checkpoint, [ids], torch.device("cpu"))
     for layer in range(LAYER):

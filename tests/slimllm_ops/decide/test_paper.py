@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paper import decide_channels, decide_heads
+from slimllm_ops.decide.paper import choose_channels_by_output, decide_heads, recover_output
 from slimllm_ops.decide.plan import Decision
 from slimllm_ops.models.families import family_of, layer_shape
 from slimllm_ops.moments.observation import Observed
-from slimllm_ops.stream.passes import LayerStream
+from slimllm_ops.stream.outputs import LayerwiseStream
 from tests.slimllm_ops import naive
 
 LAYER = 1
@@ -49,21 +49,30 @@ def assert_recovers(decision: Decision, x_NP: np.ndarray, weight_PD: np.ndarray)
     assert decision.relative_error == pytest.approx(measured, rel=1e-4)
 
 
-def open_stream(directory: Path, ids: torch.Tensor, *, intercept: bool = True) -> LayerStream:
+def open_stream(directory: Path, ids: torch.Tensor, *, intercept: bool = True) -> LayerwiseStream:
     """Return a stream that is about to pass the layer."""
-    stream = LayerStream(Checkpoint.open(directory), list(ids.split(7)), torch.device("cpu"), intercept=intercept)
+    stream = LayerwiseStream(Checkpoint.open(directory), list(ids.split(7)), torch.device("cpu"), intercept=intercept)
     for layer in range(LAYER):
         stream.forward(layer)
     return stream
 
 
+def prune_mlp(stream: LayerwiseStream, num_removed: int) -> Decision:
+    """Prune the MLP of the layer, and keep 5 % of the channels with the lowest scores."""
+    observed = stream.observe_output(LAYER)
+    chosen = choose_channels_by_output(stream, observed, LAYER, num_removed=num_removed, keep_lowest=0.05)
+    decision = recover_output(stream.compare_outputs(LAYER, chosen.kept), chosen)
+    stream.add_recovered(LAYER, decision)
+    return decision
+
+
 @pytest.fixture
-def stream(model_dir: Path, ids: torch.Tensor) -> LayerStream:
+def stream(model_dir: Path, ids: torch.Tensor) -> LayerwiseStream:
     return open_stream(model_dir, ids)
 
 
 def observed_heads(
-    stream: LayerStream, model_dir: Path, ids: torch.Tensor
+    stream: LayerwiseStream, model_dir: Path, ids: torch.Tensor
 ) -> tuple[int, Observed, np.ndarray, np.ndarray]:
     """Return the number of units, what the stream observed of them, and their activations and weight."""
     num_units = layer_shape(stream.checkpoint.config, LAYER).num_attention_units
@@ -76,7 +85,9 @@ def observed_heads(
     return num_units, observed, x_NP, weight_PD
 
 
-def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_dir: Path, ids: torch.Tensor) -> None:
+def test_the_kept_heads_are_those_of_raw_activations(
+    stream: LayerwiseStream, model_dir: Path, ids: torch.Tensor
+) -> None:
     num_units, observed, x_NP, weight_PD = observed_heads(stream, model_dir, ids)
     for num_removed in range(1, num_units):
         decision = decide_heads(stream, observed, LAYER, num_removed=num_removed)
@@ -87,7 +98,7 @@ def test_the_kept_heads_are_those_of_raw_activations(stream: LayerStream, model_
 
 
 def test_the_scores_of_heads_say_what_the_output_loses_without_them(
-    stream: LayerStream, model_dir: Path, ids: torch.Tensor
+    stream: LayerwiseStream, model_dir: Path, ids: torch.Tensor
 ) -> None:
     num_units, observed, x_NP, weight_PD = observed_heads(stream, model_dir, ids)
     lost = [
@@ -102,15 +113,14 @@ def test_the_scores_of_heads_say_what_the_output_loses_without_them(
 
 
 def test_the_kept_channels_are_those_of_raw_activations(
-    stream: LayerStream, model_dir: Path, ids: torch.Tensor
+    stream: LayerwiseStream, model_dir: Path, ids: torch.Tensor
 ) -> None:
     family = stream.checkpoint.family
     if family.mlp.reading.experts is not None:
         pytest.skip("its experts are looked at in test_experts.py")
     stream.observe(LAYER, family.attention)
     stream.apply(LAYER, family.attention, None)
-    observed = stream.observe(LAYER, family.mlp)
-    decision = decide_channels(stream, observed, LAYER, num_removed=17, keep_lowest=0.05)
+    decision = prune_mlp(stream, num_removed=17)
 
     entered, weights = activations(model_dir, ids), stream.checkpoint.read_layer(LAYER)
     weight_PD = weights[family.mlp.output_weight].T.double().numpy()
@@ -135,8 +145,7 @@ def test_without_an_intercept_lines_go_through_zero(model_dir: Path, ids: torch.
     if decide == "channels":
         stream.apply(LAYER, branch, None)
         branch = family.mlp
-        observed = stream.observe(LAYER, branch)
-        decision = decide_channels(stream, observed, LAYER, num_removed=17, keep_lowest=0.05)
+        decision = prune_mlp(stream, num_removed=17)
     elif num_units == 1:
         pytest.skip("no head of this family can go")
     else:

@@ -15,6 +15,7 @@ from slimllm_ops.errors import NonFiniteError
 from slimllm_ops.models.families import FAMILIES, Family, layer_shape
 from slimllm_ops.moments.sums import DensePass
 from slimllm_ops.stream import passes as stream_module
+from slimllm_ops.stream.outputs import LayerwiseStream
 from slimllm_ops.stream.passes import LayerStream
 from tests.slimllm_ops.naive import masked_model, observations, random_channels, random_decision
 from tests.slimllm_ops.stream.whole import NUM_LAYERS, Whole, whole
@@ -216,7 +217,7 @@ def test_states_may_be_passed_again(stream: LayerStream) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, again.hidden, strict=True))
 
 
-@pytest.mark.parametrize("way", ["forward", "observe"])
+@pytest.mark.parametrize("way", ["forward", "observe", "observe_output"])
 def test_activations_that_overflow_are_an_error_that_names_the_layer(
     mha_model: Path, tmp_path: Path, batches: list[torch.Tensor], way: str
 ) -> None:
@@ -225,8 +226,8 @@ def test_activations_that_overflow_are_an_error_that_names_the_layer(
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e38
     tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e38
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    stream = LayerStream(Checkpoint.open(directory), batches, CPU)
+    stream = LayerwiseStream(Checkpoint.open(directory), batches, CPU)
     stream.forward(0)
-    arguments = {"forward": (), "observe": (stream.checkpoint.family.mlp,)}[way]
+    arguments = (stream.checkpoint.family.mlp,) if way == "observe" else ()
     with pytest.raises(NonFiniteError, match=r"layer 1: the activations of .* hold NaN or infinity"):
         getattr(stream, way)(1, *arguments)
