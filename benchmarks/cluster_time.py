@@ -62,8 +62,8 @@ class Rates:
 
 # Assumed for one H100: half its dense bfloat16 peak for large products, half its float32 peak, and a 100 Gbit/s network
 # that a merge crosses twice, by way of the host's memory.
-# A step of an elimination is about 25 kernels, which take longer to launch than to run.
-H100 = Rates(products=400e12, solves=30e12, merges=2e9, reading=5e9, value_bytes=2, sum_bytes=4, step_seconds=25 * 6e-6)
+# A step of an elimination is 8 kernels, which take longer to launch than to run.
+H100 = Rates(products=400e12, solves=30e12, merges=2e9, reading=5e9, value_bytes=2, sum_bytes=4, step_seconds=8 * 6e-6)
 
 
 @dataclass(frozen=True)

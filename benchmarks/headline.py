@@ -15,6 +15,7 @@ import click
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.real_model import cache_folder, real_model, write_blocks
 from orchestrator import BenchConfig, EvaluateConfig, PruneConfig, TuneConfig, bench, evaluate, prune, tune
+from orchestrator.evaluation.results import TextResult
 from orchestrator.output.notes import Notes
 from orchestrator.record.figures import draw_perplexity_over_sparsity
 
@@ -34,15 +35,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Tokens of a training's sequences, and their number: they follow the calibration blocks in the same text.
 TRAINING_LENGTH, TRAINING_SEQUENCES = 256, 400
-PROMPT, ROUNDS = 512, 5
+PROMPT, ROUNDS = 384, 5
 
 TITLE = "Every method on real models, tuned and not"
 EXPLANATION = """\
 Perplexity and KL(dense || pruned), in nats per token, on WikiText-2 (test), after calibration on the start of
 WikiText-2 (valid). "Tuned" is `slimllm tune` with its defaults but for the steps: it distils the dense model, on the
-text after the calibration blocks. Speed-up is that of a prompt of {prompt} tokens on the CPU, MB those of the weights.
-Seconds are those of the whole command; a pruning's are divided by its number of models. `make results` writes this
-file and the figure"""
+text after the calibration blocks: {training}.
+Speed-up is that of a prompt of {prompt} tokens on the CPU, MB those of the weights. Seconds are those of the whole
+command; a pruning's are divided by its number of models. `make results` writes this file and the figure"""
 HEADINGS = (
     *("model", "sparsity", "method", "perplexity", "KL", "tuned: perplexity", "tuned: KL"),
     *("speed-up", "MB", "seconds to prune", "to tune"),
@@ -69,6 +70,12 @@ class Case:
     held_out: int
     training: dict[str, Any]
 
+    @property
+    def training_told(self) -> str:
+        """The trainings' steps in words."""
+        steps, size = self.training["steps"], self.training["batch_size"]
+        return f"{steps} steps of {size} x {TRAINING_LENGTH} tokens for {self.name}"
+
 
 CASES = (
     Case(
@@ -85,7 +92,7 @@ CASES = (
         length=1024,
         calibration=40,
         held_out=24,
-        training={"steps": 100, "batch_size": 2},
+        training={"steps": 25, "batch_size": 2},
     ),
 )
 
@@ -139,21 +146,22 @@ class Study:
 
         return self._timed(f"tune {method} at {sparsity}", run)
 
-    def measure(self, model: Path) -> Worth:
-        """Return what a model is worth."""
+    def measure(self, name: str, models: Sequence[Path]) -> list[Worth]:
+        """Return what the dense model and others are worth."""
 
-        def run() -> dict[str, Any]:
-            models = (str(self.dense),) if model == self.dense else (str(self.dense), str(model))
-            output = str(self.work / "evaluation")
-            *_, found = evaluate(
-                EvaluateConfig(models=models, data=(str(self.held_out),), output=output, **self._here())
-            ).models
-            (text,) = found.texts
-            divergence = 0.0 if text.distance is None else text.distance.mean
-            size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-            return asdict(Worth(perplexity=text.perplexity, divergence=divergence, num_bytes=size))
+        def run() -> list[dict[str, Any]]:
+            places = tuple(map(str, (self.dense, *models)))
+            settings = {"data": (str(self.held_out),), "output": str(self.work / "evaluation")}
+            found = evaluate(EvaluateConfig(models=places, **settings, **self._here())).models
+            return [asdict(_worth(one.texts[0], Path(place))) for one, place in zip(found, places, strict=True)]
 
-        return Worth(**self.notes.once(f"worth of {model.relative_to(model.parents[1])}", run))
+        return [Worth(**one) for one in self.notes.once(f"worth of {name}", run)]
+
+    def measure_all(self, sparsity: float) -> tuple[list[Worth], list[Worth]]:
+        """Return what the pruned and the tuned models of a sparsity are worth, in the order of the methods."""
+        models = [place(method, sparsity) for place in (self.pruned, self.tuned) for method in METHODS]
+        _, *found = self.measure(f"models at {sparsity}", models)
+        return found[: len(METHODS)], found[len(METHODS) :]
 
     def time(self) -> dict[str, float]:
         """Return how many times faster than the dense model each pruned one takes in a prompt, by its place."""
@@ -191,16 +199,15 @@ class Study:
 
 def measure(study: Study) -> Iterator[list[str]]:
     """Make and measure every model of a case; yield the table's rows."""
-    dense = study.measure(study.dense)
+    (dense,) = study.measure("dense", [])
     name = study.case.name
     yield [name, "", "dense", *_shown(dense), "", "", "1.00", _megabytes(dense), "", ""]
     pruning = {method: study.prune(method) for method in METHODS}
     faster = study.time()
     for sparsity in SPARSITIES:
-        for method in METHODS:
-            tuning = study.tune(method, sparsity)
-            before, after = (study.measure(place(method, sparsity)) for place in (study.pruned, study.tuned))
-            seconds = [f"{pruning[method]:.0f}", f"{tuning:.0f}"]
+        tuning = {method: study.tune(method, sparsity) for method in METHODS}
+        for method, before, after in zip(METHODS, *study.measure_all(sparsity), strict=True):
+            seconds = [f"{pruning[method]:.0f}", f"{tuning[method]:.0f}"]
             speed = f"{faster[f'{method} {sparsity}']:.2f}"
             figures = [*_shown(before), *_shown(after), speed, _megabytes(before), *seconds]
             yield [name, f"{sparsity:.0%}", f"`{method}`", *figures]
@@ -208,12 +215,20 @@ def measure(study: Study) -> Iterator[list[str]]:
 
 def draw(study: Study, figure: Path) -> None:
     """Draw perplexity over sparsity: a curve for each method, and one for the last method's tuned models."""
-    curves = {
-        method: [(at, study.measure(study.pruned(method, at)).perplexity) for at in SPARSITIES] for method in METHODS
-    }
     last = list(METHODS)[-1]
-    curves[f"{last}, tuned"] = [(at, study.measure(study.tuned(last, at)).perplexity) for at in SPARSITIES]
-    draw_perplexity_over_sparsity(curves, study.measure(study.dense).perplexity, figure)
+    curves: dict[str, list[tuple[float, float]]] = {method: [] for method in (*METHODS, f"{last}, tuned")}
+    for sparsity in SPARSITIES:
+        pruned, tuned = study.measure_all(sparsity)
+        for curve, worth in zip(curves.values(), (*pruned, tuned[-1]), strict=True):
+            curve.append((sparsity, worth.perplexity))
+    (dense,) = study.measure("dense", [])
+    draw_perplexity_over_sparsity(curves, dense.perplexity, figure)
+
+
+def _worth(text: TextResult, model: Path) -> Worth:
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    divergence = 0.0 if text.distance is None else text.distance.mean
+    return Worth(perplexity=text.perplexity, divergence=divergence, num_bytes=size)
 
 
 def _shown(worth: Worth) -> list[str]:
@@ -234,13 +249,14 @@ def main(texts: Path, chosen: Sequence[int], work: Path | None, output: Path, fi
     """Measure all cases, and rewrite the table after each model; the figure is of the last case."""
     work = work or cache_folder() / "headline"
     rows, machine = [list(HEADINGS)], describe_machine()
+    explanation = EXPLANATION.format(prompt=PROMPT, training=" and ".join(case.training_told for case in CASES))
     for number, case in enumerate(CASES):
         if chosen and number not in chosen:
             continue
         study = Study(case, texts, work / case.name)
         for row in measure(study):
             rows.append(row)
-            write_table(output, TITLE, f"{EXPLANATION.format(prompt=PROMPT)}.\n\nOne worker, on {machine}", rows)
+            write_table(output, TITLE, f"{explanation}.\n\nOne worker, on {machine}", rows)
         draw(study, figure)
 
 

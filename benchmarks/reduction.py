@@ -1,12 +1,15 @@
-"""Times the merges of one module's moments from 1, 2, 4 and 8 workers: `python -m benchmarks.reduction`.
+"""Times the merges of one MLP's sums from 1, 2, 4 and 8 workers: `python -m benchmarks.reduction`.
 
-Each worker holds the moments of one MLP, made before the clock starts. The benchmark compares a run's tree of merges
+Each worker holds what a method observes of one MLP, made before the clock starts: the moments of X (`gram`), or those
+of the output with the squares of X (`slimllm`). The benchmark compares a run's tree of merges
 over Ray's object store with a sum of the same bytes by torch.distributed's gloo. All workers are on this machine, with
 one thread each: if there are more workers than cores, merges of one level share the cores.
 """
 
 import statistics
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +22,46 @@ from benchmarks.local_ray import local_ray
 from benchmarks.machine import describe_machine, figure, write_table
 from slimllm_ops.moments.moments import merge_tree
 from slimllm_ops.moments.observation import ObservationSum, PackedObservation
+from slimllm_ops.moments.outputs import OutputObservation, OutputSum
 
 WORKERS = (1, 2, 4, 8)
 SHAPES = ((1024, 2816), (2048, 5632))
 REPEATS = 3
 
+Sums = PackedObservation | OutputObservation
+
+
+def observe_moments(x_NP: torch.Tensor, states_ND: torch.Tensor) -> PackedObservation:
+    """Return what `gram` observes of an MLP."""
+    seen = ObservationSum()
+    seen.add(x_NP, states_ND)
+    return seen.packed()
+
+
+def observe_outputs(x_NP: torch.Tensor, states_ND: torch.Tensor) -> OutputObservation:
+    """Return what `slimllm` observes of an MLP."""
+    seen = OutputSum(intercept=True)
+    seen.add(x_NP, states_ND, states_ND)
+    return seen.packed()
+
+
+METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor], Sums]] = {"gram": observe_moments, "slimllm": observe_outputs}
+
 
 class Holder:
-    """A worker that has observed a module of random activations."""
+    """A worker that has observed an MLP of random activations, as a method does."""
 
-    def __init__(self, hidden: int, width: int, seed: int) -> None:
+    def __init__(self, method: str, hidden: int, width: int, seed: int) -> None:
         torch.set_num_threads(1)
         generator = torch.Generator().manual_seed(seed)
-        seen = ObservationSum()
-        seen.add(torch.randn(64, width, generator=generator), torch.randn(64, hidden, generator=generator))
-        self._observed = seen.packed()
+        activations = (torch.randn(64, size, generator=generator) for size in (width, hidden))
+        self._observed = METHODS[method](*activations)
 
-    def observe(self) -> PackedObservation:
+    def observe(self) -> Sums:
         """Return the observation."""
         return self._observed
 
-    def merge(self, left: PackedObservation, right: PackedObservation) -> PackedObservation:
+    def merge(self, left: Any, right: Any) -> Sums:
         """Return the two observations merged, as a shard does."""
         return left.merge(right)
 
@@ -52,24 +74,24 @@ class Holder:
 @click.option("--output", type=Path, default=Path("benchmarks/results/reduction.md"))
 def main(shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...], output: Path) -> None:
     """Measure every number of workers and write the table."""
-    rows = [["moments of", "each sends, MB", "all send, MB", "merges in a row", "tree, s", "gloo, s", "tree, of gloo"]]
+    rows = [["sums of", "each sends, MB", "all send, MB", "merges in a row", "tree, s", "gloo, s", "tree, of gloo"]]
     with local_ray(num_cpus=max(counts)):
-        for hidden, width in shapes:
-            for workers in counts:
-                rows.append(_row(hidden, width, workers))
-                print(rows[-1], flush=True)
-    write_table(output, "Reduction of one MLP's moments by workers", describe_machine(), rows)
+        for (hidden, width), method, workers in product(shapes, METHODS, counts):
+            rows.append(_row(method, hidden, width, workers))
+            print(rows[-1], flush=True)
+    write_table(output, "Reduction of one MLP's sums by workers", describe_machine(), rows)
 
 
-def _row(hidden: int, width: int, workers: int) -> list[str]:
-    actors: list[Any] = [ray.remote(Holder).options(num_cpus=1).remote(hidden, width, seed) for seed in range(workers)]
+def _row(method: str, hidden: int, width: int, workers: int) -> list[str]:
+    holder = ray.remote(Holder).options(num_cpus=1)
+    actors: list[Any] = [holder.remote(method, hidden, width, seed) for seed in range(workers)]
     # The first merge also pays for starting up, which is no part of a run's layers.
     times = [_tree_seconds(actors) for _ in range(REPEATS + 1)][1:]
     size = _bytes(actors[0])
     for actor in actors:
         ray.kill(actor)
     tree = statistics.median(times)
-    name = f"{width} channels, {workers} worker(s)"
+    name = f"`{method}`, {width} channels, {workers} worker(s)"
     steps = (workers - 1).bit_length()
     cells = [f"{size / 1e6:.3g}" if workers > 1 else "0", f"{(workers - 1) * size / 1e6:.3g}", str(steps)]
     if workers == 1:

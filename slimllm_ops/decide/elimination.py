@@ -28,6 +28,8 @@ RIDGE = 0.01
 CONSTANT = torch.finfo(torch.float32).tiny ** 2
 # Single channels are eliminated in blocks: only columns are updated within a block, and everything by GEMM at its end.
 BLOCK = 128
+# What a block adds to each G_cc, in units of rounding: rounding must make no cost negative.
+FLOOR = 64
 
 
 def eliminate(projection: Projection, num_units: int) -> Ranking:
@@ -41,11 +43,13 @@ def eliminate(projection: Projection, num_units: int) -> Ranking:
     if is_constant(projection.covariance_PP):
         # A bias recovers constant inputs fully, so removing them is free; the formula would charge for the ridge.
         return Ranking(tuple(range(num_units)), (0.0,) * num_units)
-    inverse_PP = invert(projection)
     weight_PD = projection.loss_weight_PD
-    if num_units < len(inverse_PP):
-        return _eliminate_groups(inverse_PP, weight_PD.clone(), num_units)
-    return _eliminate_single(inverse_PP, weight_PD @ weight_PD.T)
+    if num_units < len(weight_PD):
+        return _eliminate_groups(invert(projection), weight_PD.clone(), num_units)
+    both_2PP = weight_PD.new_empty(2, len(weight_PD), len(weight_PD))
+    both_2PP[1] = invert(projection)
+    torch.mm(weight_PD, weight_PD.T, out=both_2PP[0])
+    return _eliminate_single(both_2PP)
 
 
 def is_constant(covariance_PP: Tensor) -> bool:
@@ -128,53 +132,79 @@ def _square_of(matrix_PP: Tensor, stay_P: Tensor) -> Tensor:
     return matrix_PP[kept_S[:, None], kept_S]
 
 
-def _eliminate_single(inverse_PP: Tensor, gram_PP: Tensor) -> Ranking:
+def _eliminate_single(both_2PP: Tensor) -> Ranking:
     r"""Eliminate single inputs in blocks, in the same order as one by one.
 
-    The weights are needed only through gram = W W^T: err_c = gram_cc / A_cc. With u = A[:, c] / sqrt(A_cc) and
-    v = W[c] / sqrt(A_cc), an elimination is A -= u u^T and W -= u v^T. A block keeps them as U (P, B), M = W V^T (P, B)
-    and V V^T (B, B), all computed from columns of A and gram. At the end of the block,
+    The weights are needed only through G = W W^T: err_c = G_cc / A_cc. With a = A[:, c], g = G[:, c],
+    k = G_cc / 2 A_cc and p = g - k a, an elimination is
 
-        A -= U U^T,      gram -= M U^T + U M^T - U (V V^T) U^T
+        A -= a a^T / A_cc,      G -= (p a^T + a p^T) / A_cc
+
+    A block keeps a / A_cc and p of its eliminations, and updates A and G by products at its end.
+
+    Args:
+        both_2PP: G and A; they are overwritten.
     """
-    left_P = torch.arange(len(inverse_PP), device=inverse_PP.device)
+    left_P = torch.arange(both_2PP.shape[1], device=both_2PP.device)
     order, costs = [], []
     while len(left_P):
-        chosen_B, costs_B, u_BP, m_BP, vv_BB = _eliminate_block(inverse_PP, gram_PP, min(BLOCK, len(left_P)))
+        chosen_B, costs_B, p_BP, a_BP, scaled_BP = _eliminate_block(both_2PP, min(BLOCK, len(left_P)))
         order.append(left_P[chosen_B])
         costs.append(costs_B)
         stay = torch.ones(len(left_P), dtype=torch.bool, device=left_P.device)
         stay[chosen_B] = False
-        left_P, u_BP, m_BP = left_P[stay], u_BP[:, stay], m_BP[:, stay]
-        # In place, so that only the old and the new matrix are in memory.
-        inverse_PP = _square_of(inverse_PP, stay).addmm_(u_BP.T, u_BP, alpha=-1)
-        half_BP = m_BP - 0.5 * vv_BB @ u_BP
-        gram_PP = _square_of(gram_PP, stay).addmm_(half_BP.T, u_BP, alpha=-1).addmm_(u_BP.T, half_BP, alpha=-1)
+        left_P, p_BP, a_BP, scaled_BP = left_P[stay], p_BP[:, stay], a_BP[:, stay], scaled_BP[:, stay]
+        both_2PP = _keep(both_2PP, stay)
+        both_2PP[0].addmm_(p_BP.T, scaled_BP, alpha=-1).addmm_(scaled_BP.T, p_BP, alpha=-1)
+        both_2PP[1].addmm_(a_BP.T, scaled_BP, alpha=-1)
     return Ranking(tuple(torch.cat(order).tolist()), tuple(torch.cat(costs).tolist()))
 
 
-def _eliminate_block(inverse_PP: Tensor, gram_PP: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Eliminate `size` inputs, and return their indices, their costs, and the block's U^T, M^T and V V^T."""
-    u_BP = inverse_PP.new_zeros(size, len(inverse_PP))
-    m_BP, vv_BB = torch.zeros_like(u_BP), inverse_PP.new_zeros(size, size)
-    inverse_P, gram_P = inverse_PP.diagonal().clone(), gram_PP.diagonal().clone()
-    chosen, costs = [], []
+def _keep(both_2PP: Tensor, stay_P: Tensor) -> Tensor:
+    """Move the rows and columns that stay to the front, one matrix after the other to save memory; return them."""
+    num_left = int(stay_P.sum())
+    for matrix_PP in both_2PP:
+        matrix_PP[:num_left, :num_left] = _square_of(matrix_PP, stay_P)
+    return both_2PP[:, :num_left, :num_left]
+
+
+def _eliminate_block(both_2PP: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Eliminate `size` inputs; return their indices, their costs, and p, a and a / A_cc of each (B, P).
+
+    On a GPU, an elimination takes little but the time to launch its operations, so it has only eight. With s = a / A_cc
+    of each elimination before it in the block, the columns of its c are
+
+        g = G[:, c] - sum (p_c s + s_c p),      a = A[:, c] - sum a_c s
+
+    `history` holds the parts s, p, s, a, 0, each of B rows, one for each elimination. The first two parts are the
+    vectors of both sums. Column c of the second and third are the coefficients for g, and of the last two for a. Three
+    more rows are -A_cc, 1 / k, -A_cc for every c: column c of these makes s, p and s from a, g and 0 in one operation.
+
+    Args:
+        both_2PP: G and A.
+        size: B.
+    """
+    width = both_2PP.shape[2]
+    history = both_2PP.new_zeros(5 * size + 3, width)
+    parts, divisors_3P = history[: 5 * size].unflatten(0, (5, size)), history[5 * size :]
+    # Rows 1 and 3 are -G_cc / 2 and -A_cc of the inputs that are left; an eliminated one gets the highest cost.
+    rows_4P, gone_21 = torch.ones_like(history[:4]), both_2PP.new_tensor([[-torch.inf], [-1.0]])
+    gram_P = both_2PP[0].diagonal().clamp(min=0)
+    floor_P = FLOOR * torch.finfo(gram_P.dtype).eps * gram_P
+    rows_4P[1], rows_4P[3] = -0.5 * (gram_P + floor_P), -both_2PP[1].diagonal()
+    highest_B, chosen_B = both_2PP.new_empty(size), torch.empty(size, dtype=torch.int64, device=both_2PP.device)
     for k in range(size):
         # The index stays a tensor on the device, so nothing here waits for a GPU. Rows stand for columns (symmetric).
-        c = (gram_P / inverse_P).argmin().view(1)
-        cost, root = (gram_P / inverse_P)[c], inverse_P[c].sqrt()
-        u_k, m_k = u_BP[:k].index_select(1, c)[:, 0], m_BP[:k].index_select(1, c)[:, 0]
-        new_vv = (m_k - vv_BB[:k, :k] @ u_k) / root
-        u_P = (inverse_PP.index_select(0, c)[0] - u_k @ u_BP[:k]) / root
-        # The new column of W V^T: first with W from the start of the block, then with W after k eliminations.
-        m_P = (gram_PP.index_select(0, c)[0] - u_k @ m_BP[:k]) / root
-        current_m_P = m_P - new_vv @ u_BP[:k]
-        u_BP[k], m_BP[k] = u_P, m_P
-        vv_BB[:k, k], vv_BB[k, :k], vv_BB[k, k] = new_vv, new_vv, cost[0]
-        inverse_P = inverse_P - u_P.square()
-        gram_P = gram_P - u_P * (2 * current_m_P - u_P * cost)
-        # An eliminated input is never the cheapest again.
-        inverse_P[c], gram_P[c] = 1.0, torch.inf
-        chosen.append(c)
-        costs.append(cost)
-    return torch.cat(chosen), torch.cat(costs), u_BP, m_BP, vv_BB
+        c = chosen_B[k : k + 1]
+        torch.div(rows_4P[3], rows_4P[:3], out=divisors_3P)
+        torch.max(divisors_3P[1], 0, keepdim=True, out=(highest_B[k : k + 1], c))
+        at_c = history.index_select(1, c)
+        current_2P = parts[1::2, k]
+        torch.index_select(both_2PP, 1, c, out=current_2P.unsqueeze(1))
+        current_2P.addmm_(at_c[size : 5 * size].view(2, -1), history[: 2 * size], alpha=-1)
+        parts[:3, k].addcdiv_(parts[3, k], at_c[5 * size :], value=-1)
+        rows_4P[1::2].addcmul_(current_2P, parts[0, k])
+        rows_4P[1::2].index_copy_(1, c, gone_21)
+    inverse_B = parts[3].gather(1, chosen_B[:, None])[:, 0]
+    costs_B = 2 / highest_B - floor_P[chosen_B] / inverse_B
+    return chosen_B, costs_B, parts[1], parts[3], parts[0]

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from slimllm_ops.decide import elimination
 from slimllm_ops.decide.elimination import eliminate, factorise, invert, ridge
@@ -21,6 +22,8 @@ from slimllm_ops.decide.least_squares import refit
 from slimllm_ops.errors import SolveError
 from slimllm_ops.moments.projection import Fisher
 from tests.slimllm_ops.naive import exact_projection, random_activations, ridge_residual, unit_columns
+
+VIEWS = {"slice", "select", "view", "unsqueeze", "as_strided", "expand", "transpose", "t", "unflatten", "detach"}
 
 
 def eliminate_naively(x_NP: np.ndarray, weight_PD: np.ndarray, num_units: int) -> tuple[list[int], list[float]]:
@@ -52,6 +55,31 @@ def test_single_inputs_go_in_the_order_of_trials_one_by_one(
     order, costs = eliminate_naively(x_NP, weight_PD, 24)
     assert list(ranking.order) == order
     np.testing.assert_allclose(ranking.costs, costs, rtol=1e-9)
+
+
+def operations(both_2PP: torch.Tensor, size: int) -> int:
+    """Return how many operations a block of eliminations dispatches; views of tensors are none."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        elimination._eliminate_block(both_2PP, size)
+    names = [event.name for event in profiled.events() if event.cpu_parent is None]
+    return sum(name.startswith("aten::") and name.removeprefix("aten::") not in VIEWS for name in names)
+
+
+def test_an_elimination_takes_eight_operations() -> None:
+    projection = exact_projection(*random_activations(0, width=96))
+    both_2PP = torch.stack((projection.weight_PD @ projection.weight_PD.T, invert(projection)))
+    few, many = (operations(both_2PP, size) for size in (20, 60))
+    assert many - few == 8 * (60 - 20)
+
+
+def test_rounding_makes_no_cost_negative() -> None:
+    x_NP, weight_PD = random_activations(1)
+    # Each is a multiple of the input before it, and has the opposite share in the output, so both together give none.
+    x_NP[:, 1::2], weight_PD[1::2] = 2 * x_NP[:, ::2], -0.5 * weight_PD[::2]
+    ranking = eliminate(exact_projection(x_NP, weight_PD), 24)
+    assert min(ranking.costs) >= -1e-12
+    everything = ridge_residual(x_NP, weight_PD, [], 0.01 * x_NP.var(axis=0).mean())
+    assert sum(ranking.costs) == pytest.approx(everything, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
