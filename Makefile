@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow serve-test lint types truth results tune-table ablation benchmarks memory forms faults same-bytes docs builtin-model
+.PHONY: install demo test slow serve-test lint types truth results gpu tune-table ablation benchmarks memory forms faults same-bytes docs builtin-model
 
 # The stamp is newer than what it was made from, so a second `make` starts at once.
 install: .venv/installed
@@ -44,6 +44,10 @@ truth: install
 # goes on where it stopped. It uses the text and a model beside the checkout.
 results: install
 	$(BIN)/python -m benchmarks.headline
+
+# Checks and times slimllm on one GPU, in nine minutes; no Ray, no MLflow.
+gpu: install
+	$(BIN)/python -m benchmarks.gpu
 
 # What training gets back after pruning, by method: an hour. It uses the text and models beside the checkout.
 tune-table: install

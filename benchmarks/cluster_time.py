@@ -26,7 +26,7 @@ import click
 import torch
 
 from benchmarks.machine import describe_machine, figure, write_table
-from benchmarks.one_process import prune_timed, rates_of, write_tokens
+from benchmarks.one_process import prune_timed, rates_of
 from benchmarks.operations import (
     OBSERVING_SHARE,
     SOLVING_SHARE,
@@ -36,6 +36,7 @@ from benchmarks.operations import (
     moment_operations,
 )
 from benchmarks.random_model import Shape, shape_options, write_model
+from benchmarks.random_tokens import write_tokens
 from slimllm_ops.checkpoint.reading import Checkpoint
 
 BLOCK, BLOCKS = 2048, 128
@@ -177,7 +178,7 @@ def _measure(small: Shape, blocks: int, device: torch.device) -> tuple[float, fl
     """Return the seconds of gram and of slimllm in one process: passes and decisions, without reading and writing."""
     with tempfile.TemporaryDirectory() as folder:
         source = Checkpoint.open(write_model(Path(folder) / "model", small))
-        tokens = write_tokens(Path(folder) / "tokens.parquet", source.config.vocab_size, blocks)
+        tokens = write_tokens(Path(folder) / "tokens.parquet", blocks, BLOCK, source.config.vocab_size)
         gram = prune_timed(source, tokens, "gram", (0.2,), Path(folder) / "gram", device)
         slimllm = prune_timed(source, tokens, "slimllm", (0.2,), Path(folder) / "slimllm", device)
     stages = ("similarities", "observing", "applying", "deciding heads", "deciding channels")

@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
@@ -27,6 +24,7 @@ from actors.local import Held, LocalWorkers
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.operations import LayerOperations, elimination_operations, rate_of_products
 from benchmarks.random_model import Shape, shape_options, write_model
+from benchmarks.random_tokens import write_tokens
 from orchestrator import PruneConfig, prune
 from orchestrator.progress import Reporter
 from slimllm_ops.checkpoint.reading import Checkpoint
@@ -36,6 +34,7 @@ from slimllm_ops.stream.weights import compute_dtype
 R = TypeVar("R")
 
 BLOCK = 2048
+HEADINGS = ("step", "seconds", "of the rate of a plain product")
 # The table's names of a run's steps, by function; the table leaves out other functions.
 STEPS = {
     "forward": "similarities",
@@ -99,25 +98,45 @@ def main(
     output: Path,
 ) -> None:
     """Run both methods once and write the table."""
-    place, rows = torch.device(device), [["step", "seconds", "of the rate of a plain product"]]
+    place = torch.device(device)
     rates = rates_of(place)
     with tempfile.TemporaryDirectory() as folder:
         source = Checkpoint.open(model or write_model(Path(folder) / "model", shape, device))
-        tokens = write_tokens(Path(folder) / "tokens.parquet", source.config.vocab_size, blocks)
-        for name, method, sparsities in (
-            ("slimllm, 20 %", "slimllm", (0.2,)),
-            ("gram, 20, 30 and 50 %", "gram", (0.2, 0.3, 0.5)),
-        ):
-            seconds = prune_timed(source, tokens, method, sparsities, Path(folder) / method, place)
-            rows += rows_of(name, seconds, operations_of(source, blocks * BLOCK, place, method), rates)
-            rows.append([f"{name}: peak memory, GB", _peak(place), ""])
-    plain = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.2f}" for dtype, rate in rates.items())
+        rows = [list(HEADINGS), *measure_methods(source, blocks, Path(folder), place, rates)]
     size = (
         f"hidden {shape.hidden}, {shape.layers} layers, intermediate {shape.intermediate}, {shape.heads} heads, "
         f"{shape.kv_heads} KV heads"
     )
     title = f"One process on {device}: {model or size}, {blocks} x {BLOCK} tokens"
-    write_table(output, title, f"{describe_machine()}; plain products at {plain} TFLOP/s", rows)
+    write_table(output, title, f"{describe_machine()}; {rates_told(rates)}", rows)
+
+
+def measure_methods(
+    source: Checkpoint, blocks: int, folder: Path, device: torch.device, rates: dict[torch.dtype, float]
+) -> Iterator[list[str]]:
+    """Prune a checkpoint by both methods in this process; yield the rows of the table.
+
+    Args:
+        source: The checkpoint.
+        blocks: The number of blocks to calibrate on.
+        folder: Where the tokens and the pruned models go.
+        device: Where the layers run.
+        rates: The device's rates of plain products.
+    """
+    tokens = write_tokens(folder / "tokens.parquet", blocks, BLOCK, source.config.vocab_size)
+    for name, method, sparsities in (
+        ("slimllm, 20 %", "slimllm", (0.2,)),
+        ("gram, 20, 30 and 50 %", "gram", (0.2, 0.3, 0.5)),
+    ):
+        seconds = prune_timed(source, tokens, method, sparsities, folder / method, device)
+        yield from rows_of(name, seconds, operations_of(source, blocks * BLOCK, device, method), rates)
+        yield [f"{name}: peak memory, GB", _peak(device), ""]
+
+
+def rates_told(rates: dict[torch.dtype, float]) -> str:
+    """Return the rates of plain products in words."""
+    plain = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.2f}" for dtype, rate in rates.items())
+    return f"plain products at {plain} TFLOP/s"
 
 
 def prune_timed(
@@ -177,13 +196,6 @@ def operations_of(
         "observing": (dtype, tokens * layers * (layer.forward + sums)),
         "eliminating": (accumulation_dtype(device), layers * channels),
     }
-
-
-def write_tokens(path: Path, vocab_size: int, blocks: int) -> Path:
-    """Write random token blocks."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, size=(blocks, BLOCK)).astype(np.int32)
-    pq.write_table(pa.table({"input_ids": list(ids)}), path)
-    return path
 
 
 def rates_of(device: torch.device) -> dict[torch.dtype, float]:
