@@ -77,7 +77,7 @@ class LayerwiseStream(LayerStream):
     def close(self) -> None:
         """Free all memory now."""
         super().close()
-        self._outputs = self.store()
+        self._outputs = []
 
     def _recovery(self, layer: int, decision: Decision) -> Callable[[Tensor], Tensor]:
         """Return a function from the kept channels' output (b, T, D) to the recovered output, by the line."""

@@ -31,6 +31,7 @@ from slimllm_ops.allocate.budget import spend_evenly
 from slimllm_ops.decide.plan import Plan
 from slimllm_ops.errors import InputError
 from slimllm_ops.methods import METHODS, Method, leave
+from slimllm_ops.models.families import Branch
 from slimllm_ops.moments.projection import Projection
 from slimllm_ops.moments.ranking import Ranking
 
@@ -96,9 +97,9 @@ def everything(run_comparison: Compare, passes: list[tuple[str, int, str]]) -> C
     def keep_the_first(projection: Projection, num_units: int) -> Ranking:
         return Ranking(tuple(reversed(range(num_units))), (1.0,) * num_units)
 
-    def count(self: ShardGroup, name: str, step: Callable[..., Any], layer: int, *branches: Any) -> Any:
-        passes.extend((name, layer, branch.module) for branch in branches)
-        return merge(self, name, step, layer, *branches)
+    def count(self: ShardGroup, name: str, step: Callable[..., Any], layer: int, *arguments: Any) -> Any:
+        passes.extend((name, layer, one.module) for one in arguments if isinstance(one, Branch))
+        return merge(self, name, step, layer, *arguments)
 
     merge = ShardGroup.merge
 
