@@ -35,14 +35,13 @@ from benchmarks.operations import (
     forward_operations,
     moment_operations,
 )
-from benchmarks.random_model import Shape, shape_options, write_model
+from benchmarks.random_model import SEVEN, Shape, shape_options, write_model
 from benchmarks.random_tokens import write_tokens
 from slimllm_ops.checkpoint.reading import Checkpoint
 
 BLOCK, BLOCKS = 2048, 128
 # The share of the channels that the paper's method removes in the table.
 REMOVED = 0.2
-SEVEN = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32)
 SEVENTY = Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.one_process import HEADINGS, measure_methods, rates_of, rates_told
-from benchmarks.random_model import Shape, shape_options, write_model
+from benchmarks.random_model import SEVEN, Shape, shape_options, write_model
 from orchestrator import PruneConfig, prune
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.decide.channels import ChannelStatistics, channel_scores
@@ -35,7 +35,6 @@ from slimllm_ops.moments.projection import Projection
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 MODEL, CALIBRATION = SHARED / "models" / "lab-llama-11m", SHARED / "golden" / "tokens" / "lab.calibration.parquet"
-SEVEN = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32)
 CPU = torch.device("cpu")
 TOKENS, WIDTH, HIDDEN, UNITS = 4096, 512, 256, 8
 METHODS = ("slimllm", "gram")
@@ -67,7 +66,7 @@ def pairs_on(device: torch.device) -> Tensor:
     return torch.from_numpy(OutputPairs.of(0.5 * y_ND + 1, y_ND).sums_5D)
 
 
-# What is computed on a device and compared with the CPU's.
+# Each function computes a quantity on a device, to compare it with the CPU's.
 MATHEMATICS: dict[str, Callable[[torch.device], Tensor]] = {
     "covariance": lambda device: projection_on(device).covariance_PP,
     "sums over two outputs": pairs_on,

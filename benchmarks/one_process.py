@@ -23,7 +23,7 @@ from actors import local
 from actors.local import Held, LocalWorkers
 from benchmarks.machine import describe_machine, write_table
 from benchmarks.operations import LayerOperations, elimination_operations, rate_of_products
-from benchmarks.random_model import Shape, shape_options, write_model
+from benchmarks.random_model import SEVEN, Shape, shape_options, write_model
 from benchmarks.random_tokens import write_tokens
 from orchestrator import PruneConfig, prune
 from orchestrator.progress import Reporter
@@ -85,7 +85,7 @@ class TimedWorkers(LocalWorkers):
 
 
 @click.command()
-@shape_options(Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32))
+@shape_options(SEVEN)
 @click.option("--blocks", default=128, help="Blocks of 2048 tokens.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--model", type=Path, help="A checkpoint instead of a random one.")

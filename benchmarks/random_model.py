@@ -60,6 +60,10 @@ class Shape:
         )
 
 
+# The shape of a Llama of 7B parameters.
+SEVEN = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32)
+
+
 def shape_options(default: Shape, of: str = "the model") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of a shape; it gets the shape as its argument `shape`."""
 

@@ -105,7 +105,7 @@ class TaskResult(TaskFigure):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskAnswers(TaskFigure):
-    """A model's figure on a task, with what it is made of.
+    """A model's figure on a task, and its value for each question.
 
     Attributes:
         values: The metric of each question, in order; None for metrics that are no mean over questions.

@@ -1,12 +1,19 @@
 """Runs a benchmark's command in this process, and reads the table that it writes."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from tests.forked_workers.server import FORKED
+
+ROOT = Path(__file__).parents[2]
+ABSENT = ("ray", "mlflow", "datasets")
 # A row: its cells by their heading.
 Row = dict[str, str]
 
@@ -19,6 +26,17 @@ def run(command: click.Command, folder: Path, *arguments: str) -> dict[str, Row]
     except SystemExit as ended:
         if ended.code:
             raise AssertionError(f"the benchmark ended with {ended.code}") from ended
+    return read_table(output)
+
+
+def run_alone(module: str, output: Path, *arguments: str) -> dict[str, Row]:
+    """Run a benchmark in a process that cannot import Ray, MLflow or datasets; return its rows by their first cells."""
+    program = f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\nfrom {module} import main\nmain()"
+    command = [sys.executable, "-c", program, *arguments, f"--output={output}"]
+    done = subprocess.run(
+        command, env=os.environ | FORKED, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     return read_table(output)
 
 

@@ -1,25 +1,13 @@
 """The GPU's card runs whole on the CPU, where each quantity equals itself and no decision differs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu import MATHEMATICS
-from tests.benchmarks.tables import read_table, require_positive
-from tests.forked_workers.server import FORKED
+from tests.benchmarks.tables import require_positive, run_alone
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = """
-import sys
-for package in ("ray", "mlflow", "datasets"):
-    sys.modules[package] = None
-from benchmarks.gpu import main
-main()
-"""
 SHAPE = ("--hidden=64", "--intermediate=176", "--layers=2", "--heads=8", "--kv-heads=4", "--blocks=1", "--device=cpu")
 
 
@@ -28,12 +16,7 @@ def test_the_card_runs_where_ray_is_not(shared: Path, tmp_path: Path) -> None:
     model = shared / "models" / "stories260k-gqa"
     calibration = shared / "golden" / "tokens" / "stories260k.calibration.parquet"
     small = (f"--model={model}", f"--calibration={calibration}")
-    command = [sys.executable, "-c", PROGRAM, *SHAPE, *small, f"--output={table}"]
-    done = subprocess.run(
-        command, env=os.environ | FORKED, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = read_table(table)
+    rows = run_alone("benchmarks.gpu", table, *SHAPE, *small)
     column = "largest difference, or seconds"
     assert {name: rows[name][column] for name in MATHEMATICS} == dict.fromkeys(MATHEMATICS, "0")
     for method in ("slimllm", "gram"):
