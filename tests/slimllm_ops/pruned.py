@@ -1,4 +1,4 @@
-"""Writes small pruned models whose layers differ, without a run."""
+"""Writes small pruned models whose layers differ, and prunes an MLP of a stream, without a run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,9 +7,11 @@ from typing import Any
 
 from slimllm_ops.checkpoint.reading import Checkpoint
 from slimllm_ops.checkpoint.writing import CheckpointWriter
+from slimllm_ops.decide.paper import choose_channels_by_output, recover_output
 from slimllm_ops.decide.plan import Decision, LayerPlan
 from slimllm_ops.decide.recovery import Line
 from slimllm_ops.models.families import Family, LayerShape, layer_shape
+from slimllm_ops.stream.outputs import LayerwiseStream
 from tests.slimllm_ops.naive import random_decision
 from tests.tiny import save_tiny
 
@@ -67,3 +69,12 @@ def _channels(seed: int, shape: LayerShape, number: int, hidden: int) -> Decisio
     scale_ED = line.scale_D.expand(shape.num_experts, hidden)
     lines = Line(scale_ED, 0 * line.bias_D, line.relative_error)
     return Decision(decision.kept, decision.scores, lines, decision.relative_error, with_bias=False)
+
+
+def prune_mlp(stream: LayerwiseStream, layer: int) -> Decision:
+    """Remove 17 channels from the MLP of a layer by its outputs, and keep 5 % of those with the lowest scores."""
+    observed = stream.observe_output(layer)
+    chosen = choose_channels_by_output(stream, observed, layer, num_removed=17, keep_lowest=0.05)
+    decision = recover_output(stream.compare_outputs(layer, chosen.kept), chosen)
+    stream.add_recovered(layer, decision)
+    return decision

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paper import choose_channels_by_output, decide_heads, recover_output
+from slimllm_ops.decide.paper import decide_heads
 from slimllm_ops.decide.plan import Decision
 from slimllm_ops.models.families import family_of, layer_shape
 from slimllm_ops.moments.observation import Observed
 from slimllm_ops.stream.outputs import LayerwiseStream
 from tests.slimllm_ops import naive
+from tests.slimllm_ops.pruned import prune_mlp
 
 LAYER = 1
 
@@ -55,15 +56,6 @@ def open_stream(directory: Path, ids: torch.Tensor, *, intercept: bool = True) -
     for layer in range(LAYER):
         stream.forward(layer)
     return stream
-
-
-def prune_mlp(stream: LayerwiseStream, num_removed: int) -> Decision:
-    """Prune the MLP of the layer, and keep 5 % of the channels with the lowest scores."""
-    observed = stream.observe_output(LAYER)
-    chosen = choose_channels_by_output(stream, observed, LAYER, num_removed=num_removed, keep_lowest=0.05)
-    decision = recover_output(stream.compare_outputs(LAYER, chosen.kept), chosen)
-    stream.add_recovered(LAYER, decision)
-    return decision
 
 
 @pytest.fixture
@@ -120,7 +112,7 @@ def test_the_kept_channels_are_those_of_raw_activations(
         pytest.skip("its experts are looked at in test_experts.py")
     stream.observe(LAYER, family.attention)
     stream.apply(LAYER, family.attention, None)
-    decision = prune_mlp(stream, num_removed=17)
+    decision = prune_mlp(stream, LAYER)
 
     entered, weights = activations(model_dir, ids), stream.checkpoint.read_layer(LAYER)
     weight_PD = weights[family.mlp.output_weight].T.double().numpy()
@@ -145,7 +137,7 @@ def test_without_an_intercept_lines_go_through_zero(model_dir: Path, ids: torch.
     if decide == "channels":
         stream.apply(LAYER, branch, None)
         branch = family.mlp
-        decision = prune_mlp(stream, num_removed=17)
+        decision = prune_mlp(stream, LAYER)
     elif num_units == 1:
         pytest.skip("no head of this family can go")
     else:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from slimllm_ops.checkpoint.reading import Checkpoint
-from slimllm_ops.decide.paper import choose_channels_by_output, recover_output
-from slimllm_ops.decide.plan import Decision, LayerPlan
+from slimllm_ops.decide.plan import LayerPlan
 from slimllm_ops.moments.outputs import OutputObservation, OutputPairs
 from slimllm_ops.stream.outputs import LayerwiseStream, output_of
 from slimllm_ops.stream.padding import PADDING
+from tests.slimllm_ops.pruned import prune_mlp
 from tests.slimllm_ops.stream.whole import NUM_LAYERS
 
 CPU = torch.device("cpu")
@@ -24,15 +24,6 @@ def checkpoint(model_dir: Path) -> Checkpoint:
     if checkpoint.family.mlp.has_experts:
         pytest.skip("experts are decided by their moments")
     return checkpoint
-
-
-def prune_mlp(stream: LayerwiseStream, layer: int) -> Decision:
-    """Remove 17 channels from the MLP of a layer."""
-    observed = stream.observe_output(layer)
-    chosen = choose_channels_by_output(stream, observed, layer, num_removed=17, keep_lowest=0.05)
-    decision = recover_output(stream.compare_outputs(layer, chosen.kept), chosen)
-    stream.add_recovered(layer, decision)
-    return decision
 
 
 @pytest.mark.parametrize("intercept", [True, False])
